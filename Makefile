@@ -1,0 +1,75 @@
+# What can be done with the course; `make help` lists it.
+#   NAMES=01_ddpm         only these chapters (lab, course, package, notebooks)
+#   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
+#   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
+
+NAMES ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+PYTEST := TQDM_DISABLE=1 $(RUN) -m pytest -q --color=no
+INSTALLED := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: help lab test quick lint tests nbval check course package notebooks benchmark clean
+
+help:
+	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
+	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
+	@echo "make quick      the part of it under two minutes"
+	@echo "make course     run every notebook, print seconds and memory of each chapter"
+	@echo "make package    make lecture26/NAME.py from the notebooks"
+	@echo "make notebooks  run the notebooks and store them with their outputs"
+	@echo "make check      do sources, stored notebooks and modules agree?"
+	@echo "make benchmark  speed and memory side by side with peers"
+	@echo "make clean      remove .venv and caches; work/ and data/ stay"
+	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."
+
+$(INSTALLED): requirements.lock
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh tools/install.sh $(VENV)
+	@touch $@
+
+lab: $(INSTALLED)
+	@$(RUN) tools/editions.py $(NAMES)
+	$(RUN) -m jupyterlab --ServerApp.root_dir=. work/00_start_here.ipynb
+
+test: lint check tests nbval
+	@echo "make test: passed"
+
+quick: $(INSTALLED) lint check
+	$(PYTEST) -m "not slow" tests
+	@echo "make quick: passed"
+
+lint: $(INSTALLED)
+	@$(RUN) -m ruff check --quiet . && $(RUN) -m ruff format --check --quiet . \
+		|| { echo "lint: run '$(RUN) -m ruff check --fix .' and '$(RUN) -m ruff format .'"; exit 1; }
+	@echo "lint: passed"
+
+check: $(INSTALLED)
+	@$(RUN) tools/notebooks.py check
+	@echo "check: sources, stored notebooks and modules agree"
+
+tests: $(INSTALLED)
+	$(PYTEST) tests
+	@echo "tests: passed"
+
+nbval: $(INSTALLED)
+	$(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
+		--nbval-cell-timeout 600 notebooks
+	@echo "nbval: every notebook gives its stored outputs"
+
+course: $(INSTALLED)
+	@$(RUN) tools/notebooks.py run $(NAMES)
+
+package: $(INSTALLED)
+	@$(RUN) tools/export.py $(NAMES)
+	@echo "package: lecture26 is up to date"
+
+notebooks: package
+	@$(RUN) tools/notebooks.py build $(NAMES)
+
+benchmark: $(INSTALLED)
+	@for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find lecture26 tests tools benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,197 @@
+"""The command line: python -m lecture26 train | sample | evaluate | checkpoints.
+
+What a command needs is imported inside it, so that --help answers at once.
+"""
+
+import json
+import math
+import os
+import shlex
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train, sample and measure the models of the course.",
+)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class Precision(StrEnum):
+    """What networks compute in while training."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Sampler(StrEnum):
+    """How a denoiser is turned into samples."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+
+
+@contextmanager
+def errors_in_one_line():
+    """Report what the user can mend in one line, without a traceback.
+
+    These are the errors whose messages speak to the user; any other one is a fault of the course.
+    """
+    from lecture26.kit.data import DataError
+
+    try:
+        yield
+    except (ValueError, DataError, FloatingPointError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Such as ddpm_shapes32, or ddpm for your own images.")],
+    name: Annotated[str | None, typer.Option(help="The checkpoint's name, if not the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data set's name, or a folder of images.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Resize the images, in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step and process.")] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="bf16 is faster on GPUs and processors with AMX or AVX512-BF16, slower elsewhere."),
+    ] = None,
+    state_every: Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")] = 60.0,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over a checkpoint of that name.")] = False,
+):
+    """Train a model, and save it as a checkpoint.
+
+    Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs or
+    processes: accelerate launch -m lecture26 train RECIPE.
+    """
+    import dataclasses
+
+    with errors_in_one_line():
+        from lecture26 import recipes
+        from lecture26.kit.checkpoints import checkpoint_files
+
+        changes = {
+            "name": name,
+            "data": data,
+            "image_size": image_size,
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "precision": precision and precision.value,
+        }
+        changes = {key: value for key, value in changes.items() if value is not None}
+        chosen = dataclasses.replace(recipes.find_recipe(recipe), **changes)
+        if checkpoint_files(chosen.name)[0].exists() and not replace:
+            raise ValueError(
+                f"a checkpoint {chosen.name!r} exists: choose another --name, or write over it with --replace"
+            )
+        options = [part for key, value in changes.items() for part in (_option(key), str(value))]
+        command = shlex.join(["python", "-m", "lecture26", "train", recipe, *options])
+        try:
+            card = recipes.run(chosen, command, state_every)
+        except KeyboardInterrupt as stopped:
+            typer.echo("stopped: the same command goes on from the last saved state", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from stopped
+    if card is not None:
+        typer.echo(json.dumps({"name": card["name"], "seconds": card["seconds"], "metrics": card["metrics"]}))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Option(help="A checkpoint, such as ddpm_shapes32.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")],
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps, at most those of the checkpoint.")] = 50,
+    sampler: Annotated[Sampler, typer.Option()] = Sampler.ddim,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Draw images from a trained model, and save them as one grid."""
+    with errors_in_one_line():
+        if out.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}")
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise ValueError(f"--out must be a file in a folder that exists and can be written to; got {out}")
+        if eta and sampler is not Sampler.ddim:
+            raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler.value} --eta {eta}")
+
+        import torch
+        from accelerate import PartialState
+        from torchvision.utils import save_image
+
+        from lecture26 import ddpm, recipes
+
+        recipe = recipes.load_recipe(model)
+        diffusion = recipes.load_diffusion(model)
+        if steps > diffusion.num_steps:
+            raise ValueError(f"--steps must be at most {diffusion.num_steps} for {model!r}; got {steps}")
+        diffusion = diffusion.respace(steps)
+        device = PartialState().device
+        network = recipes.load_model(model).to(device)
+        step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
+        shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
+        x_T = torch.randn(shape, generator=generator).to(device)
+        images = ddpm.sample(diffusion, network, shape, step, generator, x_T)
+        save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
+    typer.echo(f"{count} images of {model}, {steps} {sampler.value} steps, seed {seed}: {out}")
+
+
+@app.command()
+def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
+    """Measure a checkpoint anew, and print its metrics as JSON."""
+    with errors_in_one_line():
+        from accelerate import PartialState
+
+        from lecture26 import recipes
+
+        network = recipes.load_model(model).to(PartialState().device)
+        recipe = recipes.load_recipe(model)
+        metrics = recipe.evaluate(network, recipe.load("test"))
+    typer.echo(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def checkpoints(
+    model: Annotated[str | None, typer.Argument(help="Print its card, whole.")] = None,
+):
+    """List the checkpoints, or print the card of one."""
+    with errors_in_one_line():
+        from lecture26.kit.checkpoints import list_checkpoints, load_card, load_state
+
+        if model is not None:
+            load_state(model)  # a card is only worth reading beside the file it describes
+            typer.echo(json.dumps(load_card(model), indent=2))
+            return
+        for card in map(load_card, list_checkpoints()):
+            metrics = ", ".join(f"{name} {value:.4g}" for name, value in card["metrics"].items())
+            typer.echo(
+                f"{card['name']}: {card['parameters'] / 1e6:.2f} M parameters, "
+                f"{card['bytes'] / 2**20:.1f} MiB, "
+                f"{card['steps']} steps in {card['seconds'] / 60:.0f} min on {card['data']}; {metrics}"
+            )
+
+
+def _option(argument: str) -> str:
+    """The command-line option of a function's argument."""
+    return "--" + argument.replace("_", "-")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m lecture26")

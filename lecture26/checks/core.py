@@ -1,0 +1,278 @@
+"""What an exercise is, what a call of a candidate did, and how two such outcomes differ."""
+
+import inspect
+import io
+import linecache
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Two outcomes agree where |a - b| <= tolerance (1 + |b|). Rewriting a formula costs a few roundings, far less
+# than this. Values are judged in float64; float32 is there to see that the dtype is kept.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments, in the order of the function's parameters; note says what is special about it."""
+
+    note: str
+    arguments: tuple
+
+
+@dataclass(frozen=True)
+class Misconception:
+    """A wrong answer that learners really write.
+
+    name: the mistake in a few words.
+    function: an executable form of it, called like the reference.
+    hint: which mistake it is, and what is right.
+    """
+
+    name: str
+    function: Callable
+    hint: str
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A pure function of tensors and plain numbers that a learner writes.
+
+    name: "chapter.function".
+    derivation: where the notebook derives it, as '"Heading of the section", equation (1.2)'.
+    reference: the finished function.
+    cases: function of a seed that returns a list of cases; another seed gives other numbers and sizes.
+    misconceptions: the wrong answers to tell apart.
+    """
+
+    name: str
+    derivation: str
+    reference: Callable
+    cases: Callable[[int], list[Case]]
+    misconceptions: tuple[Misconception, ...]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the function's parameters, in order."""
+        return tuple(inspect.signature(self.reference).parameters)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call did.
+
+    outputs: the tuple returned, or the one object returned (then `single`); tensors without their graph.
+    attached: for each output, whether it carried gradient.
+    gradients: for each argument, the derivative of a fixed linear function of the outputs, or None where the
+        argument asks for no gradient or none arrived.
+    changed: the positions of the arguments that the call modified.
+    error: the type of the exception raised, if any; error_text: what it says, and where.
+    """
+
+    outputs: tuple = ()
+    single: bool = True
+    attached: tuple[bool, ...] = ()
+    gradients: tuple[Tensor | None, ...] = ()
+    changed: tuple[int, ...] = ()
+    error: str | None = None
+    error_text: str = ""
+
+    @property
+    def unfilled(self) -> bool:
+        """Whether this is what a body of `...` gives: None, an ellipsis, or NotImplementedError."""
+        if self.error:
+            return self.error == "NotImplementedError"
+        return bool(self.outputs) and all(output is None or output is ... for output in self.outputs)
+
+
+def call(function: Callable, arguments: tuple, seed: int = 0, silent: bool = True) -> Outcome:
+    """Call a function on copies of the arguments and say what it did, whatever it raises (but an interrupt).
+
+    The call happens in torch's default state; `silent` swallows what the function prints.
+    """
+    try:
+        with default_state(seed), _silence() if silent else nullcontext():
+            given = tuple(_copy(argument) for argument in arguments)
+            returned = function(*given)
+            single = not isinstance(returned, tuple | list)
+            outputs = (returned,) if single else tuple(returned)
+            gradients = _gradients(outputs, given)
+    except (Exception, SystemExit) as error:
+        return Outcome(error=type(error).__name__, error_text=_error_text(error, function))
+    return Outcome(
+        outputs=tuple(output.detach() if isinstance(output, Tensor) else output for output in outputs),
+        single=single,
+        attached=tuple(isinstance(output, Tensor) and output.requires_grad for output in outputs),
+        gradients=gradients,
+        changed=tuple(i for i, argument in enumerate(arguments) if not _same(given[i], argument)),
+    )
+
+
+@contextmanager
+def default_state(seed: int = 0) -> Iterator[None]:
+    """Torch as it starts, whatever is set around: gradients on, float32 by default, a seeded generator."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        try:
+            # The tensors are tiny: on a busy machine, waiting for a second thread takes longer than the work.
+            torch.set_num_threads(1)
+            torch.set_default_dtype(torch.float32)
+            torch.default_generator.manual_seed(seed)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def difference(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    """How `actual` differs from `expected`, as a sentence about the function; None where the two agree."""
+    if actual.error or expected.error:
+        return _difference_in_errors(actual, expected)
+    if actual.unfilled:
+        return "it returns None: a path through the function has no `return`."
+    if actual.changed != expected.changed:
+        names = " and ".join(parameters[position] for position in actual.changed)
+        return f"it changes its argument {names} in place: compute a new tensor instead."
+    if (actual.single, len(actual.outputs)) != (expected.single, len(expected.outputs)):
+        return f"it returns {_count(actual)}, where {_count(expected)} is expected."
+    for i, (result, wanted) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
+        label = "the result" if actual.single else f"result {i + 1} of {len(actual.outputs)}"
+        sentence = difference_in_kind(result, wanted, label) or _difference_in_values(result, wanted, label)
+        if sentence:
+            return sentence
+        if expected.attached[i] and not actual.attached[i]:
+            return f"{label} has lost its gradient: no detach(), no_grad(), item() or new tensor on the way."
+        if actual.attached[i] and not expected.attached[i]:
+            return f"{label} carries gradient, where none is expected: detach it."
+    return _difference_in_gradients(actual, expected, parameters)
+
+
+def _difference_in_errors(actual: Outcome, expected: Outcome) -> str | None:
+    if actual.error == expected.error:
+        return None
+    if actual.error:
+        return f"it raises {actual.error}{actual.error_text}."
+    return f"it returns a result, where {expected.error} is expected."
+
+
+def difference_in_kind(result: object, wanted: Tensor, label: str = "the result") -> str | None:
+    """How an output differs from the expected tensor in type, shape, dtype or device, if it does."""
+    if not isinstance(result, Tensor) or result.layout != wanted.layout:
+        return f"{label} is of type {type(result).__name__}, where a dense Tensor is expected."
+    if result.shape != wanted.shape:
+        sentence = f"{label} has shape {_shape(result)}, where {_shape(wanted)} is expected."
+        return (
+            f"{sentence} It would broadcast silently: keep every axis."
+            if _widens(result, wanted)
+            else sentence
+        )
+    if result.dtype != wanted.dtype:
+        return f"{label} has dtype {_dtype(result)}, where {_dtype(wanted)} is expected."
+    if result.device != wanted.device:
+        return f"{label} is on device {result.device}, where {wanted.device} is expected."
+    return None
+
+
+def _difference_in_values(result: Tensor, wanted: Tensor, label: str) -> str | None:
+    if _agree(result, wanted):
+        return None
+    for what, found in (("NaN", torch.isnan), ("infinite values", torch.isinf)):
+        if found(result).any() and not found(wanted).any():
+            return f"{label} contains {what}."
+    deviation = torch.nan_to_num(result.double() - wanted.double()).abs().max()
+    return f"{label} is off by up to {deviation:.2g}, where the right values reach {wanted.abs().max():.2g}."
+
+
+def _difference_in_gradients(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    for name, gradient, wanted in zip(parameters, actual.gradients, expected.gradients, strict=True):
+        if gradient is None and wanted is None:
+            continue
+        # An argument that no gradient arrives at has the gradient 0.
+        gradient = torch.zeros_like(wanted) if gradient is None else gradient
+        wanted = torch.zeros_like(gradient) if wanted is None else wanted
+        if not _agree(gradient, wanted):
+            return (
+                f"the values are right, but not their gradient with respect to {name}: is it cut on the way?"
+            )
+    return None
+
+
+def _agree(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = TOLERANCE.get(expected.dtype, 0.0)  # whole numbers must be equal
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _widens(result: Tensor, wanted: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(result.shape, wanted.shape) == wanted.shape
+    except RuntimeError:
+        return False
+
+
+def _copy(argument: object) -> object:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.detach().clone().requires_grad_(argument.requires_grad)
+
+
+def _same(one: object, other: object) -> bool:
+    if not isinstance(one, Tensor):
+        return one == other
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _gradients(outputs: tuple, arguments: tuple) -> tuple[Tensor | None, ...]:
+    """The gradients of sum_i cos(i) output_i, a linear function that no symmetry of the outputs cancels."""
+    attached = [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
+    leaves = [argument for argument in arguments if isinstance(argument, Tensor) and argument.requires_grad]
+    if not attached or not leaves:
+        return (None,) * len(arguments)
+    weights = [torch.arange(o.numel(), dtype=o.dtype, device=o.device).cos().view(o.shape) for o in attached]
+    found = iter(torch.autograd.grad(attached, leaves, weights, allow_unused=True))
+    return tuple(next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in arguments)
+
+
+def _error_text(error: BaseException, function: Callable) -> str:
+    """The first line of what the exception says, and the candidate's own line it came from, if at hand."""
+    text = str(error).strip().partition("\n")[0][:200].rstrip(".")
+    filename = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [number for frame, number in frames if frame.f_code.co_filename == filename]
+    source = linecache.getline(filename, lines[-1]).strip() if lines else ""
+    return (f" ({text})" if text else "") + (f" in the line `{source}`" if source else "")
+
+
+def _count(outcome: Outcome) -> str:
+    return "one result" if outcome.single else f"a tuple of {len(outcome.outputs)}"
+
+
+def describe(name: str, value: object) -> str:
+    """An argument in a few words: a tensor's dtype and shape, or a number's value."""
+    if isinstance(value, Tensor):
+        gradient = " with gradient" if value.requires_grad else ""
+        return f"{name} {_dtype(value)} {_shape(value)}{gradient}"
+    return f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,128 @@
+"""A check as numbers: an exercise's cases, expected outcomes, and what each misconception gives.
+
+A recording judges a candidate without the reference and without the wrong answers' code, so it can be handed
+out; with another seed the same machinery makes hidden tests. On disk it is one safetensors file: every tensor
+under a running number, the rest as JSON in the file's metadata, with {"tensor": number} in a tensor's place.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .core import Case, Exercise, Outcome, call, default_state
+
+FORMAT = "lecture26.checks 1"
+
+
+@dataclass(frozen=True)
+class RecordedMisconception:
+    """A wrong answer as numbers: its name, its hint, and its outcome on each case."""
+
+    name: str
+    hint: str
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that is needed to judge a candidate."""
+
+    exercise: str
+    derivation: str
+    parameters: tuple[str, ...]
+    cases: tuple[Case, ...]
+    expected: tuple[Outcome, ...]
+    misconceptions: tuple[RecordedMisconception, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the recording into one safetensors file."""
+        tensors: dict[str, Tensor] = {}
+        header = json.dumps(_pack(asdict(self), tensors))
+        save_file(tensors, path, metadata={"format": FORMAT, "recording": header})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recording":
+        """Read a recording.
+
+        Raises FileNotFoundError where there is no file, ValueError where the file is not a recording.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is not a recorded check: its format must be {FORMAT!r}")
+                plain = json.loads(metadata["recording"], object_hook=lambda found: _unpack(found, file))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a recorded check: {error}") from error
+        return cls(
+            exercise=plain["exercise"],
+            derivation=plain["derivation"],
+            parameters=tuple(plain["parameters"]),
+            cases=tuple(Case(case["note"], tuple(case["arguments"])) for case in plain["cases"]),
+            expected=tuple(map(_outcome, plain["expected"])),
+            misconceptions=tuple(
+                RecordedMisconception(wrong["name"], wrong["hint"], tuple(map(_outcome, wrong["outcomes"])))
+                for wrong in plain["misconceptions"]
+            ),
+        )
+
+
+def record_exercise(exercise: Exercise, seed: int = 0) -> Recording:
+    """Run an exercise's reference and misconceptions on the cases of a seed and keep what they do.
+
+    Raises ValueError where the reference itself fails on a case.
+    """
+    with default_state():
+        cases = tuple(exercise.cases(seed))
+
+    def outcomes(function: Callable) -> tuple[Outcome, ...]:
+        # An error's text may quote the line that raised it, and a recording holds no code.
+        return tuple(replace(call(function, case.arguments), error_text="") for case in cases)
+
+    expected = outcomes(exercise.reference)
+    for case, outcome in zip(cases, expected, strict=True):
+        if outcome.error:
+            raise ValueError(
+                f"the reference of {exercise.name} raises {outcome.error} on the case {case.note!r}"
+            )
+    return Recording(
+        exercise=exercise.name,
+        derivation=exercise.derivation,
+        parameters=exercise.parameters,
+        cases=cases,
+        expected=expected,
+        misconceptions=tuple(
+            RecordedMisconception(wrong.name, wrong.hint, outcomes(wrong.function))
+            for wrong in exercise.misconceptions
+        ),
+    )
+
+
+def _pack(value: object, tensors: dict[str, Tensor]) -> object:
+    """A nested structure as JSON knows it, its tensors moved to `tensors` under a running number."""
+    if isinstance(value, Tensor):
+        number = str(len(tensors))
+        tensors[number] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {"tensor": number, "requires_grad": value.requires_grad}
+    if isinstance(value, dict):
+        return {key: _pack(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(inner, tensors) for inner in value]
+    return value
+
+
+def _unpack(found: dict, file: safe_open) -> object:
+    if "tensor" not in found:
+        return found
+    return file.get_tensor(found["tensor"]).requires_grad_(found["requires_grad"])
+
+
+def _outcome(plain: dict) -> Outcome:
+    """An outcome from JSON, whose lists are tuples again."""
+    return Outcome(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()})

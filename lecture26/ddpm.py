@@ -1,0 +1,819 @@
+"""DDPM: denoising diffusion probabilistic models.
+
+Generated from notebooks/01_ddpm.py, which derives and checks it: edit there, then run `make package`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lecture26.kit.validation import check_choice, check_positive_int
+
+# --- A schedule ---
+
+
+def linear_betas(num_steps):
+    """Noise variances that grow linearly, scaled so that every number of steps ends in noise.
+
+    Args:
+        num_steps: T, at least 21 (at 20 the last beta would reach 1).
+
+    Returns:
+        (T,) float64, from 0.1 / T to 20 / T.
+
+    Raises:
+        ValueError: if num_steps is below 21.
+
+    Source: Ho et al. 2020, section 4 (1e-4 to 0.02 at T = 1000); the factor 1000 / T as in Nichol and
+    Dhariwal 2021.
+    """
+    check_positive_int("num_steps", num_steps)
+    if num_steps <= 20:
+        raise ValueError(f"num_steps must be at least 21, since beta_T = 20 / T; got num_steps={num_steps}")
+    # beta_t from 1e-4 to 0.02 at T = 1000, times 1000 / T otherwise
+    scale = 1000 / num_steps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+
+
+# --- Any step at once ---
+
+
+def q_sample(x_0, alpha_bar, noise):
+    """Draw x_t given x_0 in one step.
+
+    Args:
+        x_0: clean data, (B, ...).
+        alpha_bar: signal left at each sample's step, broadcastable to x_0, in (0, 1).
+        noise: standard normal, like x_0.
+
+    Returns:
+        x_t, like x_0.
+
+    Source: Ho et al. 2020, equation 4.
+    """
+    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+
+
+# --- A gentler schedule ---
+
+
+def cosine_betas(num_steps):
+    """Noise variances for which alpha_bar falls along a squared cosine, slowly at both ends.
+
+    Args:
+        num_steps: T, at least 1.
+
+    Returns:
+        (T,) float64, each at most 0.999.
+
+    Source: Nichol and Dhariwal 2021, equation 17, offset 0.008.
+    """
+    check_positive_int("num_steps", num_steps)
+    # alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), u = t / T
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)  # (T + 1,)
+    alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    # beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+# --- A laboratory where everything is exact ---
+
+
+class GaussianMixture:
+    """A mixture of isotropic normals, of which everything about its noisy versions is known exactly.
+
+    Every method takes points of the noisy marginal q(x_t) and the alpha_bar of their steps: a number, or a
+    tensor (B, 1) of one value per point; alpha_bar = 1 is the data distribution itself.
+
+    Args:
+        weights: (K,), positive, with sum 1.
+        means: (K, D).
+        stds: (K,), positive.
+
+    Raises:
+        ValueError: if the shapes disagree or the weights are no distribution.
+    """
+
+    def __init__(self, weights, means, stds):
+        self.weights, self.means, self.stds = (
+            torch.as_tensor(table, dtype=torch.float64) for table in (weights, means, stds)
+        )
+        if self.means.ndim != 2 or not len(self.weights) == len(self.means) == len(self.stds):
+            raise ValueError(
+                "weights, means and stds must have shapes (K,), (K, D) and (K,); "
+                f"got {tuple(self.weights.shape)}, {tuple(self.means.shape)} and {tuple(self.stds.shape)}"
+            )
+        if (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-9:
+            raise ValueError(f"weights must be positive with sum 1; got {self.weights}")
+
+    def sample(self, count, generator=None):
+        """Draw points and the components they came from: (count, D) float64 and (count,) integers."""
+        y = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[y] + self.stds[y, None] * noise, y
+
+    def noisy_components(self, x_t, alpha_bar=1.0):
+        """Weights (K,), means (B, K, D) and variances (B, K) of q(x_t), with x_t's dtype and device."""
+        weights, means, stds = (
+            table.to(x_t.dtype).to(x_t.device) for table in (self.weights, self.means, self.stds)
+        )
+        alpha_bar = torch.as_tensor(alpha_bar, dtype=x_t.dtype, device=x_t.device).expand(len(x_t), 1)
+        # N(sqrt(alpha_bar) mu_k, (alpha_bar s_k^2 + 1 - alpha_bar) I)
+        return weights, alpha_bar.sqrt()[:, :, None] * means, alpha_bar * stds**2 + 1 - alpha_bar
+
+    def joint_log_density(self, x_t, alpha_bar=1.0):
+        """log q(x_t, component k) for points (B, D), as (B, K)."""
+        weights, means, variances = self.noisy_components(x_t, alpha_bar)
+        squared_distance = ((x_t[:, None] - means) ** 2).sum(dim=-1)  # (B, K)
+        dim = x_t.shape[1]
+        # log w_k - 1/2 (D log(2 pi v_k) + |x_t - m_k|^2 / v_k)
+        return weights.log() - 0.5 * (dim * (2 * math.pi * variances).log() + squared_distance / variances)
+
+    def log_prob(self, x_t, alpha_bar=1.0):
+        """log q(x_t) for points (B, D), as (B,), in nats."""
+        return self.joint_log_density(x_t, alpha_bar).logsumexp(dim=1)
+
+    def responsibilities(self, x_t, alpha_bar=1.0):
+        """q(component k | x_t) for points (B, D), as (B, K)."""
+        return self.joint_log_density(x_t, alpha_bar).softmax(dim=1)
+
+    def score(self, x_t, alpha_bar=1.0):
+        """The gradient of log q(x_t) with respect to x_t, for points (B, D), as (B, D)."""
+        _, means, variances = self.noisy_components(x_t, alpha_bar)
+        pull = (means - x_t[:, None]) / variances[:, :, None]  # (B, K, D)
+        # grad log q(x_t) = sum_k q(k | x_t) (m_k - x_t) / v_k
+        return (self.responsibilities(x_t, alpha_bar)[:, :, None] * pull).sum(dim=1)
+
+
+# --- Going back, when the clean data are known ---
+
+
+def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
+    """Mean of x_{t-1} given x_t and x_0.
+
+    Args:
+        x_0, x_t: clean and noisy data, (B, ...).
+        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; broadcastable to x_0.
+
+    Returns:
+        mu~_t, like x_t. At the first step, where alpha_bar_prev = 1, it is x_0.
+
+    Source: Ho et al. 2020, equation 7.
+    """
+    # mu~ = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+    #     + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+    weight_x_0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+    weight_x_t = (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    return weight_x_0 * x_0 + weight_x_t * x_t
+
+
+def posterior_variance(beta, alpha_bar, alpha_bar_prev):
+    """Variance of x_{t-1} given x_t and x_0.
+
+    Args:
+        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; any one shape.
+
+    Returns:
+        beta~_t, the same shape. At the first step, where alpha_bar_prev = 1, it is 0.
+
+    Source: Ho et al. 2020, equation 7.
+    """
+    # beta~ = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+    return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+
+
+# --- Three things to predict ---
+
+
+def x_0_from_eps(x_t, alpha_bar, eps):
+    """Clean data from noisy data x_t and its noise eps, shapes as in q_sample.
+
+    Source: Ho et al. 2020, equation 15.
+    """
+    # x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+    return (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+
+
+def eps_from_x_0(x_t, alpha_bar, x_0):
+    """Noise from noisy data x_t and clean data x_0, shapes as in q_sample.
+
+    Source: Ho et al. 2020, equation 4.
+    """
+    # eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
+    return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+
+def v_from_x_0_and_eps(x_0, alpha_bar, eps):
+    """The velocity v of a noisy sample.
+
+    Args:
+        x_0, eps: clean data and noise, (B, ...).
+        alpha_bar: broadcastable to x_0, in (0, 1).
+
+    Returns:
+        v, like x_0.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+
+
+def x_0_from_v(x_t, alpha_bar, v):
+    """Clean data from noisy data and its velocity.
+
+    Args:
+        x_t, v: noisy data and velocity, (B, ...).
+        alpha_bar: broadcastable to x_t, in (0, 1).
+
+    Returns:
+        x_0, like x_t.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+    return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
+
+
+def eps_from_v(x_t, alpha_bar, v):
+    """Noise from noisy data x_t and its velocity v, shapes as in x_0_from_v.
+
+    Source: Salimans and Ho 2022, appendix D.
+    """
+    # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
+    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
+
+
+# --- The bound ---
+
+
+def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+    """KL divergence from the first normal to the second, KL(N_1 || N_2), for each element.
+
+    Args:
+        mean_1, log_variance_1, mean_2, log_variance_2: tensors that broadcast against each other.
+
+    Returns:
+        The divergences in nats, of the broadcast shape, at least 0.
+
+    Source: Ho et al. 2020, equation 5 needs it; Kingma and Welling 2014, appendix B.
+    """
+    # KL = 1/2 (log(sigma_2^2 / sigma_1^2) + (sigma_1^2 + (mu_1 - mu_2)^2) / sigma_2^2 - 1)
+    variance_ratio = (log_variance_1 - log_variance_2).exp()
+    scaled_distance = (mean_1 - mean_2) ** 2 * (-log_variance_2).exp()
+    return 0.5 * (log_variance_2 - log_variance_1 + variance_ratio + scaled_distance - 1)
+
+
+# --- The model's step ---
+
+
+def learned_range_log_variance(v, beta, log_posterior_variance):
+    """Log-variance between its two bounds, as a network's output chooses.
+
+    Args:
+        v: the network's variance output, -1 for the lower bound and 1 for the upper; not clamped.
+        beta: upper bound, broadcastable to v.
+        log_posterior_variance: logarithm of the lower bound, beta~, broadcastable to v.
+
+    Returns:
+        log sigma_t^2, like v.
+
+    Source: Nichol and Dhariwal 2021, equation 15.
+    """
+    # log sigma^2 = f log beta + (1 - f) log beta~,  f = (v + 1) / 2
+    fraction = (v + 1) / 2
+    return fraction * beta.log() + (1 - fraction) * log_posterior_variance
+
+
+# --- The last step, for 8-bit images ---
+
+
+def normal_log_density(x, mean, log_variance):
+    """Log-density of a normal for each element, in nats; the arguments broadcast."""
+    # log N(x; mu, sigma^2) = -1/2 (log(2 pi) + log sigma^2 + (x - mu)^2 / sigma^2)
+    return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * (-log_variance).exp())
+
+
+def discretized_log_likelihood(x, mean, log_variance):
+    """Log-probability of the 8-bit value that x stands for, under a normal, for each element.
+
+    Args:
+        x: data that started as integers 0 to 255, scaled to [-1, 1].
+        mean, log_variance: of the normal, broadcastable to x.
+
+    Returns:
+        Log-probabilities in nats, like x: the normal's mass within 1/255 of x, the outermost two bins
+        reaching to infinity.
+
+    Source: Ho et al. 2020, equation 13.
+    """
+    standard = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    below = torch.where(x < -0.999, torch.zeros_like(x), standard.cdf(x - 1 / 255))
+    above = torch.where(x > 0.999, torch.ones_like(x), standard.cdf(x + 1 / 255))
+    # the mass of a far bin underflows; a floor keeps its logarithm finite
+    return (above - below).clamp(min=1e-12).log()
+
+
+# --- The diffusion, assembled ---
+
+
+class Posterior(NamedTuple):
+    """The normal distribution of x_{t-1} given x_t and x_0, each field shaped like x_t."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+
+
+class PMeanVariance(NamedTuple):
+    """The model's distribution of x_{t-1} given x_t, and the clean data and noise it rests on."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    x_0: torch.Tensor
+    eps: torch.Tensor
+
+
+def lookup(table, t, like):
+    """Look a table up at every sample's step.
+
+    Args:
+        table: (T,) float64, on the CPU, since not every device has float64.
+        t: steps, (B,), integers in [0, T).
+        like: the tensor to broadcast against, (B, ...).
+
+    Returns:
+        (B, 1, ...), with like's dtype and device.
+
+    Raises:
+        ValueError: if t has another shape, or a step outside [0, T).
+    """
+    if t.shape != like.shape[:1]:
+        raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
+    t = t.cpu()
+    if t.numel() and not 0 <= t.min() <= t.max() < len(table):
+        raise ValueError(f"t must lie in [0, {len(table)}); got values {t.min()} to {t.max()}")
+    values = table[t].to(like.dtype).to(like.device)
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Diffusion:
+    """A noise schedule, what the network predicts, and all that follows from the two.
+
+    Data and noise are (B, C, ...) tensors of any floating dtype, on any device; steps t are (B,) integers
+    counted from 0, so code step t is the papers' step t + 1. A denoiser is any callable (x_t, t) ->
+    output of shape (B, C, ...), or (B, 2C, ...) with a learned variance, the last C channels being it.
+    The t it receives is the step of the original schedule, also after respacing.
+
+    Args:
+        betas: noise variances, (T,), each strictly between 0 and 1.
+        prediction: what the denoiser's output stands for, 'eps', 'x_0' or 'v'.
+        variance: of the reverse step: 'fixed_small' (beta~), 'fixed_large' (beta) or 'learned_range'.
+        clip: clamp the predicted x_0 to [-1, 1] when sampling; for pixels only.
+
+    Attributes:
+        num_steps: T.
+        betas, alpha_bar, alpha_bar_prev: the schedule, (T,) float64 on the CPU; alpha_bar_prev[0] = 1.
+        base: the diffusion this one was respaced from, or itself.
+        steps: (T,) int64, the base's step that each own step stands for.
+
+    Raises:
+        ValueError: if betas is no (T,) table inside (0, 1), or a choice is unknown.
+
+    Source: Ho et al. 2020; Nichol and Dhariwal 2021 (learned range); Salimans and Ho 2022 (v).
+    """
+
+    def __init__(self, betas, prediction="eps", variance="fixed_small", clip=False):
+        check_choice("prediction", prediction, ("eps", "x_0", "v"))
+        check_choice("variance", variance, ("fixed_small", "fixed_large", "learned_range"))
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be a (T,) table with 0 < beta < 1; got {betas}")
+        self.prediction, self.variance, self.clip = prediction, variance, clip
+        self.betas = betas
+        self.num_steps = len(betas)
+        self.base = self
+        self.steps = torch.arange(self.num_steps)
+
+        # alpha_bar_t = product over s <= t of (1 - beta_s)
+        self.alpha_bar = (1 - betas).cumprod(dim=0)
+        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        self.posterior_variance = posterior_variance(betas, self.alpha_bar, self.alpha_bar_prev)
+        # beta~ is 0 at the first step and has no logarithm there: the next one stands in
+        second = self.posterior_variance[1:2] if self.num_steps > 1 else betas
+        self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
+        self.log_large_variance = torch.cat([second, betas[1:]]).log()
+
+    def q_sample(self, x_0, t, noise):
+        """Draw x_t given x_0 (B, C, ...) at steps t with the given standard normal noise."""
+        return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
+
+    def q_posterior(self, x_0, x_t, t):
+        """The distribution of x_{t-1} given x_t and x_0, as (mean, variance, log_variance) like x_t.
+
+        The variance is exactly 0 at t = 0; its logarithm there is that of the next step.
+        """
+        tables = (self.betas, self.alpha_bar, self.alpha_bar_prev)
+        mean = posterior_mean(x_0, x_t, *(lookup(table, t, x_t) for table in tables))
+        variance = lookup(self.posterior_variance, t, x_t).expand_as(x_t)
+        log_variance = lookup(self.log_posterior_variance, t, x_t).expand_as(x_t)
+        return Posterior(mean, variance, log_variance)
+
+    def x_0_from_eps(self, x_t, t, eps):
+        """Clean data from noisy data and its noise, each (B, C, ...)."""
+        return x_0_from_eps(x_t, lookup(self.alpha_bar, t, x_t), eps)
+
+    def eps_from_x_0(self, x_t, t, x_0):
+        """Noise from noisy and clean data, each (B, C, ...)."""
+        return eps_from_x_0(x_t, lookup(self.alpha_bar, t, x_t), x_0)
+
+    def x_0_from_v(self, x_t, t, v):
+        """Clean data from noisy data and its velocity, each (B, C, ...)."""
+        return x_0_from_v(x_t, lookup(self.alpha_bar, t, x_t), v)
+
+    def eps_from_v(self, x_t, t, v):
+        """Noise from noisy data and its velocity, each (B, C, ...)."""
+        return eps_from_v(x_t, lookup(self.alpha_bar, t, x_t), v)
+
+    def v_from_eps(self, x_t, t, eps):
+        """Velocity from noisy data and its noise, each (B, C, ...)."""
+        alpha_bar = lookup(self.alpha_bar, t, x_t)
+        return v_from_x_0_and_eps(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
+
+    def target(self, x_0, eps, t):
+        """What the denoiser should return for data x_0 with noise eps at steps t, like x_0."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x_0":
+            return x_0
+        return v_from_x_0_and_eps(x_0, lookup(self.alpha_bar, t, x_0), eps)
+
+    def split_output(self, output, x_t):
+        """Part a denoiser's output into prediction and variance channels, each like x_t, the latter or None.
+
+        Raises:
+            ValueError: if the output has not the shape that this diffusion's variance asks for.
+        """
+        batch, channels, *rest = x_t.shape
+        learned = self.variance == "learned_range"
+        expected = (batch, channels * (1 + learned), *rest)
+        if output.shape != expected:
+            raise ValueError(
+                f"the denoiser must return shape {expected} with variance={self.variance!r}; "
+                f"got {tuple(output.shape)}"
+            )
+        return output.split(channels, dim=1) if learned else (output, None)
+
+    def reverse_step(self, output, x_t, t, clip):
+        """Turn a denoiser's output into the model's distribution of x_{t-1}, a PMeanVariance."""
+        prediction, v = self.split_output(output, x_t)
+        if self.prediction == "eps":
+            x_0 = self.x_0_from_eps(x_t, t, prediction)
+        elif self.prediction == "v":
+            x_0 = self.x_0_from_v(x_t, t, prediction)
+        else:
+            x_0 = prediction
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+        # the noise that goes with the clipped x_0, so that the two still make up x_t
+        eps = self.eps_from_x_0(x_t, t, x_0)
+
+        mean, variance, log_variance = self.q_posterior(x_0, x_t, t)
+        if self.variance == "fixed_large":
+            log_variance = lookup(self.log_large_variance, t, x_t).expand_as(x_t)
+            variance = log_variance.exp()
+        elif self.variance == "learned_range":
+            log_variance = learned_range_log_variance(v, lookup(self.betas, t, x_t), log_variance)
+            variance = log_variance.exp()
+        return PMeanVariance(mean, variance, log_variance, x_0, eps)
+
+    def p_mean_variance(self, denoiser, x_t, t):
+        """The model's distribution of x_{t-1} given x_t, for sampling.
+
+        Args:
+            denoiser: callable (x_t, t) -> output, see the class; it receives the original steps.
+            x_t: (B, C, ...).
+            t: own steps, (B,).
+
+        Returns:
+            PMeanVariance(mean, variance, log_variance, x_0, eps), each like x_t.
+
+        Source: Ho et al. 2020, algorithm 2 and section 3.2.
+        """
+        return self.reverse_step(denoiser(x_t, self.steps.to(t.device)[t]), x_t, t, self.clip)
+
+    def add_score(self, output, x_t, t, gradient):
+        """Add the gradient of a log-probability to the score that a denoiser's output stands for.
+
+        Args:
+            output: the denoiser's raw output, (B, C, ...) or (B, 2C, ...).
+            x_t: (B, C, ...).
+            t: steps of the original schedule, (B,), whether or not this diffusion is respaced.
+            gradient: of the log-probability with respect to x_t, (B, C, ...).
+
+        Returns:
+            The output for the sum of both scores; variance channels are left alone.
+
+        Source: Dhariwal and Nichol 2021, algorithm 2, for eps; the others follow from it.
+        """
+        alpha_bar = lookup(self.base.alpha_bar, t, x_t)
+        if self.prediction == "eps":
+            # eps = -sqrt(1 - alpha_bar) score
+            shift = -(1 - alpha_bar).sqrt() * gradient
+        elif self.prediction == "v":
+            # v = (sqrt(alpha_bar) x_t - x_0) / sqrt(1 - alpha_bar), and x_0 moves as below
+            shift = -((1 - alpha_bar) / alpha_bar).sqrt() * gradient
+        else:
+            # x_0 = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar)
+            shift = (1 - alpha_bar) / alpha_bar.sqrt() * gradient
+        channels = x_t.shape[1]
+        return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
+
+    # --- From the bound to the simple loss ---
+
+    def bound_term(self, reverse, x_0, x_t, t, log_likelihood):
+        """Each sample's term of the bound on -log p(x_0), in nats.
+
+        Args:
+            reverse: the model's distribution of x_{t-1}, a PMeanVariance made without clipping.
+            x_0, x_t: (B, C, ...).
+            t: own steps, (B,).
+            log_likelihood: callable (x_0, mean, log_variance) -> element-wise log-probability, for t = 0.
+
+        Returns:
+            (B,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or -log p(x_0 | x_1) where t = 0.
+
+        Source: Ho et al. 2020, equation 5.
+        """
+        posterior = self.q_posterior(x_0, x_t, t)
+        kl = normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
+        decoder = -log_likelihood(x_0, reverse.mean, reverse.log_variance)
+        return torch.where(t == 0, decoder.flatten(1).sum(dim=1), kl.flatten(1).sum(dim=1))
+
+    def loss(self, denoiser, x_0, t, noise):
+        """The training loss, averaged over samples and elements.
+
+        The squared error of the prediction; with a learned variance, plus the bound in bits per dimension
+        times T / 1000, whose gradient reaches the variance channels only (data as 8-bit pixels in [-1, 1]).
+
+        Args:
+            denoiser: callable (x_t, t) -> output, see the class.
+            x_0: (B, C, ...).
+            t: own steps, (B,).
+            noise: standard normal, like x_0.
+
+        Returns:
+            A scalar.
+
+        Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 and section 3.1.
+        """
+        x_t = self.q_sample(x_0, t, noise)
+        output = denoiser(x_t, self.steps.to(t.device)[t])
+        prediction, _ = self.split_output(output, x_t)
+        loss = F.mse_loss(prediction, self.target(x_0, noise, t))
+        if self.variance == "learned_range":
+            frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
+            reverse = self.reverse_step(frozen, x_t, t, clip=False)
+            nats = self.bound_term(reverse, x_0, x_t, t, discretized_log_likelihood)  # (B,)
+            bits_per_dim = nats.mean() / x_0[0].numel() / math.log(2)
+            loss = loss + self.num_steps / 1000 * bits_per_dim
+        return loss
+
+    # --- Fewer steps ---
+
+    def respace(self, num_steps):
+        """A diffusion that visits num_steps of this one's steps, evenly spread, the first and last included.
+
+        Args:
+            num_steps: from 2 to T.
+
+        Returns:
+            Diffusion whose denoisers still receive the original steps.
+
+        Raises:
+            ValueError: if num_steps lies outside [2, T].
+
+        Source: Nichol and Dhariwal 2021, section 4.
+        """
+        check_positive_int("num_steps", num_steps)
+        if not 2 <= num_steps <= self.num_steps:
+            raise ValueError(f"num_steps must lie in [2, {self.num_steps}]; got num_steps={num_steps}")
+        steps = torch.linspace(0, self.num_steps - 1, num_steps, dtype=torch.float64).round().long()
+        betas = respaced_betas(self.alpha_bar, steps)
+        respaced = Diffusion(betas, self.prediction, self.variance, self.clip)
+        respaced.base = self.base
+        respaced.steps = self.steps[steps]
+        return respaced
+
+
+# --- Ancestral sampling ---
+
+
+def ancestral_update(mean, log_variance, noise, t):
+    """Draw x_{t-1} from the model's distribution; the last step adds no noise.
+
+    Args:
+        mean, log_variance, noise: (B, C, ...).
+        t: steps, (B,), counted from 0; 0 is the last step of sampling.
+
+    Returns:
+        x_{t-1}, like mean.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+    is_noisy = (t > 0).to(mean.dtype).reshape(-1, *[1] * (mean.ndim - 1))  # (B, 1, ...)
+    # x_{t-1} = mu + sigma z, and z = 0 at the last step
+    return mean + is_noisy * (0.5 * log_variance).exp() * noise
+
+
+# --- DDIM ---
+
+
+def ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
+    """Move from step t to the one before along DDIM's path.
+
+    Args:
+        x_0, eps: the predicted clean data and noise, (B, C, ...).
+        alpha_bar, alpha_bar_prev: at t and at the step before, broadcastable to x_0.
+        eta: how much fresh noise, from 0 (none) to 1 (as in DDPM with beta~).
+        noise: standard normal, like x_0.
+
+    Returns:
+        x_{t-1}, like x_0. Where alpha_bar_prev = 1 it is x_0.
+
+    Source: Song, Meng and Ermon 2021, equations 12 and 16.
+    """
+    # sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_prev)
+    variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    # x_{t-1} = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma z
+    direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
+    return alpha_bar_prev.sqrt() * x_0 + direction + variance.sqrt() * noise
+
+
+def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
+    """One ancestral step, from x_t to x_{t-1}.
+
+    Args:
+        diffusion: a Diffusion.
+        denoiser: callable (x_t, t) -> output.
+        x_t, noise: (B, C, ...).
+        t: the diffusion's own steps, (B,).
+        mean_shift: callable (mean, variance, x_t, t) -> shift, added to the mean, with the original t.
+
+    Returns:
+        x_{t-1}, like x_t.
+
+    Source: Ho et al. 2020, algorithm 2; Dhariwal and Nichol 2021, algorithm 1, for the shift.
+    """
+    p = diffusion.p_mean_variance(denoiser, x_t, t)
+    mean = p.mean
+    if mean_shift is not None:
+        mean = mean + mean_shift(p.mean, p.variance, x_t, diffusion.steps.to(t.device)[t])
+    return ancestral_update(mean, p.log_variance, noise, t)
+
+
+def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
+    """One DDIM step, from x_t to x_{t-1}; deterministic for eta = 0.
+
+    Args:
+        diffusion, denoiser, x_t, t, noise: as in ddpm_step.
+        eta: how much fresh noise, from 0 (none) to 1 (as in DDPM with beta~).
+
+    Returns:
+        x_{t-1}, like x_t.
+
+    Raises:
+        ValueError: if eta lies outside [0, 1].
+
+    Source: Song, Meng and Ermon 2021, equation 12.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1]; got eta={eta}")
+    p = diffusion.p_mean_variance(denoiser, x_t, t)
+    alpha_bar = lookup(diffusion.alpha_bar, t, x_t)
+    alpha_bar_prev = lookup(diffusion.alpha_bar_prev, t, x_t)
+    return ddim_update(p.x_0, p.eps, alpha_bar, alpha_bar_prev, eta, noise)
+
+
+def noise_like(x, generator):
+    """Standard normal noise like x, drawn on the generator's device: a seed means the same everywhere."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+@torch.no_grad()
+def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True):
+    """Draw samples, from pure noise down to x_0.
+
+    Args:
+        diffusion: a Diffusion; respace it first for fewer steps.
+        denoiser: callable (x_t, t) -> output.
+        shape: of the batch, (B, C, ...).
+        step: callable (diffusion, denoiser, x_t, t, noise) -> x_{t-1}, such as ddpm_step or ddim_step.
+        generator: source of all noise. The samples are made on its device unless x_T says otherwise.
+        x_T: the noise to start from, of that shape; drawn if None. Its dtype and device are kept.
+        progress: show a progress bar when sampling takes longer than two seconds.
+
+    Returns:
+        x_0, (B, C, ...).
+
+    Raises:
+        ValueError: if x_T has another shape.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+    if x_T is None:
+        device = None if generator is None else generator.device
+        x_T = torch.randn(shape, generator=generator, device=device)
+    elif tuple(x_T.shape) != tuple(shape):
+        raise ValueError(f"x_T must have the given shape {tuple(shape)}; got {tuple(x_T.shape)}")
+    x_t = x_T
+    steps = range(diffusion.num_steps)[::-1]
+    for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
+        t = torch.full((len(x_t),), index, device=x_t.device)
+        x_t = step(diffusion, denoiser, x_t, t, noise_like(x_t, generator))
+    return x_t
+
+
+# --- A whole chain that can be solved by hand ---
+
+
+def exact_denoiser(mixture, diffusion):
+    """The denoiser that a perfectly trained network would be, for data from a Gaussian mixture.
+
+    Args:
+        mixture: a GaussianMixture, the data distribution.
+        diffusion: the Diffusion it is made for, with a fixed variance; respaced or not.
+
+    Returns:
+        denoiser(x_t (B, D), t (B,)) -> the conditional expectation of the prediction's target, (B, D).
+    """
+    base = diffusion.base
+
+    def denoiser(x_t, t):
+        alpha_bar = lookup(base.alpha_bar, t, x_t)
+        # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
+        eps = -(1 - alpha_bar).sqrt() * mixture.score(x_t, alpha_bar)
+        # eps, x_0 and v are linear in each other given x_t, so their expectations convert as they do
+        return base.target(x_0_from_eps(x_t, alpha_bar, eps), eps, t)
+
+    return denoiser
+
+
+# --- Fewer steps ---
+
+
+def respaced_betas(alpha_bar, steps):
+    """The betas of a shorter schedule that visits some steps of a longer one.
+
+    Args:
+        alpha_bar: of the long schedule, (T,).
+        steps: the steps to keep, (S,), integers, increasing.
+
+    Returns:
+        (S,), such that their alpha_bar equals the long one's at the kept steps.
+
+    Source: Nichol and Dhariwal 2021, section 4.
+    """
+    kept = alpha_bar[steps]  # (S,)
+    previous = torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
+    # beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
+    return 1 - kept / previous
+
+
+# --- How likely are the data? ---
+
+
+@torch.no_grad()
+def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_density):
+    """Upper bound on -log p(x_0), one noise draw per step.
+
+    Args:
+        diffusion: a Diffusion.
+        denoiser: callable (x_t, t) -> output.
+        x_0: (B, C, ...).
+        generator: source of the noise.
+        log_likelihood: of the last step; discretized_log_likelihood for 8-bit images.
+
+    Returns:
+        (B, T + 1) in nats: the terms of the steps t = 0 .. T - 1, then KL(q(x_T | x_0) || N(0, I)).
+        Their sum is the bound.
+
+    Source: Ho et al. 2020, equation 5.
+    """
+    terms = []
+    for step in range(diffusion.num_steps):
+        t = torch.full((len(x_0),), step, device=x_0.device)
+        x_t = diffusion.q_sample(x_0, t, noise_like(x_0, generator))
+        reverse = diffusion.reverse_step(denoiser(x_t, diffusion.steps.to(t.device)[t]), x_t, t, clip=False)
+        terms.append(diffusion.bound_term(reverse, x_0, x_t, t, log_likelihood))
+    # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I)
+    alpha_bar = diffusion.alpha_bar[-1].to(x_0.dtype).to(x_0.device)
+    zero = torch.zeros_like(alpha_bar)
+    prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), zero, zero)
+    return torch.stack([*terms, prior.flatten(1).sum(dim=1)], dim=1)

@@ -1,0 +1,321 @@
+"""Every data set of the course, by name or by folder, with the interface of `ImageSet`."""
+
+import hashlib
+import math
+import os
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from tarfile import TarError
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.paths import downloads_dir
+from lecture26.kit.shapes import Scenes, Shapes
+from lecture26.kit.validation import check_choice, check_positive_int
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_IMAGE_SIZE = 32
+DEFAULT_LARGE_IMAGE_SIZE = 64  # of photographs that need the detail
+CACHE_BYTES = 512 * 2**20
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+GREY_MODES = ("1", "L", "LA")
+EIGHT_BIT_MODES = (*GREY_MODES, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError)
+DAMAGE_ERRORS = (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError, TarError, zlib.error)
+AIRCRAFT_BANNER_HEIGHT = 20  # a line of text at the bottom of each aircraft photograph
+
+
+class DataError(RuntimeError):
+    """Images are missing or damaged; the message says what to do."""
+
+
+def load(name: str | Path, split: str = "train", image_size: int | None = None) -> ImageSet:
+    """Open one split of a data set.
+
+    Args:
+        name: "shapes", "scenes", "digits" (scikit-learn's, 8x8 pixels), "mnist", "fashion_mnist", "cifar10",
+            "fgvc_aircraft" (these four are downloaded to data/downloads when first asked for), or a folder of
+            images: a Path, or a str with a separator such as "./photos". A folder holds train/, validation/
+            (or val/) and test/, or at least train/; in each of these, or in the folder itself where it has
+            none, images lie in one folder per class, or directly.
+        split: "train", "validation" or "test"; shapes and scenes have "held_out" too. Where a set brings no
+            validation split, a tenth of its training images is set aside; where a folder brings no test
+            split, another tenth.
+        image_size: height and width in pixels: 32 or 64 for shapes, 64 for scenes, any for the others, whose
+            images are resized and cropped at the centre. None: 64 for scenes and fgvc_aircraft, else 32.
+
+    Returns:
+        The images, whose labels are {"class": names} but for shapes, scenes and folders without classes.
+
+    Raises:
+        ValueError, TypeError: an unknown name, split or size.
+        FileNotFoundError, NotADirectoryError: no such folder.
+        DataError: a download that failed or is damaged, a folder without images, unreadable files.
+    """
+    if isinstance(name, Path) or (
+        isinstance(name, str) and any(s and s in name for s in (os.sep, os.altsep))
+    ):
+        return _load_folder(Path(name).expanduser(), split, image_size)
+    if name not in LOADERS:
+        raise ValueError(
+            f"name must be one of {', '.join(map(repr, LOADERS))}, or a folder given as a Path or with a "
+            f"separator, such as './photos'; got {name!r}"
+        )
+    return LOADERS[name](split, image_size)
+
+
+class PixelSet(ImageSet):
+    """Images with 8 bits per channel and at most one label, "class"."""
+
+    def __init__(self, channels: int, image_size: int, targets: torch.Tensor, class_names: Sequence[str]):
+        self.channels, self.image_size, self._targets = channels, image_size, targets
+        self.labels = {"class": tuple(class_names)} if class_names else {}
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def batch(self, indices: torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
+        indices = self._checked(indices)
+        image = self._pixels(indices).float().div_(127.5).sub_(1)
+        return {"image": image} | {name: self._targets[indices] for name in self.labels}
+
+    @abstractmethod
+    def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
+        """Images as (B, C, H, W) uint8."""
+
+
+class StoredImages(PixelSet):
+    """Images kept in memory, (N, C, H, W) uint8, resized once."""
+
+    def __init__(
+        self, pixels: torch.Tensor, targets: torch.Tensor, class_names: Sequence[str], image_size: int
+    ):
+        if pixels.shape[-1] != image_size:
+            from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+            pixels = resize(pixels, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
+        self._stored = pixels
+        super().__init__(pixels.shape[1], image_size, targets, class_names)
+
+    def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
+        return self._stored[indices]
+
+
+class FileImages(PixelSet):
+    """Images read from their files when first asked for, and kept in memory if all fit in CACHE_BYTES."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        targets: Sequence[int],
+        class_names: Sequence[str],
+        channels: int,
+        image_size: int,
+        banner_height: int = 0,
+    ):
+        super().__init__(channels, image_size, torch.tensor(targets), class_names)
+        self._files, self._banner_height = files, banner_height
+        self._image_shape = (channels, image_size, image_size)
+        self._cache: torch.Tensor | None = None
+        if len(files) * math.prod(self._image_shape) <= CACHE_BYTES:
+            # The system hands out this memory page by page, as the images are written.
+            self._cache = torch.empty(len(files), *self._image_shape, dtype=torch.uint8)
+            self._is_cached = torch.zeros(len(files), dtype=torch.bool)
+
+    def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
+        if self._cache is None:
+            pixels = torch.empty(len(indices), *self._image_shape, dtype=torch.uint8)
+            for position, i in enumerate(indices.tolist()):
+                pixels[position] = self._decode(i)
+            return pixels
+        for i in indices[~self._is_cached[indices]].tolist():
+            self._cache[i] = self._decode(i)
+            self._is_cached[i] = True
+        return self._cache[indices]
+
+    def _decode(self, index: int) -> torch.Tensor:
+        file = self._files[index]
+        try:
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
+            raise DataError(f"{file} is not a readable image ({error}): mend or delete it") from None
+        if self._banner_height:
+            image = image.crop((0, 0, image.width, image.height - self._banner_height))
+        image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3)
+        return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+
+
+def _image_size(image_size: int | None, default: int = DEFAULT_IMAGE_SIZE) -> int:
+    if image_size is None:
+        return default
+    check_positive_int("image_size", image_size)
+    return image_size
+
+
+def _load_digits(split: str, image_size: int | None) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    check_choice("split", split, SPLITS)
+    digits = load_digits()
+    targets = torch.from_numpy(digits.target).long()
+    pixels = torch.from_numpy(digits.images * (255 / 16)).round().byte()[:, None]  # (1797, 1, 8, 8)
+    # Of each class, in the order of its images, every sixth is for validation and every sixth for test.
+    rank = torch.nn.functional.one_hot(targets).cumsum(dim=0).gather(1, targets[:, None])[:, 0] % 6
+    chosen = {"train": rank > 1, "validation": rank == 0, "test": rank == 1}[split]
+    names = [str(digit) for digit in range(10)]
+    return StoredImages(pixels[chosen], targets[chosen], names, _image_size(image_size))
+
+
+def _load_torchvision(class_name: str, split: str, image_size: int | None) -> ImageSet:
+    """MNIST, FashionMNIST or CIFAR10; the last tenth of its training images is the validation split."""
+    check_choice("split", split, SPLITS)
+    image_size = _image_size(image_size)
+    data_set = _download(class_name, train=split != "test")
+    pixels, targets = torch.as_tensor(data_set.data), torch.as_tensor(data_set.targets)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)  # (N, C, H, W)
+    if split != "test":
+        num_train = len(pixels) - len(pixels) // 10
+        kept = slice(num_train) if split == "train" else slice(num_train, None)
+        pixels, targets = pixels[kept], targets[kept]
+    return StoredImages(pixels, targets, data_set.classes, image_size)
+
+
+def _load_aircraft(split: str, image_size: int | None) -> ImageSet:
+    """FGVC-Aircraft, its 100 variants, in the splits it comes with."""
+    check_choice("split", split, SPLITS)
+    image_size = _image_size(image_size, DEFAULT_LARGE_IMAGE_SIZE)
+    data_set = _download("FGVCAircraft", split="val" if split == "validation" else split)
+    files = [Path(file) for file in data_set._image_files]
+    absent = [file for file in files if not file.exists()]
+    if absent:
+        raise DataError(f"{absent[0]} is missing: {_delete_and_repeat('FGVCAircraft')}")
+    return FileImages(files, data_set._labels, data_set.classes, 3, image_size, AIRCRAFT_BANNER_HEIGHT)
+
+
+def _download(class_name: str, **options):
+    """One of torchvision's data sets, downloaded if it is not there yet."""
+    import torchvision
+
+    try:
+        return getattr(torchvision.datasets, class_name)(_folder_of(class_name), download=True, **options)
+    except (*NETWORK_ERRORS, *DAMAGE_ERRORS) as error:
+        # torchvision lets some network errors through and wraps others in a RuntimeError.
+        is_offline = isinstance(error, NETWORK_ERRORS) or "urlopen" in str(error)
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    folder = _folder_of(class_name)
+    if not is_offline:
+        raise DataError(f"{class_name} is incomplete or damaged ({reason}): {_delete_and_repeat(class_name)}")
+    leftover = f"; what is in {folder} is incomplete" if any(f.is_file() for f in folder.rglob("*")) else ""
+    raise DataError(
+        f"{class_name} could not be downloaded ({reason}){leftover}. Connect to the network and try again, "
+        f"or copy the folder {folder} from a computer that has it. Without a network, load 'shapes', "
+        "'scenes', 'digits' or a folder of images."
+    )
+
+
+def _folder_of(class_name: str) -> Path:
+    return downloads_dir() / class_name
+
+
+def _delete_and_repeat(class_name: str) -> str:
+    return f"delete the folder {_folder_of(class_name)} and load the set again to repeat the download"
+
+
+def _load_folder(folder: Path, split: str, image_size: int | None) -> ImageSet:
+    check_choice("split", split, SPLITS)
+    image_size = _image_size(image_size)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, not a folder of images; unpack it if it is an archive")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} (from here: {folder.absolute()})")
+    files = _files_by_split(folder)
+    everything = [file for members in files.values() for file in members]
+    if not everything:
+        raise DataError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+    if not files[split]:
+        counts = ", ".join(f"{len(members)} for {name}" for name, members in files.items())
+        raise DataError(f"{folder} has no images for the split {split!r} ({counts})")
+    class_names = sorted({parts[0] for _, parts in everything if len(parts) > 1})
+    unclassed = [file for file, parts in everything if len(parts) == 1]
+    if class_names and unclassed:
+        raise DataError(f"{folder} has folders of classes, but {unclassed[0]} is in none of them")
+    channels = _common_channels([file for file, _ in everything])
+    number = {class_name: i for i, class_name in enumerate(class_names)}
+    targets = [number.get(parts[0], 0) for _, parts in files[split]]
+    return FileImages([file for file, _ in files[split]], targets, class_names, channels, image_size)
+
+
+def _files_by_split(folder: Path) -> dict[str, list[tuple[Path, tuple[str, ...]]]]:
+    """The image files of each split, each with the parts of its path inside the split's folder, sorted."""
+    folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    # A class may be called "train" as well, so that these are splits only if they are all there is.
+    has_splits = "train" in folders and set(folders) <= {*SPLITS, "val"}
+    if not has_splits:
+        folders = {"train": folder}
+    if "val" in folders:
+        folders.setdefault("validation", folders["val"])
+    files = {split: _image_files(folders[split]) if split in folders else [] for split in SPLITS}
+    # What has no folder of its own gets a tenth of the training images.
+    for tenth, split in enumerate(SPLITS[1:]):
+        if split not in folders:
+            files[split] = [entry for entry in files["train"] if _tenth(entry[1]) == tenth]
+            files["train"] = [entry for entry in files["train"] if _tenth(entry[1]) != tenth]
+    return files
+
+
+def _image_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+    found = []
+    for file in folder.rglob("*"):
+        parts = file.relative_to(folder).parts
+        is_hidden = any(part.startswith(".") for part in parts)
+        if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden:
+            found.append((file, parts))
+    return sorted(found, key=lambda entry: entry[1])
+
+
+def _tenth(parts: tuple[str, ...]) -> int:
+    """A number of 0, ..., 9 that depends on the path alone, so that new files move no old one."""
+    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:8]) % 10
+
+
+def _common_channels(files: Sequence[Path]) -> int:
+    """1 if all files are grey, else 3; only their headers are read."""
+    modes, unreadable = set(), []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                mode = image.mode
+        except (OSError, SyntaxError, ValueError):
+            unreadable.append(file)
+            continue
+        if mode not in EIGHT_BIT_MODES:
+            raise DataError(f"{file} has the pixel format {mode!r}: convert it to 8 bits per channel")
+        modes.add(mode)
+    if unreadable:
+        names = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        raise DataError(f"{len(unreadable)} of {len(files)} files are not readable images: {names}")
+    return 1 if modes <= set(GREY_MODES) else 3
+
+
+def _torchvision_loader(class_name: str) -> Callable[[str, int | None], ImageSet]:
+    return lambda split, image_size: _load_torchvision(class_name, split, image_size)
+
+
+LOADERS: dict[str, Callable[[str, int | None], ImageSet]] = {
+    "shapes": Shapes,
+    "scenes": Scenes,
+    "digits": _load_digits,
+    "mnist": _torchvision_loader("MNIST"),
+    "fashion_mnist": _torchvision_loader("FashionMNIST"),
+    "cifar10": _torchvision_loader("CIFAR10"),
+    "fgvc_aircraft": _load_aircraft,
+}

@@ -1,0 +1,25 @@
+"""Where the course keeps its files."""
+
+import os
+from pathlib import Path
+
+
+def data_dir() -> Path:
+    """The data folder: the environment variable LECTURE26_DATA, or `data` beside the package."""
+    override = os.environ.get("LECTURE26_DATA")
+    return Path(override) if override else Path(__file__).resolve().parents[2] / "data"
+
+
+def checkpoints_dir() -> Path:
+    """The folder of trained weights and their cards."""
+    return data_dir() / "checkpoints"
+
+
+def results_dir() -> Path:
+    """The folder of stored long measurements."""
+    return data_dir() / "results"
+
+
+def downloads_dir() -> Path:
+    """The folder of downloaded data sets, ignored by git."""
+    return data_dir() / "downloads"

@@ -1,0 +1,99 @@
+"""Unconditional diffusion models of images, on any data set or folder (chapters 01 and 02)."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lecture26.ddpm import Diffusion, cosine_betas, linear_betas
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.training import SampleDraws
+from lecture26.recipes.recipe import Recipe
+from lecture26.unet import UNet
+
+SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
+EVALUATION_SEED = 2026
+EVALUATION_BATCHES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPM(Recipe):
+    """A U-Net that denoises images.
+
+    Attributes:
+        schedule: "cosine" or "linear".
+        diffusion_steps: T, the steps of the schedule.
+        prediction, clip: as `lecture26.ddpm.Diffusion` takes them.
+    """
+
+    family: ClassVar[str] = "ddpm"
+
+    schedule: str = "cosine"
+    diffusion_steps: int = 1000
+    prediction: str = "v"
+    clip: bool = True
+
+    def fitted_to(self, images: ImageSet) -> "DDPM":
+        levels = len(self.model["channel_multipliers"])
+        smallest = self.model["patch_size"] * 2 ** (levels - 1)  # pixels that become one at the lowest level
+        if images.image_size % smallest:
+            raise ValueError(
+                f"image_size must be a multiple of {smallest} for the network of {self.name!r}; "
+                f"got {images.image_size}"
+            )
+        return super().fitted_to(images)
+
+    def build(self) -> nn.Module:
+        return UNet(self.channels, **self.model)
+
+    @cached_property
+    def diffusion(self) -> Diffusion:
+        """The diffusion that the network is trained for."""
+        betas = SCHEDULES[self.schedule](self.diffusion_steps)
+        return Diffusion(betas, prediction=self.prediction, clip=self.clip)
+
+    def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
+        x_0 = images.batch(random.integers(len(images)))["image"]  # (B, C, H, W)
+        return {
+            "x_0": x_0,
+            "t": random.integers(self.diffusion_steps),  # (B,)
+            "noise": random.normal(*x_0.shape[1:]),  # (B, C, H, W)
+        }
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return self.diffusion.loss(model, batch["x_0"], batch["t"], batch["noise"])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
+        device = next(model.parameters()).device
+        losses = []
+        for n in torch.arange(EVALUATION_BATCHES * self.batch_size).split(self.batch_size):
+            batch = self.draw(images, SampleDraws(EVALUATION_SEED, n))
+            batch = {name: value.to(device) for name, value in batch.items()}
+            losses.append(self.loss(model, batch).item())
+        return {"test_loss": sum(losses) / len(losses)}
+
+
+IMAGES_32 = DDPM(
+    name="ddpm",
+    data="digits",
+    image_size=32,
+    # Folding 2 x 2 pixels at the input makes a step 3.5 times as fast as without.
+    model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "patch_size": 2},
+    steps=20_000,
+    learning_rate=1e-3,
+)
+RECIPES = (
+    IMAGES_32,
+    # Trained where bfloat16 made a step twice as fast.
+    replace(
+        IMAGES_32,
+        name="ddpm_shapes32",
+        data="shapes",
+        model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
+        steps=11_000,
+        precision="bf16",
+    ),
+)

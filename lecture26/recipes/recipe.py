@@ -1,0 +1,160 @@
+"""What every recipe has: the settings, the steps from data to checkpoint, and the way back from a card."""
+
+import dataclasses
+import statistics
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lecture26.kit.checkpoints import save_checkpoint
+from lecture26.kit.data import load
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.paths import data_dir
+from lecture26.kit.training import History, SampleDraws, train
+from lecture26.unet import EMA
+
+LOSS_CURVE_POINTS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """How one model is made: on what, of what size, for how long. Subclasses say what is learned.
+
+    Attributes:
+        name: the name of the checkpoint.
+        data: a data set's name or a folder of images, as `lecture26.kit.data.load` takes it.
+        image_size: in pixels; None takes the images as they come.
+        channels: of the images; taken from the data when training begins.
+        model: keyword arguments of the network, but for those that the data decide.
+        steps, batch_size, learning_rate, weight_decay, warmup_steps, decay_to, seed, precision:
+            as `lecture26.kit.training.train` takes them.
+        ema_decay: of the averaged weights, which become the checkpoint.
+    """
+
+    family: ClassVar[str]  # the name under which lecture26.recipes finds the class
+
+    name: str
+    data: str
+    image_size: int | None = None
+    channels: int = 3
+    model: dict
+    steps: int
+    batch_size: int = 64
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup_steps: int = 200
+    decay_to: float = 0.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    precision: str = "fp32"
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The untrained network."""
+
+    @abstractmethod
+    def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
+        """Draw a training batch; see `train`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss over a batch; see `train`."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
+        """Measure the trained network on images it has not seen: name to number."""
+
+    def load(self, split: str) -> ImageSet:
+        """A split of the recipe's data."""
+        return load(self.data, split=split, image_size=self.image_size)
+
+    def fitted_to(self, images: ImageSet) -> "Recipe":
+        """The recipe with what the data decide filled in."""
+        return dataclasses.replace(self, channels=images.channels, image_size=images.image_size)
+
+    def settings(self) -> dict:
+        """Every setting, as plain values; `type(recipe)(**settings)` gives the recipe back."""
+        return dataclasses.asdict(self)
+
+
+def state_file(name: str) -> Path:
+    """Where the state of an unfinished training run is kept."""
+    return data_dir() / "states" / f"{name}.pt"
+
+
+def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
+    """Train, evaluate and save a checkpoint, going on from the state of an interrupted run.
+
+    Args:
+        recipe: what to train.
+        command: the command line that does the same, for the card.
+        state_every: seconds between two states written.
+
+    Returns:
+        dict: the checkpoint's card; None in all but the main one of several processes.
+    """
+    from accelerate import PartialState  # takes a second to import, and only training needs it
+
+    with PartialState().main_process_first():  # it may have to download
+        images, unseen = recipe.load("train"), recipe.load("test")
+    recipe = recipe.fitted_to(images)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = recipe.build()
+    average = EMA(model, recipe.ema_decay)
+
+    settings = recipe.settings()
+    history = train(
+        model,
+        lambda random: recipe.draw(images, random),
+        recipe.loss,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_steps,
+        decay_to=recipe.decay_to,
+        average=average,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        state_file=state_file(recipe.name),
+        state_every=state_every,
+        settings=settings,
+    )
+    if not PartialState().is_main_process:
+        return None
+    card = save_checkpoint(
+        recipe.name,
+        average.model.state_dict(),
+        {
+            "recipe": recipe.family,
+            "settings": settings,
+            "command": command,
+            "data": f"{recipe.data}, {len(images)} images of {images.image_size} pixels",
+            "steps": recipe.steps,
+            "processes": PartialState().num_processes,
+            "seconds": round(history.seconds),
+            "metrics": recipe.evaluate(average.model, unseen),
+            "loss_curve": loss_curve(history),
+        },
+    )
+    state_file(recipe.name).unlink()
+    return card
+
+
+def loss_curve(history: History) -> dict[str, list]:
+    """The training loss in at most LOSS_CURVE_POINTS + 1 points, each the mean of as many steps.
+
+    Returns:
+        dict: "step", the last step of each point, and "loss".
+    """
+    width = max(1, len(history.losses) // LOSS_CURVE_POINTS)
+    ends = range(width, len(history.losses) + 1, width)
+    return {
+        "step": list(ends),
+        "loss": [round(statistics.fmean(history.losses[end - width : end]), 6) for end in ends],
+    }

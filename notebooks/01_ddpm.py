@@ -1,0 +1,1963 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,-all
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 01 DDPM: denoising diffusion probabilistic models
+#
+# Every kind of guidance in this course bends one and the same process: pure noise that is turned into
+# data, step by step, by a denoiser. This chapter derives that process and builds it.
+#
+# **What you will be able to do**
+#
+# - derive the forward process, its closed form, its posterior, the bound and the simple loss, and prove
+#   each of them numerically;
+# - convert between the noise, the clean data and the velocity that a network may predict;
+# - sample by DDPM and by DDIM, with all steps or with few, and say what differs;
+# - train a denoiser on a distribution whose exact answer is known, and see how close it gets.
+#
+# **What it needs**: calculus, normal distributions, PyTorch's tensors; chapter 00 for the notation.
+# **What it takes**: about a minute to run on two cores, and no data.
+#
+# The route: everything happens first on a *Gaussian mixture* in the plane. There, every quantity that a
+# network normally has to learn is known exactly. So no formula of this chapter has to be believed: the
+# cell behind each numbered equation computes both of its sides by different means and fails if they
+# disagree.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+from torch import nn
+
+from lecture26.checks import check
+from lecture26.kit.figures import PALETTE, show, use_style
+from lecture26.kit.proof import verify
+
+use_style()
+colours = list(PALETTE.values())
+
+# %% [markdown]
+# Cells like the next one become the module `lecture26.ddpm`; the others stay in the notebook.
+
+# %% tags=["export"]
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lecture26.kit.validation import check_choice, check_positive_int
+
+# %% [markdown]
+# Proofs want more digits than training does, so this chapter computes in double precision throughout.
+
+# %%
+torch.set_default_dtype(torch.float64)
+
+# %% [markdown]
+# ## From data to noise, one small step at a time
+#
+# Take one number, $x_0 = 2$, and three steps. Each step shrinks what is there a little and adds a little
+# noise. How much is said by $\beta_t$, the variance of the added noise:
+
+# %%
+x = torch.tensor(2.0)
+generator = torch.Generator().manual_seed(0)
+for beta in (0.1, 0.2, 0.3):
+    x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn((), generator=generator)
+    print(f"beta = {beta}: x = {x:.2f}")
+
+# %% [markdown]
+# Written as a distribution, one step of the **forward process** is
+#
+# $$q(x_t \mid x_{t-1}) = \mathcal{N}\!\left(x_t;\ \sqrt{1-\beta_t}\,x_{t-1},\ \beta_t I\right)
+# \tag{1.1, definition}$$
+#
+# Why shrink by exactly $\sqrt{1-\beta_t}$? Because then a variance of 1 stays 1. The noise is independent
+# of $x_{t-1}$, so variances add:
+#
+# $$\operatorname{Var}(x_t) = (1-\beta_t)\operatorname{Var}(x_{t-1}) + \beta_t
+# \quad\text{and so}\quad
+# \operatorname{Var}(x_t) - 1 = (1-\beta_t)\,\bigl(\operatorname{Var}(x_{t-1}) - 1\bigr) \tag{1.2}$$
+#
+# Whatever the variance was, its distance from 1 shrinks in each step. To check it, let the steps act on the
+# numbers $\{-1, 3\}$, whose variance is 4, together with noise of two values $\pm 1$ (mean 0, variance 1):
+# all four combinations, nothing random.
+
+# %%
+beta = 0.3
+previous = torch.tensor([-1.0, 3.0])
+two_noises = torch.tensor([-1.0, 1.0])
+x_next = math.sqrt(1 - beta) * previous[:, None] + math.sqrt(beta) * two_noises  # (2, 2), all combinations
+verify("1.2", x_next.var(correction=0) - 1, (1 - beta) * (previous.var(correction=0) - 1), atol=1e-12)
+
+# %% [markdown]
+# ### A schedule
+#
+# The $\beta_t$ of all steps are the **noise schedule**. Ho et al. let them grow linearly from $10^{-4}$ to
+# $0.02$ over $T = 1000$ steps. With fewer steps each has to add more noise, or the chain never reaches pure
+# noise: hence the factor $1000/T$.
+#
+# $$\beta_t = \frac{1000}{T}\left(10^{-4} + \frac{t-1}{T-1}\,(0.02 - 10^{-4})\right),\qquad t = 1, \dots, T
+# \tag{1.3, definition}$$
+#
+# **Exercise 1.** Fill in `linear_betas`.
+
+
+# %% tags=["export", "exercise"]
+def linear_betas(num_steps):
+    """Noise variances that grow linearly, scaled so that every number of steps ends in noise.
+
+    Args:
+        num_steps: T, at least 21 (at 20 the last beta would reach 1).
+
+    Returns:
+        (T,) float64, from 0.1 / T to 20 / T.
+
+    Raises:
+        ValueError: if num_steps is below 21.
+
+    Source: Ho et al. 2020, section 4 (1e-4 to 0.02 at T = 1000); the factor 1000 / T as in Nichol and
+    Dhariwal 2021.
+    """
+    check_positive_int("num_steps", num_steps)
+    if num_steps <= 20:
+        raise ValueError(f"num_steps must be at least 21, since beta_T = 20 / T; got num_steps={num_steps}")
+    ### BEGIN SOLUTION
+    # beta_t from 1e-4 to 0.02 at T = 1000, times 1000 / T otherwise
+    scale = 1000 / num_steps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.linear_betas", linear_betas)
+
+# %% [markdown]
+# ### Any step at once
+#
+# Two steps in a row, with $\alpha_t = 1 - \beta_t$:
+#
+# $$x_2 = \sqrt{\alpha_2}\,x_1 + \sqrt{\beta_2}\,\epsilon_2
+#       = \sqrt{\alpha_2\alpha_1}\,x_0 + \sqrt{\alpha_2\beta_1}\,\epsilon_1 + \sqrt{\beta_2}\,\epsilon_2
+# \tag{1.4, step}$$
+#
+# The two noises are independent normals, so their sum is a normal with variance
+# $\alpha_2\beta_1 + \beta_2 = \alpha_2(1-\alpha_1) + 1 - \alpha_2 = 1 - \alpha_1\alpha_2$. The pattern
+# repeats itself: with
+#
+# $$\bar\alpha_t = \prod_{s=1}^{t} \alpha_s = \prod_{s=1}^t (1-\beta_s) \tag{1.5, definition}$$
+#
+# if $x_{t-1} = \sqrt{\bar\alpha_{t-1}}\,x_0 + \sqrt{1-\bar\alpha_{t-1}}\,\epsilon$, then one more step gives
+# the coefficient $\sqrt{\alpha_t\bar\alpha_{t-1}} = \sqrt{\bar\alpha_t}$ and the variance
+# $\alpha_t(1-\bar\alpha_{t-1}) + \beta_t = 1 - \bar\alpha_t$. So by induction
+#
+# $$q(x_t \mid x_0) = \mathcal{N}\!\left(\sqrt{\bar\alpha_t}\,x_0,\ (1-\bar\alpha_t) I\right),
+# \qquad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon,\quad \epsilon\sim\mathcal N(0, I)
+# \tag{1.6}$$
+#
+# The check iterates (1.1) a thousand times, carrying along the coefficient of $x_0$ and the variance of the
+# noise, and compares every step with the closed form.
+
+# %%
+betas = linear_betas(1000)
+alpha_bar = (1 - betas).cumprod(dim=0)  # (T,)
+coefficient, variance, iterated = 1.0, 0.0, []
+for beta in betas.tolist():
+    coefficient = math.sqrt(1 - beta) * coefficient
+    variance = (1 - beta) * variance + beta
+    iterated.append((coefficient, variance))
+closed_form = torch.stack([alpha_bar.sqrt(), 1 - alpha_bar], dim=1)  # (T, 2)
+verify("1.6", torch.tensor(iterated), closed_form, atol=1e-12)
+
+# %% [markdown]
+# This is what makes training cheap: any step of any sample can be drawn without walking there.
+#
+# **Exercise 2.** Fill in `q_sample`. It receives $\bar\alpha_t$ of each sample, already shaped to broadcast.
+
+
+# %% tags=["export", "exercise"]
+def q_sample(x_0, alpha_bar, noise):
+    """Draw x_t given x_0 in one step.
+
+    Args:
+        x_0: clean data, (B, ...).
+        alpha_bar: signal left at each sample's step, broadcastable to x_0, in (0, 1).
+        noise: standard normal, like x_0.
+
+    Returns:
+        x_t, like x_0.
+
+    Source: Ho et al. 2020, equation 4.
+    """
+    ### BEGIN SOLUTION
+    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.q_sample", q_sample)
+
+# %% [markdown]
+# Without the factor $1000/T$ a short chain keeps far too much signal. With a hundred unscaled steps,
+# 0.364 of the variance is still data at the end, while sampling starts from pure noise:
+
+# %%
+unscaled = torch.linspace(1e-4, 0.02, 100)
+print(f"alpha_bar_T, T = 100, unscaled: {(1 - unscaled).prod():.3f}")
+print(f"alpha_bar_T, T = 100, scaled:   {(1 - linear_betas(100)).prod():.1e}")
+
+# %% [markdown]
+# ### A gentler schedule
+#
+# The linear schedule destroys small images early: most of its steps are spent on what is noise already.
+# Nichol and Dhariwal start from the curve they want, $u = t/T$,
+#
+# $$\bar\alpha(u) = \cos^2\!\left(\frac{u + 0.008}{1.008}\cdot\frac{\pi}{2}\right),
+# \qquad \beta_t = \min\!\left(1 - \frac{\bar\alpha(t/T)}{\bar\alpha((t-1)/T)},\ 0.999\right)
+# \tag{1.7, definition}$$
+#
+# and the $\beta_t$ follow. The ratio telescopes, so the product of the first $t$ factors gives the curve back,
+# relative to its start, as far as the clamp at 0.999 has not been needed (it is, in the last step only):
+#
+# $$\bar\alpha_t = \frac{\bar\alpha(t/T)}{\bar\alpha(0)},\qquad t < T \tag{1.8}$$
+
+
+# %% tags=["export"]
+def cosine_betas(num_steps):
+    """Noise variances for which alpha_bar falls along a squared cosine, slowly at both ends.
+
+    Args:
+        num_steps: T, at least 1.
+
+    Returns:
+        (T,) float64, each at most 0.999.
+
+    Source: Nichol and Dhariwal 2021, equation 17, offset 0.008.
+    """
+    check_positive_int("num_steps", num_steps)
+    # alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), u = t / T
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)  # (T + 1,)
+    alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    # beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+# %%
+u = torch.arange(1, 1000) / 1000
+curve = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+verify("1.8", (1 - cosine_betas(1000)).cumprod(dim=0)[:-1], curve, atol=1e-12)
+
+# %% [markdown]
+# How noisy a step is, is best read on a logarithmic scale. The **log-SNR** compares the variance of the
+# signal with that of the noise,
+#
+# $$\lambda_t = \log\frac{\bar\alpha_t}{1-\bar\alpha_t} \tag{1.9, definition}$$
+#
+# (the lecture's $z_\lambda$ is $x_t$ at that log-SNR). At $\lambda = 0$ both are equal.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+for (name, table), colour in zip({"linear": linear_betas, "cosine": cosine_betas}.items(), colours):
+    kept = (1 - table(1000)).cumprod(dim=0)
+    axes[0].plot(kept, label=name, color=colour)
+    axes[1].plot((kept / (1 - kept)).log(), label=name, color=colour)
+axes[0].set(xlabel="step t", ylabel=r"signal left, $\bar\alpha_t$")
+axes[1].set(xlabel="step t", ylabel=r"log-SNR $\lambda_t$", ylim=(-12, 10))
+axes[1].axhline(0, color="grey", linewidth=0.8)
+axes[0].legend()
+show(
+    figure,
+    "Two line plots over 1000 steps: signal left, and log-SNR, for the linear and the cosine schedule.",
+)
+
+# %% [markdown]
+# *Left: the linear schedule has lost nearly all signal by two thirds of the way. Right: on the log-SNR the
+# cosine schedule is close to a straight line over most steps; both plunge at the very end.*
+
+# %% [markdown]
+# ## A laboratory where everything is exact
+#
+# Let the data be a mixture of $K$ isotropic normals, component $k$ having weight $w_k$, mean $\mu_k$ and
+# standard deviation $s_k$:
+#
+# $$q(x_0) = \sum_k w_k\,\mathcal N\!\left(x_0;\ \mu_k,\ s_k^2 I\right) \tag{1.10, definition}$$
+#
+# What does it look like after $t$ steps? Given component $k$, $x_0 = \mu_k + s_k \epsilon'$, so by (1.6)
+# $x_t = \sqrt{\bar\alpha_t}\,\mu_k + \sqrt{\bar\alpha_t}\,s_k\epsilon' + \sqrt{1-\bar\alpha_t}\,\epsilon$: again
+# a normal. The component is chosen before any noise is added, so the weights stay. The noisy marginal is
+# again a mixture:
+#
+# $$q(x_t) = \sum_k w_k\,\mathcal N\!\left(x_t;\ m_k,\ v_k I\right),\qquad
+# m_k = \sqrt{\bar\alpha_t}\,\mu_k,\quad v_k = \bar\alpha_t s_k^2 + 1 - \bar\alpha_t \tag{1.11}$$
+#
+# Two more things follow by hand. Bayes' rule says which component a noisy point comes from, and
+# differentiating $\log q(x_t)$ gives the **score**, the direction in which the density grows fastest:
+#
+# $$q(k \mid x_t) = \frac{w_k\,\mathcal N(x_t; m_k, v_k I)}{\sum_j w_j\,\mathcal N(x_t; m_j, v_j I)},
+# \qquad
+# \nabla_{x_t}\log q(x_t) = \sum_k q(k\mid x_t)\,\frac{m_k - x_t}{v_k} \tag{1.12}$$
+#
+# For the second: $\nabla \log q = \frac{1}{q}\sum_k w_k\nabla\mathcal N_k$ and
+# $\nabla\mathcal N_k = \mathcal N_k\,(m_k - x_t)/v_k$, so each component's pull towards its mean is weighted by
+# $w_k\mathcal N_k/q = q(k\mid x_t)$.
+
+
+# %% tags=["export"]
+class GaussianMixture:
+    """A mixture of isotropic normals, of which everything about its noisy versions is known exactly.
+
+    Every method takes points of the noisy marginal q(x_t) and the alpha_bar of their steps: a number, or a
+    tensor (B, 1) of one value per point; alpha_bar = 1 is the data distribution itself.
+
+    Args:
+        weights: (K,), positive, with sum 1.
+        means: (K, D).
+        stds: (K,), positive.
+
+    Raises:
+        ValueError: if the shapes disagree or the weights are no distribution.
+    """
+
+    def __init__(self, weights, means, stds):
+        self.weights, self.means, self.stds = (
+            torch.as_tensor(table, dtype=torch.float64) for table in (weights, means, stds)
+        )
+        if self.means.ndim != 2 or not len(self.weights) == len(self.means) == len(self.stds):
+            raise ValueError(
+                "weights, means and stds must have shapes (K,), (K, D) and (K,); "
+                f"got {tuple(self.weights.shape)}, {tuple(self.means.shape)} and {tuple(self.stds.shape)}"
+            )
+        if (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-9:
+            raise ValueError(f"weights must be positive with sum 1; got {self.weights}")
+
+    def sample(self, count, generator=None):
+        """Draw points and the components they came from: (count, D) float64 and (count,) integers."""
+        y = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[y] + self.stds[y, None] * noise, y
+
+    def noisy_components(self, x_t, alpha_bar=1.0):
+        """Weights (K,), means (B, K, D) and variances (B, K) of q(x_t), with x_t's dtype and device."""
+        weights, means, stds = (
+            table.to(x_t.dtype).to(x_t.device) for table in (self.weights, self.means, self.stds)
+        )
+        alpha_bar = torch.as_tensor(alpha_bar, dtype=x_t.dtype, device=x_t.device).expand(len(x_t), 1)
+        # N(sqrt(alpha_bar) mu_k, (alpha_bar s_k^2 + 1 - alpha_bar) I)
+        return weights, alpha_bar.sqrt()[:, :, None] * means, alpha_bar * stds**2 + 1 - alpha_bar
+
+    def joint_log_density(self, x_t, alpha_bar=1.0):
+        """log q(x_t, component k) for points (B, D), as (B, K)."""
+        weights, means, variances = self.noisy_components(x_t, alpha_bar)
+        squared_distance = ((x_t[:, None] - means) ** 2).sum(dim=-1)  # (B, K)
+        dim = x_t.shape[1]
+        # log w_k - 1/2 (D log(2 pi v_k) + |x_t - m_k|^2 / v_k)
+        return weights.log() - 0.5 * (dim * (2 * math.pi * variances).log() + squared_distance / variances)
+
+    def log_prob(self, x_t, alpha_bar=1.0):
+        """log q(x_t) for points (B, D), as (B,), in nats."""
+        return self.joint_log_density(x_t, alpha_bar).logsumexp(dim=1)
+
+    def responsibilities(self, x_t, alpha_bar=1.0):
+        """q(component k | x_t) for points (B, D), as (B, K)."""
+        return self.joint_log_density(x_t, alpha_bar).softmax(dim=1)
+
+    def score(self, x_t, alpha_bar=1.0):
+        """The gradient of log q(x_t) with respect to x_t, for points (B, D), as (B, D)."""
+        _, means, variances = self.noisy_components(x_t, alpha_bar)
+        pull = (means - x_t[:, None]) / variances[:, :, None]  # (B, K, D)
+        # grad log q(x_t) = sum_k q(k | x_t) (m_k - x_t) / v_k
+        return (self.responsibilities(x_t, alpha_bar)[:, :, None] * pull).sum(dim=1)
+
+
+# %% [markdown]
+# Our mixture has three components in the plane. It will return in chapters 03 and 05, where the components
+# are the classes.
+
+# %%
+mixture = GaussianMixture(
+    weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
+)
+diffusion_steps = 200
+alpha_bar = (1 - linear_betas(diffusion_steps)).cumprod(dim=0)  # (T,)
+
+# %% [markdown]
+# (1.11) without trusting its derivation: in one dimension, integrate $q(x_t\mid x_0)\,q(x_0)$ over a fine grid
+# of $x_0$.
+
+# %%
+line = GaussianMixture(weights=[0.7, 0.3], means=[[-0.5], [0.6]], stds=[0.2, 0.1])
+grid = torch.linspace(-3, 3, 6001)  # x_0
+points = torch.linspace(-2, 2, 9)  # x_t
+kept = 0.6
+q_forward = torch.distributions.Normal(math.sqrt(kept) * grid, math.sqrt(1 - kept))
+integrand = q_forward.log_prob(points[:, None]).exp() * line.log_prob(grid[:, None]).exp()  # (9, 6001)
+verify("1.11", line.log_prob(points[:, None], kept).exp(), torch.trapezoid(integrand, grid), atol=1e-10)
+
+# %% [markdown]
+# And (1.12) against automatic differentiation, each point at a noise level of its own:
+
+# %%
+x_t = torch.randn(64, 2, generator=generator).requires_grad_()
+levels = torch.rand(64, 1, generator=generator)
+(autograd_score,) = torch.autograd.grad(mixture.log_prob(x_t, levels).sum(), x_t)
+verify("1.12", mixture.score(x_t, levels), autograd_score, atol=1e-10)
+
+# %% [markdown]
+# Now the picture to keep in mind for the whole course: the data dissolve into noise, and at every level the
+# score points back towards where data are.
+
+
+# %%
+def plot_level(axis, kept, arrows=13):
+    """Samples of q(x_t) and the score field at one alpha_bar."""
+    x_0, y = mixture.sample(600, torch.Generator().manual_seed(1))
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(2))
+    x_t = q_sample(x_0, torch.tensor(kept), noise)
+    axis.scatter(*x_t.T, s=3, c=[colours[k] for k in y], alpha=0.5)
+    side = torch.linspace(-2.2, 2.2, arrows)
+    field = torch.cartesian_prod(side, side)  # (arrows^2, 2)
+    score = mixture.score(field, kept)
+    length = score.norm(dim=1, keepdim=True)
+    axis.quiver(*field.T, *(score / length * length.clamp(max=4)).T, color="black", alpha=0.6, scale=60)
+    axis.set(title=rf"$\bar\alpha_t = {kept:.2f}$", xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
+
+
+figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+for axis, kept in zip(axes, (0.99, 0.7, 0.3, 0.01)):
+    plot_level(axis, kept)
+show(
+    figure,
+    "Four scatter plots of noisy samples with score arrows, from three tight clusters to one round cloud.",
+)
+
+# %% [markdown]
+# *Samples, coloured by the component they came from, and the score (arrows, longer ones cut off). At the
+# right, at $\bar\alpha = 0.01$, all arrows point to the origin: that is the score of $\mathcal N(0, I)$.*
+
+# %% [markdown]
+# ## Going back, when the clean data are known
+#
+# Sampling has to run the chain backwards. As long as $x_0$ is known, that is an exercise in Bayes' rule. All
+# three factors are normal, and given $x_{t-1}$ the step to $x_t$ does not care about $x_0$:
+#
+# $$q(x_{t-1}\mid x_t, x_0)
+#   = \frac{q(x_t\mid x_{t-1})\,q(x_{t-1}\mid x_0)}{q(x_t\mid x_0)}
+#   \propto \exp\!\left(-\frac{\|x_t-\sqrt{\alpha_t}\,x_{t-1}\|^2}{2\beta_t}
+#   -\frac{\|x_{t-1}-\sqrt{\bar\alpha_{t-1}}\,x_0\|^2}{2(1-\bar\alpha_{t-1})}\right) \tag{1.13, step}$$
+#
+# The exponent is quadratic in $x_{t-1}$, so this is a normal again. Its inverse variance is the factor of
+# $-\frac12\|x_{t-1}\|^2$, which is
+#
+# $$\frac{1}{\tilde\beta_t}=\frac{\alpha_t}{\beta_t}+\frac{1}{1-\bar\alpha_{t-1}}
+#   =\frac{\alpha_t(1-\bar\alpha_{t-1})+\beta_t}{\beta_t(1-\bar\alpha_{t-1})}
+#   =\frac{1-\bar\alpha_t}{\beta_t(1-\bar\alpha_{t-1})}
+# \quad\Longrightarrow\quad
+# \tilde\beta_t=\frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t \tag{1.14}$$
+#
+# and its mean is $\tilde\beta_t$ times the factor of $x_{t-1}$, which is
+# $\sqrt{\alpha_t}\,x_t/\beta_t+\sqrt{\bar\alpha_{t-1}}\,x_0/(1-\bar\alpha_{t-1})$:
+#
+# $$\tilde\mu_t(x_t, x_0)=\frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0
+#   +\frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t \tag{1.15}$$
+#
+# With numbers: in the first step back ($t=1$) $\bar\alpha_0 = 1$, the variance is 0 and the mean is $x_0$
+# itself, since nothing else is left to be known.
+#
+# **Exercises 3 and 4.** Fill in the posterior's mean and variance.
+
+
+# %% tags=["export", "exercise"]
+def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
+    """Mean of x_{t-1} given x_t and x_0.
+
+    Args:
+        x_0, x_t: clean and noisy data, (B, ...).
+        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; broadcastable to x_0.
+
+    Returns:
+        mu~_t, like x_t. At the first step, where alpha_bar_prev = 1, it is x_0.
+
+    Source: Ho et al. 2020, equation 7.
+    """
+    ### BEGIN SOLUTION
+    # mu~ = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+    #     + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+    weight_x_0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+    weight_x_t = (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    return weight_x_0 * x_0 + weight_x_t * x_t
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.posterior_mean", posterior_mean)
+
+
+# %% tags=["export", "exercise"]
+def posterior_variance(beta, alpha_bar, alpha_bar_prev):
+    """Variance of x_{t-1} given x_t and x_0.
+
+    Args:
+        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; any one shape.
+
+    Returns:
+        beta~_t, the same shape. At the first step, where alpha_bar_prev = 1, it is 0.
+
+    Source: Ho et al. 2020, equation 7.
+    """
+    ### BEGIN SOLUTION
+    # beta~ = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+    return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.posterior_variance", posterior_variance)
+
+# %% [markdown]
+# Neither completing the square nor our code needs to be trusted: multiply the two densities of (1.13) on a fine
+# grid, normalise, and read off the mean and the variance.
+
+# %%
+beta, kept_before = torch.tensor(0.1), torch.tensor(0.6)
+kept = (1 - beta) * kept_before
+x_0, x_t = torch.tensor(0.7), torch.tensor(-0.4)
+grid = torch.linspace(-6, 6, 60_001)  # x_{t-1}
+likelihood = torch.distributions.Normal((1 - beta).sqrt() * grid, beta.sqrt()).log_prob(x_t)
+prior = torch.distributions.Normal(kept_before.sqrt() * x_0, (1 - kept_before).sqrt()).log_prob(grid)
+density = (likelihood + prior).softmax(dim=0)  # sums to 1 on the grid
+mean_on_grid = (density * grid).sum()
+variance_on_grid = (density * (grid - mean_on_grid) ** 2).sum()
+
+# %%
+verify("1.14", posterior_variance(beta, kept, kept_before), variance_on_grid, atol=1e-10)
+verify("1.15", posterior_mean(x_0, x_t, beta, kept, kept_before), mean_on_grid, atol=1e-10)
+
+# %% [markdown]
+# ## What a network can know
+#
+# When sampling, $x_0$ is not known. What is the best that can be said about it, given $x_t$? Under squared
+# error the best guess is the conditional expectation $\mathbb E[x_0\mid x_t]$: for any other function $f$,
+#
+# $$\mathbb E\|x_0-f(x_t)\|^2=\mathbb E\|x_0-\mathbb E[x_0\mid x_t]\|^2
+#   +\mathbb E\|\mathbb E[x_0\mid x_t]-f(x_t)\|^2 \tag{1.16}$$
+#
+# because the cross term, averaged over $x_0$ first, has the factor
+# $\mathbb E[x_0\mid x_t]-\mathbb E[x_0\mid x_t]=0$. So a network trained with a squared error learns an
+# expectation, not a sample.
+#
+# That expectation is the score in disguise. Differentiate $q(x_t)=\int q(x_t\mid x_0)\,q(x_0)\,dx_0$ under the
+# integral, with $\nabla_{x_t} q(x_t\mid x_0)=q(x_t\mid x_0)\,(\sqrt{\bar\alpha_t}\,x_0-x_t)/(1-\bar\alpha_t)$, and
+# divide by $q(x_t)$:
+#
+# $$\nabla_{x_t}\log q(x_t)=\frac{\sqrt{\bar\alpha_t}\,\mathbb E[x_0\mid x_t]-x_t}{1-\bar\alpha_t}
+# \quad\Longleftrightarrow\quad
+# \mathbb E[x_0\mid x_t]=\frac{x_t+(1-\bar\alpha_t)\,\nabla_{x_t}\log q(x_t)}{\sqrt{\bar\alpha_t}} \tag{1.17}$$
+#
+# (Tweedie's formula). And since $\epsilon=(x_t-\sqrt{\bar\alpha_t}\,x_0)/\sqrt{1-\bar\alpha_t}$,
+#
+# $$\mathbb E[\epsilon\mid x_t]=-\sqrt{1-\bar\alpha_t}\;\nabla_{x_t}\log q(x_t) \tag{1.18}$$
+#
+# **A network that predicts the noise predicts the score, up to a factor.** All guidance rests on this line.
+# The check integrates over $x_0$ on a grid, in one dimension, and knows nothing of scores.
+
+# %%
+kept = 0.4
+grid = torch.linspace(-3, 3, 6001)  # x_0
+points = torch.linspace(-2, 2, 9)[:, None]  # x_t, (9, 1)
+q_forward = torch.distributions.Normal(math.sqrt(kept) * grid, math.sqrt(1 - kept))
+joint = (q_forward.log_prob(points) + line.log_prob(grid[:, None])).softmax(dim=1)  # q(x_0 | x_t), (9, 6001)
+noise = (points - math.sqrt(kept) * grid) / math.sqrt(1 - kept)  # (9, 6001)
+mean_x_0, mean_eps = (joint * grid).sum(dim=1), (joint * noise).sum(dim=1)
+
+# %%
+score = line.score(points, kept)[:, 0]
+verify("1.17", (points[:, 0] + (1 - kept) * score) / math.sqrt(kept), mean_x_0, atol=1e-8)
+verify("1.18", -math.sqrt(1 - kept) * score, mean_eps, atol=1e-8)
+
+# %% [markdown]
+# (1.16), with the same integrals and an arbitrary guess $f(x_t)=\tanh(x_t)$, for each $x_t$ by itself:
+
+# %%
+guess = points.tanh()  # (9, 1)
+error_of_guess = (joint * (grid - guess) ** 2).sum(dim=1)
+error_of_mean = (joint * (grid - mean_x_0[:, None]) ** 2).sum(dim=1)
+verify("1.16", error_of_guess, error_of_mean + (mean_x_0 - guess[:, 0]) ** 2, atol=1e-10)
+
+# %% [markdown]
+# ### Three things to predict
+#
+# Given $x_t$, the clean data and the noise determine each other:
+#
+# $$x_0=\frac{x_t-\sqrt{1-\bar\alpha_t}\,\epsilon}{\sqrt{\bar\alpha_t}},\qquad
+#   \epsilon=\frac{x_t-\sqrt{\bar\alpha_t}\,x_0}{\sqrt{1-\bar\alpha_t}} \tag{1.19}$$
+#
+# Neither is a good target at both ends. At high noise the network's error in $\epsilon$ is divided by
+# $\sqrt{\bar\alpha_t}\approx 0$; at low noise its error in $x_0$ is divided by $\sqrt{1-\bar\alpha_t}\approx 0$.
+# The **velocity** has no such end. Write $\sqrt{\bar\alpha_t}=\cos\varphi$ and
+# $\sqrt{1-\bar\alpha_t}=\sin\varphi$: then $x_t=\cos\varphi\,x_0+\sin\varphi\,\epsilon$ turns from the data to the
+# noise as $\varphi$ runs from 0 to $\pi/2$, and $v$ is the derivative along the way:
+#
+# $$v=\frac{d x_t}{d\varphi}=\cos\varphi\;\epsilon-\sin\varphi\;x_0
+#    =\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0 \tag{1.20}$$
+#
+# Rotating back by $\varphi$ undoes it:
+#
+# $$x_0=\sqrt{\bar\alpha_t}\,x_t-\sqrt{1-\bar\alpha_t}\,v,\qquad
+#   \epsilon=\sqrt{1-\bar\alpha_t}\,x_t+\sqrt{\bar\alpha_t}\,v \tag{1.21}$$
+
+
+# %% tags=["export"]
+def x_0_from_eps(x_t, alpha_bar, eps):
+    """Clean data from noisy data x_t and its noise eps, shapes as in q_sample.
+
+    Source: Ho et al. 2020, equation 15.
+    """
+    # x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+    return (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+
+
+def eps_from_x_0(x_t, alpha_bar, x_0):
+    """Noise from noisy data x_t and clean data x_0, shapes as in q_sample.
+
+    Source: Ho et al. 2020, equation 4.
+    """
+    # eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
+    return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+
+# %% [markdown]
+# **Exercises 5 and 6.** The velocity, and the clean data from it.
+
+
+# %% tags=["export", "exercise"]
+def v_from_x_0_and_eps(x_0, alpha_bar, eps):
+    """The velocity v of a noisy sample.
+
+    Args:
+        x_0, eps: clean data and noise, (B, ...).
+        alpha_bar: broadcastable to x_0, in (0, 1).
+
+    Returns:
+        v, like x_0.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    ### BEGIN SOLUTION
+    # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.v_from_x_0_and_eps", v_from_x_0_and_eps)
+
+
+# %% tags=["export", "exercise"]
+def x_0_from_v(x_t, alpha_bar, v):
+    """Clean data from noisy data and its velocity.
+
+    Args:
+        x_t, v: noisy data and velocity, (B, ...).
+        alpha_bar: broadcastable to x_t, in (0, 1).
+
+    Returns:
+        x_0, like x_t.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    ### BEGIN SOLUTION
+    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+    return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.x_0_from_v", x_0_from_v)
+
+
+# %% tags=["export"]
+def eps_from_v(x_t, alpha_bar, v):
+    """Noise from noisy data x_t and its velocity v, shapes as in x_0_from_v.
+
+    Source: Salimans and Ho 2022, appendix D.
+    """
+    # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
+    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
+
+
+# %%
+x_0, eps = torch.randn(2, 32, 2, generator=generator)
+angle = torch.rand(32, 1, generator=generator) * math.pi / 2
+kept = angle.cos() ** 2
+x_t = q_sample(x_0, kept, eps)
+verify("1.19", x_0_from_eps(x_t, kept, eps_from_x_0(x_t, kept, x_0)), x_0, atol=1e-8)
+
+# %%
+_, derivative = torch.autograd.functional.jvp(
+    lambda angle: angle.cos() * x_0 + angle.sin() * eps, angle, torch.ones_like(angle)
+)
+v = v_from_x_0_and_eps(x_0, kept, eps)
+verify("1.20", v, derivative, atol=1e-12)
+verify(
+    "1.21", torch.cat([x_0_from_v(x_t, kept, v), eps_from_v(x_t, kept, v)]), torch.cat([x_0, eps]), atol=1e-12
+)
+
+# %%
+phi = np.linspace(0, np.pi / 2, 100)
+start, end, at = np.array([1.0, 0.2]), np.array([-0.3, 1.1]), np.pi / 5
+path = np.outer(np.cos(phi), start) + np.outer(np.sin(phi), end)
+here = np.cos(at) * start + np.sin(at) * end
+velocity = np.cos(at) * end - np.sin(at) * start
+
+figure, axis = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
+axis.plot(*path.T, color="grey")
+axis.quiver(*here, *velocity, angles="xy", scale_units="xy", scale=2, color=colours[1], width=0.012)
+for point, label in ((start, "$x_0$"), (end, r"$\epsilon$"), (here, "$x_t$")):
+    axis.plot(*point, "o", color="black")
+    axis.annotate(label, point, textcoords="offset points", xytext=(8, 6), fontsize=13)
+axis.annotate("$v$ (half length)", here + 0.3 * velocity, textcoords="offset points", xytext=(-105, -6))
+axis.set(aspect="equal", xlim=(-0.7, 1.4), ylim=(0, 1.4))
+show(figure, "A quarter of an ellipse from x_0 to eps, with x_t on it and the velocity as its tangent.")
+
+# %% [markdown]
+# *From the data point to the noise along a quarter of an ellipse; the velocity is the tangent.*
+
+# %% [markdown]
+# ## The bound
+#
+# Why predict anything of the kind? Because a model is trained to make the data likely, and that leads here. The
+# model is a chain run backwards, $p(x_{0:T})=p(x_T)\prod_{t=1}^T p(x_{t-1}\mid x_t)$ with $p(x_T)=\mathcal N(0,I)$.
+# Its likelihood is an integral over all paths. Multiply and divide by the forward process and use Jensen's
+# inequality, $\log\mathbb E[\cdot]\ge\mathbb E[\log\cdot]$:
+#
+# $$\log p(x_0)=\log\mathbb E_{q(x_{1:T}\mid x_0)}\!\left[\frac{p(x_{0:T})}{q(x_{1:T}\mid x_0)}\right]
+#  \ \ge\ \mathbb E_q\!\left[\log p(x_T)+\sum_{t=1}^T\log\frac{p(x_{t-1}\mid x_t)}{q(x_t\mid x_{t-1})}\right]
+# \tag{1.22, step}$$
+#
+# For $t>1$, Bayes' rule (1.13) turns the denominator around:
+# $q(x_t\mid x_{t-1})=q(x_{t-1}\mid x_t,x_0)\,q(x_t\mid x_0)/q(x_{t-1}\mid x_0)$. The ratios
+# $q(x_{t-1}\mid x_0)/q(x_t\mid x_0)$ telescope and leave $q(x_1\mid x_0)/q(x_T\mid x_0)$, whose numerator cancels
+# the term $t=1$. What remains are divergences between normals:
+#
+# $$-\log p(x_0)\le
+#   \underbrace{\mathrm{KL}\bigl(q(x_T\mid x_0)\,\|\,p(x_T)\bigr)}_{L_T}
+#  +\sum_{t=2}^{T}\underbrace{\mathbb E_q\,\mathrm{KL}\bigl(q(x_{t-1}\mid x_t,x_0)\,\|\,p(x_{t-1}\mid x_t)\bigr)}_{L_{t-1}}
+#  \underbrace{-\,\mathbb E_q\log p(x_0\mid x_1)}_{L_0} \tag{1.23}$$
+#
+# Each term compares one step of the model with one step of the known posterior, so each can be trained by itself.
+# Between two one-dimensional normals
+#
+# $$\mathrm{KL}(\mathcal N_1\|\mathcal N_2)=\frac12\left(\log\frac{\sigma_2^2}{\sigma_1^2}
+#  +\frac{\sigma_1^2+(\mu_1-\mu_2)^2}{\sigma_2^2}-1\right) \tag{1.24}$$
+#
+# from $\mathbb E_1\log(\mathcal N_1/\mathcal N_2)$, using $\mathbb E_1(x-\mu_1)^2=\sigma_1^2$ and
+# $\mathbb E_1(x-\mu_2)^2=\sigma_1^2+(\mu_1-\mu_2)^2$. Independent coordinates add up.
+#
+# **Exercise 7.** Fill in `normal_kl`. Mind the order: the first normal is the one averaged over.
+
+
+# %% tags=["export", "exercise"]
+def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+    """KL divergence from the first normal to the second, KL(N_1 || N_2), for each element.
+
+    Args:
+        mean_1, log_variance_1, mean_2, log_variance_2: tensors that broadcast against each other.
+
+    Returns:
+        The divergences in nats, of the broadcast shape, at least 0.
+
+    Source: Ho et al. 2020, equation 5 needs it; Kingma and Welling 2014, appendix B.
+    """
+    ### BEGIN SOLUTION
+    # KL = 1/2 (log(sigma_2^2 / sigma_1^2) + (sigma_1^2 + (mu_1 - mu_2)^2) / sigma_2^2 - 1)
+    variance_ratio = (log_variance_1 - log_variance_2).exp()
+    scaled_distance = (mean_1 - mean_2) ** 2 * (-log_variance_2).exp()
+    return 0.5 * (log_variance_2 - log_variance_1 + variance_ratio + scaled_distance - 1)
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.normal_kl", normal_kl)
+
+# %%
+mean_1, mean_2, log_variance_1, log_variance_2 = torch.randn(4, 100, generator=generator)
+first = torch.distributions.Normal(mean_1, (log_variance_1 / 2).exp())
+second = torch.distributions.Normal(mean_2, (log_variance_2 / 2).exp())
+library_kl = torch.distributions.kl_divergence(first, second)
+verify("1.24", normal_kl(mean_1, log_variance_1, mean_2, log_variance_2), library_kl, atol=1e-12)
+
+# %% [markdown]
+# ### The model's step
+#
+# The terms suggest a model of the posterior's own form: a normal whose mean is $\tilde\mu_t$ with the predicted
+# $\hat x_0$ in place of $x_0$. For the variance there are two natural choices. **Fixed small**, $\tilde\beta_t$,
+# would be right if the data were a single point; **fixed large**, $\beta_t$, if they were $\mathcal N(0, I)$.
+# The truth lies between, and a network can choose, on a logarithmic scale, by a second output $v\in[-1,1]$:
+#
+# $$\log\sigma_t^2=f\log\beta_t+(1-f)\log\tilde\beta_t,\qquad f=\frac{v+1}{2} \tag{1.25}$$
+#
+# $\tilde\beta_1=0$ has no logarithm; the next step's value stands in, and no noise is added there anyway. (This
+# $v$ has nothing to do with the velocity; the papers use the letter for both.)
+#
+# **Exercise 8.** Fill in `learned_range_log_variance`.
+
+
+# %% tags=["export", "exercise"]
+def learned_range_log_variance(v, beta, log_posterior_variance):
+    """Log-variance between its two bounds, as a network's output chooses.
+
+    Args:
+        v: the network's variance output, -1 for the lower bound and 1 for the upper; not clamped.
+        beta: upper bound, broadcastable to v.
+        log_posterior_variance: logarithm of the lower bound, beta~, broadcastable to v.
+
+    Returns:
+        log sigma_t^2, like v.
+
+    Source: Nichol and Dhariwal 2021, equation 15.
+    """
+    ### BEGIN SOLUTION
+    # log sigma^2 = f log beta + (1 - f) log beta~,  f = (v + 1) / 2
+    fraction = (v + 1) / 2
+    return fraction * beta.log() + (1 - fraction) * log_posterior_variance
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.learned_range_log_variance", learned_range_log_variance)
+
+# %% [markdown]
+# The check of (1.25) uses what it means: $v=1$ and $v=-1$ give the two bounds, and $v=0$ their geometric mean.
+
+# %%
+upper, lower = torch.tensor(0.02), torch.tensor(0.015)
+chosen = learned_range_log_variance(torch.tensor([-1.0, 0.0, 1.0]), upper, lower.log()).exp()
+verify("1.25", chosen, torch.stack([lower, (lower * upper).sqrt(), upper]), atol=1e-12)
+
+# %% [markdown]
+# ### The last step, for 8-bit images
+#
+# $L_0$ is the density of $x_0$ under the model's last normal. Images are not densities, though: a pixel is one of
+# 256 values, scaled to $[-1,1]$, and its neighbours are $2/255$ away. Its *probability* is the normal's mass in
+# the bin around it, where the two outermost bins reach to infinity:
+#
+# $$P(x)=\Phi\!\left(\frac{x+\frac1{255}-\mu}{\sigma}\right)-\Phi\!\left(\frac{x-\frac1{255}-\mu}{\sigma}\right),
+# \qquad\sum_{i=0}^{255}P\!\left(\tfrac{2i}{255}-1\right)=1 \tag{1.26}$$
+
+
+# %% tags=["export"]
+def normal_log_density(x, mean, log_variance):
+    """Log-density of a normal for each element, in nats; the arguments broadcast."""
+    # log N(x; mu, sigma^2) = -1/2 (log(2 pi) + log sigma^2 + (x - mu)^2 / sigma^2)
+    return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * (-log_variance).exp())
+
+
+def discretized_log_likelihood(x, mean, log_variance):
+    """Log-probability of the 8-bit value that x stands for, under a normal, for each element.
+
+    Args:
+        x: data that started as integers 0 to 255, scaled to [-1, 1].
+        mean, log_variance: of the normal, broadcastable to x.
+
+    Returns:
+        Log-probabilities in nats, like x: the normal's mass within 1/255 of x, the outermost two bins
+        reaching to infinity.
+
+    Source: Ho et al. 2020, equation 13.
+    """
+    standard = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    below = torch.where(x < -0.999, torch.zeros_like(x), standard.cdf(x - 1 / 255))
+    above = torch.where(x > 0.999, torch.ones_like(x), standard.cdf(x + 1 / 255))
+    # the mass of a far bin underflows; a floor keeps its logarithm finite
+    return (above - below).clamp(min=1e-12).log()
+
+
+# %%
+values = torch.arange(256) * 2 / 255 - 1  # (256,)
+means = torch.tensor([[-1.2], [0.0], [0.3], [0.99]])
+log_variance = torch.tensor([[-2.0], [0.5], [-6.0], [-4.0]])
+probabilities = discretized_log_likelihood(values, means, log_variance).exp()  # (4, 256)
+verify("1.26", probabilities.sum(dim=1), torch.ones(4), atol=1e-9)
+
+# %% [markdown]
+# ## The diffusion, assembled
+#
+# All formulas of this chapter need only the schedule and the network's output. One class holds the tables and
+# calls the functions above. Tables are in float64 and on the CPU (Apple's GPU has no float64); `lookup` fetches
+# each sample's entry and gives it the data's dtype and device. From here on **code counts from 0**: code step
+# `t` is the papers' step $t+1$, so `alpha_bar_prev[0]` is $\bar\alpha_0=1$.
+
+
+# %% tags=["export"]
+class Posterior(NamedTuple):
+    """The normal distribution of x_{t-1} given x_t and x_0, each field shaped like x_t."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+
+
+class PMeanVariance(NamedTuple):
+    """The model's distribution of x_{t-1} given x_t, and the clean data and noise it rests on."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    x_0: torch.Tensor
+    eps: torch.Tensor
+
+
+def lookup(table, t, like):
+    """Look a table up at every sample's step.
+
+    Args:
+        table: (T,) float64, on the CPU, since not every device has float64.
+        t: steps, (B,), integers in [0, T).
+        like: the tensor to broadcast against, (B, ...).
+
+    Returns:
+        (B, 1, ...), with like's dtype and device.
+
+    Raises:
+        ValueError: if t has another shape, or a step outside [0, T).
+    """
+    if t.shape != like.shape[:1]:
+        raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
+    t = t.cpu()
+    if t.numel() and not 0 <= t.min() <= t.max() < len(table):
+        raise ValueError(f"t must lie in [0, {len(table)}); got values {t.min()} to {t.max()}")
+    values = table[t].to(like.dtype).to(like.device)
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+# %% tags=["export"]
+class Diffusion:
+    """A noise schedule, what the network predicts, and all that follows from the two.
+
+    Data and noise are (B, C, ...) tensors of any floating dtype, on any device; steps t are (B,) integers
+    counted from 0, so code step t is the papers' step t + 1. A denoiser is any callable (x_t, t) ->
+    output of shape (B, C, ...), or (B, 2C, ...) with a learned variance, the last C channels being it.
+    The t it receives is the step of the original schedule, also after respacing.
+
+    Args:
+        betas: noise variances, (T,), each strictly between 0 and 1.
+        prediction: what the denoiser's output stands for, 'eps', 'x_0' or 'v'.
+        variance: of the reverse step: 'fixed_small' (beta~), 'fixed_large' (beta) or 'learned_range'.
+        clip: clamp the predicted x_0 to [-1, 1] when sampling; for pixels only.
+
+    Attributes:
+        num_steps: T.
+        betas, alpha_bar, alpha_bar_prev: the schedule, (T,) float64 on the CPU; alpha_bar_prev[0] = 1.
+        base: the diffusion this one was respaced from, or itself.
+        steps: (T,) int64, the base's step that each own step stands for.
+
+    Raises:
+        ValueError: if betas is no (T,) table inside (0, 1), or a choice is unknown.
+
+    Source: Ho et al. 2020; Nichol and Dhariwal 2021 (learned range); Salimans and Ho 2022 (v).
+    """
+
+    def __init__(self, betas, prediction="eps", variance="fixed_small", clip=False):
+        check_choice("prediction", prediction, ("eps", "x_0", "v"))
+        check_choice("variance", variance, ("fixed_small", "fixed_large", "learned_range"))
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be a (T,) table with 0 < beta < 1; got {betas}")
+        self.prediction, self.variance, self.clip = prediction, variance, clip
+        self.betas = betas
+        self.num_steps = len(betas)
+        self.base = self
+        self.steps = torch.arange(self.num_steps)
+
+        # alpha_bar_t = product over s <= t of (1 - beta_s)
+        self.alpha_bar = (1 - betas).cumprod(dim=0)
+        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        self.posterior_variance = posterior_variance(betas, self.alpha_bar, self.alpha_bar_prev)
+        # beta~ is 0 at the first step and has no logarithm there: the next one stands in
+        second = self.posterior_variance[1:2] if self.num_steps > 1 else betas
+        self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
+        self.log_large_variance = torch.cat([second, betas[1:]]).log()
+
+    def q_sample(self, x_0, t, noise):
+        """Draw x_t given x_0 (B, C, ...) at steps t with the given standard normal noise."""
+        return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
+
+    def q_posterior(self, x_0, x_t, t):
+        """The distribution of x_{t-1} given x_t and x_0, as (mean, variance, log_variance) like x_t.
+
+        The variance is exactly 0 at t = 0; its logarithm there is that of the next step.
+        """
+        tables = (self.betas, self.alpha_bar, self.alpha_bar_prev)
+        mean = posterior_mean(x_0, x_t, *(lookup(table, t, x_t) for table in tables))
+        variance = lookup(self.posterior_variance, t, x_t).expand_as(x_t)
+        log_variance = lookup(self.log_posterior_variance, t, x_t).expand_as(x_t)
+        return Posterior(mean, variance, log_variance)
+
+    def x_0_from_eps(self, x_t, t, eps):
+        """Clean data from noisy data and its noise, each (B, C, ...)."""
+        return x_0_from_eps(x_t, lookup(self.alpha_bar, t, x_t), eps)
+
+    def eps_from_x_0(self, x_t, t, x_0):
+        """Noise from noisy and clean data, each (B, C, ...)."""
+        return eps_from_x_0(x_t, lookup(self.alpha_bar, t, x_t), x_0)
+
+    def x_0_from_v(self, x_t, t, v):
+        """Clean data from noisy data and its velocity, each (B, C, ...)."""
+        return x_0_from_v(x_t, lookup(self.alpha_bar, t, x_t), v)
+
+    def eps_from_v(self, x_t, t, v):
+        """Noise from noisy data and its velocity, each (B, C, ...)."""
+        return eps_from_v(x_t, lookup(self.alpha_bar, t, x_t), v)
+
+    def v_from_eps(self, x_t, t, eps):
+        """Velocity from noisy data and its noise, each (B, C, ...)."""
+        alpha_bar = lookup(self.alpha_bar, t, x_t)
+        return v_from_x_0_and_eps(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
+
+
+# %% [markdown]
+# `steps` and `base` will matter when steps are skipped. The second part turns what a network returns into the
+# model's distribution of $x_{t-1}$. Whatever is predicted, it becomes $\hat x_0$ first; there, and only there,
+# predictions outside the range of pixels can be clipped.
+#
+# One method looks ahead. Guidance will add a gradient $g$ to the score, $\nabla\log q\to\nabla\log q+g$, and each
+# prediction type has to follow. By (1.18) and (1.17), and because $v$ is linear in both,
+#
+# $$\epsilon\to\epsilon-\sqrt{1-\bar\alpha_t}\;g,\qquad
+#   x_0\to x_0+\frac{1-\bar\alpha_t}{\sqrt{\bar\alpha_t}}\,g,\qquad
+#   v\to v-\sqrt{\frac{1-\bar\alpha_t}{\bar\alpha_t}}\;g \tag{1.27}$$
+
+
+# %% tags=["export"]
+class Diffusion(Diffusion):
+    def target(self, x_0, eps, t):
+        """What the denoiser should return for data x_0 with noise eps at steps t, like x_0."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x_0":
+            return x_0
+        return v_from_x_0_and_eps(x_0, lookup(self.alpha_bar, t, x_0), eps)
+
+    def split_output(self, output, x_t):
+        """Part a denoiser's output into prediction and variance channels, each like x_t, the latter or None.
+
+        Raises:
+            ValueError: if the output has not the shape that this diffusion's variance asks for.
+        """
+        batch, channels, *rest = x_t.shape
+        learned = self.variance == "learned_range"
+        expected = (batch, channels * (1 + learned), *rest)
+        if output.shape != expected:
+            raise ValueError(
+                f"the denoiser must return shape {expected} with variance={self.variance!r}; "
+                f"got {tuple(output.shape)}"
+            )
+        return output.split(channels, dim=1) if learned else (output, None)
+
+    def reverse_step(self, output, x_t, t, clip):
+        """Turn a denoiser's output into the model's distribution of x_{t-1}, a PMeanVariance."""
+        prediction, v = self.split_output(output, x_t)
+        if self.prediction == "eps":
+            x_0 = self.x_0_from_eps(x_t, t, prediction)
+        elif self.prediction == "v":
+            x_0 = self.x_0_from_v(x_t, t, prediction)
+        else:
+            x_0 = prediction
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+        # the noise that goes with the clipped x_0, so that the two still make up x_t
+        eps = self.eps_from_x_0(x_t, t, x_0)
+
+        mean, variance, log_variance = self.q_posterior(x_0, x_t, t)
+        if self.variance == "fixed_large":
+            log_variance = lookup(self.log_large_variance, t, x_t).expand_as(x_t)
+            variance = log_variance.exp()
+        elif self.variance == "learned_range":
+            log_variance = learned_range_log_variance(v, lookup(self.betas, t, x_t), log_variance)
+            variance = log_variance.exp()
+        return PMeanVariance(mean, variance, log_variance, x_0, eps)
+
+    def p_mean_variance(self, denoiser, x_t, t):
+        """The model's distribution of x_{t-1} given x_t, for sampling.
+
+        Args:
+            denoiser: callable (x_t, t) -> output, see the class; it receives the original steps.
+            x_t: (B, C, ...).
+            t: own steps, (B,).
+
+        Returns:
+            PMeanVariance(mean, variance, log_variance, x_0, eps), each like x_t.
+
+        Source: Ho et al. 2020, algorithm 2 and section 3.2.
+        """
+        return self.reverse_step(denoiser(x_t, self.steps.to(t.device)[t]), x_t, t, self.clip)
+
+    def add_score(self, output, x_t, t, gradient):
+        """Add the gradient of a log-probability to the score that a denoiser's output stands for.
+
+        Args:
+            output: the denoiser's raw output, (B, C, ...) or (B, 2C, ...).
+            x_t: (B, C, ...).
+            t: steps of the original schedule, (B,), whether or not this diffusion is respaced.
+            gradient: of the log-probability with respect to x_t, (B, C, ...).
+
+        Returns:
+            The output for the sum of both scores; variance channels are left alone.
+
+        Source: Dhariwal and Nichol 2021, algorithm 2, for eps; the others follow from it.
+        """
+        alpha_bar = lookup(self.base.alpha_bar, t, x_t)
+        if self.prediction == "eps":
+            # eps = -sqrt(1 - alpha_bar) score
+            shift = -(1 - alpha_bar).sqrt() * gradient
+        elif self.prediction == "v":
+            # v = (sqrt(alpha_bar) x_t - x_0) / sqrt(1 - alpha_bar), and x_0 moves as below
+            shift = -((1 - alpha_bar) / alpha_bar).sqrt() * gradient
+        else:
+            # x_0 = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar)
+            shift = (1 - alpha_bar) / alpha_bar.sqrt() * gradient
+        channels = x_t.shape[1]
+        return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
+
+
+# %% [markdown]
+# Three networks that say the same in three languages must still agree after the addition:
+
+# %%
+x_t, eps, gradient = torch.randn(3, 32, 2, generator=generator)
+t = torch.randint(0, 200, (32,), generator=generator)
+guided_eps = []
+for prediction in ("eps", "x_0", "v"):
+    diffusion = Diffusion(linear_betas(200), prediction)
+    output = diffusion.target(diffusion.x_0_from_eps(x_t, t, eps), eps, t)
+    guided = diffusion.add_score(output, x_t, t, gradient)
+    guided_eps.append(diffusion.reverse_step(guided, x_t, t, clip=False).eps)
+expected = eps - (1 - diffusion.alpha_bar[t, None]).sqrt() * gradient
+verify("1.27", torch.stack(guided_eps), expected.expand(3, 32, 2), atol=1e-9)
+
+# %% [markdown]
+# ### From the bound to the simple loss
+#
+# Put the model's step into $L_{t-1}$. With a fixed variance $\sigma_t^2$ only the means differ, and by (1.15) they
+# differ by the weight of $x_0$ times the error of $\hat x_0$. In terms of the noise, (1.19) turns an error of $x_0$
+# into one of $\epsilon$, with the factor $\sqrt{1-\bar\alpha_t}/\sqrt{\bar\alpha_t}$, so
+#
+# $$L_{t-1}=\mathbb E\!\left[\frac{\beta_t^2}{2\sigma_t^2\,\alpha_t\,(1-\bar\alpha_t)}\,
+#   \|\epsilon-\epsilon_\theta(x_t,t)\|^2\right]+\text{terms without }\theta \tag{1.28}$$
+#
+# where $\bigl(\sqrt{\bar\alpha_{t-1}}\beta_t/(1-\bar\alpha_t)\bigr)^2\cdot(1-\bar\alpha_t)/\bar\alpha_t
+# =\beta_t^2/(\alpha_t(1-\bar\alpha_t))$ was used. Ho et al. found that pictures get better when the weight is simply
+# dropped, which gives the hard, noisy steps more of the network's attention. That is the **simple loss**
+#
+# $$L_\text{simple}=\mathbb E_{t,x_0,\epsilon}\,\|\epsilon-\epsilon_\theta(x_t,t)\|^2 \tag{1.29, definition}$$
+#
+# It is no longer a bound. Nichol and Dhariwal add the bound back for the learned variance only: the mean is detached
+# there, so that it keeps following the simple loss.
+
+
+# %% tags=["export"]
+class Diffusion(Diffusion):
+    def bound_term(self, reverse, x_0, x_t, t, log_likelihood):
+        """Each sample's term of the bound on -log p(x_0), in nats.
+
+        Args:
+            reverse: the model's distribution of x_{t-1}, a PMeanVariance made without clipping.
+            x_0, x_t: (B, C, ...).
+            t: own steps, (B,).
+            log_likelihood: callable (x_0, mean, log_variance) -> element-wise log-probability, for t = 0.
+
+        Returns:
+            (B,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or -log p(x_0 | x_1) where t = 0.
+
+        Source: Ho et al. 2020, equation 5.
+        """
+        posterior = self.q_posterior(x_0, x_t, t)
+        kl = normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
+        decoder = -log_likelihood(x_0, reverse.mean, reverse.log_variance)
+        return torch.where(t == 0, decoder.flatten(1).sum(dim=1), kl.flatten(1).sum(dim=1))
+
+    def loss(self, denoiser, x_0, t, noise):
+        """The training loss, averaged over samples and elements.
+
+        The squared error of the prediction; with a learned variance, plus the bound in bits per dimension
+        times T / 1000, whose gradient reaches the variance channels only (data as 8-bit pixels in [-1, 1]).
+
+        Args:
+            denoiser: callable (x_t, t) -> output, see the class.
+            x_0: (B, C, ...).
+            t: own steps, (B,).
+            noise: standard normal, like x_0.
+
+        Returns:
+            A scalar.
+
+        Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 and section 3.1.
+        """
+        x_t = self.q_sample(x_0, t, noise)
+        output = denoiser(x_t, self.steps.to(t.device)[t])
+        prediction, _ = self.split_output(output, x_t)
+        loss = F.mse_loss(prediction, self.target(x_0, noise, t))
+        if self.variance == "learned_range":
+            frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
+            reverse = self.reverse_step(frozen, x_t, t, clip=False)
+            nats = self.bound_term(reverse, x_0, x_t, t, discretized_log_likelihood)  # (B,)
+            bits_per_dim = nats.mean() / x_0[0].numel() / math.log(2)
+            loss = loss + self.num_steps / 1000 * bits_per_dim
+        return loss
+
+
+# %% [markdown]
+# The check of (1.28) perturbs the exact noise, and compares the growth of the true divergence with the weighted
+# square. With fixed-small variance the terms without $\theta$ vanish.
+
+# %%
+diffusion = Diffusion(linear_betas(200))
+x_0, eps, error = torch.randn(3, 32, 2, generator=generator)
+t = torch.randint(1, 200, (32,), generator=generator)
+x_t = diffusion.q_sample(x_0, t, eps)
+reverse = diffusion.reverse_step(eps + error, x_t, t, clip=False)
+divergence = diffusion.bound_term(reverse, x_0, x_t, t, normal_log_density)  # (32,)
+
+beta, kept = diffusion.betas[t], diffusion.alpha_bar[t]
+weight = beta**2 / (2 * diffusion.posterior_variance[t] * (1 - beta) * (1 - kept))
+verify("1.28", divergence, weight * (error**2).sum(dim=1), atol=1e-10)
+
+# %% [markdown]
+# How differently do the two losses weigh the steps?
+
+# %%
+figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
+beta, kept = diffusion.betas[1:], diffusion.alpha_bar[1:]
+axis.semilogy(range(1, 200), beta**2 / (2 * diffusion.posterior_variance[1:] * (1 - beta) * (1 - kept)))
+axis.axhline(1, color=colours[1], linestyle="--")
+axis.set(xlabel="step t", ylabel="weight of the squared error")
+axis.annotate("the bound", (20, 0.25))
+axis.annotate("the simple loss", (120, 1.2), color=colours[1])
+show(
+    figure,
+    "Weight of the squared error over the steps on a logarithmic axis: steeply falling for the bound, constant for the simple loss.",
+)
+
+# %% [markdown]
+# *The bound cares most about the last, nearly noiseless steps, by a factor of some hundred.*
+#
+# In the hybrid loss, the gradient with respect to the prediction must be the one of the squared error alone,
+# $2(\hat v-v)/n$ for $n$ numbers, while the variance channels do get a gradient:
+#
+# $$\frac{\partial L_\text{hybrid}}{\partial\,\text{prediction}}=\frac{2}{n}\,(\text{prediction}-\text{target})
+# \tag{1.30}$$
+
+# %%
+learned = Diffusion(linear_betas(200), variance="learned_range")
+x_0, eps = torch.rand(8, 2, generator=generator) - 0.5, torch.randn(8, 2, generator=generator)
+output = torch.randn(8, 4, generator=generator, requires_grad=True)
+t = torch.tensor([0, 1, 50, 100, 120, 150, 198, 199])
+loss = learned.loss(lambda x_t, t: output, x_0, t, eps)
+(gradient,) = torch.autograd.grad(loss, output)
+verify("1.30", gradient[:, :2], 2 / x_0.numel() * (output[:, :2] - eps), atol=1e-12)
+assert (gradient[:, 2:] != 0).all()
+
+# %% [markdown]
+# ## Sampling
+#
+# ### Ancestral sampling
+#
+# Start from $x_T\sim\mathcal N(0,I)$, and draw each $x_{t-1}$ from the model's normal:
+#
+# $$x_{t-1}=\mu_\theta(x_t,t)+\sigma_t z,\qquad z\sim\mathcal N(0,I),\quad z=0\text{ in the last step}
+# \tag{1.31, definition}$$
+#
+# (The lecture's algorithm 1 is this loop, with the mean moved by a classifier: chapter 03.) The last step adds no
+# noise: $x_0$ is the answer, and noise on it would only blur it.
+#
+# **Exercise 9.** Fill in `ancestral_update`. A batch may hold samples at different steps.
+
+
+# %% tags=["export", "exercise"]
+def ancestral_update(mean, log_variance, noise, t):
+    """Draw x_{t-1} from the model's distribution; the last step adds no noise.
+
+    Args:
+        mean, log_variance, noise: (B, C, ...).
+        t: steps, (B,), counted from 0; 0 is the last step of sampling.
+
+    Returns:
+        x_{t-1}, like mean.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+    ### BEGIN SOLUTION
+    is_noisy = (t > 0).to(mean.dtype).reshape(-1, *[1] * (mean.ndim - 1))  # (B, 1, ...)
+    # x_{t-1} = mu + sigma z, and z = 0 at the last step
+    return mean + is_noisy * (0.5 * log_variance).exp() * noise
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.ancestral_update", ancestral_update)
+
+# %% [markdown]
+# ### DDIM
+#
+# Training only ever used $q(x_t\mid x_0)$. So any other process with these same marginals may use the same network.
+# Song et al. choose one whose step keeps a part of the predicted noise instead of drawing all of it anew:
+#
+# $$x_{t-1}=\sqrt{\bar\alpha_{t-1}}\,\hat x_0+\sqrt{1-\bar\alpha_{t-1}-\sigma_t^2}\;\hat\epsilon+\sigma_t z,
+# \qquad\sigma_t=\eta\sqrt{\tilde\beta_t} \tag{1.32, definition}$$
+#
+# Why are the marginals the same? If $x_t=\sqrt{\bar\alpha_t}x_0+\sqrt{1-\bar\alpha_t}\epsilon$ and the step knows
+# $x_0$ and $\epsilon$ exactly, then $x_{t-1}$ has the mean $\sqrt{\bar\alpha_{t-1}}x_0$ and the variance
+# $(1-\bar\alpha_{t-1}-\sigma_t^2)+\sigma_t^2=1-\bar\alpha_{t-1}$: as (1.6) says, for every $\eta$. Two ends are
+# special. At $\eta=0$ nothing random is left, and $x_T$ decides the sample. At $\eta=1$ it is the ancestral step
+# with variance $\tilde\beta_t$:
+#
+# $$\sqrt{\bar\alpha_{t-1}}\,\hat x_0+\sqrt{1-\bar\alpha_{t-1}-\tilde\beta_t}\;\hat\epsilon
+#   =\tilde\mu_t(x_t,\hat x_0) \tag{1.33}$$
+#
+# since $1-\bar\alpha_{t-1}-\tilde\beta_t=\alpha_t(1-\bar\alpha_{t-1})^2/(1-\bar\alpha_t)$, and replacing
+# $\hat\epsilon$ by (1.19) gives the weights of (1.15).
+#
+# **Exercise 10.** Fill in `ddim_update`.
+
+
+# %% tags=["export", "exercise"]
+def ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
+    """Move from step t to the one before along DDIM's path.
+
+    Args:
+        x_0, eps: the predicted clean data and noise, (B, C, ...).
+        alpha_bar, alpha_bar_prev: at t and at the step before, broadcastable to x_0.
+        eta: how much fresh noise, from 0 (none) to 1 (as in DDPM with beta~).
+        noise: standard normal, like x_0.
+
+    Returns:
+        x_{t-1}, like x_0. Where alpha_bar_prev = 1 it is x_0.
+
+    Source: Song, Meng and Ermon 2021, equations 12 and 16.
+    """
+    ### BEGIN SOLUTION
+    # sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_prev)
+    variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    # x_{t-1} = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma z
+    direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
+    return alpha_bar_prev.sqrt() * x_0 + direction + variance.sqrt() * noise
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.ddim_update", ddim_update)
+
+
+# %% tags=["export"]
+def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
+    """One ancestral step, from x_t to x_{t-1}.
+
+    Args:
+        diffusion: a Diffusion.
+        denoiser: callable (x_t, t) -> output.
+        x_t, noise: (B, C, ...).
+        t: the diffusion's own steps, (B,).
+        mean_shift: callable (mean, variance, x_t, t) -> shift, added to the mean, with the original t.
+
+    Returns:
+        x_{t-1}, like x_t.
+
+    Source: Ho et al. 2020, algorithm 2; Dhariwal and Nichol 2021, algorithm 1, for the shift.
+    """
+    p = diffusion.p_mean_variance(denoiser, x_t, t)
+    mean = p.mean
+    if mean_shift is not None:
+        mean = mean + mean_shift(p.mean, p.variance, x_t, diffusion.steps.to(t.device)[t])
+    return ancestral_update(mean, p.log_variance, noise, t)
+
+
+def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
+    """One DDIM step, from x_t to x_{t-1}; deterministic for eta = 0.
+
+    Args:
+        diffusion, denoiser, x_t, t, noise: as in ddpm_step.
+        eta: how much fresh noise, from 0 (none) to 1 (as in DDPM with beta~).
+
+    Returns:
+        x_{t-1}, like x_t.
+
+    Raises:
+        ValueError: if eta lies outside [0, 1].
+
+    Source: Song, Meng and Ermon 2021, equation 12.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1]; got eta={eta}")
+    p = diffusion.p_mean_variance(denoiser, x_t, t)
+    alpha_bar = lookup(diffusion.alpha_bar, t, x_t)
+    alpha_bar_prev = lookup(diffusion.alpha_bar_prev, t, x_t)
+    return ddim_update(p.x_0, p.eps, alpha_bar, alpha_bar_prev, eta, noise)
+
+
+# %% tags=["export"]
+def noise_like(x, generator):
+    """Standard normal noise like x, drawn on the generator's device: a seed means the same everywhere."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+@torch.no_grad()
+def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True):
+    """Draw samples, from pure noise down to x_0.
+
+    Args:
+        diffusion: a Diffusion; respace it first for fewer steps.
+        denoiser: callable (x_t, t) -> output.
+        shape: of the batch, (B, C, ...).
+        step: callable (diffusion, denoiser, x_t, t, noise) -> x_{t-1}, such as ddpm_step or ddim_step.
+        generator: source of all noise. The samples are made on its device unless x_T says otherwise.
+        x_T: the noise to start from, of that shape; drawn if None. Its dtype and device are kept.
+        progress: show a progress bar when sampling takes longer than two seconds.
+
+    Returns:
+        x_0, (B, C, ...).
+
+    Raises:
+        ValueError: if x_T has another shape.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+    if x_T is None:
+        device = None if generator is None else generator.device
+        x_T = torch.randn(shape, generator=generator, device=device)
+    elif tuple(x_T.shape) != tuple(shape):
+        raise ValueError(f"x_T must have the given shape {tuple(shape)}; got {tuple(x_T.shape)}")
+    x_t = x_T
+    steps = range(diffusion.num_steps)[::-1]
+    for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
+        t = torch.full((len(x_t),), index, device=x_t.device)
+        x_t = step(diffusion, denoiser, x_t, t, noise_like(x_t, generator))
+    return x_t
+
+
+# %%
+diffusion = Diffusion(linear_betas(200))
+x_t, eps, noise = torch.randn(3, 32, 2, generator=generator)
+t = torch.randint(0, 200, (32,), generator=generator)
+by_ddim = ddim_step(diffusion, lambda x_t, t: eps, x_t, t, noise, eta=1.0)
+by_ddpm = ddpm_step(diffusion, lambda x_t, t: eps, x_t, t, noise)
+verify("1.33", by_ddim, by_ddpm, atol=1e-10)
+
+# %% [markdown]
+# ### A whole chain that can be solved by hand
+#
+# Single steps may be right and the chain wrong: an off-by-one in the variance survives most statistics. For data from
+# $\mathcal N(0,1)$ the whole chain has a closed form. The noisy marginals are all $\mathcal N(0,1)$, so the score is
+# $-x_t$ and the exact denoiser is $\hat\epsilon=\sqrt{1-\bar\alpha_t}\,x_t$, $\hat x_0=\sqrt{\bar\alpha_t}\,x_t$.
+#
+# *DDIM.* With $\sqrt{\bar\alpha_t}=\cos\theta_t$ and $\sqrt{1-\bar\alpha_t}=\sin\theta_t$, a step multiplies $x_t$ by
+# $\cos\theta_{t-1}\cos\theta_t+\sin\theta_{t-1}\sin\theta_t=\cos(\theta_t-\theta_{t-1})$, so
+#
+# $$x_0=x_T\prod_{t=1}^{T}\cos(\theta_t-\theta_{t-1}),\qquad\theta_0=0 \tag{1.34}$$
+#
+# Each factor is below 1: DDIM's samples are a little too narrow, the more so the fewer the steps.
+#
+# *DDPM with fixed-large variance.* The mean multiplies $x_t$ by $\sqrt{\alpha_t}$: put
+# $\hat x_0=\sqrt{\bar\alpha_t}x_t$ into (1.15) and use $\bar\alpha_t=\alpha_t\bar\alpha_{t-1}$. Adding variance
+# $\beta_t$ to $\alpha_t\cdot1$ keeps a variance of 1, until the last step, which adds nothing:
+#
+# $$\operatorname{Var}(x_0)=\alpha_1=1-\beta_1 \tag{1.35}$$
+#
+# A standard normal is a mixture with a single component, so the finished code can be run on it:
+
+
+# %% tags=["export"]
+def exact_denoiser(mixture, diffusion):
+    """The denoiser that a perfectly trained network would be, for data from a Gaussian mixture.
+
+    Args:
+        mixture: a GaussianMixture, the data distribution.
+        diffusion: the Diffusion it is made for, with a fixed variance; respaced or not.
+
+    Returns:
+        denoiser(x_t (B, D), t (B,)) -> the conditional expectation of the prediction's target, (B, D).
+    """
+    base = diffusion.base
+
+    def denoiser(x_t, t):
+        alpha_bar = lookup(base.alpha_bar, t, x_t)
+        # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
+        eps = -(1 - alpha_bar).sqrt() * mixture.score(x_t, alpha_bar)
+        # eps, x_0 and v are linear in each other given x_t, so their expectations convert as they do
+        return base.target(x_0_from_eps(x_t, alpha_bar, eps), eps, t)
+
+    return denoiser
+
+
+# %%
+standard_normal = GaussianMixture(weights=[1.0], means=[[0.0]], stds=[1.0])
+diffusion = Diffusion(linear_betas(50), variance="fixed_large")
+denoiser = exact_denoiser(standard_normal, diffusion)
+x_T = torch.randn(64, 1, generator=generator)
+theta = torch.cat([torch.zeros(1), diffusion.alpha_bar.sqrt().acos()])
+x_0 = sample(diffusion, denoiser, x_T.shape, ddim_step, x_T=x_T)
+verify("1.34", x_0, x_T * theta.diff().cos().prod(), atol=1e-10)
+
+# %% [markdown]
+# For (1.35) no sampling is needed either. A step is linear in $x_t$ and in the noise, $x_{t-1}=a x_t+b z$, so two
+# probes of each step give $a$ and $b$, and the variance can be carried along exactly:
+
+# %%
+probe_x, probe_noise = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+variance = torch.tensor(1.0)
+for step in reversed(range(50)):
+    a, b = ddpm_step(diffusion, denoiser, probe_x, torch.full((2,), step), probe_noise)[:, 0]
+    variance = a**2 * variance + b**2
+verify("1.35", variance, 1 - diffusion.betas[0], atol=1e-12)
+
+# %% [markdown]
+# ### The mixture, sampled with the exact denoiser
+#
+# Now the mixture. What comes out of 200 ancestral steps with the exact denoiser is not exactly the mixture: each
+# reverse step is only approximately normal. How far off is it?
+
+# %%
+diffusion = Diffusion(linear_betas(diffusion_steps), variance="fixed_large")
+denoiser = exact_denoiser(mixture, diffusion)
+x_0 = sample(diffusion, denoiser, (4000, 2), generator=torch.Generator().manual_seed(3), progress=False)
+
+
+def component_statistics(x_0):
+    """Share, mean and standard deviation of the samples nearest to each component, (K, 4)."""
+    y = mixture.responsibilities(x_0).argmax(dim=1)
+    rows = [(x_0[y == k].mean(dim=0), x_0[y == k].std(), (y == k).double().mean()) for k in range(3)]
+    return torch.stack([torch.cat([share[None], mean, std[None]]) for mean, std, share in rows])
+
+
+exact = torch.cat([mixture.weights[:, None], mixture.means, mixture.stds[:, None]], dim=1)
+print(
+    "share, mean x, mean y, std: largest deviation below 0.05:",
+    bool(((component_statistics(x_0) - exact).abs() < 0.05).all()),
+)
+
+# %% [markdown]
+# Close, within sampling error. The paths by which they got there differ between the two samplers. From the same
+# starting points, ancestral sampling wanders, and DDIM flows:
+
+
+# %%
+def trajectories(step, x_T, seed=4):
+    """All x_t on the way from x_T to x_0, (T + 1, B, 2)."""
+    path = [x_T]
+
+    def recording_step(*arguments):
+        path.append(step(*arguments))
+        return path[-1]
+
+    noise_source = torch.Generator().manual_seed(seed)
+    sample(diffusion, denoiser, x_T.shape, recording_step, noise_source, x_T, progress=False)
+    return torch.stack(path)
+
+
+x_T = torch.randn(12, 2, generator=torch.Generator().manual_seed(5))
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained")
+for axis, (name, step) in zip(axes, {"DDPM": ddpm_step, r"DDIM, $\eta=0$": ddim_step}.items()):
+    axis.scatter(*mixture.sample(800, torch.Generator().manual_seed(1))[0].T, s=2, color="lightgrey")
+    for path in trajectories(step, x_T).transpose(0, 1):  # (T + 1, 2) each
+        axis.plot(*path.T, linewidth=0.8)
+        axis.plot(*path[0], "o", color="black", markersize=3)
+        axis.plot(*path[-1], "*", color=colours[1], markersize=9)
+    axis.set(title=name, aspect="equal", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
+show(figure, "Trajectories from noise to data: jagged for DDPM, smooth for DDIM.")
+
+# %% [markdown]
+# *Twelve trajectories from the same starting points (dots) to the samples (stars), over data in grey. The same $x_T$
+# may end in different components under DDPM; under DDIM it has one fate.*
+#
+# ### Fewer steps
+#
+# Two hundred evaluations of a network are expensive. But $q(x_t\mid x_0)$ of a few steps $S_1<S_2<\dots$ is a forward
+# process as well: the one whose $\bar\alpha$ are those of the kept steps. By (1.5) the ratio of neighbours is
+# $1-\beta$, so
+#
+# $$\beta'_i=1-\frac{\bar\alpha_{S_i}}{\bar\alpha_{S_{i-1}}},\qquad
+#   \prod_{j\le i}(1-\beta'_j)=\bar\alpha_{S_i} \tag{1.36}$$
+#
+# The network must still be told the *original* step $S_i$, since that is what it has learned.
+#
+# **Exercise 11.** Fill in `respaced_betas`.
+
+
+# %% tags=["export", "exercise"]
+def respaced_betas(alpha_bar, steps):
+    """The betas of a shorter schedule that visits some steps of a longer one.
+
+    Args:
+        alpha_bar: of the long schedule, (T,).
+        steps: the steps to keep, (S,), integers, increasing.
+
+    Returns:
+        (S,), such that their alpha_bar equals the long one's at the kept steps.
+
+    Source: Nichol and Dhariwal 2021, section 4.
+    """
+    ### BEGIN SOLUTION
+    kept = alpha_bar[steps]  # (S,)
+    previous = torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
+    # beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
+    return 1 - kept / previous
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.respaced_betas", respaced_betas)
+
+
+# %% tags=["export"]
+class Diffusion(Diffusion):
+    def respace(self, num_steps):
+        """A diffusion that visits num_steps of this one's steps, evenly spread, the first and last included.
+
+        Args:
+            num_steps: from 2 to T.
+
+        Returns:
+            Diffusion whose denoisers still receive the original steps.
+
+        Raises:
+            ValueError: if num_steps lies outside [2, T].
+
+        Source: Nichol and Dhariwal 2021, section 4.
+        """
+        check_positive_int("num_steps", num_steps)
+        if not 2 <= num_steps <= self.num_steps:
+            raise ValueError(f"num_steps must lie in [2, {self.num_steps}]; got num_steps={num_steps}")
+        steps = torch.linspace(0, self.num_steps - 1, num_steps, dtype=torch.float64).round().long()
+        betas = respaced_betas(self.alpha_bar, steps)
+        respaced = Diffusion(betas, self.prediction, self.variance, self.clip)
+        respaced.base = self.base
+        respaced.steps = self.steps[steps]
+        return respaced
+
+
+# %%
+long = Diffusion(cosine_betas(1000))
+short = long.respace(50)
+verify("1.36", short.alpha_bar, long.alpha_bar[short.steps], atol=1e-12)
+
+# %%
+print(f"the {short.num_steps} kept steps: {short.steps[:4].tolist()} ... {short.steps[-3:].tolist()}")
+assert short.respace(10).base is long  # respacing twice still knows the original steps
+
+# %% [markdown]
+# How few are enough? The **energy distance** between samples $X$ and data $Y$,
+# $2\,\mathbb E\|X-Y\|-\mathbb E\|X-X'\|-\mathbb E\|Y-Y'\|$, is zero only if both have the same distribution. Between two
+# sets of 2,000 points from the mixture itself, it is not quite zero either: that is the floor.
+
+
+# %%
+def energy_distance(x, y):
+    """Energy distance between two samples (N, D) and (M, D)."""
+    within_x = torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+    within_y = torch.cdist(y, y).sum() / (len(y) * (len(y) - 1))
+    return 2 * torch.cdist(x, y).mean() - within_x - within_y
+
+
+reference = mixture.sample(2000, torch.Generator().manual_seed(6))[0]
+other_data = mixture.sample(2000, torch.Generator().manual_seed(7))[0]
+floor = energy_distance(other_data, reference).abs()
+
+# %%
+samplers = {
+    "DDPM, fixed large": (Diffusion(linear_betas(200), variance="fixed_large"), ddpm_step),
+    "DDPM, fixed small": (Diffusion(linear_betas(200), variance="fixed_small"), ddpm_step),
+    "DDIM": (Diffusion(linear_betas(200)), ddim_step),
+}
+step_counts = [3, 5, 10, 20, 50, 200]
+distances = {}
+for name, (full, step) in samplers.items():
+    for count in step_counts:
+        source = torch.Generator().manual_seed(8)
+        x_0 = sample(
+            full.respace(count), exact_denoiser(mixture, full), (2000, 2), step, source, progress=False
+        )
+        distances[name, count] = energy_distance(x_0, reference).abs().item()
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+for (name, marker), colour in zip(zip(samplers, "os^"), colours):
+    axis.loglog(
+        step_counts,
+        [distances[name, count] for count in step_counts],
+        marker=marker,
+        color=colour,
+        label=name,
+    )
+axis.axhline(floor, color="grey", linestyle="--", label="data against data")
+axis.set(xlabel="number of steps", ylabel="energy distance to the data")
+axis.set_xticks(step_counts, step_counts)
+axis.minorticks_off()
+axis.legend()
+show(
+    figure,
+    "Energy distance to the data against the number of steps for three samplers, falling towards a dashed floor.",
+)
+
+# %% [markdown]
+# *With the exact denoiser, so that nothing but the sampler is to blame. Fewer than ten steps hurt all three; fixed-large
+# ancestral sampling suffers most, because with few steps its variance is far too large.*
+
+# %%
+assert distances["DDIM", 10] < distances["DDPM, fixed large", 10]
+assert all(distances[name, 200] < distances[name, 5] for name in samplers)
+
+# %% [markdown]
+# ## A network learns the mixture
+#
+# So far the denoiser was exact. Now a small network has to find it from samples alone. It sees $x_t$ and the step,
+# the latter as a few sines and cosines of $\log$-SNR (chapter 02 does this more carefully), and returns twice as many
+# numbers as it gets: the predicted noise, and the variance output of (1.25). The loss is the hybrid one. Its bound reads
+# data as 8-bit values in $[-1,1]$; the mixture was chosen to lie there.
+
+
+# %%
+class PointDenoiser(nn.Module):
+    """A small network (B, 2), (B,) -> (B, 4): predicted noise and variance output."""
+
+    def __init__(self, alpha_bar, width=128):
+        super().__init__()
+        self.register_buffer("log_snr", (alpha_bar / (1 - alpha_bar)).log())
+        self.layers = nn.Sequential(
+            nn.Linear(2 + 8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 4),
+        )  # fmt: skip
+
+    def forward(self, x_t, t):
+        angles = self.log_snr[t][:, None] * torch.tensor([0.1, 0.25, 0.5, 1.0])  # (B, 4)
+        return self.layers(torch.cat([x_t, angles.sin(), angles.cos()], dim=1))
+
+
+# %%
+torch.manual_seed(0)
+learned = Diffusion(linear_betas(diffusion_steps), variance="learned_range")
+network = PointDenoiser(learned.alpha_bar)
+optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+generator = torch.Generator().manual_seed(9)
+losses = []
+for _ in tqdm(range(3000), "training"):
+    x_0, _ = mixture.sample(256, generator)
+    t = torch.randint(0, diffusion_steps, (256,), generator=generator)
+    loss = learned.loss(network, x_0, t, noise_like(x_0, generator))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    losses.append(loss.item())
+
+# %% [markdown]
+# The squared error cannot go to zero: even the exact denoiser does not know which noise was added. What it can reach is
+# the error of the exact denoiser, so that is the number to compare with.
+
+# %%
+x_0, _ = mixture.sample(20_000, generator)
+t = torch.randint(0, diffusion_steps, (20_000,), generator=generator)
+eps = noise_like(x_0, generator)
+x_t = learned.q_sample(x_0, t, eps)
+fixed = Diffusion(linear_betas(diffusion_steps))
+exact_eps = exact_denoiser(mixture, fixed)(x_t, t)
+with torch.no_grad():
+    learned_eps = network(x_t, t)[:, :2]
+exact_error = (exact_eps - eps).square().mean().item()
+learned_error = (learned_eps - eps).square().mean().item()
+print(
+    f"squared error, exact denoiser: {exact_error:.2f}; learned within 5 % of it: {learned_error < 1.05 * exact_error}"
+)
+assert learned_error < 1.05 * exact_error
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+smooth = np.convolve(losses, np.ones(50) / 50, mode="valid")
+axes[0].plot(smooth)
+axes[0].set(xlabel="training step", ylabel="hybrid loss (mean of 50)")
+error_by_step = [
+    (learned_eps - exact_eps)[t == step].square().mean().sqrt().item() for step in range(diffusion_steps)
+]
+axes[1].plot(error_by_step, color=colours[1])
+axes[1].set(xlabel="step t", ylabel=r"distance from exact $\hat\epsilon$ (rms)", ylim=(0, None))
+show(
+    figure,
+    "Two line plots: the training loss falling, and the network's distance from the exact noise over the steps.",
+)
+
+# %% [markdown]
+# *Left: the loss. Right: how far the network is from the exact answer. The nearly noiseless steps are the hardest.*
+#
+# The vector fields of both, at one level, and the samples that come out:
+
+# %%
+step = 60
+side = torch.linspace(-1.6, 1.6, 15)
+field = torch.cartesian_prod(side, side)  # (225, 2)
+t = torch.full((len(field),), step)
+with torch.no_grad():
+    arrows = {"exact": exact_denoiser(mixture, fixed)(field, t), "learned": network(field, t)[:, :2]}
+generated = sample(learned, network, (1000, 2), generator=torch.Generator().manual_seed(10), progress=False)
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+for axis, (name, eps) in zip(axes, arrows.items()):
+    axis.quiver(*field.T, *-eps.T, color=colours[0])
+    axis.set(title=rf"$-\hat\epsilon$, {name}, step {step}", aspect="equal")
+axes[2].scatter(*reference[:1000].T, s=3, color="lightgrey", label="data")
+axes[2].scatter(*generated.T, s=3, color=colours[1], label="generated")
+axes[2].set(title="1,000 samples, 200 steps", aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6))
+axes[2].legend(markerscale=3)
+show(figure, "Two nearly equal vector fields, exact and learned, and generated points over data points.")
+
+# %% [markdown]
+# ### How likely are the data?
+#
+# The bound (1.23) can now be compared with what it bounds: the mixture's exact $-\log q(x_0)$. The difference between
+# the averages is at least the divergence between data and model, and it has two sources: the reverse steps are only
+# approximately normal (with the exact denoiser, nothing else), and the network is not exact. The first shrinks with
+# the number of steps.
+
+
+# %% tags=["export"]
+@torch.no_grad()
+def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_density):
+    """Upper bound on -log p(x_0), one noise draw per step.
+
+    Args:
+        diffusion: a Diffusion.
+        denoiser: callable (x_t, t) -> output.
+        x_0: (B, C, ...).
+        generator: source of the noise.
+        log_likelihood: of the last step; discretized_log_likelihood for 8-bit images.
+
+    Returns:
+        (B, T + 1) in nats: the terms of the steps t = 0 .. T - 1, then KL(q(x_T | x_0) || N(0, I)).
+        Their sum is the bound.
+
+    Source: Ho et al. 2020, equation 5.
+    """
+    terms = []
+    for step in range(diffusion.num_steps):
+        t = torch.full((len(x_0),), step, device=x_0.device)
+        x_t = diffusion.q_sample(x_0, t, noise_like(x_0, generator))
+        reverse = diffusion.reverse_step(denoiser(x_t, diffusion.steps.to(t.device)[t]), x_t, t, clip=False)
+        terms.append(diffusion.bound_term(reverse, x_0, x_t, t, log_likelihood))
+    # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I)
+    alpha_bar = diffusion.alpha_bar[-1].to(x_0.dtype).to(x_0.device)
+    zero = torch.zeros_like(alpha_bar)
+    prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), zero, zero)
+    return torch.stack([*terms, prior.flatten(1).sum(dim=1)], dim=1)
+
+
+# %% [markdown]
+# First, (1.23) itself. Everything but Jensen's inequality in it is an identity that holds on every single path
+# $x_0,x_1,\dots,x_T$: the log-ratio of (1.22) equals the sum of the log-ratios of (1.23). So walk forward along one random
+# path, and add up both sides.
+
+# %%
+diffusion = Diffusion(linear_betas(50), variance="fixed_large")
+denoiser = exact_denoiser(mixture, diffusion)
+x, _ = mixture.sample(8, generator)
+path = [x]
+for beta in diffusion.betas:
+    path.append((1 - beta).sqrt() * path[-1] + beta.sqrt() * noise_like(x, generator))
+
+zero = torch.tensor(0.0)
+log_p_end = normal_log_density(path[-1], zero, zero)
+left, right = -log_p_end, -log_p_end
+for step in range(50):
+    before, after, t = path[step], path[step + 1], torch.full((8,), step)
+    beta = diffusion.betas[step]
+    model = diffusion.reverse_step(denoiser(after, t), after, t, clip=False)
+    log_p = normal_log_density(before, model.mean, model.log_variance)
+    left = left + normal_log_density(after, (1 - beta).sqrt() * before, beta.log()) - log_p
+    right = right - log_p
+    if step > 0:
+        posterior = diffusion.q_posterior(x, after, t)
+        right = right + normal_log_density(before, posterior.mean, posterior.log_variance)
+alpha_bar_T = diffusion.alpha_bar[-1]
+right = right + normal_log_density(
+    path[-1], alpha_bar_T.sqrt() * x, (1 - alpha_bar_T).log()
+)  # log q(x_T | x_0)
+verify("1.23", left, right, atol=1e-8)
+
+# %% [markdown]
+# Now the averages.
+
+# %%
+x_0, _ = mixture.sample(1000, torch.Generator().manual_seed(11))
+exact_nats = -mixture.log_prob(x_0).mean().item()
+gaps = {}
+for count in (25, 50, 100, 200, 400):
+    for variance in ("fixed_small", "fixed_large"):
+        full = Diffusion(linear_betas(count), variance=variance)
+        terms = bound(
+            full, exact_denoiser(mixture, full), x_0, torch.Generator().manual_seed(12)
+        )  # (1000, T + 1)
+        gaps[variance, count] = terms.sum(dim=1).mean().item() - exact_nats
+terms = bound(learned, network, x_0, torch.Generator().manual_seed(12))
+gaps["learned", 200] = terms.sum(dim=1).mean().item() - exact_nats
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+counts = [25, 50, 100, 200, 400]
+for variance, colour in zip(("fixed_small", "fixed_large"), colours):
+    axes[0].loglog(counts, [gaps[variance, count] for count in counts], "o-", color=colour, label=variance)
+axes[0].plot(200, gaps["learned", 200], "*", markersize=13, color=colours[2], label="network, learned_range")
+axes[0].set(xlabel="number of steps T", ylabel=r"bound $-$ exact (nats)")
+axes[0].set_xticks(counts, counts)
+axes[0].minorticks_off()
+axes[0].legend()
+axes[1].semilogy(terms[:, 1:-1].mean(dim=0).abs(), color=colours[2])
+axes[1].set(xlabel="step t", ylabel="term of the bound (nats)")
+show(
+    figure,
+    "Two plots: the bound minus the exact value against T, falling; and the bound's terms over the steps.",
+)
+
+# %% [markdown]
+# *Left: the exact denoiser's bound approaches the truth as T grows, and never crosses it. Right: where the network's
+# bound comes from, step by step.*
+
+# %%
+assert all(gap > 0 for gap in gaps.values())
+assert gaps["fixed_small", 400] < gaps["fixed_small", 50]
+
+# %% [markdown]
+# ## What the lecture's slide says
+#
+# The slide begins sampling with $x_T\sim\mathcal N(0,I)$ and goes from $t=T$ to 1, with a mean $\mu_\theta(x_t)$ and a
+# variance $\Sigma_\theta(x_t)$. That is this chapter's loop. Three things it leaves out matter in code: both depend on
+# $t$ as well; the variance is learned only in some models (here, 'learned_range'); and no noise is added in the last
+# step.
+#
+# ## Summary
+#
+# - One step of noise, $T$ steps, or any step at once: (1.1), (1.6). All tables follow from the betas.
+# - The posterior (1.14), (1.15) is what a model's step imitates, with $\hat x_0$ for $x_0$.
+# - A squared error teaches an expectation, and the expected noise is the score up to a factor, (1.18). Noise, clean data
+#   and velocity are three ways of saying it, (1.19) to (1.21).
+# - The bound (1.23) is a sum over steps; the simple loss drops its weights, (1.28).
+# - DDPM and DDIM use the same network; $\eta$ goes from one to the other, (1.33). Respacing skips steps, (1.36).
+#
+# Chapter 02 puts a U-Net in the place of the small network, and images in the place of points.
+#
+# ## References
+#
+# - Ho, Jain, Abbeel 2020, *Denoising Diffusion Probabilistic Models*: sections 2 and 3, algorithms 1 and 2, equation 13.
+# - Nichol, Dhariwal 2021, *Improved Denoising Diffusion Probabilistic Models*: sections 3.1 (learned variance), 3.2
+#   (cosine schedule), 4 (fewer steps).
+# - Song, Meng, Ermon 2021, *Denoising Diffusion Implicit Models*: equation 12, section 4.1.
+# - Salimans, Ho 2022, *Progressive Distillation for Fast Sampling of Diffusion Models*: section 4, appendix D (velocity).
+# - Efron 2011, *Tweedie's Formula and Selection Bias*, for (1.17).

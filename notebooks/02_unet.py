@@ -1,0 +1,429 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,-all
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 The U-Net: a denoiser for images
+
+# %% [markdown]
+# ## Telling the network the step
+
+# %% tags=["export"]
+import copy
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# %% tags=["export", "exercise"]
+def timestep_embedding(t, dim, max_period=10_000.0):
+    """Encode each step as sines and cosines of geometrically spaced frequencies.
+
+    Args:
+        t: steps of the original schedule, (B,), integer or floating point.
+        dim: length of the embedding, even.
+        max_period: the slowest wave turns once in 2 pi max_period steps.
+
+    Returns:
+        (B, dim), the cosines first; float32 for integer t, else t's dtype.
+
+    Raises:
+        ValueError: if dim is odd.
+
+    Source: Vaswani et al. 2017, section 3.5, with the cosines first as in Ho et al.'s successors.
+    """
+    if dim % 2:
+        raise ValueError(f"dim must be even, for as many cosines as sines; got dim={dim}")
+    ### BEGIN SOLUTION
+    if not t.is_floating_point():
+        t = t.float()
+    k = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
+    # omega_k = max_period^(-k / (dim / 2))
+    omega = torch.exp(-math.log(max_period) * k / (dim // 2))  # (dim / 2,)
+    angles = t[:, None] * omega  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
+    ### END SOLUTION
+
+
+# %% [markdown]
+# ## Labels
+
+# %% tags=["export"]
+class LabelEmbedding(nn.Module):
+    """Embed one or several class labels and add them up; each has an extra row for 'no label'.
+
+    Args:
+        num_classes: the number of classes, or a tuple of numbers for several labels (shape, colour).
+        dim: length of the embedding.
+
+    Source: Ho and Salimans 2022, section 3.2 (the null label is index num_classes).
+    """
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.num_classes = (num_classes,) if isinstance(num_classes, int) else tuple(num_classes)
+        self.tables = nn.ModuleList(nn.Embedding(n + 1, dim) for n in self.num_classes)
+
+    def forward(self, labels):
+        """Map (B,) or (B, number of labels) integers to (B, dim)."""
+        columns = labels.reshape(len(labels), -1).unbind(dim=1)
+        if len(columns) != len(self.tables):
+            raise ValueError(
+                f"cond must hold {len(self.tables)} label(s) per sample; got shape {tuple(labels.shape)}"
+            )
+        return sum(table(column) for table, column in zip(self.tables, columns, strict=True))
+
+
+# %% [markdown]
+# ## The residual block
+
+# %% tags=["export", "exercise"]
+def scale_shift(h, scale, shift):
+    """Let an embedding scale and shift each channel: h (1 + scale) + shift.
+
+    Args:
+        h: normalised feature maps, (B, C, H, W).
+        scale, shift: one number per sample and channel, (B, C).
+
+    Returns:
+        (B, C, H, W). With scale = shift = 0, h itself.
+
+    Source: Dhariwal and Nichol 2021, section 3 (adaptive group normalisation), equation 4 up to the 1 +.
+    """
+    ### BEGIN SOLUTION
+    # h (1 + scale) + shift, the same number for every pixel of a channel
+    return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    ### END SOLUTION
+
+
+# %% tags=["export"]
+def zero_init(module):
+    """Set all parameters of a module to zero, so that the branch it ends adds nothing at first."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels):
+    """Group normalisation with at most 32 groups of at least 8 channels."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
+
+
+# %% tags=["export"]
+class ResidualBlock(nn.Module):
+    """Two convolutions around a skip, the second one's input scaled and shifted by the embedding.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        embedding_dim: length of the embedding of step and label.
+
+    Source: Dhariwal and Nichol 2021, section 3 and appendix A.
+    """
+
+    def __init__(self, in_channels, out_channels, embedding_dim):
+        super().__init__()
+        self.norm_in = group_norm(in_channels)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm_out = group_norm(out_channels)
+        self.conv_out = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, embedding):
+        """Map (B, in_channels, H, W) and (B, embedding_dim) to (B, out_channels, H, W)."""
+        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out_channels, H, W)
+        scale, shift = self.embedding(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
+        h = scale_shift(self.norm_out(h), scale, shift)
+        h = self.conv_out(F.silu(h))
+        return self.skip(x) + h
+
+
+# %% [markdown]
+# ## Self-attention
+
+# %% tags=["export", "exercise"]
+def attention(q, k, v):
+    """Mix the values by how well each query matches each key.
+
+    Args:
+        q: queries, (..., N, d).
+        k: keys, (..., M, d).
+        v: values, (..., M, e).
+
+    Returns:
+        (..., N, e), a weighted mean of the values for each query.
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    ### BEGIN SOLUTION
+    # softmax(q k^T / sqrt(d)) v, the softmax over the keys
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (..., N, M)
+    return weights @ v
+    ### END SOLUTION
+
+
+# %% tags=["export"]
+class SelfAttention(nn.Module):
+    """Every pixel looks at every other one, in several heads; added to its input.
+
+    Args:
+        channels: channels of the feature map.
+        head_dim: channels per head.
+
+    Source: Dhariwal and Nichol 2021, section 3 (64 channels a head there).
+    """
+
+    def __init__(self, channels, head_dim=32):
+        super().__init__()
+        if channels % head_dim:
+            raise ValueError(f"channels must be a multiple of head_dim={head_dim}; got channels={channels}")
+        self.heads = channels // head_dim
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x, cond=None):
+        """Map (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B, H W, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, H W, head_dim) each
+        mixed = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H W, C)
+        h = self.project(mixed).transpose(1, 2).reshape(batch, channels, height, width)
+        return x + h
+
+
+# %% [markdown]
+# ## Down and up
+
+# %% tags=["export"]
+class Stage(nn.Module):
+    """A residual block, and attention after it where a factory for one is given."""
+
+    def __init__(self, in_channels, out_channels, embedding_dim, attention=None):
+        super().__init__()
+        self.residual = ResidualBlock(in_channels, out_channels, embedding_dim)
+        self.attention = attention(out_channels) if attention else None
+
+    def forward(self, h, embedding, cond):
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        h = self.residual(h, embedding)
+        return h if self.attention is None else self.attention(h, cond)
+
+
+class DownLevel(nn.Module):
+    """The stages of one resolution on the way down; all but the last level then halve it."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, embedding_dim, attention, last):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.stages = nn.ModuleList(Stage(*pair, embedding_dim, attention) for pair in pairwise(widths))
+        self.downsample = None if last else nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        self.skip_channels = widths[1:] + [out_channels] * (not last)
+
+    def forward(self, h, embedding, cond):
+        """Map (B, C, H, W) to all feature maps on the way, the last one being the level's output."""
+        outputs = []
+        for stage in self.stages:
+            h = stage(h, embedding, cond)
+            outputs.append(h)
+        if self.downsample is not None:
+            outputs.append(self.downsample(h))
+        return outputs
+
+
+class UpLevel(nn.Module):
+    """The stages of one resolution on the way up, each fed with a skip; all but the last then double it."""
+
+    def __init__(self, in_channels, out_channels, skip_channels, embedding_dim, attention, last):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
+        self.stages = nn.ModuleList(
+            Stage(width + skip, out_channels, embedding_dim, attention)
+            for width, skip in zip(widths, skip_channels, strict=True)
+        )
+        self.upsample = None if last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, h, skips, embedding, cond):
+        """Map (B, C, H, W) to the next resolution, taking its skips from the end of the list."""
+        for stage in self.stages:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, cond)
+        if self.upsample is not None:
+            h = self.upsample(F.interpolate(h, scale_factor=2, mode="nearest"))
+        return h
+
+
+# %% [markdown]
+# ## Patches
+
+# %% tags=["export", "exercise"]
+def patchify(x, patch_size):
+    """Fold each patch of pixels into the channels.
+
+    Args:
+        x: images, (B, C, H, W), with H and W multiples of patch_size.
+        patch_size: side of a patch, p.
+
+    Returns:
+        (B, C p^2, H / p, W / p), channel c p^2 + i p + j holding pixel (i, j) of each patch of channel c.
+
+    Raises:
+        ValueError: if H or W is no multiple of patch_size.
+    """
+    height, width = x.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"x must have sides that are multiples of {patch_size}; got {height} x {width}")
+    ### BEGIN SOLUTION
+    x = x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/p, p, W/p, p)
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)  # (B, C, p, p, H/p, W/p), then C p p -> C p^2
+    ### END SOLUTION
+
+
+# %% tags=["export"]
+def unpatchify(x, patch_size):
+    """Undo patchify: (B, C p^2, H, W) to (B, C, p H, p W)."""
+    x = x.unflatten(1, (-1, patch_size, patch_size))  # (B, C, p, p, H, W)
+    return x.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)  # (B, C, H, p, W, p), then merged
+
+
+# %% [markdown]
+# ## The whole
+
+# %% tags=["export"]
+class UNet(nn.Module):
+    """Predict, from noisy images and their step, what the diffusion's prediction type asks for.
+
+    Args:
+        in_channels: channels of the images.
+        base_channels: channels at the highest resolution.
+        channel_multipliers: width of each level, in units of base_channels; the resolution halves in between.
+        num_blocks: residual blocks per level on the way down (one more on the way up).
+        attention_levels: the levels, counted from 0, with attention after each residual block.
+        patch_size: fold this many pixels each way into channels first (1 leaves the image as it is).
+        out_channels: channels of the output; in_channels unless given (2 in_channels for a learned variance).
+        num_classes: None, a number of classes, or a tuple of them for several labels.
+        attention: factory, channels -> module called as (h, cond).
+
+    Source: Ho et al. 2020, appendix B; Dhariwal and Nichol 2021, section 3.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        base_channels=64,
+        channel_multipliers=(1, 2, 2),
+        num_blocks=2,
+        attention_levels=(1, 2),
+        patch_size=1,
+        out_channels=None,
+        num_classes=None,
+        attention=SelfAttention,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.base_channels = base_channels
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        attention_at = [attention if level in attention_levels else None for level in range(len(widths))]
+        last = len(widths) - 1
+
+        embedding_dim = 4 * base_channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(base_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+        self.labels = None if num_classes is None else LabelEmbedding(num_classes, embedding_dim)
+
+        self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            DownLevel(before, after, num_blocks, embedding_dim, attention_at[level], level == last)
+            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
+        )
+        self.middle_in = Stage(widths[-1], widths[-1], embedding_dim, attention_at[-1])
+        self.middle_out = Stage(widths[-1], widths[-1], embedding_dim)
+
+        skips = [widths[0]] + [channels for level in self.down for channels in level.skip_channels]
+        self.up = nn.ModuleList()
+        width = widths[-1]
+        for level in reversed(range(len(widths))):
+            own = [skips.pop() for _ in range(num_blocks + 1)]
+            self.up.append(UpLevel(width, widths[level], own, embedding_dim, attention_at[level], level == 0))
+            width = widths[level]
+
+        self.head_norm = group_norm(width)
+        self.head = zero_init(nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1))
+
+    def forward(self, x_t, t, cond=None):
+        """Map images (B, C, H, W), steps (B,) and labels to the raw output (B, out_channels, H, W)."""
+        embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
+        if self.labels is not None:
+            embedding = embedding + self.labels(cond)
+
+        h = self.stem(patchify(x_t, self.patch_size))
+        skips = [h]
+        for level in self.down:
+            skips += level(skips[-1], embedding, cond)
+        h = self.middle_out(self.middle_in(skips[-1], embedding, cond), embedding, cond)
+        for level in self.up:
+            h = level(h, skips, embedding, cond)
+        return unpatchify(self.head(F.silu(self.head_norm(h))), self.patch_size)
+
+
+# %% [markdown]
+# ## Averaging the weights
+
+# %% tags=["export", "exercise"]
+def ema_update(average, parameter, decay):
+    """Move an average a little towards a parameter.
+
+    Args:
+        average, parameter: tensors of one shape.
+        decay: how much of the average is kept, in [0, 1].
+
+    Returns:
+        decay * average + (1 - decay) * parameter, same shape.
+
+    Source: Ho et al. 2020, appendix B (decay 0.9999 there).
+    """
+    ### BEGIN SOLUTION
+    return decay * average + (1 - decay) * parameter
+    ### END SOLUTION
+
+
+# %% tags=["export"]
+class EMA(nn.Module):
+    """An exponential moving average of a model's weights, kept as a second, frozen model.
+
+    Early on, when the average would be made mostly of the random start, the decay is
+    (1 + n) / (10 + n) after n updates, if that is smaller.
+
+    Args:
+        model: the model to follow; it is copied.
+        decay: how much of the average each update keeps, in [0, 1].
+    """
+
+    def __init__(self, model, decay=0.999):
+        super().__init__()
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, model):
+        """Take the model's present weights into the average; buffers are copied as they are."""
+        n = self.num_updates.item()
+        decay = min(self.decay, (1 + n) / (10 + n))
+        for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.copy_(ema_update(average, parameter, decay))
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+        self.num_updates += 1

@@ -1,0 +1,414 @@
+"""The check system, on exercises of its own: verdicts, their wording, recordings."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lecture26.checks import Case, Exercise, Misconception, Recording, check, check_recorded, exercise, record
+from lecture26.checks.judging import judge
+from lecture26.checks.recording import record_exercise
+
+
+def scaled_noise(x: Tensor, variance: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    return gain * variance.sqrt() * x, variance.sqrt()
+
+
+def scaled_noise_cases(seed: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def case(note, rows, columns, dtype=torch.float64, gradient=False):
+        x = torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(dtype)
+        variance = 0.5 + torch.rand(rows, 1, generator=generator, dtype=torch.float64).to(dtype)
+        return Case(note, (x.requires_grad_(gradient), variance, 1.5 + seed))
+
+    return [
+        case("a square", 3, 3),
+        case("a table", 3, 5),
+        case("a row", 1, 4),
+        case("float32", 4, 2, torch.float32),
+        case("gradient", 3, 2, gradient=True),
+    ]
+
+
+SCALED_NOISE = Exercise(
+    "toy.scaled_noise",
+    '"Toys", equation (0.1)',
+    scaled_noise,
+    scaled_noise_cases,
+    (
+        Misconception(
+            "variance for standard deviation",
+            lambda x, variance, gain: (gain * variance * x, variance.sqrt()),
+            "Take the root.",
+        ),
+        Misconception(
+            "along the last axis",
+            lambda x, variance, gain: (gain * variance.flatten().sqrt() * x, variance.sqrt()),
+            "Keep the shape (B, 1).",
+        ),
+        Misconception(
+            "detached",
+            lambda x, variance, gain: (gain * variance.sqrt() * x.detach(), variance.sqrt()),
+            "Keep the gradient.",
+        ),
+        Misconception(
+            "overwritten",
+            lambda x, variance, gain: (gain * variance.sqrt_() * x, variance),
+            "Leave the arguments alone.",
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return record_exercise(SCALED_NOISE)
+
+
+def never_filled(x, variance, gain): ...
+
+
+def not_implemented(x, variance, gain):
+    raise NotImplementedError
+
+
+def forgotten_return(x, variance, gain):
+    scaled_noise(x, variance, gain)
+
+
+def sometimes_nothing(x, variance, gain):
+    if len(x) > 1:
+        return scaled_noise(x, variance, gain)
+
+
+def undefined_name(x, variance, gain):
+    return gain * variance.sqrt() * noise, variance.sqrt()  # noqa: F821
+
+
+def exits(x, variance, gain):
+    sys.exit(3)
+
+
+def changes_a_value(x, variance, gain):
+    result = scaled_noise(x, variance, gain)
+    variance += 1
+    return result
+
+
+def turns_an_argument_into_float32(x, variance, gain):
+    result = scaled_noise(x, variance, gain)
+    variance.data = variance.data.float()
+    return result
+
+
+def first_result(change):
+    """The right answer with its first result changed."""
+
+    def candidate(x, variance, gain):
+        noise, std = scaled_noise(x, variance, gain)
+        return change(noise), std
+
+    return candidate
+
+
+calls = []
+
+
+def counts_calls(x, variance, gain):
+    calls.append(x)
+    noise, std = scaled_noise(x, variance, gain)
+    return noise + len(calls), std
+
+
+BAD_BEHAVIOUR = {
+    never_filled: "not filled in yet",
+    not_implemented: "not filled in yet",
+    forgotten_return: "not filled in yet",
+    (lambda x, variance, gain: (..., ...)): "not filled in yet",
+    sometimes_nothing: "On case 3 of 5 (a row), it returns None: a path through",
+    undefined_name: "raises NameError (name 'noise' is not defined) in the line `return gain *",
+    exits: "it raises SystemExit (3) in the line `sys.exit(3)`.",
+    (lambda x, variance, gain: 1 / 0): "it raises ZeroDivisionError (division by zero)",
+    (lambda x, variance, gain: x @ x): "it returns one result, where a tuple of 2 is expected.",
+    (lambda x, variance, gain: (x, x, x)): "it returns a tuple of 3, where a tuple of 2 is expected.",
+    (lambda x, variance, gain: ()): "it returns a tuple of 0, where a tuple of 2 is expected.",
+    (lambda x, variance, gain: "text"): "it returns one result, where a tuple of 2 is expected.",
+    first_result(lambda noise: None): "result 1 of 2 is of type NoneType, where a dense Tensor is expected.",
+    first_result(lambda noise: noise.tolist()): "result 1 of 2 is of type list",
+    first_result(lambda noise: noise.detach().numpy()): "result 1 of 2 is of type ndarray",
+    first_result(lambda noise: noise.to_sparse()): "where a dense Tensor is expected",
+    first_result(lambda noise: noise[:2]): "result 1 of 2 has shape (2, 3), where (3, 3) is expected.",
+    first_result(lambda noise: noise[:, :1]): "(3, 1), where (3, 3) is expected. It would broadcast silently",
+    first_result(lambda noise: noise.float()): "result 1 of 2 has dtype float32, where float64 is expected.",
+    first_result(lambda noise: noise.double()): "On case 4 of 5 (float32), result 1 of 2 has dtype float64",
+    first_result(lambda noise: noise.to(torch.complex128)): "dtype complex128, where float64 is expected",
+    first_result(lambda noise: noise.to("meta")): "result 1 of 2 is on device meta, where cpu is expected.",
+    first_result(lambda noise: noise.log()): "result 1 of 2 contains NaN.",
+    first_result(lambda noise: noise / 0): "result 1 of 2 contains infinite values.",
+    first_result(lambda noise: noise.data): "On case 5 of 5 (gradient), result 1 of 2 has lost its gradient",
+    first_result(lambda noise: noise.clone().requires_grad_()): "carries gradient, where none is expected",
+    first_result(
+        lambda noise: 2 * noise - noise.detach()
+    ): "the values are right, but not their gradient with",
+    first_result(
+        lambda noise: noise + 0.5
+    ): "result 1 of 2 is off by up to 0.5, where the right values reach",
+    first_result(
+        lambda noise: noise + torch.randn(())
+    ): "Two calls with the same arguments give different results",
+    counts_calls: "Two calls with the same arguments give different results",
+    changes_a_value: "it changes its argument variance in place: compute a new tensor instead.",
+    turns_an_argument_into_float32: "it changes its argument variance in place",
+    (lambda x, variance: x): "It must take (x, variance, gain), but takes (x, variance).",
+    (lambda x, variance, gain, t: x): "It must take (x, variance, gain), but takes (x, variance, gain, t).",
+    (
+        lambda variance, x, gain: x
+    ): "It must take (x, variance, gain) in this order, but takes (variance, x, gain).",
+    (lambda *, x, variance, gain: x): "It must take (x, variance, gain)",
+}
+
+
+@pytest.mark.parametrize(("candidate", "sentence"), BAD_BEHAVIOUR.items())
+def test_bad_behaviour_gets_a_clear_sentence(recording, candidate, sentence):
+    result = judge(recording, candidate)
+    assert sentence in repr(result)
+    assert not result and not result.passed
+    assert "Traceback" not in repr(result)
+
+
+@pytest.mark.parametrize("candidate", [None, 3, "scaled_noise", torch.ones(2)])
+def test_something_that_is_no_function(recording, candidate):
+    result = judge(recording, candidate)
+    assert f"A function is expected, not something of type {type(candidate).__name__}." in repr(result)
+
+
+class CallableObject:
+    def __call__(self, x, variance, gain):
+        return list(scaled_noise(x, variance, gain))
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        scaled_noise,
+        lambda x, variance, gain: (x * gain * variance**0.5, variance**0.5),
+        lambda a, b, c: scaled_noise(a, b, c),
+        lambda *arguments: scaled_noise(*arguments),
+        lambda x, variance, gain=1.0, unused=None: scaled_noise(x, variance, gain),
+        CallableObject(),
+    ],
+)
+def test_output_equivalent_candidates_pass(recording, candidate):
+    result = judge(recording, candidate)
+    assert result and result.passed and result.misconception is None
+    assert repr(result) == "toy.scaled_noise: passed, on all 5 cases."
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("wrong", SCALED_NOISE.misconceptions, ids=lambda wrong: wrong.name)
+def test_a_misconception_is_named_with_its_hint(wrong, seed):
+    result = judge(record_exercise(SCALED_NOISE, seed), wrong.function)
+    assert not result
+    assert result.misconception == wrong.name
+    assert f'The mistake is known: {wrong.name}. {wrong.hint}\nSee "Toys", equation (0.1).' in result.message
+
+
+def test_a_misconception_on_some_cases_only_is_not_named(recording):
+    wrong = SCALED_NOISE.misconceptions[0].function
+    result = judge(
+        recording, lambda x, v, gain: wrong(x, v, gain) if len(x) == 3 else scaled_noise(x, v, gain)
+    )
+    assert not result
+    assert result.misconception is None
+    assert "It is right on 2 of 5 cases." in result.message
+
+
+ROOT = Exercise(
+    "toy.root",
+    '"Toys"',
+    lambda x: x.sqrt(),
+    lambda seed: [Case("points", (torch.rand(4).double() + 0.1,))],
+    (),
+)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "relation"),
+    [
+        (lambda x: -x.sqrt(), "the right ones with the opposite sign"),
+        (lambda x: x.clone(), "the squares of the right ones"),
+        (lambda x: x**0.25, "the square roots of the right ones"),
+        (lambda x: x.rsqrt(), "the reciprocals of the right ones"),
+        (lambda x: 0.5 * x.log(), "the logarithms of the right ones"),
+        (lambda x: x.sqrt().exp(), "the exponentials of the right ones"),
+        (lambda x: 3 * x.sqrt(), "3 times the right ones"),
+    ],
+)
+def test_an_unknown_mistake_is_described_by_its_relation_to_the_right_values(candidate, relation):
+    message = judge(record_exercise(ROOT), candidate).message
+    assert f"On every case its values are {relation}." in message
+
+
+def test_no_relation_is_claimed_where_there_is_none():
+    assert "On every case" not in judge(record_exercise(ROOT), lambda x: x + 1).message
+
+
+def test_the_message_names_case_arguments_and_deviation_in_few_digits(recording):
+    message = judge(recording, first_result(lambda noise: noise + 1 / 3)).message
+    assert message.splitlines()[:3] == [
+        "not right yet.",
+        "On case 1 of 5 (a square), result 1 of 2 is off by up to 0.33, where the right values reach "
+        f"{recording.expected[0].outputs[0].abs().max():.2g}.",
+        "Arguments: x float64 (3, 3), variance float64 (3, 1), gain = 1.5.",
+    ]
+
+
+def test_the_same_candidate_gets_the_same_words_twice(recording):
+    candidate = first_result(lambda noise: noise + torch.randn(()))
+    assert judge(recording, candidate) == judge(recording, candidate)
+
+
+def test_interrupting_a_check_works(recording):
+    def interrupted(x, variance, gain):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(recording, interrupted)
+
+
+def test_a_candidate_leaves_no_trace(recording, capfd):
+    def careless(x, variance, gain):
+        print("x has shape", tuple(x.shape))
+        print("careful", file=sys.stderr)
+        torch.manual_seed(0)
+        torch.set_grad_enabled(False)
+        return scaled_noise(x, variance, gain)
+
+    state = torch.get_rng_state()
+    judge(recording, careless)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    # the first case's prints are let through, for learners who look for a mistake that way
+    assert capfd.readouterr() == ("x has shape (3, 3)\n", "careful\n")
+
+
+def test_arguments_of_the_recording_stay_as_they_are(recording):
+    before = [[torch.as_tensor(argument).clone() for argument in case.arguments] for case in recording.cases]
+    judge(recording, changes_a_value)
+    for case, arguments in zip(recording.cases, before, strict=True):
+        for argument, kept in zip(case.arguments, arguments, strict=True):
+            assert torch.equal(torch.as_tensor(argument), kept)
+
+
+def test_a_check_sees_the_default_dtype_of_torch_whatever_is_set_around_it():
+    def forgets_the_dtype(num_steps):
+        torch.set_default_dtype(torch.float16)
+        return torch.linspace(0.1 / num_steps, 20 / num_steps, num_steps, dtype=None)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = check("ddpm.linear_betas", lambda n: torch.linspace(0.1 / n, 20 / n, n))
+        check("ddpm.linear_betas", forgets_the_dtype)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert result.misconception == "float32 result"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_check_sees_gradients_whatever_the_mode_around_it(mode):
+    with mode():
+        recording = record_exercise(SCALED_NOISE)
+        assert judge(recording, scaled_noise)
+        assert judge(recording, SCALED_NOISE.misconceptions[2].function).misconception == "detached"
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        scaled_noise,
+        *(m.function for m in SCALED_NOISE.misconceptions),
+        *(candidate for candidate in BAD_BEHAVIOUR if candidate is not counts_calls),
+    ],
+)
+def test_a_recording_on_disk_gives_the_same_verdict(recording, candidate, tmp_path):
+    recording.save(tmp_path / "check.safetensors")
+    live = judge(recording, candidate)
+    assert check_recorded(tmp_path / "check.safetensors", candidate) == live
+    assert check_recorded(recording, candidate) == live
+
+
+def test_a_recording_holds_no_code(recording, tmp_path):
+    path = tmp_path / "check.safetensors"
+    recording.save(path)
+    assert b"lambda" not in path.read_bytes()
+
+
+def test_an_exercise_whose_own_reference_raises_is_refused():
+    broken = Exercise("toy.broken", '"Toys"', lambda x: x.missing, ROOT.cases, ())
+    with pytest.raises(
+        ValueError, match="the reference of toy.broken raises AttributeError on the case 'points'"
+    ):
+        record_exercise(broken)
+
+
+def test_other_seeds_make_other_cases():
+    one, other = record("ddpm.q_sample", 0), record("ddpm.q_sample", 1)
+    assert [c.arguments[0].flatten()[0] for c in one.cases] != [
+        c.arguments[0].flatten()[0] for c in other.cases
+    ]
+    assert judge(record_exercise(SCALED_NOISE, 1), scaled_noise)
+    only_for_seed_0 = lambda x, variance, gain: scaled_noise(x, variance, 1.5)  # noqa: E731
+    assert judge(record_exercise(SCALED_NOISE, 0), only_for_seed_0)
+    assert not judge(record_exercise(SCALED_NOISE, 1), only_for_seed_0)
+
+
+def test_a_recording_needs_neither_the_chapter_nor_its_exercises(tmp_path):
+    path = tmp_path / "check.safetensors"
+    record("ddpm.q_sample").save(path)
+    program = f"""
+import sys
+sys.modules["lecture26.ddpm"] = None  # importing it is an error from here on
+sys.modules["lecture26.checks.ddpm"] = None
+from lecture26.checks import check_recorded
+right = lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+wrong = lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + (1 - alpha_bar) * noise
+print(bool(check_recorded({str(path)!r}, right)))
+print(check_recorded({str(path)!r}, wrong).misconception)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\nvariance for standard deviation\n"
+
+
+def test_importing_the_checks_imports_no_chapter():
+    program = (
+        "import sys, lecture26.checks; "
+        "print([m for m in sys.modules if m in ('lecture26.ddpm', 'lecture26.unet', 'matplotlib', 'timm')])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_a_file_that_is_no_recording_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Recording.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text.safetensors").write_text("not a recording")
+    save_file({"weight": torch.ones(1)}, tmp_path / "weights.safetensors")
+    for name in ("text", "weights"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors is not a recorded check"):
+            check_recorded(tmp_path / f"{name}.safetensors", scaled_noise)
+
+
+def test_an_unknown_exercise_is_refused():
+    with pytest.raises(
+        ValueError, match=r"exercise must begin with a chapter's name, one of .*ddpm.*; got 'core.x'"
+    ):
+        check("core.x", scaled_noise)
+    with pytest.raises(ValueError, match=r"exercise must be one of .*ddpm.q_sample.*; got 'ddpm.q_simple'"):
+        check("ddpm.q_simple", scaled_noise)
+    with pytest.raises(TypeError, match="exercise must be a name such as 'ddpm.q_sample', got function"):
+        exercise(scaled_noise)

@@ -1,0 +1,281 @@
+"""Every exercise of every chapter: the reference passes, each misconception is named, rewritings pass."""
+
+import functools
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lecture26.checks import Recording, check, check_recorded, exercise, exercises, record
+from lecture26.checks.judging import judge
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+recorded = functools.cache(record)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Recordings of seed 0, written to disk and read again."""
+
+    @functools.cache
+    def load(name: str) -> Recording:
+        path = tmp_path_factory.mktemp("recordings") / f"{name}.safetensors"
+        recorded(name).save(path)
+        return Recording.load(path)
+
+    return load
+
+
+def notebook_sections() -> dict[str, tuple[str, str]]:
+    """Each exercise of the notebooks by name, with the heading and the text of the section it stands in."""
+    found = {}
+    for source in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py")):
+        for section in re.split(r"^# ##+ ", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            for cell in section.split("\n# %%")[1:]:
+                if '"exercise"' in cell.partition("\n")[0]:
+                    function = re.search(r"^def (\w+)", cell, flags=re.MULTILINE)[1]
+                    found[f"{source.stem[3:]}.{function}"] = (section.partition("\n")[0], section)
+    return found
+
+
+def test_the_exercises_of_the_notebooks_are_those_with_a_check():
+    assert set(notebook_sections()) == set(exercises())
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_the_derivation_is_where_the_check_says(name):
+    heading, section = notebook_sections()[name]
+    derivation = exercise(name).derivation
+    assert derivation.startswith(f'"{heading}"')
+    for equation in re.findall(r"\((\d+\.\d+)\)", derivation):
+        assert f"\\tag{{{equation}" in section
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_the_reference_passes_live(name):
+    result = check(name, exercise(name).reference)
+    assert result, result
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", exercises())
+def test_the_reference_passes_with_other_seeds(name, seed):
+    result = judge(recorded(name, seed), exercise(name).reference)
+    assert result, result
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_every_misconception_is_named_by_a_recording_on_disk(name, loaded):
+    for wrong in exercise(name).misconceptions:
+        result = check_recorded(loaded(name), wrong.function)
+        assert not result
+        assert result.misconception == wrong.name, result
+        assert wrong.hint in result.message
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_live_and_recorded_verdicts_are_the_same(name, loaded):
+    for candidate in (
+        exercise(name).reference,
+        exercise(name).misconceptions[0].function,
+        lambda *arguments: 0,
+    ):
+        assert check(name, candidate) == check_recorded(loaded(name), candidate)
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_another_seed_makes_a_hidden_test_that_names_every_misconception(name):
+    for wrong in exercise(name).misconceptions:
+        assert judge(recorded(name, 1), wrong.function).misconception == wrong.name
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_misconceptions_have_names_of_their_own_and_full_sentences_as_hints(name):
+    misconceptions = exercise(name).misconceptions
+    assert len({wrong.name for wrong in misconceptions}) == len(misconceptions) >= 8
+    for wrong in misconceptions:
+        assert wrong.hint.endswith(".")
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_cases_are_spread_over_sizes_and_dtypes(name):
+    recording = recorded(name)
+    assert len(recording.cases) >= 6
+    results = [outcome.outputs[0] for outcome in recording.expected]
+    assert len({result.shape for result in results}) >= 3
+    assert torch.float64 in {result.dtype for result in results}
+    takes_tensors = any(isinstance(argument, Tensor) for argument in recording.cases[0].arguments)
+    assert not takes_tensors or torch.float32 in {result.dtype for result in results}
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_a_candidate_that_knows_the_answers_of_one_seed_fails_with_another(name):
+    answers = iter(recorded(name, 0).expected)
+    assert judge(recorded(name, 0), lambda *arguments: next(answers).outputs[0]).message.startswith(
+        ("passed", "not right yet")
+    )
+    answers = iter(recorded(name, 0).expected)
+    assert not judge(recorded(name, 1), lambda *arguments: next(answers).outputs[0])
+
+
+def unfilled(function):
+    """A function of the same signature whose body is still `...`."""
+    names = ", ".join(inspect.signature(function).parameters)
+    return eval(f"lambda {names}: ...")
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_simple_wrong_candidates_fail(name):
+    reference = exercise(name).reference
+    recording = recorded(name)
+    assert "not filled in yet" in judge(recording, unfilled(reference)).message
+    for change in (
+        lambda result: torch.zeros_like(result),
+        lambda result: torch.ones_like(result),
+        lambda result: result + 1e-3,
+        lambda result: result * 1.001,
+        lambda result: result[:1],
+        lambda result: result.unsqueeze(0),
+        lambda result: result.half(),
+        lambda result: result * math.nan,
+        lambda result: result.tolist(),
+    ):
+        assert not judge(recording, lambda *arguments, change=change: change(reference(*arguments)))
+
+
+def posterior_by_precision(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
+    # Bayes: two normals in x_{t-1}, whose precisions add up; at t = 0 the first has no variance
+    prior = 1 - alpha_bar_prev
+    gain = prior * (1 - beta).sqrt() / (prior * (1 - beta) + beta)
+    mean = alpha_bar_prev.sqrt() * x_0
+    return mean + gain * (x_t - (1 - beta).sqrt() * mean)
+
+
+def embedding_by_powers(t, dim, max_period):
+    t = t.to(t.dtype if t.is_floating_point() else torch.float32)
+    omega = torch.tensor([max_period ** (-2 * k / dim) for k in range(dim // 2)], dtype=t.dtype)
+    angles = torch.outer(t, omega)
+    return torch.stack([angles.cos(), angles.sin()], dim=1).reshape(len(t), dim)
+
+
+def attention_by_loops(q, k, v):
+    scores = torch.einsum("...nd,...md->...nm", q / q.shape[-1] ** 0.5, k)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.einsum("...nm,...me->...ne", weights / weights.sum(-1, keepdim=True), v)
+
+
+def patchify_by_slices(x, patch_size):
+    p = patch_size
+    channels = [x[:, c, i::p, j::p] for c in range(x.shape[1]) for i in range(p) for j in range(p)]
+    return torch.stack(channels, dim=1)
+
+
+def patchify_by_unfold(x, patch_size):
+    batch, _, height, width = x.shape
+    columns = F.unfold(x, patch_size, stride=patch_size)
+    return columns.view(batch, -1, height // patch_size, width // patch_size)
+
+
+def kl_by_torch(mean_1, log_variance_1, mean_2, log_variance_2):
+    normals = [
+        torch.distributions.Normal(mean, (log_variance / 2).exp())
+        for mean, log_variance in ((mean_1, log_variance_1), (mean_2, log_variance_2))
+    ]
+    return torch.distributions.kl_divergence(*normals)
+
+
+def ancestral_by_where(mean, log_variance, noise, t):
+    last = (t == 0).view(len(t), *[1] * (mean.ndim - 1))
+    return torch.where(last, mean, mean + log_variance.exp().sqrt() * noise)
+
+
+def ancestral_by_loop(mean, log_variance, noise, t):
+    rows = zip(mean, log_variance, noise, t, strict=True)
+    return torch.stack([m + math.e ** (v / 2) * n if step > 0 else m for m, v, n, step in rows])
+
+
+def ddim_by_squares(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
+    beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    sigma = eta * beta_tilde.sqrt()
+    return alpha_bar_prev**0.5 * x_0 + (1 - alpha_bar_prev - sigma.square()) ** 0.5 * eps + sigma * noise
+
+
+def respaced_by_loop(alpha_bar, steps):
+    betas, before = [], torch.ones((), dtype=alpha_bar.dtype)
+    for step in steps.tolist():
+        betas.append(1 - alpha_bar[step] / before)
+        before = alpha_bar[step]
+    return torch.stack(betas)
+
+
+REWRITINGS = [
+    ("ddpm.linear_betas", lambda n: 1000 / n * torch.linspace(1e-4, 0.02, n, dtype=torch.float64)),
+    ("ddpm.linear_betas", lambda n: (0.1 + 19.9 * torch.arange(n).double() / (n - 1)) / n),
+    (
+        "ddpm.q_sample",
+        lambda x_0, abar, noise: torch.lerp(x_0 * 0, x_0, abar**0.5) + noise * (1 - abar) ** 0.5,
+    ),
+    ("ddpm.q_sample", lambda x_0, abar, noise: abar.sqrt() * (x_0 + ((1 - abar) / abar).sqrt() * noise)),
+    ("ddpm.q_sample", lambda x_0, abar, noise: x_0.mul(abar.sqrt()).addcmul_((1 - abar).sqrt(), noise)),
+    ("ddpm.posterior_mean", posterior_by_precision),
+    ("ddpm.posterior_variance", lambda beta, abar, prev: beta * (1 - prev) / (1 - (1 - beta) * prev)),
+    (
+        "ddpm.posterior_variance",
+        lambda beta, abar, prev: torch.exp(torch.log(1 - prev) - torch.log(1 - abar)) * beta,
+    ),
+    ("ddpm.v_from_x_0_and_eps", lambda x_0, abar, eps: -((1 - abar) ** 0.5) * x_0 + eps * abar**0.5),
+    (
+        "ddpm.v_from_x_0_and_eps",
+        lambda x_0, abar, eps: torch.cos(abar.sqrt().acos()) * eps - torch.sin(abar.sqrt().acos()) * x_0,
+    ),
+    ("ddpm.x_0_from_v", lambda x_t, abar, v: x_t * abar**0.5 - v * (1 - abar) ** 0.5),
+    ("ddpm.x_0_from_v", lambda x_t, abar, v: abar.sqrt() * (x_t - ((1 - abar) / abar).sqrt() * v)),
+    ("ddpm.learned_range_log_variance", lambda v, beta, low: low + (v + 1) / 2 * (beta.log() - low)),
+    ("ddpm.learned_range_log_variance", lambda v, beta, low: torch.lerp(low, beta.log(), 0.5 * v + 0.5)),
+    ("ddpm.normal_kl", kl_by_torch),
+    (
+        "ddpm.normal_kl",
+        lambda m_1, lv_1, m_2, lv_2: (
+            (lv_2 - lv_1) / 2 + (lv_1.exp() + (m_1 - m_2).square()) / (2 * lv_2.exp()) - 1 / 2
+        ),
+    ),
+    ("ddpm.ancestral_update", ancestral_by_where),
+    ("ddpm.ancestral_update", ancestral_by_loop),
+    ("ddpm.ddim_update", ddim_by_squares),
+    ("ddpm.respaced_betas", respaced_by_loop),
+    ("ddpm.respaced_betas", lambda abar, steps: 1 - abar[steps] / F.pad(abar[steps], (1, 0), value=1.0)[:-1]),
+    ("unet.timestep_embedding", embedding_by_powers),
+    ("unet.scale_shift", lambda h, a, b: h + h * a[..., None, None] + b[..., None, None]),
+    ("unet.scale_shift", lambda h, a, b: torch.einsum("bchw,bc->bchw", h, 1 + a) + b.view(*b.shape, 1, 1)),
+    ("unet.attention", F.scaled_dot_product_attention),
+    ("unet.attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
+    ("unet.attention", attention_by_loops),
+    ("unet.patchify", F.pixel_unshuffle),
+    ("unet.patchify", lambda x, p: F.pixel_unshuffle(x, p)),
+    ("unet.patchify", patchify_by_slices),
+    ("unet.patchify", patchify_by_unfold),
+    ("unet.ema_update", lambda average, parameter, decay: average + (1 - decay) * (parameter - average)),
+    ("unet.ema_update", lambda average, parameter, decay: torch.lerp(parameter, average, decay)),
+    (
+        "unet.ema_update",
+        lambda average, parameter, decay: average.clone().mul_(decay).add_(parameter, alpha=1 - decay),
+    ),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("name", "rewriting"), REWRITINGS)
+def test_output_equivalent_rewritings_pass(name, rewriting, seed):
+    result = judge(recorded(name, seed), rewriting)
+    assert result, result
+
+
+def test_every_exercise_is_rewritten():
+    assert {name for name, _ in REWRITINGS} == set(exercises())

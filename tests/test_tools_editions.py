@@ -1,0 +1,141 @@
+"""The learner's copies: nothing solved, nothing of the learner's lost, and they run solved and unsolved."""
+
+import shutil
+import sys
+
+import nbformat
+import pytest
+from jupytext.config import find_jupytext_configuration_file
+
+import editions
+import notebooks
+from course import ROOT, CourseError
+
+SAMPLE = ROOT / "tests" / "sample_course"
+SOLUTION_LINES = [
+    "    # a(t) = exp(-k t)   (1.1)",
+    "    left = [math.exp(-rate * t) for t in times]  # one factor for each time",
+    "    return left",
+]
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """The sample course, without stored notebooks, as a place for a learner's copies."""
+    root = tmp_path / "course"
+    shutil.copytree(SAMPLE, root)
+    shutil.copy(ROOT / "notebooks" / "matplotlibrc", root / "notebooks")
+    monkeypatch.setenv("PYTHONPATH", str(root))  # the notebook imports the sample's own lecture26
+    return root
+
+
+def learners_copy(root):
+    """The copy of the sample notebook, freshly made."""
+    assert editions.make_copies(root) == ["made work/01_waves.ipynb"]
+    return nbformat.read(root / "work" / "01_waves.ipynb", as_version=4)
+
+
+def position(notebook, tag):
+    """The position of the one cell with a tag."""
+    (found,) = [i for i, cell in enumerate(notebook.cells) if tag in cell.metadata.get("tags", [])]
+    return found
+
+
+def test_exercise_keeps_all_but_its_solution(course):
+    notebook = learners_copy(course)
+    exercise = notebook.cells[position(notebook, "exercise")].source
+    assert exercise.startswith("def decay(times: Samples, rate: float) -> Samples:\n")
+    assert "rate: k, in 1/s, not negative." in exercise
+    assert f'got {{rate}}")\n    {editions.TO_FILL_IN}\n\n\n# Nothing below' in exercise
+
+
+def test_solution_stands_only_in_the_folded_answer(course):
+    notebook = learners_copy(course)
+    holders = [cell for cell in notebook.cells if any(line.strip() in cell.source for line in SOLUTION_LINES)]
+    (answer,) = holders
+    code = "\n".join(SOLUTION_LINES)
+    assert answer.cell_type == "markdown"
+    assert answer.source == f"<details>\n<summary>Answer</summary>\n\n```python\n{code}\n```\n\n</details>"
+    assert not any("SOLUTION" in cell.source for cell in notebook.cells)
+
+
+def test_check_answer_and_finished_function_follow_in_this_order(course):
+    notebook = learners_copy(course)
+    first = position(notebook, "exercise")
+    check, answer, finished = notebook.cells[first + 1 : first + 4]
+    assert 'check("waves.decay", decay)' in check.source
+    assert answer.source.startswith("<details>")
+    assert finished.metadata["tags"] == ["finished"]
+    assert finished.source.startswith("from lecture26.waves import decay  # the finished function")
+
+
+def test_copy_has_no_outputs_and_no_pair(course):
+    notebook = learners_copy(course)
+    assert set(notebook.metadata) == {"kernelspec"}
+    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    assert [path.name for path in sorted((course / "work").iterdir())] == ["01_waves.ipynb", "matplotlibrc"]
+
+
+def test_work_folder_is_outside_jupytexts_settings():
+    """JupyterLab would pair a copy, and write a .py beside it, where a Jupytext setting reaches it."""
+    settings = ROOT / "notebooks" / "jupytext.toml"
+    assert find_jupytext_configuration_file(str(settings.parent)) == str(settings)
+    assert find_jupytext_configuration_file(str(ROOT / "work")) is None
+
+
+def test_learners_work_is_never_overwritten(course):
+    learners_copy(course)
+    copy = course / "work" / "01_waves.ipynb"
+    copy.write_text("mine")
+    (line,) = editions.make_copies(course)
+    assert line.startswith("kept work/01_waves.ipynb, which is yours")
+    assert copy.read_text() == "mine"
+
+
+def test_copy_runs_unsolved(course):
+    notebook = learners_copy(course)
+    notebooks.execute(notebook, "01_waves", course / "work")
+    exercise = position(notebook, "exercise")
+    assert notebook.cells[exercise + 1].outputs[0].data["text/plain"] == "False"
+    assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
+
+
+def test_copy_runs_solved(course):
+    notebook = learners_copy(course)
+    exercise = notebook.cells[position(notebook, "exercise")]
+    exercise.source = exercise.source.replace(f"    {editions.TO_FILL_IN}", "\n".join(SOLUTION_LINES))
+    notebooks.execute(notebook, "01_waves", course / "work")
+    assert notebook.cells[position(notebook, "exercise") + 1].outputs[0].data["text/plain"] == "True"
+    assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('check("waves.decay", decay)', "decay([1.0], 0.0)", r"\(cell 6\): the cell right after an exercise"),
+        ("### BEGIN SOLUTION", "### START SOLUTION", r"\(cell 5\): an exercise marks its solution"),
+    ],
+)
+def test_mistake_is_named_with_its_place(course, old, new, message):
+    source = course / "notebooks" / "01_waves.py"
+    source.write_text(source.read_text().replace(old, new))
+    with pytest.raises(CourseError, match=message):
+        editions.make_copies(course)
+    assert not (course / "work" / "01_waves.ipynb").exists()
+
+
+def test_exercise_at_the_end_is_refused(course):
+    source = course / "notebooks" / "01_waves.py"
+    text = source.read_text()
+    source.write_text(text[: text.index("# Nothing below depends")])
+    with pytest.raises(CourseError, match="no cell follows that calls this exercise's check"):
+        editions.make_copies(course)
+
+
+def test_command_line(course, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["editions.py", "waves", "--root", str(course)])
+    editions.main()
+    assert capsys.readouterr().out == "made work/01_waves.ipynb\n"
+    monkeypatch.setattr(sys, "argv", ["editions.py", "nome", "--root", str(course)])
+    with pytest.raises(SystemExit, match="there are: 01_waves"):
+        editions.main()
