@@ -68,7 +68,7 @@ notebooks: package
 	@$(RUN) tools/notebooks.py build $(NAMES)
 
 benchmark: $(INSTALLED)
-	@for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

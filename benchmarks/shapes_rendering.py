@@ -1,11 +1,12 @@
-"""Images per second that Shapes renders, as JSON: python benchmarks/shapes_rendering.py"""
+"""Images per second that Shapes renders: python benchmarks/shapes_rendering.py
 
-import json
-import statistics
-import time
+Writes data/results/benchmark_shapes.json.
+"""
 
 import torch
+from _timing import seconds, spread
 
+from lecture26.kit.results import save_results
 from lecture26.kit.shapes import Shapes
 
 BATCH_SIZES = (64, 512)
@@ -18,13 +19,8 @@ def images_per_second(image_size: int, batch_size: int) -> dict[str, float]:
     shapes = Shapes("train", image_size)
     batches = torch.randperm(IMAGES_PER_REPEAT).split(batch_size)
     shapes.batch(batches[0])  # the first call pays for start-up
-    rates = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for indices in batches:
-            shapes.batch(indices)
-        rates.append(IMAGES_PER_REPEAT / (time.perf_counter() - start))
-    return {"median": round(statistics.median(rates)), "min": round(min(rates)), "max": round(max(rates))}
+    times = [seconds(lambda: [shapes.batch(indices) for indices in batches]) for _ in range(REPEATS)]
+    return spread([IMAGES_PER_REPEAT / time for time in times])
 
 
 def main() -> None:
@@ -33,7 +29,8 @@ def main() -> None:
         for image_size in Shapes.image_sizes
         for batch_size in BATCH_SIZES
     }
-    print(json.dumps({"threads": torch.get_num_threads(), "images_per_second": rates}, indent=2))
+    print(rates)
+    save_results("benchmark_shapes", "python benchmarks/shapes_rendering.py", {"images_per_second": rates})
 
 
 if __name__ == "__main__":

@@ -403,7 +403,13 @@ class Diffusion:
         # alpha_bar_t = product over s <= t of (1 - beta_s)
         self.alpha_bar = (1 - betas).cumprod(dim=0)
         self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-        self.posterior_variance = posterior_variance(betas, self.alpha_bar, self.alpha_bar_prev)
+        tables = (betas, self.alpha_bar, self.alpha_bar_prev)
+        self.posterior_variance = posterior_variance(*tables)
+        # mu~ is linear in x_0 and x_t. Its weights are made here, since in float32 the difference
+        # 1 - alpha_bar would lose most of its digits at the first steps
+        one, zero = torch.ones_like(betas), torch.zeros_like(betas)
+        self.posterior_weight_x_0 = posterior_mean(one, zero, *tables)
+        self.posterior_weight_x_t = posterior_mean(zero, one, *tables)
         # beta~ is 0 at the first step and has no logarithm there: the next one stands in
         second = self.posterior_variance[1:2] if self.num_steps > 1 else betas
         self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
@@ -418,8 +424,9 @@ class Diffusion:
 
         The variance is exactly 0 at t = 0; its logarithm there is that of the next step.
         """
-        tables = (self.betas, self.alpha_bar, self.alpha_bar_prev)
-        mean = posterior_mean(x_0, x_t, *(lookup(table, t, x_t) for table in tables))
+        weight_x_0 = lookup(self.posterior_weight_x_0, t, x_t)
+        weight_x_t = lookup(self.posterior_weight_x_t, t, x_t)
+        mean = weight_x_0 * x_0 + weight_x_t * x_t
         variance = lookup(self.posterior_variance, t, x_t).expand_as(x_t)
         log_variance = lookup(self.log_posterior_variance, t, x_t).expand_as(x_t)
         return Posterior(mean, variance, log_variance)

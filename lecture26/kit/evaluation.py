@@ -1,0 +1,234 @@
+"""How good drawn images are: can what was asked for be read in them, and how far are they from real ones?"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.validation import check_positive_int
+
+BATCH_SIZE = 256
+CONFIDENT = 0.9  # a label is read confidently if its class has a higher probability than this
+
+
+class Reading(NamedTuple):
+    """What a reader sees in B images: two dicts by label's name.
+
+    A reader must name a class whatever it is shown, so look at its confidence as well.
+    """
+
+    predicted: dict[str, Tensor]  # (B,) int64: the likeliest class
+    confidence: dict[str, Tensor]  # (B,) float32: its probability
+
+
+@torch.no_grad()
+def read(reader: Reader, images: Tensor, batch_size: int = BATCH_SIZE) -> Reading:
+    """Read every label of some images.
+
+    Args:
+        reader: a trained reader.
+        images: (B, C, H, W) in [-1, 1], on any device.
+        batch_size: images read at once.
+
+    Returns:
+        The reading, on the CPU; that of a scene is canonical (see `lecture26.kit.readers.canonical`).
+
+    Raises:
+        ValueError: no images, images of a shape that is not the reader's, a value that is not finite.
+    """
+    outputs = [reader(batch) for batch in _batches(reader, images, batch_size)]
+    predicted, confidence = {}, {}
+    for name in reader.labels:
+        logits = torch.cat([output[name] for output in outputs])  # (B, classes)
+        highest = logits.softmax(dim=1).max(dim=1)
+        predicted[name], confidence[name] = highest.indices.cpu(), highest.values.cpu()
+    return Reading(predicted, confidence)
+
+
+@torch.no_grad()
+def extract_features(reader: Reader, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+    """The reader's features of some images, for `frechet_distance`.
+
+    Args, Raises: as `read`.
+
+    Returns:
+        (B, F) on the CPU.
+    """
+    return torch.cat([reader.features(batch).cpu() for batch in _batches(reader, images, batch_size)])
+
+
+def read_right(
+    reader: Reader, images: Tensor, wanted: Mapping[str, Tensor], batch_size: int = BATCH_SIZE
+) -> dict[str, Tensor]:
+    """Which images show what was wanted.
+
+    Args:
+        reader: a trained reader.
+        images: (B, C, H, W) in [-1, 1], on any device.
+        wanted: for some or all of the reader's labels, by name, the class wanted of each image, (B,) int64.
+            Those of a scene may be told from either object: they are compared in canonical form (see
+            `lecture26.kit.readers.canonical`), in which "shape_1" is of the object on the left, or above.
+        batch_size: images read at once.
+
+    Returns:
+        For each label wanted (B,) bool, and "all": whether an image has all of them right at once.
+
+    Raises:
+        ValueError: as `read`; or nothing wanted, a label that the reader does not know, another number of
+            classes than of images, a number that is no class of its label.
+    """
+    _check_wanted(reader, wanted, len(images))
+    predicted = read(reader, images, batch_size).predicted
+    right = {name: predicted[name] == classes.cpu() for name, classes in canonical(wanted).items()}
+    return right | {"all": torch.stack(list(right.values())).all(dim=0)}
+
+
+def attribute_accuracy(
+    reader: Reader, images: Tensor, wanted: Mapping[str, Tensor], batch_size: int = BATCH_SIZE
+) -> dict[str, float]:
+    """The share of images that show what was wanted.
+
+    Args, Raises: as `read_right`.
+
+    Returns:
+        For each label wanted the share of images, in [0, 1], and "all": that of images with all of them right.
+    """
+    right = read_right(reader, images, wanted, batch_size)
+    return {name: values.float().mean().item() for name, values in right.items()}
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """The Frechet distance between two sets of features, taken as samples of two normal distributions.
+
+    |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), computed in float64.
+
+    It is biased: two samples of the same distribution are not at distance 0, and the fewer they are, the
+    farther apart. So compare only distances at the same number of samples, and with `real_against_real`.
+
+    Args:
+        features_a: (N, F) of one reader, N > F.
+        features_b: (M, F) of the same reader, M > F.
+
+    Returns:
+        The (squared) distance, in the units of the squared features.
+
+    Raises:
+        ValueError: other shapes, too few samples to estimate a covariance, a value that is not finite.
+
+    Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash
+    equilibrium", equation 6, where the features are those of Inception v3; on the bias, Chong and Forsyth 2020,
+    "Effectively unbiased FID and Inception score and where to find them".
+    """
+    for name, features in (("features_a", features_a), ("features_b", features_b)):
+        if features.ndim != 2:
+            raise ValueError(f"{name} must be of shape (samples, features); got {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError(f"{name} must be finite; got nan or infinity")
+    (num_a, size_a), (num_b, size_b) = features_a.shape, features_b.shape
+    if size_a != size_b:
+        raise ValueError(f"features_a and features_b must be of one length; got {size_a} and {size_b}")
+    if min(num_a, num_b) <= size_a:
+        raise ValueError(
+            f"the covariance of {size_a} features takes at least {size_a + 1} samples; got {num_a} and {num_b}"
+        )
+
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
+
+    # On the CPU, since some devices have no float64.
+    metric = FrechetInceptionDistance(feature=nn.Identity(), input_img_size=(size_a,)).set_dtype(torch.float64)
+    metric.update(features_a.detach().cpu().double(), real=True)
+    metric.update(features_b.detach().cpu().double(), real=False)
+    return metric.compute().item()
+
+
+def real_against_real(reader: Reader, images: ImageSet, num_samples: int) -> float:
+    """The Frechet distance of a perfect model: between the set's first N images and its next N.
+
+    Args:
+        reader: a trained reader of such images.
+        images: real images, at least 2 N.
+        num_samples: N, as many as were drawn by the model that it is compared with.
+
+    Returns:
+        The distance.
+
+    Raises:
+        ValueError: too few images for N, or too few samples (see `frechet_distance`).
+        TypeError: `num_samples` is not an int.
+    """
+    check_positive_int("num_samples", num_samples)
+    if 2 * num_samples > len(images):
+        raise ValueError(f"num_samples must be at most {len(images) // 2}, half of the set; got {num_samples}")
+    return frechet_distance(
+        _real_features(reader, images, range(num_samples)),
+        _real_features(reader, images, range(num_samples, 2 * num_samples)),
+    )
+
+
+def sample_quality(reader: Reader, samples: Tensor, images: ImageSet) -> dict[str, float]:
+    """Compare what a model drew with real images.
+
+    Args:
+        reader: a trained reader of such images.
+        samples: N images that the model drew, (N, C, H, W) in [-1, 1].
+        images: at least 2 N real images of the same distribution, which the model has not seen.
+
+    Returns:
+        "frechet_distance": from the samples to the first N images;
+        "frechet_distance_real": from the next N images to them, the distance of a perfect model;
+        "mean_confidence": with which labels are read, over all labels and samples;
+        "confident_share": of the samples on which every label is read with over 90% confidence.
+
+    Raises:
+        ValueError: as `read`, `frechet_distance` and `real_against_real`.
+    """
+    real_distance = real_against_real(reader, images, len(samples))
+    distance = frechet_distance(
+        extract_features(reader, samples), _real_features(reader, images, range(len(samples)))
+    )
+    confidence = torch.stack(list(read(reader, samples).confidence.values()))  # (labels, N)
+    return {
+        "frechet_distance": distance,
+        "frechet_distance_real": real_distance,
+        "mean_confidence": confidence.mean().item(),
+        "confident_share": (confidence > CONFIDENT).all(dim=0).float().mean().item(),
+    }
+
+
+def _batches(reader: Reader, images: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """The images, in batches on the reader's device."""
+    check_positive_int("batch_size", batch_size)
+    if len(images) == 0:
+        raise ValueError(f"images must be at least one; got shape {tuple(images.shape)}")
+    if not images.isfinite().all():
+        raise ValueError("images must be finite; got nan or infinity")
+    device = next(reader.parameters()).device
+    return (batch.to(device) for batch in images.split(batch_size))
+
+
+def _real_features(reader: Reader, images: ImageSet, indices: range) -> Tensor:
+    # Read in batches, so that a large set is never in memory at once.
+    return torch.cat(
+        [extract_features(reader, images.batch(part)["image"]) for part in torch.tensor(indices).split(BATCH_SIZE)]
+    )
+
+
+def _check_wanted(reader: Reader, wanted: Mapping[str, Tensor], num_images: int) -> None:
+    if not wanted or not set(wanted) <= set(reader.labels):
+        raise ValueError(
+            f"wanted must name labels of {', '.join(map(repr, reader.labels))}; "
+            f"got {', '.join(map(repr, wanted)) or 'none'}"
+        )
+    for name, classes in wanted.items():
+        if classes.shape != (num_images,) or classes.dtype != torch.int64:
+            raise ValueError(
+                f"wanted[{name!r}] must be an int64 tensor of shape ({num_images},), one class per image; "
+                f"got {classes.dtype} of shape {tuple(classes.shape)}"
+            )
+        count = len(reader.labels[name])
+        outside = classes[(classes < 0) | (classes >= count)]
+        if len(outside):
+            raise ValueError(f"wanted[{name!r}] must be in 0, ..., {count - 1}; got {outside[0].item()}")

@@ -1,0 +1,42 @@
+"""Stored measurements: data/results/NAME.json, each with the command, the machine and the versions that made it."""
+
+import json
+
+from lecture26.kit.checkpoints import describe_machine, describe_versions
+from lecture26.kit.files import replace_when_complete
+from lecture26.kit.paths import results_dir
+
+
+def save_results(name: str, command: str, results: dict) -> dict:
+    """Write a measurement, in the place of an older one of that name.
+
+    Args:
+        name: the measurement's name.
+        command: the command line that makes it.
+        results: plain values (JSON).
+
+    Returns:
+        What was written: `results` with "name", "command", "machine" and "versions".
+    """
+    content = {"name": name, "command": command, "machine": describe_machine(), "versions": describe_versions()}
+    content |= results
+    with replace_when_complete(results_dir() / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def load_results(name: str) -> dict:
+    """A stored measurement, see `save_results`.
+
+    Raises:
+        ValueError: if there is none of that name, or its file is damaged.
+    """
+    file = results_dir() / f"{name}.json"
+    how_to_mend = f"Make it anew with `python -m lecture26 measure {name} --replace`."
+    if not file.is_file():
+        known = ", ".join(sorted(other.stem for other in results_dir().glob("*.json"))) or "none"
+        raise ValueError(f"there are no results {name!r}: {file} is missing (present: {known}). {how_to_mend}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). {how_to_mend}") from error

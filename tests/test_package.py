@@ -1,0 +1,189 @@
+"""The house: who may import whom, what an import costs, and the names that users rely on."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lecture26"
+HEAVY = ("IPython", "accelerate", "diffusers", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision")
+OUTSIDE = ("benchmarks", "tests", "tools", *(file.stem for file in (ROOT / "tools").glob("*.py")))
+
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+NOTEBOOKS = {file.stem: file for file in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))}
+CHAPTERS = [name[3:] for name in NOTEBOOKS if (PACKAGE / f"{name[3:]}.py").exists()]  # in the course's order
+
+
+def imports(source, module="", is_package=False):
+    """The modules that Python source imports anywhere; `module`: its own name, for relative imports."""
+    package = module if is_package else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            # `from lecture26 import ddpm` imports lecture26.ddpm
+            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    return found
+
+
+def imports_at_start(source):
+    """The modules that source imports as soon as it is imported itself, by their first names."""
+    found = set()
+
+    def collect(nodes):
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.Lambda):
+                continue
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                collect(node.orelse)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+            else:
+                collect(ast.iter_child_nodes(node))
+
+    collect(ast.parse(source).body)
+    return found
+
+
+def allowed(module):
+    """What a module of the package may import of the package, as the beginnings of names."""
+    part = module.split(".")[1] if "." in module else ""
+    if part == "kit":
+        return ["lecture26.kit"]
+    chapters = CHAPTERS[: CHAPTERS.index(part)] if part in CHAPTERS else CHAPTERS
+    below = ["lecture26.kit", *(f"lecture26.{chapter}" for chapter in chapters)]
+    if part in ("recipes", "checks"):
+        return [*below, f"lecture26.{part}"]
+    return [*below, "lecture26.recipes"] if part == "__main__" else below
+
+
+def is_part_of(module, names):
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_one_way(module):
+    file = FILES[module]
+    found = imports(file.read_text(encoding="utf-8"), module, is_package=file.name == "__init__.py")
+    own = {name for name in found if is_part_of(name, ["lecture26"])} - {"lecture26"}
+    assert [name for name in sorted(own) if not is_part_of(name, allowed(module))] == []
+    assert [name for name in sorted(found) if is_part_of(name, OUTSIDE)] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebooks_import_nothing_from_later_chapters_or_from_outside(notebook):
+    found = imports(NOTEBOOKS[notebook].read_text(encoding="utf-8"))
+    is_map = notebook.startswith("00")  # of the course: it shows what comes
+    later = [] if is_map else [f"lecture26.{name[3:]}" for name in NOTEBOOKS if name > notebook]
+    assert [name for name in sorted(found) if is_part_of(name, [*later, *OUTSIDE])] == []
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_module_begins_by_importing_a_heavy_library(module):
+    assert imports_at_start(FILES[module].read_text(encoding="utf-8")).isdisjoint(HEAVY)
+
+
+def test_every_module_is_a_chapter_or_known_part():
+    """The rules above are about these; a module that is none of them would go unchecked."""
+    parts = {name.split(".")[1] for name in FILES if "." in name}
+    assert parts == {*CHAPTERS, "kit", "recipes", "checks", "__main__"}
+
+
+def test_the_reading_of_imports():
+    source = """
+import a.b, c
+from typing import TYPE_CHECKING
+from . import d
+from .e import f
+from ..g import h
+if TYPE_CHECKING:
+    import heavy_for_types
+else:
+    import light
+def function():
+    import heavy_for_function
+class Class:
+    import of_class
+"""
+    everything = imports(source, "lecture26.kit.module")
+    assert {
+        "a.b",
+        "c",
+        "lecture26.kit.d",
+        "lecture26.kit.e",
+        "lecture26.g.h",
+        "heavy_for_function",
+    } <= everything
+    assert "lecture26.checks.d" in imports(source, "lecture26.checks", is_package=True)
+    assert imports_at_start(source) == {"a", "c", "typing", "light", "of_class"}
+
+
+def test_importing_everything_is_light_and_leaves_no_trace():
+    modules = [name for name in FILES if name != "lecture26.__main__"]
+    program = f"""
+import sys, torch
+before = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+import {", ".join(modules)}
+after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+assert before[0].equal(after[0]) and before[1:] == after[1:]
+assert not [name for name in {HEAVY} if name in sys.modules], sorted(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+SIGNATURES = {
+    "ddpm.linear_betas": "num_steps",
+    "ddpm.cosine_betas": "num_steps",
+    "ddpm.Diffusion": "betas, prediction='eps', variance='fixed_small', clip=False",
+    "ddpm.Diffusion.q_sample": "self, x_0, t, noise",
+    "ddpm.Diffusion.q_posterior": "self, x_0, x_t, t",
+    "ddpm.Diffusion.x_0_from_eps": "self, x_t, t, eps",
+    "ddpm.Diffusion.eps_from_x_0": "self, x_t, t, x_0",
+    "ddpm.Diffusion.x_0_from_v": "self, x_t, t, v",
+    "ddpm.Diffusion.eps_from_v": "self, x_t, t, v",
+    "ddpm.Diffusion.v_from_eps": "self, x_t, t, eps",
+    "ddpm.Diffusion.p_mean_variance": "self, denoiser, x_t, t",
+    "ddpm.Diffusion.add_score": "self, output, x_t, t, gradient",
+    "ddpm.Diffusion.loss": "self, denoiser, x_0, t, noise",
+    "ddpm.Diffusion.respace": "self, num_steps",
+    "ddpm.Posterior": "mean, variance, log_variance",
+    "ddpm.PMeanVariance": "mean, variance, log_variance, x_0, eps",
+    "ddpm.ddpm_step": "diffusion, denoiser, x_t, t, noise, mean_shift=None",
+    "ddpm.ddim_step": "diffusion, denoiser, x_t, t, noise, eta=0.0",
+    "ddpm.sample": "diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True",
+    "unet.UNet": "in_channels, base_channels=64, channel_multipliers=(1, 2, 2), num_blocks=2, "
+    "attention_levels=(1, 2), patch_size=1, out_channels=None, num_classes=None, attention=SelfAttention",
+    "unet.UNet.forward": "self, x_t, t, cond=None",
+    "unet.EMA": "model, decay=0.999",
+    "unet.EMA.update": "self, model",
+    "checks.check": "exercise, candidate",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_names_and_arguments_that_users_rely_on(name):
+    module, *path = name.split(".")
+    found = reduce(getattr, path, import_module(f"lecture26.{module}"))
+    arguments = [
+        argument.name
+        if argument.default is argument.empty
+        else f"{argument.name}={getattr(argument.default, '__name__', repr(argument.default))}"
+        for argument in inspect.signature(found).parameters.values()
+    ]
+    assert ", ".join(arguments) == SIGNATURES[name]

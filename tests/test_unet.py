@@ -1,0 +1,600 @@
+"""Chapter 02 against oracles: torch's attention and averaging, diffusers' blocks and its whole U-Net."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lecture26 import unet
+from lecture26.ddpm import Diffusion, ddim_step, linear_betas, sample
+from lecture26.unet import (
+    EMA,
+    LabelEmbedding,
+    ResidualBlock,
+    SelfAttention,
+    UNet,
+    attention,
+    ema_update,
+    group_norm,
+    patchify,
+    scale_shift,
+    timestep_embedding,
+    unpatchify,
+    zero_init,
+)
+
+SMALL = {"base_channels": 16, "channel_multipliers": (1, 2), "num_blocks": 1, "attention_levels": (1,)}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+
+
+def agree(actual, expected, tolerance):
+    """Same shape, dtype and device, and values to an absolute and relative tolerance."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def perturbed(module, dtype=torch.float64):
+    """The module with noise on every parameter: layers that are 0 at first hide all that lies before."""
+    module.to(dtype)
+    generator = seeded(5)
+    for parameter in module.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return module
+
+
+# Telling the network the step
+
+
+@pytest.mark.parametrize("dim", [2, 32, 130])
+def test_timestep_embedding_is_that_of_diffusers(dim):
+    t = torch.tensor([0, 1, 17, 999])
+    expected = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    agree(timestep_embedding(t, dim), expected, 1e-6)
+    agree(
+        timestep_embedding(t.float(), dim, max_period=100.0), reference_embedding(t, dim, 100.0).float(), 1e-4
+    )
+
+
+def reference_embedding(t, dim, max_period):
+    rows = []
+    for step in t.tolist():
+        angles = [step / max_period ** (2 * k / dim) for k in range(dim // 2)]
+        rows.append([math.cos(angle) for angle in angles] + [math.sin(angle) for angle in angles])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("max_period", [10_000.0, 50.0])
+def test_timestep_embedding_in_closed_form(max_period):
+    t = torch.tensor([0.0, 0.5, 17.0, 999.0], dtype=torch.float64)
+    agree(timestep_embedding(t, 16, max_period), reference_embedding(t, 16, max_period), 1e-11)
+
+
+# Labels
+
+
+def test_label_embeddings_add_up():
+    embedding = LabelEmbedding((3, 5), 8)
+    assert [table.num_embeddings for table in embedding.tables] == [4, 6]  # the last row is for 'no label'
+    labels = torch.tensor([[0, 4], [3, 5]])
+    expected = embedding.tables[0].weight[[0, 3]] + embedding.tables[1].weight[[4, 5]]
+    agree(embedding(labels), expected, 0.0)
+
+
+def test_one_label_needs_no_second_axis():
+    embedding = LabelEmbedding(3, 8)
+    labels = torch.tensor([0, 3, 2])
+    agree(embedding(labels), embedding.tables[0].weight[[0, 3, 2]], 0.0)
+    agree(embedding(labels[:, None]), embedding(labels), 0.0)
+
+
+# Blocks
+
+
+def test_scale_shift():
+    h, scale, shift = normal(2, 3, 2, 2), normal(2, 3, seed=1), normal(2, 3, seed=2)
+    actual = scale_shift(h, scale, shift)
+    for b in range(2):
+        for c in range(3):
+            agree(actual[b, c], h[b, c] * (1 + scale[b, c]) + shift[b, c], 1e-14)
+
+
+def test_zero_init():
+    layer = nn.Linear(3, 4)
+    assert zero_init(layer) is layer
+    assert not layer.weight.any() and not layer.bias.any()
+    assert layer.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(4, 1), (8, 1), (24, 1), (32, 4), (64, 8), (96, 4), (512, 32)]
+)
+def test_group_norm_has_groups_of_at_least_8_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
+    assert group_norm(channels).num_channels == channels
+
+
+@torch.no_grad()
+def copy_layers(pairs):
+    for source, target in pairs:
+        target.load_state_dict(source.state_dict())
+
+
+def copy_residual_block(ours, theirs):
+    pairs = [
+        (ours.norm_in, theirs.norm1),
+        (ours.conv_in, theirs.conv1),
+        (ours.embedding, theirs.time_emb_proj),
+        (ours.norm_out, theirs.norm2),
+        (ours.conv_out, theirs.conv2),
+    ]
+    if theirs.conv_shortcut is not None:
+        pairs.append((ours.skip, theirs.conv_shortcut))
+    copy_layers(pairs)
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(16, 16), (16, 32), (32, 16)])
+def test_residual_block_is_that_of_diffusers(in_channels, out_channels):
+    ours = perturbed(ResidualBlock(in_channels, out_channels, embedding_dim=12))
+    theirs = ResnetBlock2D(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        temb_channels=12,
+        groups=ours.norm_in.num_groups,
+        groups_out=ours.norm_out.num_groups,
+        eps=1e-5,
+        time_embedding_norm="scale_shift",
+    ).double()
+    copy_residual_block(ours, theirs)
+    x, embedding = normal(2, in_channels, 4, 6), normal(2, 12, seed=1)
+    agree(ours(x, embedding), theirs(x, embedding), 1e-10)
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(16, 16), (16, 32)])
+def test_residual_block_starts_as_its_skip(in_channels, out_channels):
+    block = ResidualBlock(in_channels, out_channels, embedding_dim=12)
+    x, embedding = normal(2, in_channels, 4, 4, dtype=torch.float32), normal(2, 12, dtype=torch.float32)
+    agree(block(x, embedding), block.skip(x), 0.0)
+    assert block.skip(x).any()
+
+
+# Attention
+
+
+def test_attention_is_that_of_torch():
+    q, k, v = normal(2, 3, 5, 4), normal(2, 3, 7, 4, seed=1), normal(2, 3, 7, 6, seed=2)
+    agree(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), 1e-12)
+
+
+@pytest.mark.parametrize("head_dim", [8, 32])
+def test_self_attention_is_that_of_torch(head_dim):
+    ours = perturbed(SelfAttention(32, head_dim))
+    theirs = nn.MultiheadAttention(32, 32 // head_dim, batch_first=True).double()
+    theirs.in_proj_weight, theirs.in_proj_bias = ours.qkv.weight, ours.qkv.bias
+    copy_layers([(ours.project, theirs.out_proj)])
+    x = normal(2, 32, 3, 4)
+    tokens = ours.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+    mixed = theirs(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+    agree(ours(x), x + mixed, 1e-10)
+
+
+def test_self_attention_starts_as_the_identity():
+    x = normal(2, 32, 3, 4, dtype=torch.float32)
+    agree(SelfAttention(32)(x), x, 0.0)
+
+
+# Patches
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_patchify_is_pixel_unshuffle(patch_size):
+    x = normal(2, 3, 8, 12)
+    patches = patchify(x, patch_size)
+    assert torch.equal(patches, F.pixel_unshuffle(x, patch_size))
+    assert torch.equal(unpatchify(patches, patch_size), x)
+
+
+# The whole
+
+
+def reference_of(ours, in_channels, num_groups, num_classes):
+    """The U-Net of diffusers that has the layers of `ours` (two levels, attention at the second one)."""
+    theirs = UNet2DModel(
+        in_channels=in_channels,
+        out_channels=ours.head.out_channels,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=num_groups,
+        attn_norm_num_groups=num_groups,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=num_classes + 1,
+    ).double()
+    copy_layers(
+        [
+            (ours.time_mlp[0], theirs.time_embedding.linear_1),
+            (ours.time_mlp[2], theirs.time_embedding.linear_2),
+            (ours.labels.tables[0], theirs.class_embedding),
+            (ours.stem, theirs.conv_in),
+            (ours.down[0].downsample, theirs.down_blocks[0].downsamplers[0].conv),
+            (ours.up[0].upsample, theirs.up_blocks[0].upsamplers[0].conv),
+            (ours.head_norm, theirs.conv_norm_out),
+            (ours.head, theirs.conv_out),
+        ]
+    )
+    copy_stages([ours.middle_in, ours.middle_out], theirs.mid_block)
+    for levels, blocks in ((ours.down, theirs.down_blocks), (ours.up, theirs.up_blocks)):
+        for level, block in zip(levels, blocks, strict=True):
+            copy_stages(level.stages, block)
+    return theirs
+
+
+def copy_stages(stages, block):
+    for stage, resnet in zip(stages, block.resnets, strict=True):
+        copy_residual_block(stage.residual, resnet)
+    attentions = [stage.attention for stage in stages if stage.attention is not None]
+    for ours, theirs in zip(attentions, getattr(block, "attentions", []), strict=True):
+        copy_layers([(ours.norm, theirs.group_norm), (ours.project, theirs.to_out[0])])
+        projections = (theirs.to_q, theirs.to_k, theirs.to_v)
+        weights, biases = ours.qkv.weight.data.chunk(3), ours.qkv.bias.data.chunk(3)
+        for projection, weight, bias in zip(projections, weights, biases, strict=True):
+            projection.weight.data, projection.bias.data = weight, bias
+
+
+def test_unet_is_that_of_diffusers(monkeypatch):
+    num_groups = 4  # diffusers has one number for all layers
+    monkeypatch.setattr(unet, "group_norm", lambda channels: nn.GroupNorm(num_groups, channels))
+    ours = perturbed(UNet(3, 32, (1, 2), num_blocks=2, attention_levels=(1,), out_channels=6, num_classes=5))
+    theirs = reference_of(ours, 3, num_groups, num_classes=5)
+    x_t, t, y = normal(3, 3, 8, 8), torch.tensor([0, 17, 999]), torch.tensor([0, 4, 5])
+    agree(ours(x_t, t, y), theirs(x_t, t, y).sample, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "in_channels", "size", "out_channels"),
+    [
+        ({}, 3, (8, 8), 3),
+        ({"out_channels": 6}, 3, (8, 8), 6),
+        ({"patch_size": 2}, 1, (8, 12), 1),
+        ({"patch_size": 4, "out_channels": 2}, 1, (16, 8), 2),
+        ({"channel_multipliers": (1,), "attention_levels": ()}, 2, (5, 7), 2),
+        ({"channel_multipliers": (2, 4, 2, 2), "num_blocks": 2, "attention_levels": (0, 3)}, 3, (16, 8), 3),
+    ],
+    ids=str,
+)
+def test_unet_output(options, in_channels, size, out_channels):
+    model = UNet(in_channels, **SMALL | options)
+    x_t, t = normal(2, in_channels, *size, dtype=torch.float32), torch.tensor([0, 999])
+    fresh = model(x_t, t)
+    assert fresh.shape == (2, out_channels, *size)
+    assert not fresh.any()  # every denoiser begins by predicting 0
+    output = perturbed(model)(x_t.double(), t)
+    assert output.shape == (2, out_channels, *size) and output.dtype == torch.float64
+    assert (output != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "labels"),
+    [(10, [0, 3, 10]), ((8, 4), [[0, 0], [8, 1], [2, 4]])],  # 10, 8 and 4 are 'no label'
+    ids=["one label", "two labels"],
+)
+def test_unet_is_conditioned_on_labels(num_classes, labels):
+    model = perturbed(UNet(3, **SMALL, num_classes=num_classes))
+    x_t, t, labels = normal(1, 3, 8, 8).expand(3, -1, -1, -1), torch.tensor([5, 5, 5]), torch.tensor(labels)
+    output = model(x_t, t, labels)
+    agree(model(x_t, t, labels.flip(0)), output.flip(0), 1e-12)
+    for i in range(2):
+        assert not torch.isclose(output[i], output[i + 1]).all()
+
+
+def test_unet_knows_the_step():
+    model = perturbed(UNet(3, **SMALL))
+    output = model(normal(1, 3, 8, 8).expand(3, -1, -1, -1), torch.tensor([0, 1, 999]))
+    for i in range(2):
+        assert not torch.isclose(output[i], output[i + 1]).all()
+
+
+def test_unet_treats_the_images_of_a_batch_by_themselves():
+    model = perturbed(UNet(3, **SMALL, num_classes=4))
+    x_t, t, y = normal(3, 3, 8, 8), torch.tensor([0, 20, 999]), torch.tensor([1, 4, 0])
+    one_by_one = [model(x_t[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)]
+    agree(model(x_t, t, y), torch.cat(one_by_one), 1e-12)
+
+
+def test_every_parameter_of_the_unet_learns():
+    model = perturbed(UNet(3, **SMALL, patch_size=2, out_channels=6, num_classes=(2, 3)))
+    t, labels = torch.tensor([0, 10, 500, 999]), torch.tensor([[0, 0], [1, 1], [2, 2], [0, 3]])
+    output = model(normal(4, 3, 8, 8), t, labels)
+    (output * normal(*output.shape, seed=1)).sum().backward()
+    without = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+    assert without == []
+
+
+def test_first_step_of_training_reaches_what_is_not_hidden_by_zeros():
+    """The last layer is 0 at first, yet its own gradient must not be."""
+    model = UNet(3, **SMALL)
+    output = model(normal(2, 3, 8, 8, dtype=torch.float32), torch.tensor([0, 999]))
+    (output - 1).square().mean().backward()
+    assert model.head.weight.grad.any() and model.head.bias.grad.any()
+
+
+class Recorder(nn.Module):
+    """An attention that notes what it is called with."""
+
+    def __init__(self, channels, calls):
+        super().__init__()
+        self.channels, self.calls = channels, calls
+
+    def forward(self, h, cond):
+        self.calls.append((self.channels, h.shape[1], h.shape[2], cond))
+        return h
+
+
+def test_attention_comes_from_a_factory_and_gets_the_condition():
+    calls = []
+    model = UNet(3, 16, (1, 2, 3), 1, attention_levels=(0, 2), attention=lambda c: Recorder(c, calls))
+    cond = {"tokens": normal(2, 5, 4)}
+    model(normal(2, 3, 8, 8, dtype=torch.float32), torch.tensor([0, 1]), cond)
+    # down to level 2, the middle, and up again with one block more per level
+    expected = [(16, 8), (48, 2), (48, 2), (48, 2), (48, 2), (16, 8), (16, 8)]
+    assert [(built, height) for built, _, height, _ in calls] == expected
+    assert all(built == given for built, given, _, _ in calls)
+    assert all(received is cond for *_, received in calls)
+
+
+def test_attention_changes_the_output():
+    class Plus(nn.Module):
+        def forward(self, h, cond):
+            return h + cond[:, None, None, None]
+
+    model = perturbed(UNet(3, **SMALL, attention=lambda channels: Plus()))
+    x_t, t = normal(2, 3, 8, 8), torch.tensor([0, 1])
+    output, other = (model(x_t, t, torch.tensor(cond).double()) for cond in ([0, 0], [0, 1]))
+    agree(output[0], other[0], 1e-12)
+    assert not torch.isclose(output[1], other[1]).any()
+
+
+def test_unet_round_trip_through_its_state():
+    model, other = perturbed(UNet(3, **SMALL, num_classes=4)), UNet(3, **SMALL, num_classes=4).double()
+    other.load_state_dict(model.state_dict())
+    x_t, t, y = normal(2, 3, 8, 8), torch.tensor([0, 999]), torch.tensor([1, 4])
+    agree(other(x_t, t, y), model(x_t, t, y), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_unet_has_the_dtype_of_its_input(dtype):
+    model = perturbed(UNet(3, **SMALL), dtype)
+    assert model(normal(2, 3, 8, 8, dtype=dtype), torch.tensor([0, 999])).dtype == dtype
+
+
+def test_unet_takes_channels_last():
+    model = perturbed(UNet(3, **SMALL, patch_size=2))
+    x_t, t = normal(2, 3, 8, 8), torch.tensor([0, 999])
+    expected = model(x_t, t)
+    model.to(memory_format=torch.channels_last)
+    agree(model(x_t.to(memory_format=torch.channels_last), t), expected, 1e-12)
+
+
+# Denoisers
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_unet_is_a_denoiser(variance):
+    learned = variance == "learned_range"
+    model = UNet(3, **SMALL, out_channels=6 if learned else 3)
+    diffusion = Diffusion(linear_betas(100), variance=variance, clip=True)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    x_0 = torch.ones(4, 3, 8, 8) * torch.tensor([-1.0, 1.0, -1.0, 1.0])[:, None, None, None]
+    t, noise = torch.tensor([10, 40, 70, 99]), normal(4, 3, 8, 8, dtype=torch.float32)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = diffusion.loss(model, x_0, t, noise)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    samples = sample(diffusion.respace(5), model, (2, 3, 8, 8), generator=seeded(), progress=False)
+    assert samples.shape == (2, 3, 8, 8)
+    assert samples.isfinite().all() and samples.std() > 0.1
+
+
+def test_unet_of_diffusers_drops_in_with_one_lambda():
+    theirs = UNet2DModel(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+        norm_num_groups=4,
+    )
+    theirs = perturbed(theirs)
+    diffusion = Diffusion(linear_betas(100), clip=True).respace(10)
+    x_T = normal(2, 3, 8, 8)
+    denoiser = lambda x_t, t: theirs(x_t, t).sample  # noqa: E731
+    ours = sample(diffusion, denoiser, x_T.shape, step=ddim_step, x_T=x_T, progress=False)
+
+    scheduler = DDIMScheduler(100, clip_sample=True)
+    scheduler.alphas_cumprod = Diffusion(linear_betas(100)).alpha_bar
+    scheduler.set_timesteps(9)  # takes the step before t for t - 11, which is right
+    x_t = x_T
+    with torch.no_grad():
+        for step in reversed(range(0, 100, 11)):
+            output = theirs(x_t, step).sample
+            x_t = scheduler.step(output, step, x_t, use_clipped_model_output=True).prev_sample
+    agree(ours, x_t, 1e-10)
+
+
+# Averaging the weights
+
+
+def test_ema_update():
+    average, parameter = normal(3, 4), normal(3, 4, seed=1)
+    agree(ema_update(average, parameter, 0.9), average + 0.1 * (parameter - average), 1e-14)
+    agree(ema_update(average, parameter, 0.0), parameter, 0.0)
+    agree(ema_update(average, parameter, 1.0), average, 0.0)
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+
+
+@torch.no_grad()
+def walk(model, generator):
+    """Change a model's weights and buffers."""
+    for parameter in model.parameters():
+        parameter += torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    model[1].running_mean += 1
+    model[1].num_batches_tracked += 1
+
+
+def test_ema_is_that_of_torch_after_the_warm_up():
+    model = network()
+    ours = EMA(model, decay=0.9)
+    ours.num_updates.fill_(1000)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    theirs.n_averaged.fill_(1)
+    generator = seeded()
+    for _ in range(5):
+        walk(model, generator)
+        ours.update(model)
+        theirs.update_parameters(model)
+    expected = theirs.module.state_dict()
+    assert ours.num_updates == 1005
+    for name, value in ours.model.state_dict().items():
+        agree(value, expected[name], 1e-12)
+    assert not torch.isclose(ours.model[0].weight, model[0].weight).any()
+    agree(ours.model[1].running_mean, model[1].running_mean, 0.0)
+
+
+def test_ema_warms_up():
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.22)
+    nn.init.ones_(model.weight)
+    distance = 1.0  # from the average to the model, which no longer moves
+    for decay in (1 / 10, 2 / 11, 0.22, 0.22):  # 3 / 12 is more than 0.22
+        ema.update(model)
+        distance *= decay
+        agree(ema.model.weight, torch.tensor([[1 - distance]], dtype=torch.float64), 1e-14)
+
+
+def test_ema_follows_closely_at_first_with_its_usual_decay():
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    ema = EMA(model)
+    nn.init.ones_(model.weight)
+    for _ in range(20):
+        ema.update(model)
+    assert ema.model.weight > 0.999
+    assert EMA(model).decay == 0.999
+
+
+def test_ema_keeps_a_frozen_copy():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    ema = EMA(model, decay=0.9)
+    walk(model, seeded())
+    for name, value in ema.model.state_dict().items():
+        agree(value, before[name], 0.0)
+    ema.update(model)
+    assert not any(module.training for module in ema.model.modules())
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_ema_round_trip_through_its_state():
+    model = network()
+    ema, other = EMA(model, decay=0.9), EMA(network(), decay=0.9)
+    generator = seeded()
+    for _ in range(3):
+        walk(model, generator)
+        ema.update(model)
+    other.load_state_dict(ema.state_dict())
+    walk(model, generator)
+    for average in (ema, other):
+        average.update(model)
+    expected = ema.model.state_dict()
+    for name, value in other.model.state_dict().items():
+        agree(value, expected[name], 0.0)
+
+
+def test_ema_of_another_network_is_refused():
+    ema = EMA(network())
+    with pytest.raises((ValueError, RuntimeError)):
+        ema.update(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).double())
+    with pytest.raises(ValueError):
+        ema.update(nn.Linear(3, 4).double())
+
+
+# Wrong arguments
+
+T, X = torch.tensor([0, 1]), normal(2, 3, 8, 8, dtype=torch.float32)
+PLAIN, LABELLED, PATCHED = (
+    UNet(3, **SMALL, **options) for options in ({}, {"num_classes": 3}, {"patch_size": 2})
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: timestep_embedding(T, 7), ValueError, "dim must be even.*got dim=7"),
+        (
+            lambda: SelfAttention(48),
+            ValueError,
+            "channels must be a multiple of head_dim=32; got channels=48",
+        ),
+        (
+            lambda: UNet(3, base_channels=24, attention_levels=(0,)),
+            ValueError,
+            "channels must be a multiple of head_dim=32; got channels=24",
+        ),
+        (
+            lambda: patchify(normal(1, 3, 8, 9), 2),
+            ValueError,
+            "x must have sides that are multiples of 2; got 8 x 9",
+        ),
+        (
+            lambda: patchify(normal(1, 3, 6, 8), 4),
+            ValueError,
+            "x must have sides that are multiples of 4; got 6 x 8",
+        ),
+        (
+            lambda: LabelEmbedding((2, 3), 8)(torch.tensor([0, 1])),
+            ValueError,
+            r"cond must hold 2 label\(s\) per sample; got shape \(2,\)",
+        ),
+        (
+            lambda: LabelEmbedding(3, 8)(torch.tensor([[0, 1]])),
+            ValueError,
+            r"cond must hold 1 label\(s\) per sample; got shape \(1, 2\)",
+        ),
+        (lambda: LABELLED(X, T), (TypeError, ValueError), "cond must hold .* got None"),
+        (lambda: LABELLED(X, T, T + 3), ValueError, r"cond must .*\[0, 3\].* got .*4"),
+        (lambda: LABELLED(X, T, T[:1]), ValueError, r"cond must .*2.* got .*\(1,\)"),
+        (lambda: PLAIN(X, T[:1]), ValueError, r"t must .*\(2,\).* got \(1,\)"),
+        (lambda: PLAIN(X[..., :7], T), ValueError, "x_t must .* multiples of 2; got 8 x 7"),
+        (lambda: PATCHED(X[..., :6, :], T), ValueError, "x_t must .* multiples of 4; got 6 x 8"),
+        (lambda: EMA(nn.Linear(1, 1), decay=1.5), ValueError, r"decay must lie in \[0, 1\]; got decay=1.5"),
+    ],
+)
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
