@@ -1,4 +1,4 @@
-"""The command line: python -m lecture26 train | sample | evaluate | checkpoints.
+"""The command line: python -m lecture26 train | sample | evaluate | measure | checkpoints.
 
 What a command needs is imported inside it, so that --help answers at once.
 """
@@ -165,6 +165,24 @@ def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
         recipe = recipes.load_recipe(model)
         metrics = recipe.evaluate(network, recipe.load("test"))
     typer.echo(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def measure(
+    name: Annotated[str, typer.Argument(help="Such as ddpm_shapes32_steps.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Write over the results of that name.")] = False,
+):
+    """Make a measurement that takes too long for a notebook, and store it in data/results."""
+    with errors_in_one_line():
+        from lecture26.kit.results import results_file
+        from lecture26.recipes import measurements
+
+        if results_file(name).exists() and not replace:
+            raise ValueError(f"results {name!r} exist: write over them with --replace")
+        options = ["--replace"] if replace else []
+        command = shlex.join(["python", "-m", "lecture26", "measure", name, *options])
+        measurements.measure(name, command)
+    typer.echo(f"stored: {results_file(name)}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ def linear_betas(num_steps):
         (T,) float64, from 0.1 / T to 20 / T.
 
     Raises:
+        TypeError: if num_steps is no int.
         ValueError: if num_steps is below 21.
 
     Source: Ho et al. 2020, section 4 (1e-4 to 0.02 at T = 1000); the factor 1000 / T as in Nichol and
@@ -70,6 +71,10 @@ def cosine_betas(num_steps):
     Returns:
         (T,) float64, each at most 0.999.
 
+    Raises:
+        TypeError: if num_steps is no int.
+        ValueError: if num_steps is below 1.
+
     Source: Nichol and Dhariwal 2021, equation 17, offset 0.008.
     """
     check_positive_int("num_steps", num_steps)
@@ -111,7 +116,7 @@ class GaussianMixture:
             raise ValueError(f"weights must be positive with sum 1; got {self.weights}")
 
     def sample(self, count, generator=None):
-        """Draw points and the components they came from: (count, D) float64 and (count,) integers."""
+        """Draw count points with the generator: (count, D) float64, and their components (count,)."""
         y = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[y] + self.stds[y, None] * noise, y
@@ -190,7 +195,7 @@ def posterior_variance(beta, alpha_bar, alpha_bar_prev):
 
 
 def x_0_from_eps(x_t, alpha_bar, eps):
-    """Clean data from noisy data x_t and its noise eps, shapes as in q_sample.
+    """Clean data from noisy data x_t and its noise eps, with alpha_bar and shapes as in q_sample.
 
     Source: Ho et al. 2020, equation 15.
     """
@@ -199,7 +204,7 @@ def x_0_from_eps(x_t, alpha_bar, eps):
 
 
 def eps_from_x_0(x_t, alpha_bar, x_0):
-    """Noise from noisy data x_t and clean data x_0, shapes as in q_sample.
+    """Noise from noisy data x_t and clean data x_0, with alpha_bar and shapes as in q_sample.
 
     Source: Ho et al. 2020, equation 4.
     """
@@ -240,7 +245,7 @@ def x_0_from_v(x_t, alpha_bar, v):
 
 
 def eps_from_v(x_t, alpha_bar, v):
-    """Noise from noisy data x_t and its velocity v, shapes as in x_0_from_v.
+    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
 
     Source: Salimans and Ho 2022, appendix D.
     """
@@ -293,7 +298,10 @@ def learned_range_log_variance(v, beta, log_posterior_variance):
 
 
 def normal_log_density(x, mean, log_variance):
-    """Log-density of a normal for each element, in nats; the arguments broadcast."""
+    """Log-density at x of a normal with this mean and log_variance, for each element, in nats; all broadcast.
+
+    Source: Ho et al. 2020, equation 1, where all distributions of the reverse process are of this kind.
+    """
     # log N(x; mu, sigma^2) = -1/2 (log(2 pi) + log sigma^2 + (x - mu)^2 / sigma^2)
     return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * (-log_variance).exp())
 
@@ -343,7 +351,7 @@ def lookup(table, t, like):
     """Look a table up at every sample's step.
 
     Args:
-        table: (T,) float64, on the CPU, since not every device has float64.
+        table: (T,), on the CPU, since not every device has the float64 that tables are kept in.
         t: steps, (B,), integers in [0, T).
         like: the tensor to broadcast against, (B, ...).
 
@@ -512,7 +520,7 @@ class Diffusion:
 
         Source: Ho et al. 2020, algorithm 2 and section 3.2.
         """
-        return self.reverse_step(denoiser(x_t, self.steps.to(t.device)[t]), x_t, t, self.clip)
+        return self.reverse_step(denoiser(x_t, lookup(self.steps, t, t)), x_t, t, self.clip)
 
     def add_score(self, output, x_t, t, gradient):
         """Add the gradient of a log-probability to the score that a denoiser's output stands for.
@@ -580,7 +588,7 @@ class Diffusion:
         Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 and section 3.1.
         """
         x_t = self.q_sample(x_0, t, noise)
-        output = denoiser(x_t, self.steps.to(t.device)[t])
+        output = denoiser(x_t, lookup(self.steps, t, t))
         prediction, _ = self.split_output(output, x_t)
         loss = F.mse_loss(prediction, self.target(x_0, noise, t))
         if self.variance == "learned_range":
@@ -603,6 +611,7 @@ class Diffusion:
             Diffusion whose denoisers still receive the original steps.
 
         Raises:
+            TypeError: if num_steps is no int.
             ValueError: if num_steps lies outside [2, T].
 
         Source: Nichol and Dhariwal 2021, section 4.
@@ -680,7 +689,7 @@ def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
     p = diffusion.p_mean_variance(denoiser, x_t, t)
     mean = p.mean
     if mean_shift is not None:
-        mean = mean + mean_shift(p.mean, p.variance, x_t, diffusion.steps.to(t.device)[t])
+        mean = mean + mean_shift(p.mean, p.variance, x_t, lookup(diffusion.steps, t, t))
     return ancestral_update(mean, p.log_variance, noise, t)
 
 
@@ -759,6 +768,8 @@ def exact_denoiser(mixture, diffusion):
 
     Returns:
         denoiser(x_t (B, D), t (B,)) -> the conditional expectation of the prediction's target, (B, D).
+
+    Source: Efron 2011, equation 1.4 (Tweedie's formula), with the mixture's score.
     """
     base = diffusion.base
 
@@ -817,7 +828,7 @@ def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_de
     for step in range(diffusion.num_steps):
         t = torch.full((len(x_0),), step, device=x_0.device)
         x_t = diffusion.q_sample(x_0, t, noise_like(x_0, generator))
-        reverse = diffusion.reverse_step(denoiser(x_t, diffusion.steps.to(t.device)[t]), x_t, t, clip=False)
+        reverse = diffusion.reverse_step(denoiser(x_t, lookup(diffusion.steps, t, t)), x_t, t, clip=False)
         terms.append(diffusion.bound_term(reverse, x_0, x_t, t, log_likelihood))
     # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I)
     alpha_bar = diffusion.alpha_bar[-1].to(x_0.dtype).to(x_0.device)

@@ -15,12 +15,12 @@ from torch import nn
 
 
 def timestep_embedding(t, dim, max_period=10_000.0):
-    """Encode each step as sines and cosines of geometrically spaced frequencies.
+    """Encode each step as cosines and sines of geometrically spaced frequencies.
 
     Args:
         t: steps of the original schedule, (B,), integer or floating point.
         dim: length of the embedding, even.
-        max_period: the slowest wave turns once in 2 pi max_period steps.
+        max_period: P; the frequencies fall from 1 towards 1 / P.
 
     Returns:
         (B, dim), the cosines first; float32 for integer t, else t's dtype.
@@ -35,7 +35,7 @@ def timestep_embedding(t, dim, max_period=10_000.0):
     if not t.is_floating_point():
         t = t.float()
     k = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
-    # omega_k = max_period^(-k / (dim / 2))
+    # omega_k = P^(-k / (dim / 2))
     omega = torch.exp(-math.log(max_period) * k / (dim // 2))  # (dim / 2,)
     angles = t[:, None] * omega  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
@@ -60,7 +60,7 @@ class LabelEmbedding(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(n + 1, dim) for n in self.num_classes)
 
     def forward(self, labels):
-        """Map (B,) or (B, number of labels) integers to (B, dim)."""
+        """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on another number."""
         columns = labels.reshape(len(labels), -1).unbind(dim=1)
         if len(columns) != len(self.tables):
             raise ValueError(
@@ -69,7 +69,15 @@ class LabelEmbedding(nn.Module):
         return sum(table(column) for table, column in zip(self.tables, columns, strict=True))
 
 
-# --- The residual block ---
+# --- Each image normalised by itself ---
+
+
+def group_norm(channels):
+    """Group normalisation with at most 32 groups of at least 8 channels."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
+
+
+# --- What the step changes ---
 
 
 def scale_shift(h, scale, shift):
@@ -82,10 +90,13 @@ def scale_shift(h, scale, shift):
     Returns:
         (B, C, H, W). With scale = shift = 0, h itself.
 
-    Source: Dhariwal and Nichol 2021, section 3 (adaptive group normalisation), equation 4 up to the 1 +.
+    Source: Dhariwal and Nichol 2021, section 3.1 (adaptive group normalisation, y_s = 1 + scale).
     """
     # h (1 + scale) + shift, the same number for every pixel of a channel
     return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+
+
+# --- The path around ---
 
 
 def zero_init(module):
@@ -93,11 +104,6 @@ def zero_init(module):
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-def group_norm(channels):
-    """Group normalisation with at most 32 groups of at least 8 channels."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
 
 
 class ResidualBlock(nn.Module):
@@ -121,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        """Map (B, in_channels, H, W) and (B, embedding_dim) to (B, out_channels, H, W)."""
+        """Map x (B, in_channels, H, W) and embedding (B, embedding_dim) to (B, out_channels, H, W)."""
         h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out_channels, H, W)
         scale, shift = self.embedding(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
         h = scale_shift(self.norm_out(h), scale, shift)
@@ -157,6 +163,9 @@ class SelfAttention(nn.Module):
         channels: channels of the feature map.
         head_dim: channels per head.
 
+    Raises:
+        ValueError: if channels is no multiple of head_dim.
+
     Source: Dhariwal and Nichol 2021, section 3 (64 channels a head there).
     """
 
@@ -170,7 +179,7 @@ class SelfAttention(nn.Module):
         self.project = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x, cond=None):
-        """Map (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
+        """Map x (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
         batch, channels, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B, H W, 3, heads, head_dim)
@@ -184,7 +193,13 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, and attention after it where a factory for one is given."""
+    """A residual block, and attention after it where a factory for one is given.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        embedding_dim: length of the embedding.
+        attention: None, or a factory: channels -> module called as (h, cond).
+    """
 
     def __init__(self, in_channels, out_channels, embedding_dim, attention=None):
         super().__init__()
@@ -192,13 +207,20 @@ class Stage(nn.Module):
         self.attention = attention(out_channels) if attention else None
 
     def forward(self, h, embedding, cond):
-        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        """Map h (B, in_channels, H, W), with embedding and cond, to (B, out_channels, H, W)."""
         h = self.residual(h, embedding)
         return h if self.attention is None else self.attention(h, cond)
 
 
 class DownLevel(nn.Module):
-    """The stages of one resolution on the way down; all but the last level then halve it."""
+    """The stages of one resolution on the way down; all but the last level then halve it.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        num_blocks: the number of stages.
+        embedding_dim, attention: as in Stage.
+        last: whether this is the lowest resolution.
+    """
 
     def __init__(self, in_channels, out_channels, num_blocks, embedding_dim, attention, last):
         super().__init__()
@@ -208,7 +230,7 @@ class DownLevel(nn.Module):
         self.skip_channels = widths[1:] + [out_channels] * (not last)
 
     def forward(self, h, embedding, cond):
-        """Map (B, C, H, W) to all feature maps on the way, the last one being the level's output."""
+        """Map h (B, C, H, W), with embedding and cond, to all maps on the way; the last is the output."""
         outputs = []
         for stage in self.stages:
             h = stage(h, embedding, cond)
@@ -219,7 +241,14 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The stages of one resolution on the way up, each fed with a skip; all but the last then double it."""
+    """The stages of one resolution on the way up, each fed with a skip; all but the last then double it.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        skip_channels: the channels of each stage's skip.
+        embedding_dim, attention: as in Stage.
+        last: whether this is the highest resolution.
+    """
 
     def __init__(self, in_channels, out_channels, skip_channels, embedding_dim, attention, last):
         super().__init__()
@@ -231,7 +260,7 @@ class UpLevel(nn.Module):
         self.upsample = None if last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def forward(self, h, skips, embedding, cond):
-        """Map (B, C, H, W) to the next resolution, taking its skips from the end of the list."""
+        """Map h (B, C, H, W), with embedding and cond, to the next resolution; takes skips from their end."""
         for stage in self.stages:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, cond)
         if self.upsample is not None:
@@ -263,7 +292,7 @@ def patchify(x, patch_size):
 
 
 def unpatchify(x, patch_size):
-    """Undo patchify: (B, C p^2, H, W) to (B, C, p H, p W)."""
+    """Undo patchify: x (B, C p^2, H, W), with p = patch_size, to (B, C, p H, p W)."""
     x = x.unflatten(1, (-1, patch_size, patch_size))  # (B, C, p, p, H, W)
     return x.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)  # (B, C, H, p, W, p), then merged
 
@@ -333,7 +362,7 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1))
 
     def forward(self, x_t, t, cond=None):
-        """Map images (B, C, H, W), steps (B,) and labels to the raw output (B, out_channels, H, W)."""
+        """Map x_t (B, C, H, W), steps t (B,) and labels cond to the raw output (B, out_channels, H, W)."""
         embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
@@ -393,3 +422,22 @@ class EMA(nn.Module):
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
         self.num_updates += 1
+
+
+# --- Bits per dimension ---
+
+
+def bits_per_dim(nats, num_dimensions):
+    """Turn a negative log-likelihood into bits per dimension.
+
+    Args:
+        nats: -log P of whole images, natural logarithm, any shape.
+        num_dimensions: D, the numbers in one image.
+
+    Returns:
+        nats / (D ln 2), same shape.
+
+    Source: Ho et al. 2020, section 4.3 and table 1.
+    """
+    # 1 nat = 1 / ln 2 bits
+    return nats / (num_dimensions * math.log(2))

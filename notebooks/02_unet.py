@@ -1,8 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     formats: ipynb,py:percent
-#     notebook_metadata_filter: kernelspec,-all
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -11,9 +8,61 @@
 
 # %% [markdown]
 # # 02 The U-Net: a denoiser for images
+#
+# Chapter 01 derived everything about diffusion but the network. For points in the plane, a few layers did. This chapter
+# builds the network for images, one piece at a time, trains it, and measures what it can do.
+#
+# **What you will be able to do**
+#
+# - say what each piece of a diffusion U-Net is there for, and build it from tensors;
+# - hold each piece against PyTorch's own, or against a formula, to twelve digits;
+# - train a DDPM on images, average its weights, and know what its loss means;
+# - choose a sampler and a number of steps by quality against time;
+# - state a likelihood in bits per dimension, and say what it does and does not tell;
+# - train the same code on a folder of your own images.
+#
+# **What it needs**: chapter 01, whose `Diffusion` and samplers are imported here, and convolutions.
+# **What it takes**: about two minutes on two cores, most of it spent in two trainings. All data are embedded.
+
+# %%
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from lecture26.checks import check
+from lecture26.ddpm import (
+    Diffusion,
+    bound,
+    cosine_betas,
+    ddim_step,
+    ddpm_step,
+    discretized_log_likelihood,
+    noise_like,
+    sample,
+    v_from_x_0_and_eps,
+)
+from lecture26.kit.data import load
+from lecture26.kit.evaluation import sample_quality
+from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.proof import verify
+from lecture26.kit.results import load_results
+from lecture26.kit.training import train
+from lecture26.recipes import load_diffusion, load_model
+
+use_style()
+colours = list(PALETTE.values())
 
 # %% [markdown]
-# ## Telling the network the step
+# Cells like the next one become the module `lecture26.unet`; the others stay in the notebook.
 
 # %% tags=["export"]
 import copy
@@ -24,15 +73,118 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# %% [markdown]
+# ## What the network has to do
+#
+# The course's first data set, *Shapes*, is made by code: one object on a background, 32 pixels wide. This is how chapter
+# 01's forward process takes three of its images apart:
+
+# %%
+images = load("shapes")
+diffusion = Diffusion(cosine_betas(1000), prediction="v", clip=True)
+x_0 = images.batch([23, 33, 26])["image"]  # (3, 3, 32, 32)
+noise = noise_like(x_0, torch.Generator().manual_seed(0))
+levels = (0, 100, 300, 500, 700, 850, 999)
+noisy = torch.stack([diffusion.q_sample(x_0, torch.full((3,), t), noise) for t in levels], dim=1)
+figure = show_grid(
+    noisy.flatten(0, 1), columns=len(levels), titles=[f"t = {t}" for t in levels], inches_per_image=1.2
+)
+show(figure, "Three pictures of coloured shapes, each in seven columns from clean to pure noise.")
+
+# %% [markdown]
+# *Three images, from nearly clean (left) to pure noise (right). At t = 100 only fine texture and the exact outline are in
+# doubt; at t = 500 only the colour and the rough place of the object can be made out.*
+#
+# The network gets one of these pictures and the step, and returns a picture of the same size: the predicted noise, clean
+# image or velocity. So it has four things to do.
+#
+# 1. *Keep the size.* Each output pixel belongs to an input pixel.
+# 2. *See detail.* At small $t$ everything hinges on the exact course of an edge.
+# 3. *See the whole.* At large $t$ a single pixel says nothing; only many together do.
+# 4. *Know the step.* How far to trust a pixel depends on $t$.
+#
+# The second and third pull in opposite directions: fine resolution, or a wide view. The way out starts with an
+# observation about averages. Replace each block of $p\times p$ pixels by its mean. The noise in a block is independent,
+# so its mean has the variance $p^2\cdot 1/p^4$, and different blocks share no pixel:
+#
+# $$\operatorname{Cov}\bigl(\text{block means of }\epsilon\bigr)=\frac1{p^2}\,I \tag{2.1}$$
+#
+# White noise again, but $p$ times weaker, while large things keep their brightness: halving the resolution adds
+# $2\log 2$ to their log-SNR. To check it, let the averaging $A$, a linear map, act on each unit vector; then the
+# covariance is $AA^\top$.
+
+# %%
+p, side = 2, 6
+unit_images = torch.eye(side**2, dtype=torch.float64).reshape(-1, 1, side, side)  # (36, 1, 6, 6)
+A = F.avg_pool2d(unit_images, p).flatten(1).T  # (9, 36)
+verify("2.1", A @ A.T, torch.eye(9, dtype=torch.float64) / p**2, atol=1e-12)
+
+# %%
+pooled = [F.avg_pool2d(noisy[:, 3], p) for p in (1, 2, 4, 8)]
+rows = [F.interpolate(picture, size=32) for picture in pooled]  # shown at one size
+figure = show_grid(
+    torch.stack(rows, dim=1).flatten(0, 1),
+    columns=4,
+    titles=["32 pixels", "16", "8", "4"],
+    inches_per_image=1.2,
+)
+show(figure, "Three noisy pictures at four resolutions: the coarser, the less noise, and the less outline.")
+
+# %% [markdown]
+# *The images at t = 500, averaged to fewer and fewer pixels. The noise fades, and the outlines with it. No single resolution
+# shows both.*
+#
+# A **U-Net** works at all of these resolutions. On the way down it halves the picture a few times, and sees ever more
+# of it, ever less noisy; on the way up it doubles it again; and at each resolution, what was there on the way down is
+# handed across to the way up (the *skips*), so that no detail is lost. Now for its pieces. Proofs want
+# more digits than training does, so until then everything is in double precision.
+
+# %%
+torch.set_default_dtype(torch.float64)
+
+# %% [markdown]
+# ## Telling the network the step
+#
+# A layer cannot do much with the bare number $t$. Fed in as it is, up to 999, it would swamp everything else; divided by
+# 1000, neighbouring steps would look the same. It is better to write it as a number is written: with one digit that
+# changes fast, and others that change ever more slowly. Waves do that smoothly.
+
+# %%
+omega = torch.tensor([1.0, 0.1, 0.01])
+for t in (0, 1, 10, 100):
+    print(f"t = {t:3}: cosines of t omega = {[round(value, 2) for value in (t * omega).cos().tolist()]}")
+
+# %% [markdown]
+# The first wave tells 0 from 1, but its value at 100 could belong to many steps; the third does not see the difference
+# between 0 and 1, but knows 100. In general, with $d/2$ frequencies in a geometric sequence, from 1 towards $1/P$,
+#
+# $$\omega_k=P^{-k/(d/2)},\quad k=0,\dots,\tfrac d2-1,\qquad
+# e(t)=\bigl(\cos\omega_0t,\dots,\cos\omega_{d/2-1}t,\ \sin\omega_0t,\dots,\sin\omega_{d/2-1}t\bigr)
+# \tag{2.2, definition}$$
+#
+# Why sines as well? Because with both, a shift in time is a *rotation*, the same wherever it starts. By the addition
+# theorems,
+#
+# $$\begin{pmatrix}\cos\omega_k(t+s)\\ \sin\omega_k(t+s)\end{pmatrix}
+# =\begin{pmatrix}\cos\omega_ks&-\sin\omega_ks\\ \sin\omega_ks&\cos\omega_ks\end{pmatrix}
+# \begin{pmatrix}\cos\omega_kt\\ \sin\omega_kt\end{pmatrix} \tag{2.3}$$
+#
+# so a linear layer can compute 'fifty steps earlier'. And the inner product of two embeddings depends on nothing but the
+# distance between the steps, since $\cos a\cos b+\sin a\sin b=\cos(a-b)$:
+#
+# $$e(t)\cdot e(t')=\sum_k\cos\bigl(\omega_k(t-t')\bigr) \tag{2.4}$$
+#
+# **Exercise 1.** Fill in `timestep_embedding`.
+
 
 # %% tags=["export", "exercise"]
 def timestep_embedding(t, dim, max_period=10_000.0):
-    """Encode each step as sines and cosines of geometrically spaced frequencies.
+    """Encode each step as cosines and sines of geometrically spaced frequencies.
 
     Args:
         t: steps of the original schedule, (B,), integer or floating point.
         dim: length of the embedding, even.
-        max_period: the slowest wave turns once in 2 pi max_period steps.
+        max_period: P; the frequencies fall from 1 towards 1 / P.
 
     Returns:
         (B, dim), the cosines first; float32 for integer t, else t's dtype.
@@ -48,15 +200,69 @@ def timestep_embedding(t, dim, max_period=10_000.0):
     if not t.is_floating_point():
         t = t.float()
     k = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
-    # omega_k = max_period^(-k / (dim / 2))
+    # omega_k = P^(-k / (dim / 2))
     omega = torch.exp(-math.log(max_period) * k / (dim // 2))  # (dim / 2,)
     angles = t[:, None] * omega  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
     ### END SOLUTION
 
 
+# %%
+check("unet.timestep_embedding", timestep_embedding)
+
 # %% [markdown]
-# ## Labels
+# To check (2.3), read each pair as one complex number $e^{i\omega_kt}$: a rotation is a multiplication by
+# $e^{i\omega_ks}$.
+
+# %%
+t, shift = torch.arange(0.0, 1000.0, 7.0), 50.0
+omega = 10_000.0 ** (-torch.arange(32) / 32)
+
+
+def as_complex(embedding):
+    """The pairs (cosine, sine) of an embedding (B, dim) as complex numbers, (B, dim / 2)."""
+    return torch.complex(*embedding.chunk(2, dim=1))
+
+
+turned = as_complex(timestep_embedding(t, 64)) * torch.exp(1j * omega * shift)
+later = as_complex(timestep_embedding(t + shift, 64))
+verify("2.3", torch.view_as_real(turned), torch.view_as_real(later), atol=1e-10)
+
+# %%
+embedding = timestep_embedding(t, 64)
+distance = t[:, None] - t  # (143, 143)
+verify("2.4", embedding @ embedding.T, (omega * distance[:, :, None]).cos().sum(dim=-1), atol=1e-10)
+
+# %%
+every_step = timestep_embedding(torch.arange(1000), 64)  # (1000, 64)
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[3, 2], layout="constrained")
+axes[0].imshow(every_step.T, aspect="auto", interpolation="nearest")
+axes[0].grid(False)
+axes[0].set(xlabel="step t", ylabel="entry of the embedding")
+for step, colour in zip((200, 700), colours):
+    axes[1].plot(every_step @ every_step[step] / 32, color=colour, label=f"t' = {step}")
+axes[1].set(xlabel="step t", ylabel=r"$e(t)\cdot e(t')\,/\,32$")
+axes[1].legend()
+show(
+    figure,
+    "Left, waves over the steps, fast ones to nearly constant ones. Right, one peaked curve at two places.",
+)
+
+# %% [markdown]
+# *Left: all embeddings side by side. Each row is a wave; the cosines are above, the sines below, the fast ones first (the
+# fastest are too fast for the picture). Right: how similar the other steps are to steps 200 and 700. It is one curve,
+# moved: (2.4).*
+#
+# Two linear layers with a nonlinearity between them turn this code into the **embedding** that every block of the
+# network receives. The nonlinearity in this chapter is always the SiLU, $x\,/\,(1+e^{-x})$, a smooth ReLU.
+
+# %% [markdown]
+# ### Labels
+#
+# Later chapters tell the network more than the step: what the picture should show. The simplest way is a table with one
+# learned row per class, added to the embedding of the step. Each table has an extra row, 'no label', which chapter 05
+# will need. Several labels at once, such as shape and colour, have a table each, and the rows add up.
+
 
 # %% tags=["export"]
 class LabelEmbedding(nn.Module):
@@ -75,7 +281,7 @@ class LabelEmbedding(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(n + 1, dim) for n in self.num_classes)
 
     def forward(self, labels):
-        """Map (B,) or (B, number of labels) integers to (B, dim)."""
+        """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on another number."""
         columns = labels.reshape(len(labels), -1).unbind(dim=1)
         if len(columns) != len(self.tables):
             raise ValueError(
@@ -84,8 +290,64 @@ class LabelEmbedding(nn.Module):
         return sum(table(column) for table, column in zip(self.tables, columns, strict=True))
 
 
+# %%
+shape_and_colour = LabelEmbedding((8, 8), dim=16)
+red_star, no_label = torch.tensor([3, 0]), torch.tensor([8, 8])
+embedded = shape_and_colour(torch.stack([red_star, no_label]))  # (2, 16)
+shape_table, colour_table = shape_and_colour.tables
+assert torch.equal(embedded[0], shape_table.weight[3] + colour_table.weight[0])
+print(f"rows of the two tables: {len(shape_table.weight)} and {len(colour_table.weight)}")
+
 # %% [markdown]
 # ## The residual block
+#
+# Most of a U-Net's work is done by one kind of block: two convolutions, with a normalisation and a nonlinearity before
+# each, the embedding in between, and a path around it all.
+#
+# ### Each image normalised by itself
+#
+# Deep networks train better when the numbers between layers stay of the order of 1. The usual way, batch normalisation,
+# shares its statistics among the images of a batch. That will not do here: a batch mixes nearly clean images with pure
+# noise, and in sampling all are at one step. **Group normalisation** computes mean and variance for each image alone,
+# over the pixels of a *group* of channels:
+#
+# $$\mathrm{GN}(h)_{bcij}=\gamma_c\,\frac{h_{bcij}-\mu_{bg}}{\sqrt{\sigma^2_{bg}+10^{-5}}}+\delta_c,
+# \qquad\mu_{bg},\ \sigma^2_{bg}:\text{ of image } b,\text{ over channels } c\in g\text{ and all pixels} \tag{2.5}$$
+#
+# with a learned $\gamma_c$ and $\delta_c$ per channel. The papers use 32 groups; with narrow layers that would leave a
+# group one or two channels, so ours have at least eight.
+
+
+# %% tags=["export"]
+def group_norm(channels):
+    """Group normalisation with at most 32 groups of at least 8 channels."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
+
+
+# %%
+generator = torch.Generator().manual_seed(0)
+h = 3 + 2 * torch.randn(4, 64, 6, 6, generator=generator)
+norm = group_norm(64)
+grouped = h.unflatten(1, (norm.num_groups, -1))  # (4, 8, 8, 6, 6)
+mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
+variance = grouped.var(dim=(2, 3, 4), correction=0, keepdim=True)
+verify("2.5", norm(h), ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(1, 2), atol=1e-12)
+assert torch.equal(norm(h)[:1], norm(h[:1]))  # the other images of the batch do not matter
+
+# %% [markdown]
+# ### What the step changes
+#
+# Normalised feature maps $\hat h$ have forgotten how noisy the image was. The embedding brings it back, by two numbers
+# per channel: how much of it to use, and where its zero lies.
+#
+# $$h'_{bcij}=\hat h_{bcij}\,(1+\text{scale}_{bc})+\text{shift}_{bc} \tag{2.6, definition}$$
+#
+# With concrete numbers: a channel that responds to fine edges is of no use at $t=999$. A scale of $-1$ turns it off there,
+# and a scale of 0 leaves it as it is at $t=10$. A large negative shift turns it off as well, by way of the SiLU that
+# follows; a moderate one leaves only its strongest responses.
+#
+# **Exercise 2.** Fill in `scale_shift`. Each number serves a whole channel of one image.
+
 
 # %% tags=["export", "exercise"]
 def scale_shift(h, scale, shift):
@@ -98,12 +360,33 @@ def scale_shift(h, scale, shift):
     Returns:
         (B, C, H, W). With scale = shift = 0, h itself.
 
-    Source: Dhariwal and Nichol 2021, section 3 (adaptive group normalisation), equation 4 up to the 1 +.
+    Source: Dhariwal and Nichol 2021, section 3.1 (adaptive group normalisation, y_s = 1 + scale).
     """
     ### BEGIN SOLUTION
     # h (1 + scale) + shift, the same number for every pixel of a channel
     return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     ### END SOLUTION
+
+
+# %%
+check("unet.scale_shift", scale_shift)
+
+# %% [markdown]
+# ### The path around
+#
+# Let $W_1$, $W_2$ be the two convolutions, $e$ the embedding and $W_e$ a linear layer. The block adds what it computes
+# to what it received:
+#
+# $$y=\mathrm{skip}(x)+W_2*\mathrm{silu}\Bigl(\mathrm{GN}\bigl(W_1*\mathrm{silu}(\mathrm{GN}(x))\bigr)(1+s)+b\Bigr),
+# \qquad(s,b)=W_e\,\mathrm{silu}(e) \tag{2.7}$$
+#
+# where *skip* does nothing, or fits the number of channels by a convolution of $1\times1$. The last convolution starts
+# at **zero**. Then the whole branch is zero, and
+#
+# $$y=x,\qquad\frac{\partial y}{\partial x}=I\qquad\text{at the start of training} \tag{2.8}$$
+#
+# However many blocks are stacked, at first the signal passes all of them untouched, and the gradient too. Depth costs
+# nothing until a block has learned something.
 
 
 # %% tags=["export"]
@@ -112,11 +395,6 @@ def zero_init(module):
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-def group_norm(channels):
-    """Group normalisation with at most 32 groups of at least 8 channels."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
 
 
 # %% tags=["export"]
@@ -141,7 +419,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        """Map (B, in_channels, H, W) and (B, embedding_dim) to (B, out_channels, H, W)."""
+        """Map x (B, in_channels, H, W) and embedding (B, embedding_dim) to (B, out_channels, H, W)."""
         h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out_channels, H, W)
         scale, shift = self.embedding(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
         h = scale_shift(self.norm_out(h), scale, shift)
@@ -150,7 +428,95 @@ class ResidualBlock(nn.Module):
 
 
 # %% [markdown]
+# First what holds at the start, with the derivative of all outputs by all inputs:
+
+# %%
+torch.manual_seed(0)
+block = ResidualBlock(8, 8, embedding_dim=16)
+x, e = torch.randn(1, 8, 2, 2), torch.randn(1, 16)
+jacobian = torch.autograd.functional.jacobian(lambda x: block(x, e), x).reshape(32, 32)
+assert torch.equal(block(x, e), x)
+verify("2.8", jacobian, torch.eye(32), atol=1e-12)
+
+# %% [markdown]
+# Does a layer of zeros ever get away from zero? Its own gradient is its input, which is not zero. Only the layers behind
+# it have to wait for one step:
+
+
+# %%
+def gradient_sizes(block):
+    """The largest gradient of the first and of the last convolution, for an arbitrary loss."""
+    block.zero_grad()
+    (block(x, e) - 1).square().mean().backward()
+    return block.conv_in.weight.grad.abs().max().item(), block.conv_out.weight.grad.abs().max().item()
+
+
+optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+for step in range(2):
+    first, last = gradient_sizes(block)
+    print(f"step {step}: gradient reaches the first convolution: {first > 0}, the last: {last > 0}")
+    optimizer.step()
+
+# %% [markdown]
+# Now (2.7), in a block with other weights everywhere. Left, the module; right, plain functions of its weights.
+
+# %%
+block = ResidualBlock(8, 16, embedding_dim=16)
+for parameter in block.parameters():
+    nn.init.normal_(parameter, std=0.3)
+weights = block.state_dict()
+x, e = torch.randn(3, 8, 5, 5), torch.randn(3, 16)
+
+# %%
+scale_and_shift = F.linear(F.silu(e), weights["embedding.weight"], weights["embedding.bias"])  # (3, 32)
+scale, shift = scale_and_shift[:, :, None, None].chunk(2, dim=1)  # (3, 16, 1, 1) each
+h = F.silu(F.group_norm(x, 1, weights["norm_in.weight"], weights["norm_in.bias"]))
+h = F.conv2d(h, weights["conv_in.weight"], weights["conv_in.bias"], padding=1)
+h = F.group_norm(h, 2, weights["norm_out.weight"], weights["norm_out.bias"]) * (1 + scale) + shift
+h = F.conv2d(F.silu(h), weights["conv_out.weight"], weights["conv_out.bias"], padding=1)
+verify("2.7", block(x, e), F.conv2d(x, weights["skip.weight"], weights["skip.bias"]) + h, atol=1e-10)
+
+# %% [markdown]
 # ## Self-attention
+#
+# A convolution sees three pixels across. Two ends of one object may be twenty pixels apart, and at high noise only the
+# whole picture says what is there. **Attention** lets each pixel look at all others at once, and learn where to look.
+#
+# Three things are computed from each pixel, a *query* $q$ ('what do I look for?'), a *key* $k$ ('what am I?') and a
+# *value* $v$ ('what do I say?'). A query is compared with all keys by inner products; the softmax turns these scores into
+# weights that add up to 1; the answer is the mean of the values under these weights. Three tokens in numbers:
+
+# %%
+q = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+k = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+v = torch.tensor([[10.0], [20.0], [60.0]])
+attention_weights = (q @ k.T / math.sqrt(2)).softmax(dim=1)  # (3 queries, 3 keys)
+for row, result in zip(attention_weights, attention_weights @ v):
+    print(f"weights {[f'{weight:.2f}' for weight in row]}, result {result.item():.1f}")
+
+# %% [markdown]
+# The first query matches the first key best, and half of the third; the last one, zero, matches all alike and gets the
+# mean of the values. In general, with $N$ queries as the rows of $Q$, and $M$ keys and values as those of $K$ and $V$,
+#
+# $$\mathrm{attention}(Q,K,V)=\mathrm{softmax}\!\left(\frac{QK^\top}{\sqrt d}\right)V,
+# \qquad\text{the softmax over each row} \tag{2.9}$$
+#
+# Why the $\sqrt d$? If the entries of $q$ and $k$ are independent with mean 0 and variance 1, each of the $d$ products
+# has mean 0 and variance 1, and so
+#
+# $$\operatorname{Var}(q\cdot k)=d \tag{2.10}$$
+#
+# Without the root, scores grow with the length of the vectors, until the softmax picks a single key and passes on next to
+# no gradient. For the check all combinations of entries $\pm1$ stand in for random vectors:
+
+# %%
+d = 4
+signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * d)  # (16, 4)
+verify("2.10", (signs @ signs.T).var(correction=0), torch.tensor(float(d)), atol=1e-12)
+
+# %% [markdown]
+# **Exercise 3.** Fill in `attention`. There may be any number of axes in front, such as batch and heads.
+
 
 # %% tags=["export", "exercise"]
 def attention(q, k, v):
@@ -173,6 +539,23 @@ def attention(q, k, v):
     ### END SOLUTION
 
 
+# %%
+check("unet.attention", attention)
+
+# %%
+q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 8)
+verify("2.9", attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-12)
+
+# %% [markdown]
+# In the layer, queries, keys and values are linear functions of the normalised feature map. The channels are split among
+# several **heads**, each with its own scores, so that a pixel can look at several places for several reasons. One more
+# linear layer mixes the heads, and the result is added to the input, $X$ being the pixels of $x$ as rows:
+#
+# $$y=x+\mathrm{MHA}\bigl(\mathrm{GN}(X)\bigr),\qquad
+# \mathrm{MHA}(X)=\bigl[\,\mathrm{attention}(XW^q_1,XW^k_1,XW^v_1),\ \dots,\ \mathrm{attention}(XW^q_h,XW^k_h,XW^v_h)\bigr]\,W^o
+# \tag{2.11}$$
+
+
 # %% tags=["export"]
 class SelfAttention(nn.Module):
     """Every pixel looks at every other one, in several heads; added to its input.
@@ -180,6 +563,9 @@ class SelfAttention(nn.Module):
     Args:
         channels: channels of the feature map.
         head_dim: channels per head.
+
+    Raises:
+        ValueError: if channels is no multiple of head_dim.
 
     Source: Dhariwal and Nichol 2021, section 3 (64 channels a head there).
     """
@@ -194,7 +580,7 @@ class SelfAttention(nn.Module):
         self.project = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x, cond=None):
-        """Map (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
+        """Map x (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
         batch, channels, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B, H W, 3, heads, head_dim)
@@ -205,11 +591,132 @@ class SelfAttention(nn.Module):
 
 
 # %% [markdown]
+# PyTorch's `nn.MultiheadAttention` keeps its weights in the same order, so they can be copied over. (The last layer
+# starts at zero here too; with zeros both sides of the comparison would agree whatever was in between.)
+
+# %%
+layer = SelfAttention(64)
+nn.init.normal_(layer.project.weight)
+library = nn.MultiheadAttention(64, num_heads=layer.heads, batch_first=True)
+library.load_state_dict({
+    "in_proj_weight": layer.qkv.weight, "in_proj_bias": layer.qkv.bias,
+    "out_proj.weight": layer.project.weight, "out_proj.bias": layer.project.bias,
+})  # fmt: skip
+x = torch.randn(2, 64, 4, 4)
+tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (2, 16, 64)
+mixed, _ = library(tokens, tokens, tokens)
+verify("2.11", layer(x), x + mixed.transpose(1, 2).reshape(2, 64, 4, 4), atol=1e-10)
+
+# %% [markdown]
+# ### What attention does not know
+#
+# Nothing in (2.9) says *where* a token is. If a permutation $P$ shuffles the pixels, the results come out shuffled, and
+# are otherwise the same:
+#
+# $$\mathrm{attention}(PQ,PK,PV)=P\,\mathrm{attention}(Q,K,V) \tag{2.12}$$
+#
+# because $P$ reorders rows and columns of the scores, and each row's softmax and sum do not mind the order. Where things
+# are is known to the convolutions around it: they compare neighbours, and feel the border of the image, beyond which
+# there are zeros.
+
+# %%
+q, k, v = torch.randn(3, 16, 8)
+P = torch.eye(16)[torch.randperm(16)]
+verify("2.12", attention(P @ q, P @ k, P @ v), P @ attention(q, k, v), atol=1e-12)
+
+# %% [markdown]
+# ### What it costs
+#
+# Count multiplications, for $N$ pixels and $C$ channels. Scores and mixture each take $C$ of them for every *pair* of
+# pixels; a convolution takes $9C$ for each pixel and output channel:
+#
+# $$\text{attention: } 2N^2C,\qquad\text{one } 3\times3\text{ convolution: } 9NC^2 \tag{2.13}$$
+#
+# PyTorch can count what really happens (it counts a multiplication and an addition as two operations):
+
+
+# %%
+def count_multiplications(function, *arguments):
+    """Multiplications in matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops() // 2
+
+
+N, C = 8 * 8, 32
+counted = [
+    count_multiplications(attention, *torch.randn(3, N, C)),
+    count_multiplications(nn.Conv2d(C, C, 3, padding=1), torch.randn(1, C, 8, 8)),
+]
+verify("2.13", torch.tensor(counted), torch.tensor([2 * N**2 * C, 9 * N * C**2]), atol=0)
+
+# %%
+C = 64
+print("pixels   attention   convolution   (million multiplications, 64 channels)")
+for side in (64, 32, 16, 8):
+    N = side**2
+    print(f"{side:2} x {side:2}  {2 * N**2 * C / 1e6:9.1f} {9 * N * C**2 / 1e6:13.1f}")
+
+# %% [markdown]
+# Twice the resolution, four times the pixels, sixteen times the attention. The two cost the same at $N=4.5\,C$, here
+# about 17 pixels across. So attention is for the low resolutions, and there, each pixel stands for a large part of the
+# picture anyway.
+
+# %% [markdown]
 # ## Down and up
+#
+# To halve the resolution: a convolution that moves two pixels at a time. To double it: repeat each pixel in a block of
+# $2\times2$, then smooth by a convolution. (A transposed convolution would do both at once. But with three taps at a
+# distance of two, some pixels receive two contributions and others one, which shows as a checkerboard.)
+
+# %%
+contributions = F.conv_transpose1d(torch.ones(1, 1, 6), torch.ones(1, 1, 3), stride=2)
+print("contributions per pixel:", contributions.int().flatten().tolist())
+
+# %% [markdown]
+# What does the way down lose? Let $D$ be the averaging over $2\times2$ blocks and $U$ the repetition. Then $UDx$ is the
+# coarse picture and $r=x-UDx$ what the way up cannot know. They share nothing: $Dr=0$, so within a block $UDx$ is
+# constant and $r$ adds up to 0, and the energies add:
+#
+# $$x=UDx+r,\qquad\|x\|^2=\|UDx\|^2+\|r\|^2 \tag{2.14}$$
+
+# %%
+x = torch.randn(5, 3, 8, 8)
+coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+energies = torch.stack([part.square().sum(dim=(1, 2, 3)) for part in (coarse, x - coarse)])  # (2, 5)
+verify("2.14", energies.sum(dim=0), x.square().sum(dim=(1, 2, 3)), atol=1e-10)
+
+# %%
+picture = x_0[:2]
+coarse = F.interpolate(F.avg_pool2d(picture, 4), scale_factor=4, mode="nearest")
+shown = torch.stack([picture, coarse, picture - coarse], dim=1).flatten(0, 1)
+figure = show_grid(shown, columns=3, titles=["$x$", "$UDx$", "$r$"], inches_per_image=1.5)
+show(
+    figure,
+    "Two pictures, their coarse versions in blocks, and the differences, in which the outlines stand out.",
+)
+
+# %% [markdown]
+# *Two images, what is left of them at 8 pixels (two halvings), and the rest, grey being 0. The edges are in the rest.*
+#
+# The rest is what the **skips** carry. Every feature map on the way down is kept; the way up takes them back, the last
+# one first, and concatenates each to its own channels before a block. So that is how the network comes by point 2,
+# detail, and point 3, the whole, at once.
+#
+# The modules: a `Stage` is a residual block, with attention if wanted; a `DownLevel` and an `UpLevel` hold the stages of
+# one resolution. A level on the way up has one stage more, for the skip that the last halving, or the very first
+# convolution, left behind. The kind of attention is a parameter: chapter 07 will pass one that looks at a text.
+
 
 # %% tags=["export"]
 class Stage(nn.Module):
-    """A residual block, and attention after it where a factory for one is given."""
+    """A residual block, and attention after it where a factory for one is given.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        embedding_dim: length of the embedding.
+        attention: None, or a factory: channels -> module called as (h, cond).
+    """
 
     def __init__(self, in_channels, out_channels, embedding_dim, attention=None):
         super().__init__()
@@ -217,13 +724,20 @@ class Stage(nn.Module):
         self.attention = attention(out_channels) if attention else None
 
     def forward(self, h, embedding, cond):
-        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        """Map h (B, in_channels, H, W), with embedding and cond, to (B, out_channels, H, W)."""
         h = self.residual(h, embedding)
         return h if self.attention is None else self.attention(h, cond)
 
 
 class DownLevel(nn.Module):
-    """The stages of one resolution on the way down; all but the last level then halve it."""
+    """The stages of one resolution on the way down; all but the last level then halve it.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        num_blocks: the number of stages.
+        embedding_dim, attention: as in Stage.
+        last: whether this is the lowest resolution.
+    """
 
     def __init__(self, in_channels, out_channels, num_blocks, embedding_dim, attention, last):
         super().__init__()
@@ -233,7 +747,7 @@ class DownLevel(nn.Module):
         self.skip_channels = widths[1:] + [out_channels] * (not last)
 
     def forward(self, h, embedding, cond):
-        """Map (B, C, H, W) to all feature maps on the way, the last one being the level's output."""
+        """Map h (B, C, H, W), with embedding and cond, to all maps on the way; the last is the output."""
         outputs = []
         for stage in self.stages:
             h = stage(h, embedding, cond)
@@ -244,7 +758,14 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The stages of one resolution on the way up, each fed with a skip; all but the last then double it."""
+    """The stages of one resolution on the way up, each fed with a skip; all but the last then double it.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        skip_channels: the channels of each stage's skip.
+        embedding_dim, attention: as in Stage.
+        last: whether this is the highest resolution.
+    """
 
     def __init__(self, in_channels, out_channels, skip_channels, embedding_dim, attention, last):
         super().__init__()
@@ -256,7 +777,7 @@ class UpLevel(nn.Module):
         self.upsample = None if last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def forward(self, h, skips, embedding, cond):
-        """Map (B, C, H, W) to the next resolution, taking its skips from the end of the list."""
+        """Map h (B, C, H, W), with embedding and cond, to the next resolution; takes skips from their end."""
         for stage in self.stages:
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding, cond)
         if self.upsample is not None:
@@ -264,8 +785,39 @@ class UpLevel(nn.Module):
         return h
 
 
+# %%
+down = DownLevel(8, 16, num_blocks=2, embedding_dim=16, attention=None, last=False)
+up = UpLevel(16, 8, skip_channels=[16, 16, 8], embedding_dim=16, attention=None, last=True)
+x, e = torch.randn(1, 8, 8, 8), torch.randn(1, 16)
+skips = [x, *down(x, e, cond=None)]
+print("kept on the way down:", [tuple(skip.shape[1:]) for skip in skips])
+
+# %%
+lowest = skips.pop()  # here, a lower level would do its work
+h = F.interpolate(lowest, scale_factor=2, mode="nearest")
+h = up(h, skips, e, cond=None)
+print(f"after the way up: {tuple(h.shape[1:])}, skips left: {len(skips)}")
+
 # %% [markdown]
 # ## Patches
+#
+# At full resolution everything is expensive, and neighbouring pixels say much the same. So our models fold each patch of
+# $p\times p$ pixels into the channels before the first convolution, and unfold it after the last: nothing is lost, and
+# there are $p^2$ times fewer places to compute at. (It is half of what vision transformers do, chapter 08.) In numbers:
+
+# %%
+numbers = torch.arange(16).reshape(1, 1, 4, 4)
+print(numbers[0, 0])
+print("its 2 x 2 patches, each as one column:")
+print(F.pixel_unshuffle(numbers, 2).flatten(2)[0])
+
+# %% [markdown]
+# Pixel $(i,j)$ of the patch in row $r$ and column $s$ goes to channel $cp^2+ip+j$ at place $(r,s)$:
+#
+# $$y_{b,\ cp^2+ip+j,\ r,\ s}=x_{b,\ c,\ rp+i,\ sp+j} \tag{2.15}$$
+#
+# **Exercise 4.** Fill in `patchify`, by splitting axes and permuting them.
+
 
 # %% tags=["export", "exercise"]
 def patchify(x, patch_size):
@@ -290,15 +842,33 @@ def patchify(x, patch_size):
     ### END SOLUTION
 
 
+# %%
+check("unet.patchify", patchify)
+
+
 # %% tags=["export"]
 def unpatchify(x, patch_size):
-    """Undo patchify: (B, C p^2, H, W) to (B, C, p H, p W)."""
+    """Undo patchify: x (B, C p^2, H, W), with p = patch_size, to (B, C, p H, p W)."""
     x = x.unflatten(1, (-1, patch_size, patch_size))  # (B, C, p, p, H, W)
     return x.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)  # (B, C, H, p, W, p), then merged
 
 
 # %% [markdown]
+# Once more the slow way, place by place, and there and back again:
+
+# %%
+p, x = 3, torch.randn(2, 2, 6, 9)
+by_place = torch.empty(2, 2 * p**2, 2, 3)
+for c, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(p), torch.arange(p)).tolist():
+    by_place[:, c * p**2 + i * p + j] = x[:, c, i::p, j::p]
+verify("2.15", patchify(x, p), by_place, atol=0)
+assert torch.equal(unpatchify(patchify(x, p), p), x)
+
+# %% [markdown]
 # ## The whole
+#
+# All pieces are there. The network's head, like the last layer of each branch, starts at zero.
+
 
 # %% tags=["export"]
 class UNet(nn.Module):
@@ -363,7 +933,7 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1))
 
     def forward(self, x_t, t, cond=None):
-        """Map images (B, C, H, W), steps (B,) and labels to the raw output (B, out_channels, H, W)."""
+        """Map x_t (B, C, H, W), steps t (B,) and labels cond to the raw output (B, out_channels, H, W)."""
         embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
@@ -379,7 +949,136 @@ class UNet(nn.Module):
 
 
 # %% [markdown]
+# The network that will be trained below, and what happens to a picture in it. From here on in float32, which is twice as
+# fast and exact enough to learn with.
+
+# %%
+torch.set_default_dtype(torch.float32)
+torch.manual_seed(0)
+network = UNet(
+    3, base_channels=32, channel_multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,), patch_size=2
+)
+
+# %% [markdown]
+# To see its feature maps, a hook on each layer of interest writes down what comes out:
+
+# %%
+kinds = {"stem": "first", "residual": "block", "attention": "attention"}
+kinds |= {"downsample": "halve", "upsample": "double", "head": "last"}
+path = []  # (name, kind, channels, side) of each feature map
+
+
+def remember(name, kind):
+    """A hook that notes the feature map a module returns."""
+    return lambda module, inputs, output: path.append((name, kind, *output.shape[1:3]))
+
+
+hooks = [
+    module.register_forward_hook(remember(name, kinds[name.split(".")[-1]]))
+    for name, module in network.named_modules()
+    if name.split(".")[-1] in kinds
+]
+with torch.no_grad():
+    output = network(x_0, torch.tensor([0, 500, 999]))
+for hook in hooks:
+    hook.remove()
+print(f"in: {tuple(x_0.shape)}, out: {tuple(output.shape)}, all zeros: {bool((output == 0).all())}")
+
+# %%
+figure, axis = plt.subplots(figsize=(11, 3.6), layout="constrained")
+colour_of, left, tops, down, up = dict(zip(kinds.values(), colours)), 0.0, [], [], []
+for name, kind, channels, side in path:
+    axis.bar(left, side, channels / 8, bottom=-side / 2, align="edge", color=colour_of[kind])
+    tops.append((left + channels / 16, side / 2))
+    left += channels / 8 + 1
+    if name.startswith(("stem", "down")):
+        if kind == "attention":
+            down.pop()  # what is kept of a stage is its end
+        down.append(tops[-1])
+    elif name.startswith("up") and kind == "block":
+        up.append(tops[-1])
+arrow = {"arrowstyle": "->", "connectionstyle": "arc3,rad=-0.15", "color": "grey"}
+for start, end in zip(down, reversed(up)):
+    axis.annotate("", end, start, arrowprops=arrow)
+for (x, y), (_, kind, _, side) in zip(tops, path):
+    if kind in ("first", "halve", "double"):
+        axis.text(x, -y - 1.5, f"{side} px", ha="center")
+axis.set(xticks=[], yticks=[], ylim=(-11, 20))
+legend = {kind: plt.Rectangle((0, 0), 1, 1, color=colour) for kind, colour in colour_of.items()}
+axis.legend(legend.values(), legend, ncols=6, loc="lower center")
+show(
+    figure,
+    "The feature maps as bars in a row, tall at both ends and short in the middle, with arrows for the skips.",
+)
+
+# %% [markdown]
+# *The network from left to right: height is resolution, width the number of channels, arrows are skips. Each block on the way
+# up has two inputs, the feature map before it and a skip. The picture itself, of 32 pixels and 3 channels, is folded into
+# 16 pixels and 12 channels first.*
+
+# %%
+for (channels, side), maps in groupby(path, key=lambda feature_map: feature_map[2:]):
+    print(f"{side:2} x {side:2} with {channels:2} channels: {', '.join(kind for _, kind, *_ in maps)}")
+
+# %% [markdown]
+# Where are the parameters? By part of the network, and by kind of layer:
+
+# %%
+total = sum(parameter.numel() for parameter in network.parameters())
+print(f"{total:9,} parameters in all")
+for name, part in network.named_children():
+    count = sum(parameter.numel() for parameter in part.parameters())
+    print(f"{count:9,} {count / total:5.0%}  {name}")
+
+# %%
+for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm):
+    layers = [module for module in network.modules() if isinstance(module, kind)]
+    count = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    print(f"{count:9,} {count / total:5.0%}  in {len(layers)} layers of kind {kind.__name__}")
+
+# %% [markdown]
+# ### The first loss
+#
+# Since the output is zero at first, the loss of chapter 01 at the start is the mean square of the target, and that can be
+# computed. For the velocity $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$ the mixed term vanishes, because
+# the noise has mean 0 and does not know the image:
+#
+# $$\mathbb E[v^2]=\bar\alpha_t\cdot1+(1-\bar\alpha_t)\,\mathbb E[x_0^2] \tag{2.16}$$
+#
+# The check runs over all combinations of some pixel values and a two-valued noise $\pm1$.
+
+# %%
+pixels = torch.tensor([-0.9, -0.2, 0.3, 1.0], dtype=torch.float64)[:, None]
+two_noises = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+kept = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)[:, None, None]
+v = v_from_x_0_and_eps(pixels, kept, two_noises)  # (5, 4, 2), all combinations
+expected = kept + (1 - kept) * pixels.square().mean()
+verify("2.16", v.square().mean(dim=(1, 2)), expected[:, 0, 0], atol=1e-12)
+
+# %% [markdown]
+# A training that starts anywhere else has a mistake in its first line. Ours:
+
+# %%
+x_0 = images.batch(range(256))["image"]
+t = torch.randint(0, 1000, (256,), generator=generator)
+with torch.no_grad():
+    first_loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator)).item()
+kept = diffusion.alpha_bar[t].float()[:, None, None, None]
+predicted_loss = (kept + (1 - kept) * x_0.square()).mean().item()
+print(f"first loss {first_loss:.2f}; as predicted, to 1 %: {abs(first_loss / predicted_loss - 1) < 0.01}")
+assert abs(first_loss / predicted_loss - 1) < 0.01
+
+# %% [markdown]
 # ## Averaging the weights
+#
+# Each training step follows the gradient on a few images at a few noise levels. So the weights jitter, however long one
+# trains: a sampler would catch them at a random moment. The **exponential moving average** (EMA) $m$ follows the weights
+# $\theta$ at a distance. With a *decay* $d$ a little below 1, after each training step,
+#
+# $$m_n=d\,m_{n-1}+(1-d)\,\theta_n \tag{2.17, definition}$$
+#
+# **Exercise 5.** Fill in `ema_update`, for one tensor.
+
 
 # %% tags=["export", "exercise"]
 def ema_update(average, parameter, decay):
@@ -397,6 +1096,83 @@ def ema_update(average, parameter, decay):
     ### BEGIN SOLUTION
     return decay * average + (1 - decay) * parameter
     ### END SOLUTION
+
+
+# %%
+check("unet.ema_update", ema_update)
+
+# %% [markdown]
+# Put (2.17) into itself again and again, and the weights of the past come out, each step back counting $d$ times less:
+#
+# $$m_n=(1-d)\sum_{j=0}^{n-1}d^{\,j}\,\theta_{n-j}+d^{\,n}m_0 \tag{2.18}$$
+#
+# How far back does that reach? Counting the latest weights as 1, the one before as 2, and so on, the mean age is
+#
+# $$(1-d)\sum_{j\ge0}(j+1)\,d^{\,j}=\frac1{1-d} \tag{2.19}$$
+#
+# because $\sum_j(j+1)d^{\,j}$ is the derivative of $\sum_jd^{\,j+1}=d/(1-d)$. This is the **window**: 0.999 averages over
+# about the last thousand steps. And how much does it calm? If the jitter of different steps were independent, of variance
+# 1, the average's would be $(1-d)^2\sum_jd^{\,2j}$, a geometric series again:
+#
+# $$\operatorname{Var}(m)=\frac{1-d}{1+d} \tag{2.20}$$
+#
+# which is about half of one over the window. A longer window is calmer, but older: while the weights still improve, it
+# lags behind.
+
+# %%
+theta, decay = torch.randn(40, dtype=torch.float64), 0.9
+average = torch.tensor(2.0, dtype=torch.float64)
+for value in theta:
+    average = ema_update(average, value, decay)
+powers = decay ** torch.arange(40, dtype=torch.float64)  # d^j
+verify("2.18", average, (1 - decay) * (powers * theta.flip(0)).sum() + decay**40 * 2.0, atol=1e-12)
+
+# %%
+decays = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
+j = torch.arange(5000, dtype=torch.float64)[:, None]  # far enough: 0.99^5000 is below 1e-21
+verify("2.19", (1 - decays) * ((j + 1) * decays**j).sum(dim=0), 1 / (1 - decays), atol=1e-8)
+verify("2.20", (1 - decays) ** 2 * (decays ** (2 * j)).sum(dim=0), (1 - decays) / (1 + decays), atol=1e-12)
+
+# %% [markdown]
+# What it looks like, for a single weight whose optimum is 1 and whose gradient is noisy:
+
+# %%
+weight, averages = torch.tensor(-1.0), {0.9: torch.tensor(-1.0), 0.99: torch.tensor(-1.0)}
+lines = {"the weight itself": [], "decay 0.9": [], "decay 0.99": []}
+for _ in range(600):
+    weight = weight - 0.1 * (weight - 1 + 2 * torch.randn((), generator=generator))
+    lines["the weight itself"].append(weight)
+    for decay in averages:
+        averages[decay] = ema_update(averages[decay], weight, decay)
+        lines[f"decay {decay}"].append(averages[decay])
+
+# %%
+figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+for (name, line), colour in zip(lines.items(), ("lightgrey", *colours)):
+    axis.plot(line, color=colour, label=name)
+axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
+axis.set(xlabel="training step", ylabel="weight")
+axis.legend(ncols=3)
+show(figure, "One jittering curve and two averages of it: the one of decay 0.99 is calm, but arrives late.")
+
+# %% [markdown]
+# *A noisy descent to 1. Decay 0.9 still jitters; decay 0.99 is calm, but for its first few hundred steps it remembers the
+# start.*
+#
+# That start is a nuisance: by (2.18) the random initial weights still count $0.999^{1000}=0.37$ after a thousand steps. So
+# the first updates use a smaller decay, $(1+n)/(10+n)$ after $n$ updates, as long as that is below $d$. What is left of
+# the start after $N$ of these is a product that telescopes:
+#
+# $$\prod_{n=0}^{N-1}\frac{1+n}{10+n}=\frac{N!\;9!}{(N+9)!}=\binom{N+9}{9}^{-1} \tag{2.21}$$
+#
+# nothing worth mentioning after a dozen updates: at $N=12$ it is $1/293\,930$. (The rule is that of TensorFlow's
+# `ExponentialMovingAverage`.)
+
+# %%
+ratios = [(1 + n) / (10 + n) for n in range(30)]
+left_of_start = torch.tensor(ratios, dtype=torch.float64).cumprod(dim=0)
+by_binomial = [1 / math.comb(N + 9, 9) for N in range(1, 31)]
+verify("2.21", left_of_start, torch.tensor(by_binomial, dtype=torch.float64), atol=1e-12)
 
 
 # %% tags=["export"]
@@ -427,3 +1203,457 @@ class EMA(nn.Module):
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
         self.num_updates += 1
+
+
+# %% [markdown]
+# PyTorch has an averaged model too, without the warm-up. Past the warm-up the two must agree:
+
+# %%
+layer = nn.Linear(3, 2)
+ema = EMA(layer, decay=0.9)
+ema.num_updates.fill_(1000)  # past the warm-up
+library = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+library.update_parameters(layer)  # its first update copies
+for _ in range(5):
+    nn.init.normal_(layer.weight)
+    ema.update(layer)
+    library.update_parameters(layer)
+assert torch.allclose(ema.model.weight, library.module.weight, atol=1e-6)
+
+# %% [markdown]
+# ## Training
+#
+# The loop of chapter 01, with images for points and the average beside it. Every 50 steps, 64 images that are not
+# trained on tell how good the weights are, as they stand and averaged; steps and noise are the same each time.
+
+# %%
+unseen = load("shapes", "validation").batch(range(64))["image"]
+unseen_t = torch.linspace(0, 999, 64).long()
+unseen_noise = noise_like(unseen, torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def unseen_loss(network):
+    """The loss on the images that are not trained on."""
+    return diffusion.loss(network, unseen, unseen_t, unseen_noise).item()
+
+
+# %%
+ema = EMA(network)
+optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+generator = torch.Generator().manual_seed(0)
+losses, steps = [], [0]
+unseen_losses = {"as they stand": [unseen_loss(network)], "averaged": [unseen_loss(ema.model)]}
+for step in tqdm(range(600), "training"):
+    x_0 = images.batch(torch.randint(len(images), (16,), generator=generator))["image"]
+    t = torch.randint(diffusion.num_steps, (16,), generator=generator)
+    loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    ema.update(network)
+    losses.append(loss.item())
+    if (step + 1) % 50 == 0:
+        steps.append(step + 1)
+        unseen_losses["as they stand"].append(unseen_loss(network))
+        unseen_losses["averaged"].append(unseen_loss(ema.model))
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+axes[0].plot(range(1, 601), losses, color="lightgrey", label="training, each step")
+axes[0].axhline(predicted_loss, color="black", linewidth=0.8, linestyle="--")
+axes[0].annotate(
+    "at the start, by (2.16)", (600, predicted_loss), xytext=(0, 5), textcoords="offset points", ha="right"
+)
+for (name, values), colour in zip(unseen_losses.items(), colours):
+    axes[0].plot(steps, values, "o-", markersize=4, color=colour, label=f"unseen, weights {name}")
+    axes[1].plot(steps[5:], values[5:], "o-", color=colour)
+axes[0].set(xlabel="training step", ylabel="loss", ylim=(0, 0.9))
+axes[0].legend(loc=(0.35, 0.35))
+axes[1].set(xlabel="training step", title="the same two, from step 250 on")
+show(
+    figure,
+    "The loss falls from its predicted start; of the two sets of weights, the averaged ones have the lower curve.",
+)
+
+# %% [markdown]
+# *The loss falls to less than a third. From batch to batch it jumps about, since some steps are harder than others: more of
+# that below. On the same unseen images and steps, the weights as they stand go up and down, and the averaged ones lie
+# below them.*
+
+# %%
+late = {name: sum(values[-7:]) / 7 for name, values in unseen_losses.items()}  # from step 300 on
+print(f"less than half of the first loss: {late['averaged'] < 0.5 * predicted_loss}")
+print(f"averaged weights better: {late['averaged'] < late['as they stand']}")
+assert late["averaged"] < min(0.5 * predicted_loss, late["as they stand"])
+
+# %% [markdown]
+# Half a minute of training is not much. What can it draw? The same noise, through both sets of weights:
+
+# %%
+x_T = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+short = diffusion.respace(50)
+drawn = [sample(short, weights, x_T.shape, ddim_step, x_T=x_T) for weights in (network, ema.model)]
+figure = show_grid(torch.cat(drawn), row_titles=["as they stand", "averaged"], inches_per_image=1.1)
+show(figure, "Two rows of eight blurred, grainy pictures: coloured spots on light, dark or grey grounds.")
+
+# %% [markdown]
+# *Spots of colour on backgrounds of the right kinds, grainy, and hardly a shape: layout first, detail later. The averaged
+# weights' pictures have less grain, and it is the same picture: with DDIM the noise decides.*
+
+# %% [markdown]
+# ## The long-trained model
+#
+# The same code for an hour instead of half a minute is the recipe `ddpm_shapes32`: a network a little wider at the bottom,
+# batches of 64, a learning rate that rises, then falls to zero along a cosine. Its averaged weights come with the course;
+# `python -m lecture26 train ddpm_shapes32` makes them anew.
+
+# %%
+trained, trained_diffusion = load_model("ddpm_shapes32"), load_diffusion("ddpm_shapes32")
+x_T = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+drawn = sample(trained_diffusion.respace(50), trained, x_T.shape, ddim_step, x_T=x_T)
+show(
+    show_grid(drawn),
+    "Thirty-two pictures of coloured shapes, some of them misshapen, on plain, striped and checkered grounds.",
+)
+
+# %% [markdown]
+# *Thirty-two samples, none left out, in 50 DDIM steps.*
+#
+# Where does the loss come from? Step by step, on unseen images, for both networks:
+
+
+# %%
+def loss_by_step(network, steps):
+    """The loss on 64 unseen images at each of some steps."""
+    with torch.no_grad():
+        return [diffusion.loss(network, unseen, torch.full((64,), t), unseen_noise).item() for t in steps]
+
+
+steps = [0, 10, 30, 60, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 999]
+by_step = {"600 steps": loss_by_step(ema.model, steps), "long-trained": loss_by_step(trained, steps)}
+
+# %%
+figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+kept = diffusion.alpha_bar[steps]
+axis.plot(steps, kept + (1 - kept) * unseen.square().mean(), color="lightgrey", label="untrained, (2.16)")
+for (name, values), colour in zip(by_step.items(), colours):
+    axis.plot(steps, values, "o-", color=colour, label=name)
+axis.set(xlabel="step t", ylabel="loss of that step", ylim=(0, None))
+axis.legend()
+show(
+    figure,
+    "Loss over the steps: high at the first few, falling to a low, level stretch, rising a little at the end.",
+)
+
+# %% [markdown]
+# *Where the loss comes from: LEGEND. At both ends the velocity asks for what cannot be known. At small t it is the noise,
+# $v\approx\epsilon$, and there the noise is weaker than one grey level of an 8-bit image. At large t it is the image,
+# $v\approx-x_0$, of which pure noise says nothing. What can be learned lies between, and training longer gains most where
+# the edges are decided.*
+#
+# So a loss is not to be judged by its distance from 0; and two networks are to be compared at the same steps.
+
+# %% [markdown]
+# ## How many steps?
+#
+# Chapter 01 asked this with an exact denoiser. Now with a learned one, on images. That takes a distance between sets of
+# images, and pixels will not do: two red stars in different places have few pixels in common. The usual way out is to
+# compare *features*, what a trained classifier sees in an image just before it decides. With the mean $m$ and covariance
+# $C$ of the features of real ($r$) and generated ($g$) images, the **Fréchet distance** is
+#
+# $$d^2=\|m_r-m_g\|^2+\operatorname{tr}\bigl(C_r+C_g-2\,(C_rC_g)^{1/2}\bigr) \tag{2.22, definition}$$
+#
+# It is the distance of two normal distributions with these moments, and known as FID when the classifier is Inception.
+# Ours is `reader_shapes32`, which reads shape, colour, size and background off an image. A finite number of images makes
+# the distance too large, so what counts is the comparison with *real against real*: other real images, as many as were
+# generated.
+#
+# Sampling 128 images in up to 1000 steps, with both samplers, takes longer than a chapter may. The command
+# `python -m lecture26 measure ddpm_shapes32_steps` has done it, and stored what came out:
+
+# %%
+study = load_results("ddpm_shapes32_steps")
+curves = {name: [run for run in study["runs"] if run["sampler"] == name] for name in ("ddpm", "ddim")}
+floor = study["runs"][0]["frechet_distance_real"]
+print(f"real against real: {floor:.1f}")
+print("steps   DDPM   DDIM   seconds an image")
+for ddpm_run, ddim_run in zip(curves["ddpm"], curves["ddim"]):
+    distances = [run["frechet_distance"] for run in (ddpm_run, ddim_run)]
+    print(
+        f"{ddpm_run['steps']:5} {distances[0]:6.1f} {distances[1]:6.1f} {ddim_run['seconds_per_image']:13.2f}"
+    )
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
+for axis, quantity in zip(axes, ("steps", "seconds_per_image")):
+    for (sampler, runs), marker, colour in zip(curves.items(), "os", colours):
+        distances = [run["frechet_distance"] for run in runs]
+        values = [run[quantity] for run in runs]
+        axis.loglog(values, distances, marker + "-", color=colour, label=sampler.upper())
+    axis.axhline(floor, color="grey", linestyle="--", label="real against real")
+axes[0].set(xlabel="number of steps", ylabel="Fréchet distance")
+axes[1].set(xlabel="seconds per image, one thread")
+axes[0].legend()
+show(
+    figure,
+    "Fréchet distance against steps and against seconds, for DDPM and DDIM, with real against real as a dashed line.",
+)
+
+# %% [markdown]
+# STEPS CAPTION
+
+# %%
+judge, test_images = load_model("reader_shapes32"), load("shapes", "test")
+small = {}
+for sampler, step in {"ddpm": ddpm_step, "ddim": ddim_step}.items():
+    for count in (10, 50):
+        source = torch.Generator().manual_seed(0)
+        short = trained_diffusion.respace(count)
+        small[sampler, count] = sample(short, trained, (64, 3, 32, 32), step, source)
+
+# %%
+for run in study["runs"]:
+    key = run["sampler"], run["steps"]
+    if key in small:
+        live, stored = sample_quality(judge, small[key], test_images), run["first_batch"]
+        ratio = live["frechet_distance"] / stored["frechet_distance"]
+        print(f"{key[0]}, {key[1]} steps: as stored, to 10 %: {abs(ratio - 1) < 0.1}")
+        assert abs(ratio - 1) < 0.1
+
+# %%
+rows = {f"{sampler.upper()}, {count}": x_0[:8] for (sampler, count), x_0 in small.items()}
+figure = show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches_per_image=1.0)
+show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 steps.")
+
+# %% [markdown]
+# PICTURES CAPTION
+
+# %% [markdown]
+# ## Bits per dimension
+#
+# Is a good sampler a good model of the data? Chapter 01's bound (1.23) says how likely a model holds a set of images. For
+# 8-bit images this is a probability, by the bins of (1.26), and a probability is a code length: an event of probability
+# $P$ can be written in $-\log_2P$ bits, and no code does better on average. To compare images of different sizes, one
+# divides by the number of dimensions $D$, here $3\cdot32\cdot32$:
+#
+# $$\text{bits per dimension}=\frac{-\log_2P(x)}{D}=\frac{-\ln P(x)}{D\ln2} \tag{2.23, definition}$$
+#
+# **Exercise 6.** Fill in `bits_per_dim`.
+
+
+# %% tags=["export", "exercise"]
+def bits_per_dim(nats, num_dimensions):
+    """Turn a negative log-likelihood into bits per dimension.
+
+    Args:
+        nats: -log P of whole images, natural logarithm, any shape.
+        num_dimensions: D, the numbers in one image.
+
+    Returns:
+        nats / (D ln 2), same shape.
+
+    Source: Ho et al. 2020, section 4.3 and table 1.
+    """
+    ### BEGIN SOLUTION
+    # 1 nat = 1 / ln 2 bits
+    return nats / (num_dimensions * math.log(2))
+    ### END SOLUTION
+
+
+# %%
+check("unet.bits_per_dim", bits_per_dim)
+
+# %% [markdown]
+# One number to hold on to: a model that knows nothing gives each of the 256 values the same probability, and needs
+#
+# $$\text{bits per dimension}=\log_2 256=8\qquad\text{for } P=256^{-D} \tag{2.24}$$
+
+# %%
+D = 3 * 32 * 32
+ignorant_nats = torch.tensor(-D * math.log(1 / 256), dtype=torch.float64)  # -ln 256^(-D)
+verify("2.24", bits_per_dim(ignorant_nats, D), torch.tensor(8.0), atol=1e-12)
+
+# %% [markdown]
+# Another one anybody can make: how many bits does a PNG file take, which is lossless too?
+
+# %%
+sixteen = test_images.batch(range(16))["image"]
+with tempfile.TemporaryDirectory() as folder:
+    for number, image in enumerate(sixteen):
+        save_image((image + 1) / 2, f"{folder}/{number}.png")
+    file_bits = [8 * file.stat().st_size for file in Path(folder).iterdir()]
+print(f"PNG: {sum(file_bits) / len(file_bits) / D:.1f} bits per dimension")
+
+# %% [markdown]
+# Now the model. `bound` returns each image's terms, step by step. With 1000 steps that would take minutes, so the
+# diffusion is respaced to 100 steps: that is a model as well, and its bound is a valid one. The variance is fixed, and the
+# network does not know at which value, so both can be tried. For comparison there is a denoiser that *knows* the
+# image, and always answers with its velocity. What it needs is the price of the fixed variances alone.
+
+
+# %%
+def image_bits(denoiser, variance, num_steps=100):
+    """Bits per dimension of the sixteen images, from each step: (num_steps + 1,), the last one being the prior's."""
+    short = Diffusion(trained_diffusion.betas, prediction="v", variance=variance).respace(num_steps)
+    source = torch.Generator().manual_seed(4)
+    nats = bound(short, denoiser, sixteen, source, discretized_log_likelihood)  # (16, num_steps + 1)
+    return bits_per_dim(nats, D).mean(dim=0)
+
+
+def knows_the_image(x_t, t):
+    """The velocity at x_t, from the sixteen images themselves."""
+    kept = trained_diffusion.alpha_bar[t].float()[:, None, None, None]
+    return (kept.sqrt() * x_t - sixteen) / (1 - kept).sqrt()
+
+
+# %%
+bits = {}
+for variance in ("fixed_small", "fixed_large"):
+    bits[variance] = image_bits(trained, variance)
+    price = image_bits(knows_the_image, variance).sum()
+    print(f"{variance}: {bits[variance].sum():.1f} bits per dimension; knowing the image: {price:.1f}")
+
+# %%
+figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+for (variance, terms), marker, colour in zip(bits.items(), "os", colours):
+    axis.loglog(range(1, 101), terms[:-1], marker, markersize=4, color=colour, label=variance)
+axis.axhline(8, color="grey", linestyle="--", label="8 bits in all: knows nothing")
+axis.set(xlabel="step of the 100, counted from 1", ylabel="bits per dimension", ylim=(1e-4, 30))
+axis.legend()
+show(
+    figure, "Bits per dimension of each step, on logarithmic axes: nearly all come from the first few steps."
+)
+
+# %% [markdown]
+# BITS CAPTION
+
+# %% [markdown]
+# ## Real images
+#
+# Nothing so far was made for Shapes. Scikit-learn brings 1,797 handwritten digits, of 8 by 8 pixels, scaled up to 16
+# here. A grey network for 16 pixels, without patches:
+
+# %%
+digits = load("digits", image_size=16)
+torch.manual_seed(0)
+digit_network = UNet(1, base_channels=32, channel_multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,))
+digit_ema = EMA(digit_network)
+
+# %% [markdown]
+# This time the training loop is the one of `lecture26.kit`, which trains the course's checkpoints. It is the loop above,
+# and it can be interrupted and resumed, shares its work among processors, and shows its progress. It asks for a function
+# that draws a batch from a source of random numbers, and for the loss of a batch.
+
+
+# %%
+def draw(random):
+    """A training batch of digits, with their steps and noise."""
+    x_0 = digits.batch(random.integers(len(digits)))["image"]  # (B, 1, 16, 16)
+    return {"x_0": x_0, "t": random.integers(diffusion.num_steps), "noise": random.normal(1, 16, 16)}
+
+
+def digit_loss(network, batch):
+    """The diffusion's loss on a batch that `draw` has drawn."""
+    return diffusion.loss(network, batch["x_0"], batch["t"], batch["noise"])
+
+
+history = train(
+    digit_network,
+    draw,
+    digit_loss,
+    steps=400,
+    batch_size=16,
+    learning_rate=2e-3,
+    warmup_steps=20,
+    average=digit_ema,
+)
+
+# %%
+real = digits.batch(range(16))["image"]
+drawn = sample(
+    diffusion.respace(50), digit_ema.model, real.shape, ddim_step, torch.Generator().manual_seed(5)
+)
+figure = show_grid(torch.cat([real, drawn]), columns=16, row_titles=["real", "drawn"], inches_per_image=0.7)
+show(figure, "A row of sixteen real handwritten digits above a row of sixteen drawn ones.")
+
+# %% [markdown]
+# DIGITS CAPTION
+
+# %%
+first, last = sum(history.losses[:20]) / 20, sum(history.losses[-20:]) / 20
+print(f"the loss fell to less than half: {last < first / 2}")
+assert last < first / 2
+
+# %% [markdown]
+# ### Your own images
+#
+# `load` takes a folder as well, with one subfolder per class or none. Here is one, made of Shapes saved as PNG files:
+
+# %%
+workshop = tempfile.TemporaryDirectory()
+photos = Path(workshop.name, "photos")
+picture = images.batch(range(60))
+for number, (image, shape) in enumerate(zip(picture["image"], picture["shape"])):
+    folder = photos / images.labels["shape"][shape]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_image((image + 1) / 2, folder / f"{number}.png")
+mine = load(photos, image_size=32)
+print(f"classes: {', '.join(mine.labels['class'])}; {len(mine)} of 60 for training")
+
+# %% [markdown]
+# One command trains on it, draws a sample, and leaves a checkpoint:
+#
+# ```
+# python -m lecture26 train ddpm --data ./photos --image-size 32 --name my_model
+# python -m lecture26 sample --model my_model --out grid.png
+# ```
+#
+# As it stands this takes 20,000 steps. A bar shows the time left, and the run goes on where it was when it is stopped
+# and started again. For `accelerate launch` and all options: `python -m lecture26 train --help`. Here are three
+# steps of it, to see that it runs; the environment variable keeps the checkpoint out of the course's own folder.
+
+# %%
+command = "-m lecture26 train ddpm --data ./photos --image-size 32 --name my_model --steps 3 --batch-size 4"
+environment = os.environ | {"LECTURE26_DATA": workshop.name}
+finished = subprocess.run(
+    [sys.executable, *command.split()], cwd=workshop.name, env=environment, capture_output=True, text=True
+)
+assert finished.returncode == 0, finished.stderr
+print(sorted(file.name for file in Path(workshop.name, "checkpoints").iterdir()))
+workshop.cleanup()
+
+# %% [markdown]
+# ## What the lecture's slide says
+#
+# Of the network, the slides say one line, under latent diffusion: 'applies U-Net denoising in latent space'. This chapter
+# is about the first three words. For the last three, chapter 07 will give the same class other channels: a latent of
+# four channels is a picture to it like any other. In the sampling algorithm the slides write $\mu_\theta(x_t)$ and
+# $\Sigma_\theta(x_t)$; what they leave out, the step $t$, took a section here, and it reaches every block of the network.
+#
+# ## Summary
+#
+# - A U-Net keeps the size, sees detail and the whole, and knows the step: coarser is less noisy (2.1), and skips carry
+#   what coarseness loses (2.14).
+# - The step goes in as waves, whose shifts are rotations (2.3), and acts by scale and shift on normalised channels (2.6).
+# - Branches end in zeros, so the network starts as the identity around them (2.8), and the first loss is known (2.16).
+# - Attention mixes all pixels, wherever they are (2.12), at a quadratic price (2.13); so it is for coarse levels.
+# - Averaged weights look back $1/(1-d)$ steps (2.19), and draw better than the last ones.
+# - DDIM needs fewer steps; the best number depends on the time one has.
+# - Good samples and short codes are different virtues: bits per dimension (2.23) count what nobody sees.
+#
+# Everything in this chapter is unconditional. Chapter 03 takes the long-trained network as it is, and makes it draw what
+# is asked for.
+#
+# ## References
+#
+# - Ronneberger, Fischer, Brox 2015, *U-Net: Convolutional Networks for Biomedical Image Segmentation*: section 2.
+# - Ho, Jain, Abbeel 2020, *Denoising Diffusion Probabilistic Models*: section 4.3 (code lengths), appendix B (network, EMA).
+# - Dhariwal, Nichol 2021, *Diffusion Models Beat GANs on Image Synthesis*: section 3 (architecture), 3.1 (scale and shift).
+# - Nichol, Dhariwal 2021, *Improved Denoising Diffusion Probabilistic Models*: section 3 (log-likelihood).
+# - Vaswani et al. 2017, *Attention Is All You Need*: sections 3.2 (attention), 3.5 (sines and cosines).
+# - Wu, He 2018, *Group Normalization*: section 3.
+# - Odena, Dumoulin, Olah 2016, *Deconvolution and Checkerboard Artifacts*.
+# - Polyak, Juditsky 1992, *Acceleration of Stochastic Approximation by Averaging*.
+# - Heusel et al. 2017, *GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium*: equation 6
+#   (Fréchet distance).

@@ -267,6 +267,8 @@ REWRITINGS = [
         "unet.ema_update",
         lambda average, parameter, decay: average.clone().mul_(decay).add_(parameter, alpha=1 - decay),
     ),
+    ("unet.bits_per_dim", lambda nats, num_dimensions: nats / math.log(2) / num_dimensions),
+    ("unet.bits_per_dim", lambda nats, num_dimensions: nats * math.log2(math.e) / num_dimensions),
 ]
 
 

@@ -1,6 +1,7 @@
 """Chapter 01 against oracles: diffusers' schedulers, torch.distributions, quadrature, closed forms."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -346,6 +347,20 @@ def test_steps_agree_with_the_float32_tables_of_diffusers(dtype):
     for step in (0, 1, 50):
         actual = ddim_step(diffusion, always(output), x_t, torch.tensor([step]), x_t)
         agree(actual, scheduler.step(output, step, x_t).prev_sample, 5e-4)
+
+
+@pytest.mark.parametrize("betas", [linear_betas(1000), cosine_betas(1000)], ids=["linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_step_in_float32_is_near_that_in_float64(betas, prediction):
+    """1 - alpha_bar has few digits left at the first steps, and x_0 is large at the last ones."""
+    base = Diffusion(betas, prediction, clip=True)
+    for diffusion in (base, base.respace(5)):
+        t = torch.arange(diffusion.num_steps)
+        x_t, output, noise = (normal(diffusion.num_steps, 8, seed=seed) for seed in range(3))
+        for step in (ddpm_step, partial(ddim_step, eta=1.0), partial(ddim_step, eta=0.5)):
+            expected = step(diffusion, always(output), x_t, t, noise)
+            actual = step(diffusion, always(output.float()), x_t.float(), t, noise.float())
+            torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -1157,6 +1172,11 @@ RESPACED = DIFFUSION.respace(10)
             lambda: GaussianMixture([1.5, -0.5], [[0.0], [1.0]], [1.0, 1.0]),
             ValueError,
             r"weights must be positive with sum 1; got .*-0\.5000",
+        ),
+        (
+            lambda: GaussianMixture([1.0, 0.0], [[0.0], [1.0]], [1.0, 1.0]),
+            ValueError,
+            r"weights must be positive with sum 1; got .*0\.\]",
         ),
         (
             lambda: GaussianMixture([0.5, 0.5], [[0.0], [1.0]], [1.0, 0.0]),

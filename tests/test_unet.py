@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
+from simulated_device import SIMULATED, simulated_device, values_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -388,6 +389,16 @@ def test_unet_takes_channels_last():
     expected = model(x_t, t)
     model.to(memory_format=torch.channels_last)
     agree(model(x_t.to(memory_format=torch.channels_last), t), expected, 1e-12)
+
+
+def test_unet_runs_on_the_device_of_its_input():
+    model = perturbed(UNet(3, **SMALL, patch_size=2, num_classes=4), torch.float32)
+    x_t, t, y = normal(2, 3, 8, 8, dtype=torch.float32), torch.tensor([0, 999]), torch.tensor([1, 4])
+    expected = model(x_t, t, y)
+    with simulated_device():
+        there = [tensor.to(SIMULATED) for tensor in (x_t, t, y)]
+        output = values_of(model.to(SIMULATED)(*there))
+    agree(output, expected, 1e-6)
 
 
 # Denoisers

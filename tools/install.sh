@@ -49,5 +49,5 @@ else
 fi
 "$venv/bin/python" -m pip install "$@" -r requirements.lock &&
     "$venv/bin/python" -m pip install --quiet --no-deps -e . || fail "pip failed; its message stands above.
-Without a network or behind a proxy, nothing can be downloaded: see that https://pypi.org opens, then run
+Without a network, or behind a proxy that pip does not know, nothing can be downloaded: mend that, then run
 the same command again. What was downloaded is kept."

@@ -1,4 +1,4 @@
-"""Exercises of chapter 02: time embedding, scale and shift, attention, patches, averaged weights."""
+"""Exercises of chapter 02: time embedding, scale and shift, attention, patches, averaged weights, bits."""
 
 import math
 
@@ -44,7 +44,7 @@ def _indices(dim: int) -> Tensor:
 
 TIMESTEP_EMBEDDING = Exercise(
     "unet.timestep_embedding",
-    '"Telling the network the step"',
+    '"Telling the network the step", equation (2.2)',
     unet.timestep_embedding,
     _timestep_embedding_cases,
     (
@@ -224,7 +224,7 @@ def _scale_shift_case(draws, note, shape, dtype=torch.float64, gradient=False) -
 
 SCALE_SHIFT = Exercise(
     "unet.scale_shift",
-    '"The residual block"',
+    '"What the step changes", equation (2.6)',
     unet.scale_shift,
     _scale_shift_cases,
     (
@@ -346,7 +346,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Tensor:
 
 ATTENTION = Exercise(
     "unet.attention",
-    '"Self-attention"',
+    '"Self-attention", equation (2.9)',
     unet.attention,
     _attention_cases,
     (
@@ -519,7 +519,7 @@ def _blocks(x: Tensor, p: int) -> Tensor:
 
 PATCHIFY = Exercise(
     "unet.patchify",
-    '"Patches"',
+    '"Patches", equation (2.15)',
     unet.patchify,
     _patchify_cases,
     (
@@ -625,7 +625,7 @@ def _ema_update_cases(seed: int) -> list[Case]:
 
 EMA_UPDATE = Exercise(
     "unet.ema_update",
-    '"Averaging the weights"',
+    '"Averaging the weights", equation (2.17)',
     unet.ema_update,
     _ema_update_cases,
     (
@@ -702,4 +702,70 @@ EMA_UPDATE = Exercise(
 )
 
 
-EXERCISES = [TIMESTEP_EMBEDDING, SCALE_SHIFT, ATTENTION, PATCHIFY, EMA_UPDATE]
+def _bits_per_dim_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch = draws.integer(3, 6)
+    return [
+        Case(note, (1000 * draws.uniform(*shape).to(dtype), num_dimensions))
+        for note, shape, dtype, num_dimensions in (
+            ("a batch of images", (batch,), torch.float64, 3 * 32 * 32),
+            ("the terms of each step", (batch, 7), torch.float64, 784),
+            ("a single number", (), torch.float64, 64),
+            ("one image", (1,), torch.float64, draws.integer(100, 999)),
+            ("one dimension", (batch,), torch.float64, 1),
+            ("float32", (batch,), torch.float32, 3072),
+        )
+    ]
+
+
+BITS_PER_DIM = Exercise(
+    "unet.bits_per_dim",
+    '"Bits per dimension", equation (2.23)',
+    unet.bits_per_dim,
+    _bits_per_dim_cases,
+    (
+        Misconception(
+            "still in nats",
+            lambda nats, num_dimensions: nats / num_dimensions,
+            "This is in nats per dimension: one bit is ln 2 nats.",
+        ),
+        Misconception(
+            "multiplied by ln 2",
+            lambda nats, num_dimensions: nats * math.log(2) / num_dimensions,
+            "A bit is less than a nat, so the number of bits is the larger one: divide by ln 2.",
+        ),
+        Misconception(
+            "divided by 2",
+            lambda nats, num_dimensions: nats / (2 * num_dimensions),
+            "The logarithm of 2 is missing: divide by ln 2, not by 2.",
+        ),
+        Misconception(
+            "logarithm of base 10",
+            lambda nats, num_dimensions: nats / (num_dimensions * math.log10(2)),
+            "Nats come from the natural logarithm: use ln 2.",
+        ),
+        Misconception(
+            "bits per image",
+            lambda nats, num_dimensions: nats / math.log(2),
+            "These are the bits of a whole image: divide by the number of dimensions.",
+        ),
+        Misconception(
+            "wrong sign",
+            lambda nats, num_dimensions: -nats / (num_dimensions * math.log(2)),
+            "nats is -log P already; the sign is turned once too often.",
+        ),
+        Misconception(
+            "divided by ln 256",
+            lambda nats, num_dimensions: nats / (num_dimensions * math.log(256)),
+            "This counts bytes: one bit is ln 2 nats, whatever the number of values of a pixel.",
+        ),
+        Misconception(
+            "averaged over the batch",
+            lambda nats, num_dimensions: torch.ones_like(nats) * nats.mean() / (num_dimensions * math.log(2)),
+            "Every image keeps a number of its own: leave the shape of nats as it is.",
+        ),
+    ),
+)
+
+
+EXERCISES = [TIMESTEP_EMBEDDING, SCALE_SHIFT, ATTENTION, PATCHIFY, EMA_UPDATE, BITS_PER_DIM]

@@ -23,6 +23,10 @@ def random_bits(seed: int, counters: torch.Tensor, num_draws: int) -> torch.Tens
 
     Returns:
         (B, D) int64, uniform on 0, ..., 2**24 - 1.
+
+    Raises:
+        TypeError: `seed` or `num_draws` is not an int.
+        ValueError: `num_draws` is less than 1.
     """
     check_int("seed", seed)
     check_positive_int("num_draws", num_draws)
@@ -34,12 +38,12 @@ def random_bits(seed: int, counters: torch.Tensor, num_draws: int) -> torch.Tens
 
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:
-    """Map random integers to float32 numbers, uniform on [0, 1)."""
+    """Map `bits`, integers from `random_bits`, to float32 numbers, uniform on [0, 1)."""
     return bits.float() / 2**RANDOM_BITS
 
 
 def choice(bits: torch.Tensor, num_options: int) -> torch.Tensor:
-    """Map random integers to int64 numbers, uniform on 0, ..., num_options - 1."""
+    """Map `bits`, integers from `random_bits`, to int64 numbers, uniform on 0, ..., num_options - 1."""
     return bits * num_options >> RANDOM_BITS
 
 

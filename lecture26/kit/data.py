@@ -75,6 +75,14 @@ class PixelSet(ImageSet):
     """Images with 8 bits per channel and at most one label, "class"."""
 
     def __init__(self, channels: int, image_size: int, targets: torch.Tensor, class_names: Sequence[str]):
+        """Describe a set of N images.
+
+        Args:
+            channels: 1 (grey) or 3 (RGB).
+            image_size: height and width in pixels.
+            targets: (N,) int64, the class of each image; without classes, only their number counts.
+            class_names: the name of each class; none if the images have no label.
+        """
         self.channels, self.image_size, self._targets = channels, image_size, targets
         self.labels = {"class": tuple(class_names)} if class_names else {}
 
@@ -97,6 +105,14 @@ class StoredImages(PixelSet):
     def __init__(
         self, pixels: torch.Tensor, targets: torch.Tensor, class_names: Sequence[str], image_size: int
     ):
+        """Keep N images, resized if they have another size.
+
+        Args:
+            pixels: (N, C, H, W) uint8, H = W.
+            targets: (N,) int64, the class of each image.
+            class_names: the name of each class; none if the images have no label.
+            image_size: height and width in pixels that the images get.
+        """
         if pixels.shape[-1] != image_size:
             from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -120,6 +136,16 @@ class FileImages(PixelSet):
         image_size: int,
         banner_height: int = 0,
     ):
+        """Describe a set of N files; none is opened yet.
+
+        Args:
+            files: N image files.
+            targets: the class of each image; without classes, any N ints.
+            class_names: the name of each class; none if the images have no label.
+            channels: 1 (grey) or 3 (RGB), to which the images are converted.
+            image_size: height and width in pixels to which they are resized and cropped at the centre.
+            banner_height: rows of pixels that are cut off at the bottom of each file's image first.
+        """
         super().__init__(channels, image_size, torch.tensor(targets), class_names)
         self._files, self._banner_height = files, banner_height
         self._image_shape = (channels, image_size, image_size)

@@ -52,7 +52,7 @@ def read(reader: Reader, images: Tensor, batch_size: int = BATCH_SIZE) -> Readin
 def extract_features(reader: Reader, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
     """The reader's features of some images, for `frechet_distance`.
 
-    Args, Raises: as `read`.
+    `reader`, `images` and `batch_size` are those of `read`, and so is what it raises.
 
     Returns:
         (B, F) on the CPU.
@@ -91,10 +91,10 @@ def attribute_accuracy(
 ) -> dict[str, float]:
     """The share of images that show what was wanted.
 
-    Args, Raises: as `read_right`.
+    `reader`, `images`, `wanted` and `batch_size` are those of `read_right`, and so is what it raises.
 
     Returns:
-        For each label wanted the share of images, in [0, 1], and "all": that of images with all of them right.
+        For each label wanted the share of images, in [0, 1]; "all": of images with all of them right.
     """
     right = read_right(reader, images, wanted, batch_size)
     return {name: values.float().mean().item() for name, values in right.items()}
@@ -119,8 +119,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         ValueError: other shapes, too few samples to estimate a covariance, a value that is not finite.
 
     Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash
-    equilibrium", equation 6, where the features are those of Inception v3; on the bias, Chong and Forsyth 2020,
-    "Effectively unbiased FID and Inception score and where to find them".
+    equilibrium", equation 6, where the features are those of Inception v3; on the bias, Chong and Forsyth
+    2020, "Effectively unbiased FID and Inception score and where to find them".
     """
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         if features.ndim != 2:
@@ -132,13 +132,16 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         raise ValueError(f"features_a and features_b must be of one length; got {size_a} and {size_b}")
     if min(num_a, num_b) <= size_a:
         raise ValueError(
-            f"the covariance of {size_a} features takes at least {size_a + 1} samples; got {num_a} and {num_b}"
+            f"the covariance of {size_a} features takes at least {size_a + 1} samples; "
+            f"got {num_a} and {num_b}"
         )
 
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
     # On the CPU, since some devices have no float64.
-    metric = FrechetInceptionDistance(feature=nn.Identity(), input_img_size=(size_a,)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=nn.Identity(), input_img_size=(size_a,)).set_dtype(
+        torch.float64
+    )
     metric.update(features_a.detach().cpu().double(), real=True)
     metric.update(features_b.detach().cpu().double(), real=False)
     return metric.compute().item()
@@ -161,7 +164,9 @@ def real_against_real(reader: Reader, images: ImageSet, num_samples: int) -> flo
     """
     check_positive_int("num_samples", num_samples)
     if 2 * num_samples > len(images):
-        raise ValueError(f"num_samples must be at most {len(images) // 2}, half of the set; got {num_samples}")
+        raise ValueError(
+            f"num_samples must be at most {len(images) // 2}, half of the set; got {num_samples}"
+        )
     return frechet_distance(
         _real_features(reader, images, range(num_samples)),
         _real_features(reader, images, range(num_samples, 2 * num_samples)),
@@ -212,7 +217,10 @@ def _batches(reader: Reader, images: Tensor, batch_size: int) -> Iterator[Tensor
 def _real_features(reader: Reader, images: ImageSet, indices: range) -> Tensor:
     # Read in batches, so that a large set is never in memory at once.
     return torch.cat(
-        [extract_features(reader, images.batch(part)["image"]) for part in torch.tensor(indices).split(BATCH_SIZE)]
+        [
+            extract_features(reader, images.batch(part)["image"])
+            for part in torch.tensor(indices).split(BATCH_SIZE)
+        ]
     )
 
 

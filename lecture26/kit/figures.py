@@ -60,7 +60,9 @@ def show_grid(
         The figure; show it with `plt.show()` or `show(figure, alt)`.
 
     Raises:
-        ValueError: a wrong shape, a value that is not a number, or a wrong number of titles.
+        ValueError: a wrong shape, a value that is not a number, less than 1 column, or a wrong number of
+            titles.
+        TypeError: `columns` is not an int.
     """
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be of shape (B, 1 or 3, H, W); got {tuple(images.shape)}")
@@ -98,7 +100,7 @@ def show_grid(
 
 
 def show(figure: "Figure", alt: str) -> None:
-    """Show a figure in a notebook together with its description, for readers who do not see it."""
+    """Show a figure in a notebook together with `alt`, its description for readers who do not see it."""
     from IPython.display import display
     from matplotlib import pyplot as plt
 

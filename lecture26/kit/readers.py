@@ -32,36 +32,42 @@ class Reader(nn.Module):
         channels: int,
         image_size: int,
         widths: Sequence[int] = (32, 64, 96),
-        num_features: int = 64,
+        patch_size: int = 1,
+        num_features: int = 48,
     ):
         """Make an untrained network.
 
         Args:
             labels: as an ImageSet has them.
             channels: of the images.
-            image_size: height and width in pixels, a multiple of 2 ** len(widths).
-            widths: the channels of each stage.
+            image_size: height and width in pixels, a multiple of patch_size * 2 ** len(widths).
+            widths: the channels of each stage, multiples of GROUPS.
+            patch_size: squares of so many pixels across are taken as one; 2 is faster at 64 pixels.
             num_features: length of the last hidden layer.
 
         Raises:
-            ValueError: no labels, or an image size that the stages do not divide.
+            ValueError: no labels, or a size that does not fit.
             TypeError: a size is not an int.
         """
         super().__init__()
         check_positive_int("channels", channels)
         check_positive_int("image_size", image_size)
+        check_positive_int("patch_size", patch_size)
         check_positive_int("num_features", num_features)
         if not labels:
             raise ValueError("labels must name at least one label; got none: a reader needs labelled images")
-        factor = 2 ** len(widths)
+        if not widths or any(width % GROUPS for width in widths):
+            raise ValueError(f"widths must be multiples of {GROUPS}; got {tuple(widths)}")
+        factor = patch_size * 2 ** len(widths)
         if image_size % factor:
             raise ValueError(
-                f"image_size must be a multiple of {factor} for {len(widths)} stages; got {image_size}"
+                f"image_size must be a multiple of {factor} for patches of {patch_size} and "
+                f"{len(widths)} stages; got {image_size}"
             )
         self.labels = {name: tuple(classes) for name, classes in labels.items()}
         self.num_features = num_features
         self._image_shape = (channels, image_size, image_size)
-        stages, width_before = [], channels
+        stages, width_before = [nn.PixelUnshuffle(patch_size)], channels * patch_size**2
         for width in widths:
             stages += [_layer(width_before, width, stride=2), _layer(width, width, stride=1)]
             width_before = width
@@ -120,8 +126,8 @@ def canonical(attributes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Describe each scene from the object that is on the left, or above.
 
     A caption may begin with either object, and the picture does not show which: "A right of B" is drawn like
-    "B left of A", "A below B" like "B above A". So only one of the two can be read from a picture or compared:
-    the one whose relation is in CANONICAL_RELATIONS. In the other, the objects trade places.
+    "B left of A", "A below B" like "B above A". So only one of the two can be read from a picture: the one
+    whose relation is in CANONICAL_RELATIONS. To get there from the other, the objects trade places.
 
     Args:
         attributes: class numbers (B,) by label. A description of other data than scenes comes back as it is;

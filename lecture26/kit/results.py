@@ -1,10 +1,16 @@
-"""Stored measurements: data/results/NAME.json, each with the command, the machine and the versions that made it."""
+"""Stored measurements: data/results/NAME.json, each with the command and the machine that made it."""
 
 import json
+from pathlib import Path
 
 from lecture26.kit.checkpoints import describe_machine, describe_versions
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.paths import results_dir
+
+
+def results_file(name: str) -> Path:
+    """Where the measurement of that name lies, whether or not it exists."""
+    return results_dir() / f"{name}.json"
 
 
 def save_results(name: str, command: str, results: dict) -> dict:
@@ -18,9 +24,14 @@ def save_results(name: str, command: str, results: dict) -> dict:
     Returns:
         What was written: `results` with "name", "command", "machine" and "versions".
     """
-    content = {"name": name, "command": command, "machine": describe_machine(), "versions": describe_versions()}
+    content = {
+        "name": name,
+        "command": command,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
     content |= results
-    with replace_when_complete(results_dir() / f"{name}.json") as temporary:
+    with replace_when_complete(results_file(name)) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return content
 
@@ -31,11 +42,13 @@ def load_results(name: str) -> dict:
     Raises:
         ValueError: if there is none of that name, or its file is damaged.
     """
-    file = results_dir() / f"{name}.json"
+    file = results_file(name)
     how_to_mend = f"Make it anew with `python -m lecture26 measure {name} --replace`."
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in results_dir().glob("*.json"))) or "none"
-        raise ValueError(f"there are no results {name!r}: {file} is missing (present: {known}). {how_to_mend}")
+        raise ValueError(
+            f"there are no results {name!r}: {file} is missing (present: {known}). {how_to_mend}"
+        )
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

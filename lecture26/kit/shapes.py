@@ -116,11 +116,11 @@ class RenderedSet(ImageSet):
         return {"image": self.render(attributes, indices)} | attributes
 
     def captions(self, indices: torch.Tensor | Sequence[int]) -> list[str]:
-        """One sentence for each image."""
+        """One sentence for each image of `indices`, which are those of `batch`."""
         return self.describe(self.attributes(indices))
 
     def attributes(self, indices: torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
-        """The labels of `batch` without the images: for each label's name (B,) int64."""
+        """The labels of `batch` at `indices` without the images: for each label's name (B,) int64."""
         return self._draw_attributes(self._bits(indices))
 
     def render(
@@ -151,7 +151,10 @@ class RenderedSet(ImageSet):
     def coverage(
         self, attributes: dict[str, torch.Tensor], indices: torch.Tensor | Sequence[int]
     ) -> torch.Tensor:
-        """How much of each pixel each object of `render`'s images covers: (B, objects, H, W) in [0, 1]."""
+        """How much of each pixel each object of `render`'s images covers: (B, objects, H, W) in [0, 1].
+
+        `attributes` and `indices` are those of `render`, and so is what it raises.
+        """
         bits = self._bits(indices)
         self._check_attributes(attributes, len(bits))
         return torch.stack([_coverage(o, self.image_size) for o in self._place(attributes, bits)], dim=1)
@@ -236,7 +239,10 @@ class Scenes(RenderedSet):
     }
 
     def describe(self, attributes: dict[str, torch.Tensor]) -> list[str]:
-        """'a small red star to the left of a large blue ring on a dark background', for each row."""
+        """One sentence for each row of attributes.
+
+        Such as 'a small red star to the left of a large blue ring on a dark background'.
+        """
         captions = []
         columns = (attributes[name].tolist() for name in self.labels)
         for *objects, relation, background in zip(*columns, strict=True):
