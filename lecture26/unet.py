@@ -60,12 +60,17 @@ class LabelEmbedding(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(n + 1, dim) for n in self.num_classes)
 
     def forward(self, labels):
-        """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on another number."""
+        """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on any other."""
         columns = labels.reshape(len(labels), -1).unbind(dim=1)
         if len(columns) != len(self.tables):
             raise ValueError(
                 f"cond must hold {len(self.tables)} label(s) per sample; got shape {tuple(labels.shape)}"
             )
+        for column, count in zip(columns, self.num_classes, strict=True):
+            if column.numel() and not 0 <= column.min() <= column.max() <= count:
+                raise ValueError(
+                    f"cond must hold labels in [0, {count}], the last meaning none; got {column}"
+                )
         return sum(table(column) for table, column in zip(self.tables, columns, strict=True))
 
 
@@ -361,8 +366,21 @@ class UNet(nn.Module):
         self.head_norm = group_norm(width)
         self.head = zero_init(nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1))
 
+    def check_arguments(self, x_t, t, cond):
+        """Raise ValueError unless x_t, t and cond, as forward takes them, fit each other and the network."""
+        height, width = x_t.shape[-2:]
+        multiple = self.patch_size * 2 ** (len(self.down) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(f"x_t must have sides that are multiples of {multiple}; got {height} x {width}")
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(f"t must hold one step per image, shape ({len(x_t)},); got {tuple(t.shape)}")
+        if self.labels is not None and (cond is None or len(cond) != len(x_t)):
+            found = None if cond is None else tuple(cond.shape)
+            raise ValueError(f"cond must hold the labels of {len(x_t)} image(s); got {found}")
+
     def forward(self, x_t, t, cond=None):
         """Map x_t (B, C, H, W), steps t (B,) and labels cond to the raw output (B, out_channels, H, W)."""
+        self.check_arguments(x_t, t, cond)
         embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
@@ -404,10 +422,15 @@ class EMA(nn.Module):
     Args:
         model: the model to follow; it is copied.
         decay: how much of the average each update keeps, in [0, 1].
+
+    Raises:
+        ValueError: if decay lies outside [0, 1].
     """
 
     def __init__(self, model, decay=0.999):
         super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))

@@ -327,7 +327,7 @@ class GaussianMixture:
         stds: (K,), positive.
 
     Raises:
-        ValueError: if the shapes disagree or the weights are no distribution.
+        ValueError: if the shapes disagree, the weights are no distribution, or a std is not positive.
     """
 
     def __init__(self, weights, means, stds):
@@ -341,6 +341,8 @@ class GaussianMixture:
             )
         if (self.weights <= 0).any() or abs(self.weights.sum() - 1) > 1e-9:
             raise ValueError(f"weights must be positive with sum 1; got {self.weights}")
+        if (self.stds <= 0).any():
+            raise ValueError(f"stds must be positive; got {self.stds}")
 
     def sample(self, count, generator=None):
         """Draw count points with the generator: (count, D) float64, and their components (count,)."""
@@ -934,8 +936,13 @@ def lookup(table, t, like):
         (B, 1, ...), with like's dtype and device.
 
     Raises:
+        TypeError: if t does not hold integers, or like holds integers where the table does not.
         ValueError: if t has another shape, or a step outside [0, T).
     """
+    if t.is_floating_point():
+        raise TypeError(f"t must hold integers; got {t.dtype}")
+    if table.is_floating_point() and not like.is_floating_point():
+        raise TypeError(f"data must be of a floating-point type; got {like.dtype}")
     if t.shape != like.shape[:1]:
         raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
     t = t.cpu()
@@ -1064,11 +1071,14 @@ class Diffusion(Diffusion):
         """Part a denoiser's output into prediction and variance channels, each like x_t, the latter or None.
 
         Raises:
+            TypeError: if the output is no tensor.
             ValueError: if the output has not the shape that this diffusion's variance asks for.
         """
         batch, channels, *rest = x_t.shape
         learned = self.variance == "learned_range"
         expected = (batch, channels * (1 + learned), *rest)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"the denoiser must return a tensor; got {type(output).__name__}")
         if output.shape != expected:
             raise ValueError(
                 f"the denoiser must return shape {expected} with variance={self.variance!r}; "

@@ -25,9 +25,6 @@
 # **What it takes**: about two minutes on two cores, most of it spent in two trainings. All data are embedded.
 
 # %%
-import os
-import subprocess
-import sys
 import tempfile
 from itertools import groupby
 from pathlib import Path
@@ -37,7 +34,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 from tqdm import tqdm
+from typer.testing import CliRunner
 
+from lecture26.__main__ import app
 from lecture26.checks import check
 from lecture26.ddpm import (
     Diffusion,
@@ -281,12 +280,17 @@ class LabelEmbedding(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(n + 1, dim) for n in self.num_classes)
 
     def forward(self, labels):
-        """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on another number."""
+        """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on any other."""
         columns = labels.reshape(len(labels), -1).unbind(dim=1)
         if len(columns) != len(self.tables):
             raise ValueError(
                 f"cond must hold {len(self.tables)} label(s) per sample; got shape {tuple(labels.shape)}"
             )
+        for column, count in zip(columns, self.num_classes, strict=True):
+            if column.numel() and not 0 <= column.min() <= column.max() <= count:
+                raise ValueError(
+                    f"cond must hold labels in [0, {count}], the last meaning none; got {column}"
+                )
         return sum(table(column) for table, column in zip(self.tables, columns, strict=True))
 
 
@@ -932,8 +936,21 @@ class UNet(nn.Module):
         self.head_norm = group_norm(width)
         self.head = zero_init(nn.Conv2d(width, (out_channels or in_channels) * patch_size**2, 3, padding=1))
 
+    def check_arguments(self, x_t, t, cond):
+        """Raise ValueError unless x_t, t and cond, as forward takes them, fit each other and the network."""
+        height, width = x_t.shape[-2:]
+        multiple = self.patch_size * 2 ** (len(self.down) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(f"x_t must have sides that are multiples of {multiple}; got {height} x {width}")
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(f"t must hold one step per image, shape ({len(x_t)},); got {tuple(t.shape)}")
+        if self.labels is not None and (cond is None or len(cond) != len(x_t)):
+            found = None if cond is None else tuple(cond.shape)
+            raise ValueError(f"cond must hold the labels of {len(x_t)} image(s); got {found}")
+
     def forward(self, x_t, t, cond=None):
         """Map x_t (B, C, H, W), steps t (B,) and labels cond to the raw output (B, out_channels, H, W)."""
+        self.check_arguments(x_t, t, cond)
         embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
@@ -1002,8 +1019,8 @@ for start, end in zip(down, reversed(up)):
     axis.annotate("", end, start, arrowprops=arrow)
 for (x, y), (_, kind, _, side) in zip(tops, path):
     if kind in ("first", "halve", "double"):
-        axis.text(x, -y - 1.5, f"{side} px", ha="center")
-axis.set(xticks=[], yticks=[], ylim=(-11, 20))
+        axis.text(x, -y - 2, f"{side} px", ha="center")
+axis.set(xticks=[], yticks=[], ylim=(-14, 20))
 legend = {kind: plt.Rectangle((0, 0), 1, 1, color=colour) for kind, colour in colour_of.items()}
 axis.legend(legend.values(), legend, ncols=6, loc="lower center")
 show(
@@ -1185,10 +1202,15 @@ class EMA(nn.Module):
     Args:
         model: the model to follow; it is copied.
         decay: how much of the average each update keeps, in [0, 1].
+
+    Raises:
+        ValueError: if decay lies outside [0, 1].
     """
 
     def __init__(self, model, decay=0.999):
         super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
@@ -1304,9 +1326,9 @@ show(figure, "Two rows of eight blurred, grainy pictures: coloured spots on ligh
 # %% [markdown]
 # ## The long-trained model
 #
-# The same code for an hour instead of half a minute is the recipe `ddpm_shapes32`: a network a little wider at the bottom,
-# batches of 64, a learning rate that rises, then falls to zero along a cosine. Its averaged weights come with the course;
-# `python -m lecture26 train ddpm_shapes32` makes them anew.
+# The same code for an hour instead of half a minute is the recipe `ddpm_shapes32`: a network that is wider at the bottom
+# and has attention at two levels, batches of 64, a learning rate that rises, then falls to zero along a cosine. Its
+# averaged weights come with the course; `python -m lecture26 train ddpm_shapes32` makes them anew.
 
 # %%
 trained, trained_diffusion = load_model("ddpm_shapes32"), load_diffusion("ddpm_shapes32")
@@ -1318,7 +1340,8 @@ show(
 )
 
 # %% [markdown]
-# *Thirty-two samples, none left out, in 50 DDIM steps.*
+# *Thirty-two samples, none left out, in 50 DDIM steps. Backgrounds, colours and sharp outlines are there; a number of the
+# shapes have no name. A shape is a matter of the whole picture, and what is learned last.*
 #
 # Where does the loss come from? Step by step, on unseen images, for both networks:
 
@@ -1347,12 +1370,54 @@ show(
 )
 
 # %% [markdown]
-# *Where the loss comes from: LEGEND. At both ends the velocity asks for what cannot be known. At small t it is the noise,
-# $v\approx\epsilon$, and there the noise is weaker than one grey level of an 8-bit image. At large t it is the image,
-# $v\approx-x_0$, of which pure noise says nothing. What can be learned lies between, and training longer gains most where
-# the edges are decided.*
+# *The loss at each step. At both ends the velocity asks for what can hardly be known. At t = 0 it is the noise,
+# $v\approx\epsilon$, and the noise is weaker there than one grey level of an 8-bit image. At t = 999 it is the image,
+# $v\approx-x_0$, of which pure noise says nothing. Longer training gains most at small t, where outlines are decided.*
 #
-# So a loss is not to be judged by its distance from 0; and two networks are to be compared at the same steps.
+# So a loss is not to be judged by its distance from 0, and two losses are comparable only over the same steps.
+#
+# ### Where attention looks
+#
+# The weights of (2.9) can be looked at. Take the first attention layer, at 8 by 8 pixels, for noisy images at t = 200,
+# and ask where two of the 64 pixels look: one inside the object, and the one in the corner.
+
+# %%
+x_0 = images.batch([33, 2, 38])["image"]
+t = torch.full((3,), 200)
+x_t = diffusion.q_sample(x_0, t, noise_like(x_0, torch.Generator().manual_seed(0)))
+layer, seen = trained.down[1].stages[0].attention, []
+hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+with torch.no_grad():
+    trained(x_t, t)
+hook.remove()
+
+# %%
+tokens = layer.norm(seen[0]).flatten(2).transpose(1, 2)  # (3, 64, C)
+q, k, _ = layer.qkv(tokens).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+looks_at = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)  # (3, 64, 64)
+looks_at = looks_at.reshape(3, 8, 8, 8, 8)  # image, row and column that look, row and column looked at
+
+# %%
+figure, axes = plt.subplots(3, 3, figsize=(5.6, 5.6), layout="constrained")
+pixels = ((x_t.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)  # (3, 32, 32, 3)
+for row, picture, maps in zip(axes, pixels, looks_at):
+    row[0].imshow(picture)
+    for axis, (i, j) in zip(row[1:], ((3, 4), (0, 0))):
+        axis.imshow(maps[i, j])
+        axis.plot(j, i, "+", color=colours[1], markersize=12, markeredgewidth=3)
+for axis, title in zip(axes[0], (r"$x_t$ at t = 200", "seen from the object", "from the corner")):
+    axis.set_title(title)
+for axis in axes.flat:
+    axis.grid(False)
+    axis.set(xticks=[], yticks=[])
+show(
+    figure,
+    "Three noisy pictures and their attention: from the object mostly at the object, from the corner at the background.",
+)
+
+# %% [markdown]
+# *Bright is where the pixel marked + looks, the mean over the heads. Seen from the object, the object stands out; seen from
+# the corner, the background, with the object left out. Nobody told the network what an object is.*
 
 # %% [markdown]
 # ## How many steps?
@@ -1367,7 +1432,8 @@ show(
 # It is the distance of two normal distributions with these moments, and known as FID when the classifier is Inception.
 # Ours is `reader_shapes32`, which reads shape, colour, size and background off an image. A finite number of images makes
 # the distance too large, so what counts is the comparison with *real against real*: other real images, as many as were
-# generated.
+# generated. Besides, the reader says how sure it is: *legible* is an image of which it reads everything with more than 90 %
+# confidence, as it does of nearly every real one.
 #
 # Sampling 128 images in up to 1000 steps, with both samplers, takes longer than a chapter may. The command
 # `python -m lecture26 measure ddpm_shapes32_steps` has done it, and stored what came out:
@@ -1377,12 +1443,12 @@ study = load_results("ddpm_shapes32_steps")
 curves = {name: [run for run in study["runs"] if run["sampler"] == name] for name in ("ddpm", "ddim")}
 floor = study["runs"][0]["frechet_distance_real"]
 print(f"real against real: {floor:.1f}")
-print("steps   DDPM   DDIM   seconds an image")
+print("        Fréchet distance   legible        seconds")
+print("steps   DDPM   DDIM       DDPM   DDIM    per image")
 for ddpm_run, ddim_run in zip(curves["ddpm"], curves["ddim"]):
-    distances = [run["frechet_distance"] for run in (ddpm_run, ddim_run)]
-    print(
-        f"{ddpm_run['steps']:5} {distances[0]:6.1f} {distances[1]:6.1f} {ddim_run['seconds_per_image']:13.2f}"
-    )
+    row = [run["frechet_distance"] for run in (ddpm_run, ddim_run)]
+    row += [run["confident_share"] for run in (ddpm_run, ddim_run)] + [ddim_run["seconds_per_image"]]
+    print("{:5} {:6.0f} {:6.0f} {:10.0%} {:6.0%} {:12.2f}".format(ddim_run["steps"], *row))
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
@@ -1393,6 +1459,10 @@ for axis, quantity in zip(axes, ("steps", "seconds_per_image")):
         axis.loglog(values, distances, marker + "-", color=colour, label=sampler.upper())
     axis.axhline(floor, color="grey", linestyle="--", label="real against real")
 axes[0].set(xlabel="number of steps", ylabel="Fréchet distance")
+axes[0].set_xticks([10, 20, 50, 100, 250, 1000], [10, 20, 50, 100, 250, 1000])
+axes[0].set_yticks([50, 100, 200, 400], [50, 100, 200, 400])
+for axis in axes:
+    axis.minorticks_off()
 axes[1].set(xlabel="seconds per image, one thread")
 axes[0].legend()
 show(
@@ -1401,7 +1471,14 @@ show(
 )
 
 # %% [markdown]
-# STEPS CAPTION
+# *Left: with 10 and 20 steps DDIM is ahead; from some 50 steps on, neither sampler gains anything that 128 images could
+# show. Right: the same against time, which is the number of steps in another unit, since a step costs the same in both.*
+#
+# So with this network 50 steps do, and a thousand would cost twenty times as much for nothing. What is left between the
+# curves and the dashed line, no sampler can mend: it is the network's part.
+#
+# A small version, live: the first 64 of the stored images, with 10 and with 50 steps. The same seeds give the same
+# images, up to rounding; their distances must agree to 10 %.
 
 # %%
 judge, test_images = load_model("reader_shapes32"), load("shapes", "test")
@@ -1427,7 +1504,8 @@ figure = show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches
 show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 steps.")
 
 # %% [markdown]
-# PICTURES CAPTION
+# *The same eight starting points in each row. In most columns DDIM draws the same object with 10 steps as with 50; what
+# DDPM draws depends on the noise that it takes on its way as well.*
 
 # %% [markdown]
 # ## Bits per dimension
@@ -1526,7 +1604,32 @@ show(
 )
 
 # %% [markdown]
-# BITS CAPTION
+# *Where the bits go. Most of them belong to the two or three steps with the least noise.*
+#
+# Better than knowing nothing, and far worse than PNG: the samples are clean, and yet the model compresses badly. There are
+# three reasons, and none of them is seen in a sample.
+#
+# 1. *The last steps.* They decide details below one grey level, which nobody sees, but which have to be coded. The loss
+#    hardly cares for them, as the weights of (1.28) showed. Ho et al. found the same of their model: more than half of its
+#    bits describe what cannot be perceived.
+# 2. *The variance.* The small one would be cheap for a denoiser that knows the image, but charges much for each mistake;
+#    the large one forgives, and costs over 3 bits here, whatever the network knows.
+# 3. *The steps left out.* With 100 in the place of 1000, each step has to bridge more.
+#
+# The first and second are what the learned variance and the hybrid loss of chapter 01 are for. They brought DDPM from 3.75
+# to 2.94 bits per dimension on CIFAR-10's photographs. And how can 1.1 bits be the least that is possible with the small
+# variance? In the last step of sampling the answer is a normal of standard deviation $\sigma$. Even if its mean is right,
+# the right pixel value has no more than the mass of its own bin, and so costs
+#
+# $$-\log_2\left(\Phi\!\left(\frac{1}{255\,\sigma}\right)-\Phi\!\left(-\frac{1}{255\,\sigma}\right)\right)
+# =-\log_2\operatorname{erf}\!\left(\frac{1}{255\,\sigma\sqrt2}\right) \tag{2.25}$$
+
+# %%
+log_variance = trained_diffusion.respace(100).log_posterior_variance[0]
+sigma = (log_variance / 2).exp()
+pixel = torch.tensor(0.2, dtype=torch.float64)  # any value but the outermost two
+nats = -discretized_log_likelihood(pixel, pixel, log_variance)
+verify("2.25", bits_per_dim(nats, 1), -torch.erf(1 / (255 * sigma * math.sqrt(2))).log2(), atol=1e-10)
 
 # %% [markdown]
 # ## Real images
@@ -1578,7 +1681,7 @@ figure = show_grid(torch.cat([real, drawn]), columns=16, row_titles=["real", "dr
 show(figure, "A row of sixteen real handwritten digits above a row of sixteen drawn ones.")
 
 # %% [markdown]
-# DIGITS CAPTION
+# *Real ones above, drawn ones below. Some can be read, some nearly.*
 
 # %%
 first, last = sum(history.losses[:20]) / 20, sum(history.losses[-20:]) / 20
@@ -1614,12 +1717,9 @@ print(f"classes: {', '.join(mine.labels['class'])}; {len(mine)} of 60 for traini
 # steps of it, to see that it runs; the environment variable keeps the checkpoint out of the course's own folder.
 
 # %%
-command = "-m lecture26 train ddpm --data ./photos --image-size 32 --name my_model --steps 3 --batch-size 4"
-environment = os.environ | {"LECTURE26_DATA": workshop.name}
-finished = subprocess.run(
-    [sys.executable, *command.split()], cwd=workshop.name, env=environment, capture_output=True, text=True
-)
-assert finished.returncode == 0, finished.stderr
+command = f"train ddpm --data {photos} --image-size 32 --name my_model --steps 3 --batch-size 4"
+finished = CliRunner(env={"LECTURE26_DATA": workshop.name}).invoke(app, command)
+assert finished.exit_code == 0, finished.output
 print(sorted(file.name for file in Path(workshop.name, "checkpoints").iterdir()))
 workshop.cleanup()
 

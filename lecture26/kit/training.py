@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.validation import check_choice, check_positive_int
@@ -157,7 +158,10 @@ def train(
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0; got {learning_rate}")
 
-    from accelerate import Accelerator  # takes a second to import, and only training needs it
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets, Accelerate's import complains that bars will be plain text.
+        warnings.simplefilter("ignore", TqdmWarning)
+        from accelerate import Accelerator  # takes a second to import, and only training needs it
 
     # Autocast is our own, below: Accelerate's would stay in the model, and fixes one precision per process.
     accelerator = Accelerator(mixed_precision="no")

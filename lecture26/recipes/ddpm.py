@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lecture26.ddpm import Diffusion, cosine_betas, ddim_step, linear_betas, sample
 from lecture26.kit.evaluation import sample_quality
@@ -104,12 +105,13 @@ class DDPM(Recipe):
         diffusion = self.diffusion.respace(min(EVALUATION_STEPS, self.diffusion_steps))
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         x_T = torch.randn(count, self.channels, self.image_size, self.image_size, generator=generator)
-        return torch.cat(
-            [
-                sample(diffusion, model, noise.shape, ddim_step, generator, noise.to(device))
-                for noise in x_T.split(self.batch_size)
-            ]
-        )
+        samples = []
+        for noise in tqdm(x_T.split(self.batch_size), "sampling", delay=2, leave=False):
+            x_0 = sample(
+                diffusion, model, noise.shape, ddim_step, generator, noise.to(device), progress=False
+            )
+            samples.append(x_0)
+        return torch.cat(samples)
 
 
 IMAGES_32 = DDPM(
