@@ -10,9 +10,6 @@ from lecture26.kit.validation import check_positive_int
 
 GROUPS = 8  # of channels that are normalised together
 
-# What images are spoiled with in training.
-FLAWS = ("warp", "blur", "stains", "noise")
-
 # A scene can be told in two ways: "A left of B" and "B right of A" are the same picture.
 CANONICAL_RELATIONS = ("left of", "above")
 OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -34,7 +31,7 @@ class Reader(nn.Module):
         labels: Mapping[str, Sequence[str]],
         channels: int,
         image_size: int,
-        widths: Sequence[int] = (32, 48, 64),
+        widths: Sequence[int] = (32, 64, 96),
         patch_size: int = 1,
         num_features: int = 48,
     ):
@@ -80,7 +77,6 @@ class Reader(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(num_features, len(classes)) for name, classes in self.labels.items()}
         )
-        self.flaw_head = nn.Linear(num_features, len(FLAWS))
 
     def features(self, images: Tensor) -> Tensor:
         """What the outputs are computed from, for the Frechet distance.
@@ -114,8 +110,7 @@ class Reader(nn.Module):
             ValueError: images of another shape.
         """
         features = self.features(images)
-        outputs = {name: head(features) for name, head in self.heads.items()}
-        return outputs | {"flaws": self.flaw_head(features)}
+        return {name: head(features) for name, head in self.heads.items()}
 
 
 def _layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

@@ -6,19 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import (
-    affine_grid,
-    avg_pool2d,
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    grid_sample,
-    interpolate,
-)
+from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate
 
 from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.kit.evaluation import BATCH_SIZE, CONFIDENT, read, read_right
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.readers import FLAWS, Reader, canonical
+from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.shapes import RenderedSet
 from lecture26.kit.training import SampleDraws
 from lecture26.recipes.recipe import Recipe
@@ -68,43 +61,34 @@ class ReaderRecipe(Recipe):
             image = labels.pop("image")
         if self.handwriting:
             image = rewrite(image, random)
-        image, flaws = self.spoil(image, random)
-        return {"image": image, "flaws": flaws} | canonical(labels)
+        return {"image": self.spoil(image, random)} | canonical(labels)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        outputs = model(batch["image"])
-        flaws = binary_cross_entropy_with_logits(outputs["flaws"], batch["flaws"], reduction="none")
-        return flaws.sum(dim=1).mean() + sum(cross_entropy(outputs[name], batch[name]) for name in self.labels)
+        logits = model(batch["image"])
+        return sum(cross_entropy(logits[name], batch[name]) for name in logits)
 
-    def spoil(self, images: Tensor, random: SampleDraws) -> tuple[Tensor, Tensor]:
-        """Warp, blur and stain images and add noise, each to a degree of its own.
-
-        Args:
-            images: (B, C, H, W) in [-1, 1].
-            random: the draws of these images.
-
-        Returns:
-            The spoiled images (B, C, H, W) in [-1, 1], and which FLAWS each has, (B, 4) of 0 and 1.
-        """
+    def spoil(self, images: Tensor, random: SampleDraws) -> Tensor:
+        """Warp, blur and stain images and add noise, each to a degree of its own, (B, C, H, W)."""
         channels, size = images.shape[1], images.shape[2:]
-        # Half of the images are spared by each flaw.
-        degrees = torch.stack([(2 * random.uniform() - 1).clamp(min=0) for _ in FLAWS], dim=1)  # (B, 4)
-        warp, blur, stains, noise = degrees[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1)
 
         def coarse(channels: int) -> Tensor:
             return interpolate(random.normal(channels, self.cells, self.cells), size, mode="bilinear")
 
+        def degree() -> Tensor:
+            # None at all for half of the images: (B, 1, 1, 1) in [0, 1).
+            return (2 * random.uniform() - 1).clamp(min=0)[:, None, None, None]
+
         # Where each pixel is taken from; the image is 2 wide in the units of grid_sample.
-        shifts = self.warp * warp * coarse(2) * (2 / self.cells)  # (B, 2, H, W)
+        shifts = self.warp * degree() * coarse(2) * (2 / self.cells)  # (B, 2, H, W)
         identity = torch.eye(2, 3).expand(len(images), 2, 3)
         places = affine_grid(identity, images.shape, align_corners=False) + shifts.permute(0, 2, 3, 1)
         images = grid_sample(images, places, padding_mode="border", align_corners=False)
 
         blurred = interpolate(avg_pool2d(images, size[0] // self.cells), size, mode="bilinear")
-        images = torch.lerp(images, blurred, blur)
-        images = images + self.stains * stains * coarse(channels)
-        images = images + self.noise * noise * random.normal(channels, *size)
-        return images.clamp(-1, 1), (degrees > 0).float()
+        images = torch.lerp(images, blurred, degree())
+        images = images + self.stains * degree() * coarse(channels)
+        images = images + self.noise * degree() * random.normal(channels, *size)
+        return images.clamp(-1, 1)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
@@ -116,7 +100,7 @@ class ReaderRecipe(Recipe):
             metrics["accuracy_held_out"] = right["all"].double().mean().item()
         # Where the confidence means what it says, it is right as often as it is high.
         right, confidence = assess(
-            model, images, lambda image, n: self.spoil(image, SampleDraws(EVALUATION_SEED, n))[0]
+            model, images, lambda image, n: self.spoil(image, SampleDraws(EVALUATION_SEED, n))
         )
         spoiled = torch.stack([right[name] for name in self.labels])
         metrics["accuracy_spoiled"] = spoiled.double().mean().item()
