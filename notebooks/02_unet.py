@@ -1430,7 +1430,8 @@ show(
 # $$d^2=\|m_r-m_g\|^2+\operatorname{tr}\bigl(C_r+C_g-2\,(C_rC_g)^{1/2}\bigr) \tag{2.22, definition}$$
 #
 # It is the distance of two normal distributions with these moments, and known as FID when the classifier is Inception.
-# Ours is `reader_shapes32`, which reads shape, colour, size and background off an image. A finite number of images makes
+# Ours is `reader_shapes32`, which reads shape, colour, size and background off an image. It was trained to see through
+# noise and blur, so this distance judges what is drawn, and hardly how grainy it is. A finite number of images makes
 # the distance too large, so what counts is the comparison with *real against real*: other real images, as many as were
 # generated. Besides, the reader says how sure it is: *legible* is an image of which it reads everything with more than 90 %
 # confidence, as it does of nearly every real one.

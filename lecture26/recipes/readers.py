@@ -184,10 +184,8 @@ RECIPES = (
         name="reader_scenes64",
         data="scenes",
         image_size=64,
-        model={"widths": (16, 32, 64, 96)},
-        steps=5000,
+        model={"widths": (32, 64, 96), "patch_size": 2},
         cells=16,
-        warp=0.3,
     ),
     replace(SHAPES_32, name="reader_digits", data="digits", handwriting=True, steps=2000),
 )
