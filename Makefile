@@ -1,12 +1,14 @@
 # What can be done with the course; `make help` lists it.
-#   NAMES=01_ddpm         only these chapters (lab, course, package, notebooks)
+#   NAMES=01_ddpm         only these chapters (lab, course, package, notebooks, nbval)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
 
 NAMES ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTEST := TQDM_DISABLE=1 $(RUN) -m pytest -q --color=no
+# two processes of one thread each, a whole file or notebook at a time
+PYTEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q --color=no -n 2 --dist loadfile
+REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
@@ -53,9 +55,10 @@ tests: $(INSTALLED)
 	@echo "tests: passed"
 
 nbval: $(INSTALLED)
+	@rm -rf $(REHEARSALS) && $(RUN) tools/editions.py --rehearse $(REHEARSALS) $(NAMES)
 	$(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
-		--nbval-cell-timeout 600 notebooks
-	@echo "nbval: every notebook gives its stored outputs"
+		--nbval-cell-timeout 600 $(REHEARSALS)
+	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved"
 
 course: $(INSTALLED)
 	@$(RUN) tools/notebooks.py run $(NAMES)

@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+GRADIENT_SCALES = {"classifier": 8.0, "clip": 100.0}  # near the best ones of chapters 03 and 04
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -40,6 +41,13 @@ class Sampler(StrEnum):
 
     ddpm = "ddpm"
     ddim = "ddim"
+
+
+class Guidance(StrEnum):
+    """By what the samples are steered towards what is asked for."""
+
+    classifier = "classifier"
+    clip = "clip"
 
 
 @contextmanager
@@ -121,6 +129,14 @@ def sample(
     eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
+    wish: Annotated[
+        str | None, typer.Option("--class", help="What a classifier shall see, such as 'red star'.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What CLIP shall see, such as 'a red star'.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Of the gradient; for CLIP of the cosine similarity, without kappa.")
+    ] = None,
 ):
     """Draw images from a trained model, and save them as one grid."""
     with errors_in_one_line():
@@ -130,6 +146,14 @@ def sample(
             raise ValueError(f"--out must be a file in a folder that exists and can be written to; got {out}")
         if eta and sampler is not Sampler.ddim:
             raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler.value} --eta {eta}")
+        asked = {"--class": wish, "--prompt": prompt}
+        needed = {Guidance.classifier: "--class", Guidance.clip: "--prompt"}.get(guidance)
+        if guidance is None and (wish is not None or prompt is not None or scale is not None):
+            raise ValueError("--class, --prompt and --scale are for --guidance; it is missing")
+        if needed is not None and asked.pop(needed) is None:
+            raise ValueError(f"--guidance {guidance.value} needs {needed}; it is missing")
+        if guidance is not None and any(value is not None for value in asked.values()):
+            raise ValueError(f"--guidance {guidance.value} takes {needed} and not {' or '.join(asked)}")
 
         import torch
         from accelerate import PartialState
@@ -144,13 +168,25 @@ def sample(
         diffusion = diffusion.respace(steps)
         device = PartialState().device
         network = recipes.load_model(model).to(device)
+        denoiser = network
+        if guidance is not None:
+            from lecture26.recipes.guidance import guided_by_classifier, guided_by_clip
+
+            scale = GRADIENT_SCALES[guidance.value] if scale is None else scale
+            if guidance is Guidance.classifier:
+                denoiser = guided_by_classifier(model, network, wish, scale, count)
+            else:
+                denoiser = guided_by_clip(model, network, prompt, scale)
         step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
         shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
         x_T = torch.randn(shape, generator=generator).to(device)
-        images = ddpm.sample(diffusion, network, shape, step, generator, x_T)
+        images = ddpm.sample(diffusion, denoiser, shape, step, generator, x_T)
         save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
-    typer.echo(f"{count} images of {model}, {steps} {sampler.value} steps, seed {seed}: {out}")
+    asked_for = (
+        "" if guidance is None else f", {wish or prompt} by {guidance.value} guidance at scale {scale:g}"
+    )
+    typer.echo(f"{count} images of {model}{asked_for}, {steps} {sampler.value} steps, seed {seed}: {out}")
 
 
 @app.command()

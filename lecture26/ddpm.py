@@ -398,6 +398,7 @@ class Diffusion:
         steps: (T,) int64, the base's step that each own step stands for.
 
     Raises:
+        TypeError: if betas is None or a name.
         ValueError: if betas is no (T,) table inside (0, 1), or a choice is unknown.
 
     Source: Ho et al. 2020; Nichol and Dhariwal 2021 (learned range); Salimans and Ho 2022 (v).
@@ -406,6 +407,8 @@ class Diffusion:
     def __init__(self, betas, prediction="eps", variance="fixed_small", clip=False):
         check_choice("prediction", prediction, ("eps", "x_0", "v"))
         check_choice("variance", variance, ("fixed_small", "fixed_large", "learned_range"))
+        if betas is None or isinstance(betas, str):
+            raise TypeError(f"betas must be a (T,) table with 0 < beta < 1; got {betas!r}")
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(f"betas must be a (T,) table with 0 < beta < 1; got {betas}")
@@ -431,7 +434,11 @@ class Diffusion:
         self.log_large_variance = torch.cat([second, betas[1:]]).log()
 
     def q_sample(self, x_0, t, noise):
-        """Draw x_t given x_0 (B, C, ...) at steps t with the given standard normal noise."""
+        """Draw x_t given x_0 (B, C, ...) at steps t; ValueError unless the normal noise has its shape."""
+        if noise.shape != x_0.shape:
+            raise ValueError(
+                f"noise must have the shape of x_0, {tuple(x_0.shape)}; got {tuple(noise.shape)}"
+            )
         return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
 
     def q_posterior(self, x_0, x_t, t):
@@ -605,7 +612,7 @@ class Diffusion:
             frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
             reverse = self.reverse_step(frozen, x_t, t, clip=False)
             nats = self.bound_term(reverse, x_0, x_t, t, discretized_log_likelihood)  # (B,)
-            bits_per_dim = nats.mean() / x_0[0].numel() / math.log(2)
+            bits_per_dim = nats.mean() / x_0.shape[1:].numel() / math.log(2)
             loss = loss + self.num_steps / 1000 * bits_per_dim
         return loss
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lecture26.kit.validation import check_positive_int
+
 # --- Telling the network the step ---
 
 
@@ -61,11 +63,13 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, labels):
         """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on any other."""
-        columns = labels.reshape(len(labels), -1).unbind(dim=1)
-        if len(columns) != len(self.tables):
+        columns = labels[:, None] if labels.ndim == 1 else labels  # (B, number of labels)
+        if columns.shape[1:] != (len(self.tables),) or columns.is_floating_point():
             raise ValueError(
-                f"cond must hold {len(self.tables)} label(s) per sample; got shape {tuple(labels.shape)}"
+                f"cond must hold {len(self.tables)} integer label(s) per sample; "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
+        columns = columns.unbind(dim=1)
         for column, count in zip(columns, self.num_classes, strict=True):
             if column.numel() and not 0 <= column.min() <= column.max() <= count:
                 raise ValueError(
@@ -78,8 +82,8 @@ class LabelEmbedding(nn.Module):
 
 
 def group_norm(channels):
-    """Group normalisation with at most 32 groups of at least 8 channels."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
+    """Group normalisation with at most 32 groups of at least 8 channels each, or a single group."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1), channels), channels)
 
 
 # --- What the step changes ---
@@ -166,16 +170,17 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: channels of the feature map.
-        head_dim: channels per head.
+        head_dim: channels per head; a narrower map has a single head.
 
     Raises:
-        ValueError: if channels is no multiple of head_dim.
+        ValueError: if channels is above head_dim and no multiple of it.
 
     Source: Dhariwal and Nichol 2021, section 3 (64 channels a head there).
     """
 
     def __init__(self, channels, head_dim=32):
         super().__init__()
+        head_dim = min(head_dim, channels)
         if channels % head_dim:
             raise ValueError(f"channels must be a multiple of head_dim={head_dim}; got channels={channels}")
         self.heads = channels // head_dim
@@ -305,6 +310,22 @@ def unpatchify(x, patch_size):
 # --- The whole ---
 
 
+def levels_with_attention(channel_multipliers, attention_levels):
+    """The levels that UNet gives attention to; TypeError or ValueError unless both arguments fit."""
+    given = {"channel_multipliers": channel_multipliers, "attention_levels": attention_levels}
+    for name, values in given.items():
+        if isinstance(values, int):
+            raise TypeError(f"{name} must be a tuple, such as (1,) or (1, 2); got {values}")
+    last = len(channel_multipliers) - 1
+    if last < 0:
+        raise ValueError(f"channel_multipliers must hold a width per level; got {channel_multipliers}")
+    if attention_levels is None:
+        return tuple(range(1, last + 1))
+    if not set(attention_levels) <= set(range(last + 1)):
+        raise ValueError(f"attention_levels must be among the levels 0 to {last}; got {attention_levels}")
+    return tuple(attention_levels)
+
+
 class UNet(nn.Module):
     """Predict, from noisy images and their step, what the diffusion's prediction type asks for.
 
@@ -313,11 +334,15 @@ class UNet(nn.Module):
         base_channels: channels at the highest resolution.
         channel_multipliers: width of each level, in units of base_channels; the resolution halves in between.
         num_blocks: residual blocks per level on the way down (one more on the way up).
-        attention_levels: the levels, counted from 0, with attention after each residual block.
+        attention_levels: the levels, counted from 0, with attention after each residual block; all but the
+            first if None.
         patch_size: fold this many pixels each way into channels first (1 leaves the image as it is).
         out_channels: channels of the output; in_channels unless given (2 in_channels for a learned variance).
         num_classes: None, a number of classes, or a tuple of them for several labels.
         attention: factory, channels -> module called as (h, cond).
+
+    Raises:
+        TypeError, ValueError: on multipliers, levels, blocks or patches that make no network.
 
     Source: Ho et al. 2020, appendix B; Dhariwal and Nichol 2021, section 3.
     """
@@ -328,13 +353,16 @@ class UNet(nn.Module):
         base_channels=64,
         channel_multipliers=(1, 2, 2),
         num_blocks=2,
-        attention_levels=(1, 2),
+        attention_levels=None,
         patch_size=1,
         out_channels=None,
         num_classes=None,
         attention=SelfAttention,
     ):
         super().__init__()
+        attention_levels = levels_with_attention(channel_multipliers, attention_levels)
+        check_positive_int("num_blocks", num_blocks)
+        check_positive_int("patch_size", patch_size)
         self.patch_size = patch_size
         self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]

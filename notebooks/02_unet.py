@@ -72,6 +72,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lecture26.kit.validation import check_positive_int
+
 # %% [markdown]
 # ## What the network has to do
 #
@@ -281,11 +283,13 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, labels):
         """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on any other."""
-        columns = labels.reshape(len(labels), -1).unbind(dim=1)
-        if len(columns) != len(self.tables):
+        columns = labels[:, None] if labels.ndim == 1 else labels  # (B, number of labels)
+        if columns.shape[1:] != (len(self.tables),) or columns.is_floating_point():
             raise ValueError(
-                f"cond must hold {len(self.tables)} label(s) per sample; got shape {tuple(labels.shape)}"
+                f"cond must hold {len(self.tables)} integer label(s) per sample; "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
+        columns = columns.unbind(dim=1)
         for column, count in zip(columns, self.num_classes, strict=True):
             if column.numel() and not 0 <= column.min() <= column.max() <= count:
                 raise ValueError(
@@ -319,13 +323,13 @@ print(f"rows of the two tables: {len(shape_table.weight)} and {len(colour_table.
 # \qquad\mu_{bg},\ \sigma^2_{bg}:\text{ of image } b,\text{ over channels } c\in g\text{ and all pixels} \tag{2.5}$$
 #
 # with a learned $\gamma_c$ and $\delta_c$ per channel. The papers use 32 groups; with narrow layers that would leave a
-# group one or two channels, so ours have at least eight.
+# group one or two channels, so ours have at least eight. (And their number has to divide that of the channels.)
 
 
 # %% tags=["export"]
 def group_norm(channels):
-    """Group normalisation with at most 32 groups of at least 8 channels."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1)), channels)
+    """Group normalisation with at most 32 groups of at least 8 channels each, or a single group."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 8, 1), channels), channels)
 
 
 # %%
@@ -566,16 +570,17 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: channels of the feature map.
-        head_dim: channels per head.
+        head_dim: channels per head; a narrower map has a single head.
 
     Raises:
-        ValueError: if channels is no multiple of head_dim.
+        ValueError: if channels is above head_dim and no multiple of it.
 
     Source: Dhariwal and Nichol 2021, section 3 (64 channels a head there).
     """
 
     def __init__(self, channels, head_dim=32):
         super().__init__()
+        head_dim = min(head_dim, channels)
         if channels % head_dim:
             raise ValueError(f"channels must be a multiple of head_dim={head_dim}; got channels={channels}")
         self.heads = channels // head_dim
@@ -875,6 +880,22 @@ assert torch.equal(unpatchify(patchify(x, p), p), x)
 
 
 # %% tags=["export"]
+def levels_with_attention(channel_multipliers, attention_levels):
+    """The levels that UNet gives attention to; TypeError or ValueError unless both arguments fit."""
+    given = {"channel_multipliers": channel_multipliers, "attention_levels": attention_levels}
+    for name, values in given.items():
+        if isinstance(values, int):
+            raise TypeError(f"{name} must be a tuple, such as (1,) or (1, 2); got {values}")
+    last = len(channel_multipliers) - 1
+    if last < 0:
+        raise ValueError(f"channel_multipliers must hold a width per level; got {channel_multipliers}")
+    if attention_levels is None:
+        return tuple(range(1, last + 1))
+    if not set(attention_levels) <= set(range(last + 1)):
+        raise ValueError(f"attention_levels must be among the levels 0 to {last}; got {attention_levels}")
+    return tuple(attention_levels)
+
+
 class UNet(nn.Module):
     """Predict, from noisy images and their step, what the diffusion's prediction type asks for.
 
@@ -883,11 +904,15 @@ class UNet(nn.Module):
         base_channels: channels at the highest resolution.
         channel_multipliers: width of each level, in units of base_channels; the resolution halves in between.
         num_blocks: residual blocks per level on the way down (one more on the way up).
-        attention_levels: the levels, counted from 0, with attention after each residual block.
+        attention_levels: the levels, counted from 0, with attention after each residual block; all but the
+            first if None.
         patch_size: fold this many pixels each way into channels first (1 leaves the image as it is).
         out_channels: channels of the output; in_channels unless given (2 in_channels for a learned variance).
         num_classes: None, a number of classes, or a tuple of them for several labels.
         attention: factory, channels -> module called as (h, cond).
+
+    Raises:
+        TypeError, ValueError: on multipliers, levels, blocks or patches that make no network.
 
     Source: Ho et al. 2020, appendix B; Dhariwal and Nichol 2021, section 3.
     """
@@ -898,13 +923,16 @@ class UNet(nn.Module):
         base_channels=64,
         channel_multipliers=(1, 2, 2),
         num_blocks=2,
-        attention_levels=(1, 2),
+        attention_levels=None,
         patch_size=1,
         out_channels=None,
         num_classes=None,
         attention=SelfAttention,
     ):
         super().__init__()
+        attention_levels = levels_with_attention(channel_multipliers, attention_levels)
+        check_positive_int("num_blocks", num_blocks)
+        check_positive_int("patch_size", patch_size)
         self.patch_size = patch_size
         self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -1266,7 +1294,7 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 generator = torch.Generator().manual_seed(0)
 losses, steps = [], [0]
 unseen_losses = {"as they stand": [unseen_loss(network)], "averaged": [unseen_loss(ema.model)]}
-for step in tqdm(range(600), "training"):
+for step in tqdm(range(500), "training"):
     x_0 = images.batch(torch.randint(len(images), (16,), generator=generator))["image"]
     t = torch.randint(diffusion.num_steps, (16,), generator=generator)
     loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator))
@@ -1282,10 +1310,10 @@ for step in tqdm(range(600), "training"):
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-axes[0].plot(range(1, 601), losses, color="lightgrey", label="training, each step")
+axes[0].plot(range(1, 501), losses, color="lightgrey", label="training, each step")
 axes[0].axhline(predicted_loss, color="black", linewidth=0.8, linestyle="--")
 axes[0].annotate(
-    "at the start, by (2.16)", (600, predicted_loss), xytext=(0, 5), textcoords="offset points", ha="right"
+    "at the start, by (2.16)", (500, predicted_loss), xytext=(0, 5), textcoords="offset points", ha="right"
 )
 for (name, values), colour in zip(unseen_losses.items(), colours):
     axes[0].plot(steps, values, "o-", markersize=4, color=colour, label=f"unseen, weights {name}")
@@ -1304,13 +1332,13 @@ show(
 # below them.*
 
 # %%
-late = {name: sum(values[-7:]) / 7 for name, values in unseen_losses.items()}  # from step 300 on
+late = {name: sum(values[-6:]) / 6 for name, values in unseen_losses.items()}  # from step 250 on
 print(f"less than half of the first loss: {late['averaged'] < 0.5 * predicted_loss}")
 print(f"averaged weights better: {late['averaged'] < late['as they stand']}")
 assert late["averaged"] < min(0.5 * predicted_loss, late["as they stand"])
 
 # %% [markdown]
-# Half a minute of training is not much. What can it draw? The same noise, through both sets of weights:
+# Five hundred steps are not much. What can it draw? The same noise, through both sets of weights:
 
 # %%
 x_T = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -1326,9 +1354,9 @@ show(figure, "Two rows of eight blurred, grainy pictures: coloured spots on ligh
 # %% [markdown]
 # ## The long-trained model
 #
-# The same code for an hour instead of half a minute is the recipe `ddpm_shapes32`: a network that is wider at the bottom
-# and has attention at two levels, batches of 64, a learning rate that rises, then falls to zero along a cosine. Its
-# averaged weights come with the course; `python -m lecture26 train ddpm_shapes32` makes them anew.
+# The same code, trained many times as long, is the recipe `ddpm_shapes32`: a network that is wider at the bottom and has
+# attention at two levels, batches of 64, a learning rate that rises, then falls to zero along a cosine. Its averaged
+# weights come with the course; `python -m lecture26 train ddpm_shapes32` makes them anew.
 
 # %%
 trained, trained_diffusion = load_model("ddpm_shapes32"), load_diffusion("ddpm_shapes32")
@@ -1354,7 +1382,7 @@ def loss_by_step(network, steps):
 
 
 steps = [0, 10, 30, 60, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 999]
-by_step = {"600 steps": loss_by_step(ema.model, steps), "long-trained": loss_by_step(trained, steps)}
+by_step = {"500 steps": loss_by_step(ema.model, steps), "long-trained": loss_by_step(trained, steps)}
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
@@ -1405,19 +1433,20 @@ for row, picture, maps in zip(axes, pixels, looks_at):
     for axis, (i, j) in zip(row[1:], ((3, 4), (0, 0))):
         axis.imshow(maps[i, j])
         axis.plot(j, i, "+", color=colours[1], markersize=12, markeredgewidth=3)
-for axis, title in zip(axes[0], (r"$x_t$ at t = 200", "seen from the object", "from the corner")):
+for axis, title in zip(axes[0], ("$x_t$, t = 200", "from the object", "from the corner")):
     axis.set_title(title)
 for axis in axes.flat:
     axis.grid(False)
     axis.set(xticks=[], yticks=[])
 show(
     figure,
-    "Three noisy pictures and their attention: from the object mostly at the object, from the corner at the background.",
+    "Three noisy pictures and their attention: from the object brightest on it, from the corner on the background.",
 )
 
 # %% [markdown]
-# *Bright is where the pixel marked + looks, the mean over the heads. Seen from the object, the object stands out; seen from
-# the corner, the background, with the object left out. Nobody told the network what an object is.*
+# *Bright is where the pixel marked + looks, the mean over the heads; each map has a scale of its own. From the object, the
+# brightest places lie on it or at its edge; from the corner they lie on the background, and the object stays dark. Nobody
+# told the network what an object is.*
 
 # %% [markdown]
 # ## How many steps?
@@ -1601,7 +1630,8 @@ axis.axhline(8, color="grey", linestyle="--", label="8 bits in all: knows nothin
 axis.set(xlabel="step of the 100, counted from 1", ylabel="bits per dimension", ylim=(1e-4, 30))
 axis.legend()
 show(
-    figure, "Bits per dimension of each step, on logarithmic axes: nearly all come from the first few steps."
+    figure,
+    "Bits per dimension of each step, on logarithmic axes: most of them come from the first few steps.",
 )
 
 # %% [markdown]
@@ -1635,7 +1665,7 @@ verify("2.25", bits_per_dim(nats, 1), -torch.erf(1 / (255 * sigma * math.sqrt(2)
 # %% [markdown]
 # ## Real images
 #
-# Nothing so far was made for Shapes. Scikit-learn brings 1,797 handwritten digits, of 8 by 8 pixels, scaled up to 16
+# Nothing so far was made for Shapes alone. Scikit-learn brings 1,797 handwritten digits, of 8 by 8 pixels, scaled up to 16
 # here. A grey network for 16 pixels, without patches:
 
 # %%

@@ -1,5 +1,6 @@
 """The check system, on exercises of its own: verdicts, their wording, recordings."""
 
+import math
 import subprocess
 import sys
 
@@ -9,6 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lecture26.checks import Case, Exercise, Misconception, Recording, check, check_recorded, exercise, record
+from lecture26.checks import fixtures as kinds
+from lecture26.checks.core import describe
+from lecture26.checks.fixtures import Fixture
 from lecture26.checks.judging import judge
 from lecture26.checks.recording import record_exercise
 
@@ -412,3 +416,201 @@ def test_an_unknown_exercise_is_refused():
         check("ddpm.q_simple", scaled_noise)
     with pytest.raises(TypeError, match="exercise must be a name such as 'ddpm.q_sample', got function"):
         exercise(scaled_noise)
+
+
+# Exercises that take a function
+
+
+def slope(classifier, x, t):
+    """The derivative of the summed logits with respect to x."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(classifier(x, t.clone()).sum(), x)[0]
+
+
+def slope_cases(seed: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def case(note, dtype=torch.float64, mode="grad", weights=False):
+        inward, speed, outward, x = (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            for shape in ((3, 4), (4,), (4, 2), (5, 3))
+        )
+        tensors = tuple(tensor.requires_grad_(weights) for tensor in (inward, speed, outward))
+        return Case(note, (Fixture("noisy_classifier", tensors), x, torch.arange(5)), mode)
+
+    return [
+        case("plain"),
+        case("float32", torch.float32),
+        case("learned", weights=True),
+        case("sampling", mode="no_grad", weights=True),
+        case("inference", mode="inference_mode", weights=True),
+    ]
+
+
+def slope_with_backward(classifier, x, t):
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        classifier(x, t.clone()).sum().backward()
+        return x.grad
+
+
+def slope_in_the_mode_around(classifier, x, t):
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(classifier(x, t).sum(), x)[0]
+
+
+def slope_with_gradients_on(classifier, x, t):
+    with torch.enable_grad():
+        return slope_in_the_mode_around(classifier, x, t)
+
+
+def slope_that_changes_the_classifier(classifier, x, t):
+    result = slope(classifier, x, t)
+    with torch.no_grad():
+        classifier.tensors[1].add_(1)
+    return result
+
+
+SLOPE = Exercise(
+    "toy.slope",
+    '"Toys", equation (0.2)',
+    slope,
+    slope_cases,
+    (
+        Misconception("backward", slope_with_backward, "It leaves a .grad."),
+        Misconception("mode around", slope_in_the_mode_around, "Switch gradients on."),
+        Misconception("still in inference mode", slope_with_gradients_on, "Leave inference mode."),
+        Misconception("changed", slope_that_changes_the_classifier, "Leave the classifier alone."),
+        Misconception("other step", lambda classifier, x, t: slope(classifier, x, t + 1), "Give it t."),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def slope_recording():
+    return record_exercise(SLOPE)
+
+
+def test_a_fixture_is_called_with_what_follows_its_tensors():
+    inward, speed, outward, x, t = slope_cases(0)[0].arguments[0].tensors + slope_cases(0)[0].arguments[1:]
+    hidden = [[math.sin(x[b] @ inward[:, h] + t[b] * speed[h]) for h in range(4)] for b in range(5)]
+    expected = torch.tensor(hidden, dtype=torch.float64) @ outward
+    classifier = Fixture("noisy_classifier", (inward, speed, outward))
+    torch.testing.assert_close(classifier(x, t), expected)
+    torch.testing.assert_close(classifier(x.view(5, 1, 3), t), expected)
+
+
+def test_a_fixture_is_described_in_words():
+    fixture = Fixture("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
+    assert describe("classifier", fixture) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
+
+
+def test_a_fixture_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind must be one of .*noisy_classifier.*; got 'oracle'"):
+        Fixture("oracle", ())
+
+
+def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+
+    @kinds._kind
+    def scaled(factor, x):
+        return factor * x
+
+    twice = Exercise(
+        "toy.twice",
+        '"Toys"',
+        lambda f, x: f(f(x)),
+        lambda seed: [Case("points", (Fixture("scaled", (torch.tensor(3.0),)), torch.ones(2)))],
+        (),
+    )
+    record_exercise(twice).save(tmp_path / "twice.safetensors")
+    assert check_recorded(tmp_path / "twice.safetensors", lambda f, x: 9 * x)
+    assert not check_recorded(tmp_path / "twice.safetensors", lambda f, x: f(x))
+
+
+@pytest.mark.parametrize("wrong", SLOPE.misconceptions, ids=lambda wrong: wrong.name)
+def test_an_exercise_with_a_fixture_passes_and_fails_as_others_do(slope_recording, wrong, tmp_path):
+    slope_recording.save(tmp_path / "slope.safetensors")
+    loaded = Recording.load(tmp_path / "slope.safetensors")
+    for recording in (slope_recording, loaded):
+        assert judge(recording, slope)
+        assert judge(recording, wrong.function).misconception == wrong.name
+    assert judge(loaded, wrong.function) == judge(slope_recording, wrong.function)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_exercise_with_a_fixture_is_judged_alike_in_any_mode(slope_recording, mode):
+    with mode():
+        recording = record_exercise(SLOPE)
+        for candidate in (slope, *(wrong.function for wrong in SLOPE.misconceptions)):
+            assert judge(recording, candidate) == judge(slope_recording, candidate)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "sentence"),
+    [
+        (
+            slope_with_backward,
+            "On case 3 of 5 (learned), it leaves a .grad behind in its argument classifier.",
+        ),
+        (slope_in_the_mode_around, "On case 4 of 5 (sampling), it raises RuntimeError"),
+        (slope_with_gradients_on, "On case 5 of 5 (inference), it raises RuntimeError"),
+        (
+            slope_that_changes_the_classifier,
+            "it changes its argument classifier in place: compute a new tensor instead.",
+        ),
+        (
+            lambda classifier, x, t: torch.zeros_like(x),
+            "Arguments: classifier = a noisy classifier with tensors (3, 4), (4,), (4, 2), x float64 (5, 3)",
+        ),
+    ],
+)
+def test_what_happens_to_a_fixture_is_told(slope_recording, candidate, sentence):
+    assert sentence in judge(slope_recording, candidate).message
+
+
+def test_a_recorded_fixture_stays_as_it_is(slope_recording):
+    before = [[tensor.clone() for tensor in case.arguments[0].tensors] for case in slope_recording.cases]
+    for wrong in SLOPE.misconceptions:
+        judge(slope_recording, wrong.function)
+    for case, tensors in zip(slope_recording.cases, before, strict=True):
+        for tensor, kept in zip(case.arguments[0].tensors, tensors, strict=True):
+            assert torch.equal(tensor, kept) and tensor.grad is None
+
+
+def test_a_case_is_called_in_its_mode():
+    seen = []
+
+    def notes(x):
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.is_inference()))
+        return x
+
+    modes = ("grad", "no_grad", "inference_mode")
+    cases = lambda seed: [Case(mode, (torch.ones(2),), mode) for mode in modes]  # noqa: E731
+    record_exercise(Exercise("toy.notes", '"Toys"', notes, cases, ()))
+    assert seen == [(True, False, False), (False, False, False), (False, True, True)]
+
+
+def test_a_recording_with_a_fixture_needs_no_chapter(tmp_path):
+    path = tmp_path / "check.safetensors"
+    record("classifier_guidance.log_prob_gradient").save(path)
+    program = f"""
+import sys
+for part in ("classifier_guidance", "unet", "ddpm"):  # importing them is an error from here on
+    sys.modules[f"lecture26.{{part}}"] = sys.modules[f"lecture26.checks.{{part}}"] = None
+import torch
+from torch.nn.functional import cross_entropy
+from lecture26.checks import check_recorded
+
+def right(classifier, x_t, t, y, reduction="sum"):
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, t, y = x_t.detach().clone().requires_grad_(), t.clone(), y.clone()
+        return -torch.autograd.grad(cross_entropy(classifier(x_t, t), y, reduction=reduction), x_t)[0]
+
+print(bool(check_recorded({str(path)!r}, right)))
+print(check_recorded({str(path)!r}, lambda *arguments: right(*arguments, reduction="mean")).misconception)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\nmean over the batch\n"

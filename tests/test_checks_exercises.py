@@ -108,7 +108,11 @@ def test_cases_are_spread_over_sizes_and_dtypes(name):
     recording = recorded(name)
     assert len(recording.cases) >= 6
     results = [outcome.outputs[0] for outcome in recording.expected]
-    assert len({result.shape for result in results}) >= 3
+    tensors = [[a for a in case.arguments if isinstance(a, Tensor)] for case in recording.cases]
+    shapes = {
+        tuple(t.shape for t in [result, *given]) for result, given in zip(results, tensors, strict=True)
+    }
+    assert len(shapes) >= 3
     assert torch.float64 in {result.dtype for result in results}
     takes_tensors = any(isinstance(argument, Tensor) for argument in recording.cases[0].arguments)
     assert not takes_tensors or torch.float32 in {result.dtype for result in results}
@@ -215,6 +219,127 @@ def respaced_by_loop(alpha_bar, steps):
     return torch.stack(betas)
 
 
+def own_log_prob_by_distribution(logits, y):
+    return torch.distributions.Categorical(logits=logits).log_prob(y)
+
+
+def own_log_prob_by_loop(logits, y):
+    # -log sum_k exp(l_k - l_y)
+    return torch.stack([-(row - row[k]).logsumexp(0) for row, k in zip(logits, y.tolist(), strict=True)])
+
+
+def gradient_by_one_hot(classifier, x_t, t, y):
+    """Labels as a table, and autograd's weights of the outputs in place of a sum."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x, t, y = x_t.clone().detach().requires_grad_(True), t.clone(), y.clone()
+        log_probs = F.log_softmax(classifier(x, t), dim=-1)
+        wanted = F.one_hot(y, log_probs.shape[-1]).to(log_probs.dtype)
+        return torch.autograd.grad(log_probs, x, grad_outputs=wanted)[0]
+
+
+def gradient_by_cross_entropy(classifier, x_t, t, y):
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, t, y = (given.detach().clone() for given in (x_t, t, y))
+        loss = F.cross_entropy(classifier(x_t.requires_grad_(), t), y, reduction="sum")
+        return -torch.autograd.grad(loss, x_t)[0]
+
+
+def gradient_sample_by_sample(classifier, x_t, t, y):
+    def log_prob(x, step, k):
+        return classifier(x[None], step[None])[0].log_softmax(0)[k]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = zip(x_t.detach().clone(), t.clone(), y.tolist(), strict=True)
+        return torch.stack([torch.func.grad(log_prob)(x, step, k).detach() for x, step, k in rows])
+
+
+def gradient_by_functional_jacobian(classifier, x_t, t, y):
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, t, y = x_t.detach().clone(), t.clone(), y.clone()
+        total = lambda x: -F.nll_loss(classifier(x, t).log_softmax(1), y, reduction="sum")  # noqa: E731
+        return torch.autograd.functional.jacobian(total, x_t)
+
+
+def pool_by_loops(tokens, queries):
+    answers = []
+    for query in queries:
+        weights = F.softmax(tokens @ query / len(query) ** 0.5, dim=1)  # (B, N)
+        answers.append((weights[..., None] * tokens).sum(dim=1))
+    return torch.stack(answers, dim=1)
+
+
+def pool_by_einsum(tokens, queries):
+    scores = torch.einsum("lc,bnc->bln", queries * queries.shape[1] ** -0.5, tokens)
+    return torch.einsum("bln,bnc->blc", scores.softmax(dim=2), tokens)
+
+
+def joint_by_loops(first, second):
+    columns = [first[:, i] + second[:, j] for i in range(first.shape[1]) for j in range(second.shape[1])]
+    return torch.stack(columns, dim=1)
+
+
+def info_nce_by_logs(image_features, text_features, logit_scale):
+    kappa = logit_scale.exp() if isinstance(logit_scale, Tensor) else math.exp(logit_scale)
+    logits = torch.einsum("id,jd->ij", image_features, text_features) * kappa
+    rows, columns = logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+    return (rows + columns - 2 * logits.diagonal()).sum() / (2 * len(logits))
+
+
+def masked_attention_by_loop(q, k, v, mask):
+    mask = mask.expand(*q.shape[:-1], k.shape[-2])
+    lead = q.shape[:-2]
+    q, k, v, mask = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v, mask))
+    rows = [
+        torch.stack(
+            [
+                attention_by_loops(query[None], k[b][see], v[b][see])[0]
+                for query, see in zip(q[b], m, strict=True)
+            ]
+        )
+        for b, m in enumerate(mask)
+    ]
+    return torch.stack(rows).reshape(*lead, *rows[0].shape)
+
+
+def masked_attention_by_addition(q, k, v, mask):
+    forbidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=forbidden)
+
+
+def sentence_by_loop(features, tokens, end):
+    return torch.stack(
+        [row[numbers.tolist().index(end)] for row, numbers in zip(features, tokens, strict=True)]
+    )
+
+
+def cosine_gradient_by_autograd(image_features, text_features):
+    u = image_features.detach().clone().requires_grad_()
+    return torch.autograd.grad(F.cosine_similarity(u, text_features, dim=1).sum(), u)[0]
+
+
+def cosine_gradient_by_projection(u, v):
+    projection = (
+        torch.eye(u.shape[1], dtype=u.dtype) - u[:, :, None] * u[:, None] / u.square().sum(1)[:, None, None]
+    )
+    return (projection @ v[:, :, None])[:, :, 0] / (u.norm(dim=1) * v.norm(dim=1))[:, None]
+
+
+def similarity_gradient_by_backward(encode_image, x_t, t, text_features):
+    with torch.inference_mode(False), torch.enable_grad():
+        pixels = x_t.detach().clone().requires_grad_()
+        features = encode_image(pixels, t.clone())
+        texts = F.normalize(text_features.clone().expand_as(features), dim=1)
+        total = torch.einsum("bd,bd->", F.normalize(features, dim=1), texts)
+        return torch.autograd.grad(total, pixels)[0]
+
+
+def through_x_0_by_jacobian(gradient, eps_jacobian, alpha_bar):
+    identity = torch.eye(gradient.shape[1], dtype=gradient.dtype)
+    alpha_bar = alpha_bar[:, :, None]
+    x_0_jacobian = (identity - (1 - alpha_bar) ** 0.5 * eps_jacobian) / alpha_bar**0.5
+    return (x_0_jacobian.mT @ gradient[:, :, None]).squeeze(2)
+
+
 REWRITINGS = [
     ("ddpm.linear_betas", lambda n: 1000 / n * torch.linspace(1e-4, 0.02, n, dtype=torch.float64)),
     ("ddpm.linear_betas", lambda n: (0.1 + 19.9 * torch.arange(n).double() / (n - 1)) / n),
@@ -269,6 +394,74 @@ REWRITINGS = [
     ),
     ("unet.bits_per_dim", lambda nats, num_dimensions: nats / math.log(2) / num_dimensions),
     ("unet.bits_per_dim", lambda nats, num_dimensions: nats * math.log2(math.e) / num_dimensions),
+    (
+        "classifier_guidance.guided_eps",
+        lambda eps, g, abar, s: -((1 - abar) ** 0.5) * (s * g - eps / (1 - abar) ** 0.5),
+    ),
+    (
+        "classifier_guidance.guided_eps",
+        lambda eps, g, abar, s: torch.addcmul(eps, torch.sqrt(1 - abar), g, value=-s),
+    ),
+    ("classifier_guidance.selected_log_probs", own_log_prob_by_distribution),
+    ("classifier_guidance.selected_log_probs", own_log_prob_by_loop),
+    (
+        "classifier_guidance.selected_log_probs",
+        lambda logits, y: -F.cross_entropy(logits, y, reduction="none"),
+    ),
+    ("classifier_guidance.selected_log_probs", lambda logits, y: logits.log_softmax(1)[:, y].diagonal()),
+    (
+        "classifier_guidance.selected_log_probs",
+        lambda logits, y: logits[torch.arange(len(y)), y] - torch.logsumexp(logits, -1),
+    ),
+    ("classifier_guidance.log_prob_gradient", gradient_by_one_hot),
+    ("classifier_guidance.log_prob_gradient", gradient_by_cross_entropy),
+    ("classifier_guidance.log_prob_gradient", gradient_sample_by_sample),
+    ("classifier_guidance.log_prob_gradient", gradient_by_functional_jacobian),
+    ("classifier_guidance.guided_mean", lambda mu, variance, g, s: mu + (s * g) * variance),
+    ("classifier_guidance.guided_mean", lambda mu, variance, g, s: torch.addcmul(mu, variance, g, value=s)),
+    ("classifier_guidance.attention_pool", pool_by_loops),
+    ("classifier_guidance.attention_pool", pool_by_einsum),
+    (
+        "classifier_guidance.attention_pool",
+        lambda h, q: F.scaled_dot_product_attention(q.expand(len(h), *q.shape), h, h),
+    ),
+    ("classifier_guidance.joint_logits", joint_by_loops),
+    (
+        "classifier_guidance.joint_logits",
+        lambda first, second: (
+            first.repeat_interleave(second.shape[1], dim=1) + second.repeat(1, first.shape[1])
+        ),
+    ),
+    (
+        "classifier_guidance.joint_logits",
+        lambda first, second: (first.unsqueeze(-1) + second.unsqueeze(-2)).view(len(first), -1),
+    ),
+    (
+        "clip_guidance.cosine_similarity_matrix",
+        lambda u, v: F.cosine_similarity(u[:, None], v[None], dim=2),
+    ),
+    (
+        "clip_guidance.cosine_similarity_matrix",
+        lambda u, v: u @ v.T / (u.norm(dim=1)[:, None] * v.norm(dim=1)),
+    ),
+    ("clip_guidance.info_nce", info_nce_by_logs),
+    ("clip_guidance.masked_attention", masked_attention_by_loop),
+    ("clip_guidance.masked_attention", masked_attention_by_addition),
+    ("clip_guidance.sentence_features", sentence_by_loop),
+    (
+        "clip_guidance.sentence_features",
+        lambda features, tokens, end: features[((tokens == end).cumsum(1).cumsum(1) == 1)],
+    ),
+    (
+        "clip_guidance.zero_shot_probabilities",
+        lambda u, v, tau: F.normalize(
+            torch.exp(math.exp(tau) * F.cosine_similarity(u[:, None], v[None], dim=2)), p=1, dim=1
+        ),
+    ),
+    ("clip_guidance.cosine_gradient", cosine_gradient_by_autograd),
+    ("clip_guidance.cosine_gradient", cosine_gradient_by_projection),
+    ("clip_guidance.similarity_gradient", similarity_gradient_by_backward),
+    ("clip_guidance.gradient_through_x_0", through_x_0_by_jacobian),
 ]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from lecture26 import recipes
 from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.kit.checkpoints import checkpoint_files
 from lecture26.recipes import ddpm
 
 TRAIN = ["train", "tiny_recipe", "--batch-size", "2"]
@@ -146,6 +148,125 @@ def test_samples_are_a_grid_decided_by_the_seed(data_folder, tmp_path, options):
     assert first.tobytes() != grid("other", 1).tobytes()
 
 
+@pytest.fixture
+def tiny_classifier(data_folder):
+    """A noisy classifier of the images of 'tiny', hardly trained; gone after the test."""
+    network = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
+    recipe = dataclasses.replace(
+        recipes.find_recipe("noisy_classifier_shapes32"),
+        name="tiny_classifier",
+        model=network,
+        steps=1,
+        batch_size=2,
+        precision="fp32",
+    )
+    recipes.run(recipe, "a command")
+    yield
+    for file in checkpoint_files("tiny_classifier"):
+        file.unlink()
+
+
+def test_samples_are_guided_by_the_classifier_of_their_images(data_folder, tiny_classifier, tmp_path):
+    def grid(name, *options):
+        out = tmp_path / f"{name}.png"
+        result = call("sample", "--model", "tiny", "--steps", "3", "--count", "2", "--out", out, *options)
+        assert result.exit_code == 0, result.output
+        return Image.open(out).tobytes(), result.stdout
+
+    def guided(name, wish, *options):
+        return grid(name, "--guidance", "classifier", "--class", wish, *options)
+
+    red, told = guided("red", "red star", "--scale", "50")
+    assert "red star by classifier guidance at scale 50" in told
+    assert red == guided("again", "star, RED", "--scale", "50")[0]
+    assert red != guided("blue", "blue star", "--scale", "50")[0]
+    assert red != grid("unguided")[0]
+    assert guided("zero", "red star", "--scale", "0")[0] == grid("unguided")[0]
+
+
+def test_guidance_without_a_classifier_for_the_model_is_refused(data_folder, tmp_path):
+    out = tmp_path / "grid.png"
+    result = call(
+        "sample", "--model", "tiny", "--out", out, "--guidance", "classifier", "--class", "red star"
+    )
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "needs a noisy classifier of the images and steps of 'tiny'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ("red stra", r"known words \(shape: circle, .*colour: red, .*got 'stra'"),
+        ("red", r"must name a shape \(circle, .*got 'red'"),
+        ("red blue star", "must name one colour; got two in 'red blue star'"),
+        ("", r"must name a shape \(circle, .*got ''"),
+    ],
+)
+def test_a_class_that_is_none_is_refused(data_folder, tiny_classifier, tmp_path, wish, message):
+    out = tmp_path / "grid.png"
+    result = call("sample", "--model", "tiny", "--out", out, "--guidance", "classifier", "--class", wish)
+    assert result.exit_code == EXIT_USER_ERROR
+    assert re.search(message, result.stderr)
+    assert not out.exists()
+
+
+@pytest.fixture
+def tiny_clip(data_folder, monkeypatch):
+    """A noise-aware CLIP of the images of 'tiny', hardly trained; gone after the test."""
+    monkeypatch.setattr(recipes.clip, "EVALUATION_STEPS", (500,))
+    monkeypatch.setattr(recipes.clip, "NUM_GROUPS", 1)
+    image = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
+    recipe = dataclasses.replace(
+        recipes.find_recipe("noisy_clip_shapes32"),
+        name="tiny_clip",
+        model={"image": image, "text": {"width": 8, "depth": 1}},
+        steps=1,
+        batch_size=2,
+        precision="fp32",
+    )
+    recipes.run(recipe, "a command")
+    yield
+    for file in checkpoint_files("tiny_clip"):
+        file.unlink()
+
+
+def test_samples_are_guided_by_the_clip_of_their_images(data_folder, tiny_clip, tmp_path):
+    def grid(name, *options):
+        out = tmp_path / f"{name}.png"
+        result = call("sample", "--model", "tiny", "--steps", "3", "--count", "2", "--out", out, *options)
+        assert result.exit_code == 0, result.output
+        return Image.open(out).tobytes(), result.stdout
+
+    def guided(name, prompt, *options):
+        return grid(name, "--guidance", "clip", "--prompt", prompt, *options)
+
+    red, told = guided("red", "a red star", "--scale", "500")
+    assert "a red star by clip guidance at scale 500" in told
+    assert red != guided("blue", "a blue star", "--scale", "500")[0]
+    assert guided("zero", "a red star", "--scale", "0")[0] == grid("unguided")[0]
+
+    out = tmp_path / "none.png"
+    result = call("sample", "--model", "tiny", "--out", out, "--guidance", "clip", "--prompt", "a red stra")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert re.search(
+        "unknown word 'stra' in 'a red stra'; the words are: a, background, .*star", result.stderr
+    )
+    assert not out.exists()
+
+
+def test_guidance_without_a_clip_for_the_model_is_refused(data_folder, tmp_path):
+    out = tmp_path / "grid.png"
+    result = call("sample", "--model", "tiny", "--out", out, "--guidance", "clip", "--prompt", "a red star")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "needs a noise-aware CLIP of the images and steps of 'tiny'" in result.stderr
+
+
+def test_clip_of_images_without_captions_is_refused(data_folder):
+    result = call("train", "clip_shapes32", "--data", "digits", "--name", "speechless")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "data must be 'shapes', whose images have captions; got 'digits'" in result.stderr
+
+
 def test_evaluation_agrees_with_the_card(data_folder, card):
     result = call("evaluate", "tiny")
     assert result.exit_code == 0, result.output
@@ -190,6 +311,13 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--sampler", "euler"], "--sampler"),
         ([*SAMPLE, "--eta", "1.5"], "--eta"),
         ([*SAMPLE, "--eta", "0.5", "--sampler", "ddpm"], "--eta is for --sampler ddim"),
+        ([*SAMPLE, "--class", "red star"], "--class, --prompt and --scale are for --guidance"),
+        ([*SAMPLE, "--prompt", "a red star"], "--class, --prompt and --scale are for --guidance"),
+        ([*SAMPLE, "--scale", "2"], "--class, --prompt and --scale are for --guidance"),
+        ([*SAMPLE, "--guidance", "classifier"], "--guidance classifier needs --class"),
+        ([*SAMPLE, "--guidance", "clip"], "--guidance clip needs --prompt"),
+        ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--class", "b"], "--prompt and not --class"),
+        ([*SAMPLE, "--guidance", "magic"], "--guidance"),
         ([*SAMPLE, "--out", "grid.txt"], "--out must end in .png"),
         ([*SAMPLE, "--out", "no/such/folder/grid.png"], "--out must be a file"),
     ],

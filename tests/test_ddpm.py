@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from simulated_device import SIMULATED, simulated_device, values_of
+from tensors import agree, normal, seeded
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from lecture26 import ddpm
@@ -21,6 +22,7 @@ from lecture26.ddpm import (
     discretized_log_likelihood,
     exact_denoiser,
     linear_betas,
+    noise_like,
     normal_kl,
     normal_log_density,
     sample,
@@ -41,19 +43,6 @@ ACCELERATORS = [
 MIXTURE = GaussianMixture([0.5, 0.3, 0.2], [[2.0, 0.0], [-1.0, 1.5], [-1.0, -2.0]], [0.3, 0.5, 0.2])
 MIXTURE_1D = GaussianMixture([0.7, 0.3], [[-1.0], [1.5]], [0.2, 0.4])
 GRID = torch.linspace(-12, 12, 24_001, dtype=torch.float64)  # the trapezoidal rule is exact here to 1e-12
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
-
-
-def agree(actual, expected, tolerance):
-    """Same shape, dtype and device, and values to an absolute and relative tolerance."""
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def column(table, t, x):
@@ -117,6 +106,9 @@ def test_betas_may_be_any_numbers_in_a_row(betas):
 def test_one_step_is_a_diffusion_too():
     diffusion = Diffusion([0.5], variance="learned_range")
     x_1 = normal(2, 3)
+    _, variance, log_variance = diffusion.q_posterior(x_1, x_1, torch.tensor([0, 0]))
+    agree(variance, torch.zeros_like(x_1), 0.0)
+    agree(log_variance, torch.full_like(x_1, math.log(0.5)), 1e-14)  # no next step: beta stands in
     x_0 = ddpm_step(diffusion, always(torch.cat([0 * x_1, x_1], dim=1)), x_1, torch.tensor([0, 0]), x_1)
     agree(x_0, x_1 / math.sqrt(0.5), 1e-14)
 
@@ -590,11 +582,12 @@ def test_bound_counts_the_bits_of_8_bit_data():
 # The loss
 
 
+@pytest.mark.parametrize("spacing", DIFFUSIONS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_simple_loss(prediction, variance):
-    diffusion = Diffusion(linear_betas(50), prediction, variance, clip=True)
-    x_0, noise, t = 2 * normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1), torch.tensor([0, 1, 20, 49])
+def test_simple_loss(spacing, prediction, variance):
+    diffusion = DIFFUSIONS[spacing](Diffusion(linear_betas(100), prediction, variance, clip=True))
+    x_0, noise, t = 2 * normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1), torch.tensor([0, 1, 5, 9])
     alpha_bar = column(diffusion.alpha_bar, t, x_0)
     target = {
         "eps": noise,
@@ -641,10 +634,13 @@ def hybrid_loss_by_hand(diffusion, output, x_0, t, noise):
     return torch.stack(squared_errors).mean() + diffusion.num_steps / 1000 * torch.stack(bits).mean()
 
 
+@pytest.mark.parametrize("spacing", DIFFUSIONS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_hybrid_loss(prediction):
-    diffusion = Diffusion(linear_betas(50), prediction, "learned_range", clip=True)
-    x_0, t = eight_bit(torch.randint(256, (5, 3, 2, 2), generator=seeded())), torch.tensor([0, 0, 1, 20, 49])
+def test_hybrid_loss(spacing, prediction):
+    diffusion = DIFFUSIONS[spacing](Diffusion(linear_betas(100), prediction, "learned_range", clip=True))
+    last = diffusion.num_steps - 1
+    t = torch.tensor([0, 0, 1, last // 2, last])
+    x_0 = eight_bit(torch.randint(256, (5, 3, 2, 2), generator=seeded()))
     x_0[0, 0, 0] = torch.tensor([-1.0, 1.0])  # both outermost values at the step that has a decoder
     noise, output = normal(5, 3, 2, 2, seed=1), normal(5, 6, 2, 2, seed=2)
     x_t = diffusion.q_sample(x_0, t, noise)
@@ -923,6 +919,30 @@ def test_sample_draws_by_itself_without_a_generator():
     assert not torch.isclose(one, other).any()
 
 
+def test_sampling_and_measuring_leave_no_graph():
+    weight = torch.ones(2, requires_grad=True)
+    diffusion, x = Diffusion(linear_betas(30)), normal(3, 2)
+
+    def denoiser(x_t, t):
+        return weight * x_t
+
+    for result in (
+        sample(diffusion, denoiser, (3, 2), x_T=x, progress=False),
+        bound(diffusion, denoiser, x, seeded()),
+    ):
+        assert not result.requires_grad
+    assert diffusion.loss(denoiser, x, torch.tensor([0, 1, 29]), x).requires_grad
+
+
+def test_noise_is_like_the_data_and_comes_from_the_generator():
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(500, 2, dtype=dtype)
+        agree(noise_like(x, seeded(3)), normal(500, 2, seed=3, dtype=dtype), 0.0)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            agree(noise_like(x, None), normal(500, 2, seed=3, dtype=dtype), 0.0)
+
+
 def test_sample_starts_from_standard_normal_noise():
     def step(diffusion, denoiser, x_t, t, noise):
         return x_t
@@ -946,6 +966,15 @@ def test_sample_treats_the_samples_of_a_batch_alike():
 def test_sample_of_no_samples(step):
     samples = sample(Diffusion(linear_betas(30)), lambda x_t, t: x_t, (0, 3, 4, 4), step=step, progress=False)
     assert samples.shape == (0, 3, 4, 4)
+
+
+def test_a_batch_may_be_empty(any_diffusion):
+    x, t = torch.empty(0, 2), torch.empty(0, dtype=torch.int64)
+    *results, _, _ = everything(any_diffusion, x, x, t, x_T=x)
+    losses = [result for result in results if result.ndim == 0]
+    assert len(losses) == 1 and losses[0].isnan()  # the mean of nothing
+    assert all(result.shape[0] == 0 for result in results if result.ndim)
+    assert exact_denoiser(MIXTURE, any_diffusion)(x, t).shape == (0, 2)
 
 
 def test_sample_shows_its_progress_unless_told_otherwise(monkeypatch):
@@ -990,7 +1019,7 @@ def everything(diffusion, x, noise, t, x_T):
 @pytest.fixture(params=[*PREDICTIONS, "respaced"])
 def any_diffusion(request):
     prediction = request.param if request.param in PREDICTIONS else "eps"
-    diffusion = Diffusion(linear_betas(100), prediction, "learned_range", clip=True)
+    diffusion = Diffusion(linear_betas(30), prediction, "learned_range", clip=True)
     return diffusion.respace(10) if request.param == "respaced" else diffusion
 
 
@@ -1017,6 +1046,13 @@ def test_mixture_has_the_dtype_of_the_input():
         torch.testing.assert_close(single.double(), method(x.double(), 0.5), rtol=1e-4, atol=1e-4)
     diffusion = Diffusion(linear_betas(30))
     assert exact_denoiser(MIXTURE, diffusion)(x, torch.tensor([0, 1, 2, 3])).dtype == torch.float32
+
+
+def test_tables_stay_on_the_cpu_wherever_the_betas_come_from():
+    betas = linear_betas(30).float()
+    with simulated_device():
+        diffusion = Diffusion(betas.to(SIMULATED))
+    agree(diffusion.betas, betas.double(), 0.0)
 
 
 def test_tables_come_to_the_device_of_the_data(any_diffusion):
@@ -1072,6 +1108,8 @@ RESPACED = DIFFUSION.respace(10)
         (lambda: Diffusion([]), ValueError, r"betas must be a \(T,\) table .*; got tensor\(\[\]"),
         (lambda: Diffusion([[0.1, 0.2]]), ValueError, r"betas must be a \(T,\) table .*; got .*0\.2000"),
         (lambda: Diffusion(0.1), ValueError, r"betas must be a \(T,\) table .*; got 0\.1"),
+        (lambda: Diffusion(None), TypeError, r"betas must be a \(T,\) table .*; got None"),
+        (lambda: Diffusion("linear"), TypeError, r"betas must be a \(T,\) table .*; got 'linear'"),
         # what the network predicts
         (
             lambda: Diffusion([0.1], prediction="epsilon"),
@@ -1105,8 +1143,23 @@ RESPACED = DIFFUSION.respace(10)
         (lambda: ddpm_step(DIFFUSION, always(X), X, T + 29, X), ValueError, r"t must lie in \[0, 30\)"),
         (lambda: ddim_step(DIFFUSION, always(X), X, T - 1, X), ValueError, r"t must lie in \[0, 30\)"),
         (lambda: DIFFUSION.q_sample(X, T.float(), X), (TypeError, ValueError), "t must .*float32"),
-        # the data
+        # the data and their noise
         (lambda: DIFFUSION.q_sample(X.byte(), T, X), (TypeError, ValueError), "must .*float.* got .*uint8"),
+        (
+            lambda: DIFFUSION.q_sample(X, T, X[0]),
+            ValueError,
+            r"noise must have the shape of x_0, \(2, 3\); got \(3,\)",
+        ),
+        (
+            lambda: DIFFUSION.q_sample(X[:1].expand(2, 3), T, X[:1]),
+            ValueError,
+            r"noise must have the shape of x_0, \(2, 3\); got \(1, 3\)",
+        ),
+        (
+            lambda: RESPACED.loss(always(X), X, T, X[:, :1]),
+            ValueError,
+            r"noise must have the shape of x_0, \(2, 3\); got \(2, 1\)",
+        ),
         # the network's output
         (
             lambda: DIFFUSION.p_mean_variance(always(normal(2, 6)), X, T),

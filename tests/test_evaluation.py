@@ -17,6 +17,7 @@ from lecture26.kit.evaluation import (
     read,
     read_right,
     real_against_real,
+    recall,
     sample_quality,
 )
 from lecture26.kit.readers import canonical
@@ -263,6 +264,45 @@ def test_reading_refuses(function, images, message):
 # Samples against real images
 
 
+def counted_recall(real, drawn):
+    """Recall by its definition, one pair of images at a time."""
+    inside = []
+    for image in real:
+        balls = []
+        for centre in drawn:
+            distances = sorted((centre - other).norm().item() for other in drawn)
+            balls.append((image - centre).norm().item() <= distances[3])  # distances[0] is its own, 0
+        inside.append(any(balls))
+    return sum(inside) / len(inside)
+
+
+def test_recall_and_precision_by_their_definition():
+    real, drawn = draw(0, 30, 3), 0.7 * draw(1, 25, 3)
+    assert 0.2 < recall(real, drawn) < 0.9
+    assert recall(real, drawn) == pytest.approx(counted_recall(real, drawn))
+    assert recall(drawn, real) == pytest.approx(counted_recall(drawn, real))
+
+
+def test_recall_sees_what_is_missing_and_precision_what_should_not_be_there():
+    left, right = draw(0, 100, 2), draw(1, 100, 2) + 50
+    both = torch.cat([left, right])
+    assert recall(both, draw(2, 100, 2)) < 0.55  # half of the real images are never drawn
+    assert recall(draw(2, 100, 2), both) > 0.8  # what is drawn is real
+    assert recall(left, draw(2, 100, 2)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("real", "drawn", "message"),
+    [
+        (torch.zeros(5, 3), torch.zeros(5, 4), r"shapes \(N, F\) and \(M, F\); got \(5, 3\) and \(5, 4\)"),
+        (torch.zeros(5, 3), torch.zeros(3, 3), "features_drawn must be of more than 3 images.*got 3"),
+    ],
+)
+def test_recall_refuses(real, drawn, message):
+    with pytest.raises(ValueError, match=message):
+        recall(real, drawn)
+
+
 @pytest.fixture(scope="module")
 def reader():
     return load_model("reader_shapes32")
@@ -324,6 +364,8 @@ def test_evaluation_of_a_denoiser_has_a_reader_look_at_its_samples(small_evaluat
         "samples",
         "frechet_distance",
         "frechet_distance_real",
+        "recall",
+        "recall_real",
         "mean_confidence",
         "confident_share",
     ]

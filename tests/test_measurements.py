@@ -9,21 +9,23 @@ import torch
 from typer.testing import CliRunner
 
 from lecture26.__main__ import EXIT_USER_ERROR, app
+from lecture26.classifier_guidance import classifier_guided
 from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.checkpoints import save_checkpoint
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import sample_quality
+from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.results import load_results, save_results
-from lecture26.recipes import find_recipe, load_diffusion, load_model, measurements
+from lecture26.recipes import find_recipe, load_diffusion, load_model, measurements, sweeps
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
+CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 READER = {"widths": (8, 8), "num_features": 4}
 STUDY = {"step_counts": (2, 3), "num_samples": 16, "batch_size": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def data_folder(tmp_path_factory):
-    """A data folder with an untrained denoiser, 'drawer', and an untrained reader, 'judge'."""
+    """A data folder with untrained networks: a denoiser 'drawer', a classifier 'guide', a reader 'judge'."""
     folder = tmp_path_factory.mktemp("data")
     images = load("shapes")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
@@ -31,6 +33,7 @@ def data_folder(tmp_path_factory):
         patch.setenv("LECTURE26_DATA", str(folder))
         for name, recipe, model in (
             ("drawer", "ddpm_shapes32", NETWORK),
+            ("guide", "noisy_classifier_shapes32", CLASSIFIER),
             ("judge", "reader_shapes32", READER),
         ):
             recipe = find_recipe(recipe).fitted_to(images)
@@ -69,6 +72,49 @@ def test_the_first_batch_is_what_a_notebook_draws_with_seed_0(study):
     assert run["first_batch"]["frechet_distance"] != run["frechet_distance"]
 
 
+@pytest.fixture(scope="module")
+def sweep():
+    return sweeps.classifier_guidance_sweep(
+        "drawer", "guide", "judge", scales=(1.0, 3.0), num_samples=16, batch_size=8, steps=3
+    )
+
+
+def test_a_sweep_runs_all_scales_both_forms_both_samplers_and_the_held_out_classes(sweep):
+    settings = [(run["form"], run["sampler"], run["scale"], run["split"]) for run in sweep["runs"]]
+    assert settings == [
+        ("none", "ddim", 0.0, "test"),
+        ("none", "ddpm", 0.0, "test"),
+        ("denoiser", "ddim", 1.0, "test"),
+        ("denoiser", "ddim", 3.0, "test"),
+        ("denoiser", "ddpm", 1.0, "test"),
+        ("denoiser", "ddpm", 3.0, "test"),
+        ("mean shift", "ddpm", sweeps.CLASSIFIER_SCALE, "test"),
+        ("denoiser", "ddpm", sweeps.CLASSIFIER_SCALE, "held_out"),
+    ]
+    distances = [run["frechet_distance"] for run in sweep["runs"]]
+    assert len(set(distances)) == len(distances)  # no setting is another one under a new name
+    for run in sweep["runs"]:
+        assert {"accuracy_shape", "accuracy_colour", "accuracy_all", "recall"} <= run.keys()
+        assert {"accuracy_all", "frechet_distance"} <= run["first_batch"].keys()
+
+
+def test_a_sweep_asks_for_what_the_images_show_that_it_compares_with(sweep):
+    """The first guided batch of a sweep, drawn by hand as a notebook would."""
+    images, diffusion = load("shapes", "test"), load_diffusion("drawer")
+    wanted = images.attributes(range(8))
+    y = 8 * wanted["shape"] + wanted["colour"]
+    guided = classifier_guided(load_model("drawer"), load_model("guide"), y, 3.0, diffusion)
+    generator = torch.Generator().manual_seed(0)
+    x_0 = sample(diffusion.respace(3), guided, (8, 3, 32, 32), ddim_step, generator, progress=False)
+    first_batch = sweep["runs"][3]["first_batch"]
+    judge = load_model("judge")
+    assert first_batch["frechet_distance"] == pytest.approx(
+        sample_quality(judge, x_0, images)["frechet_distance"], rel=1e-4
+    )
+    right = attribute_accuracy(judge, x_0, {name: wanted[name] for name in ("shape", "colour")})
+    assert first_batch["accuracy_all"] == pytest.approx(right["all"])
+
+
 def test_the_command_stores_the_measurement_and_how_it_was_made(data_folder, monkeypatch):
     monkeypatch.setitem(
         measurements.MEASUREMENTS, "tiny", partial(measurements.sampling_steps, "drawer", "judge", **STUDY)
@@ -93,7 +139,7 @@ def test_the_command_stores_the_measurement_and_how_it_was_made(data_folder, mon
 def test_an_unknown_measurement_is_refused():
     result = CliRunner().invoke(app, ["measure", "nothing"])
     assert result.exit_code == EXIT_USER_ERROR
-    assert "measurement must be one of 'ddpm_shapes32_steps'" in result.stderr
+    assert "measurement must be one of 'ddpm_shapes32_steps', " in result.stderr
     assert "Traceback" not in result.output
 
 

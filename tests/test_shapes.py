@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import runpy
 
 import pytest
 import torch
@@ -99,6 +100,27 @@ def test_images_have_256_levels(image_set, image_size):
     levels = (image_set("test", image_size).batch(range(64))["image"].double() + 1) * 127.5
     assert (levels - levels.round()).abs().max() < 1e-4
     assert levels.min() >= 0 and levels.max() <= 255
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("image_set", "image_size"), ALL_SETS)
+def test_images_are_float32_whatever_the_default(image_set, image_size, float64_by_default):
+    indices = range(100)  # every shape and background
+    imported_anew = runpy.run_path(module.__file__)[image_set.__name__]
+    sets = [of("train", image_size) for of in (image_set, imported_anew)]
+    images = [of.batch(indices)["image"] for of in sets]
+    coverages = [of.coverage(of.attributes(indices), indices) for of in sets]
+    torch.set_default_dtype(torch.float32)
+    expected = image_set("train", image_size).batch(indices)["image"]
+    for image, coverage in zip(images, coverages, strict=True):
+        assert coverage.dtype == torch.float32
+        assert image.dtype == torch.float32 and torch.equal(image, expected)
 
 
 def test_64_pixels_show_the_picture_of_32_pixels():

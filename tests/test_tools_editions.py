@@ -109,6 +109,31 @@ def test_copy_runs_solved(course):
     assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
 
 
+def test_one_rehearsal_runs_the_notebook_and_the_copy(course):
+    shutil.copy(ROOT / "notebooks" / "jupytext.toml", course / "notebooks")
+    notebooks.run(course, store=True)
+    stored = nbformat.read(course / "notebooks" / "01_waves.ipynb", as_version=4).cells
+    copied = learners_copy(course).cells
+    folder = course / "build" / "rehearsals"
+    assert editions.make_rehearsals(course, folder) == [f"made {folder}/01_waves.ipynb"]
+    notebook = nbformat.read(folder / "01_waves.ipynb", as_version=4)
+
+    # the stored notebook with its outputs, and in it the copy's cells from the exercise to the finished one
+    solved = next(i for i, cell in enumerate(stored) if "exercise" in cell.metadata.get("tags", []))
+    split = solved + 2  # behind the solved exercise and its check
+    assert notebook.cells[:split] + notebook.cells[split + 4 :] == stored
+    inserted = [cell.source for cell in notebook.cells[split : split + 4]]
+    assert inserted == [cell.source for cell in copied[solved : solved + 4]]
+    assert copied[solved + 3].metadata["tags"] == ["finished"]
+
+    expected = [output.get("data") for cell in stored for output in cell.get("outputs", [])]
+    notebooks.execute(notebook, "01_waves", folder)
+    ignored = notebook.cells.pop(split + 1)  # the check of what is not solved
+    assert ignored.metadata["tags"] == ["nbval-ignore-output"]
+    assert ignored.outputs[0].data["text/plain"] == "False"
+    assert [output.get("data") for cell in notebook.cells for output in cell.get("outputs", [])] == expected
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -136,6 +161,12 @@ def test_command_line(course, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["editions.py", "waves", "--root", str(course)])
     editions.main()
     assert capsys.readouterr().out == "made work/01_waves.ipynb\n"
+    notebooks.run(course, store=True)
+    monkeypatch.setattr(
+        sys, "argv", ["editions.py", "--root", str(course), "--rehearse", str(course / "new")]
+    )
+    editions.main()
+    assert capsys.readouterr().out.endswith(f"made {course}/new/01_waves.ipynb\n")
     monkeypatch.setattr(sys, "argv", ["editions.py", "nome", "--root", str(course)])
     with pytest.raises(SystemExit, match="there are: 01_waves"):
         editions.main()

@@ -127,6 +127,15 @@ def test_docstring_has_the_title_and_the_way_to_edit(course, title, expected):
     assert "notebooks/07_name.py" in lines[2] and "make package" in lines[2]
 
 
+def test_docstring_of_a_chapter_with_a_long_name_keeps_to_the_line_length(course):
+    root = course("x = 1")
+    source = root / "notebooks" / f"07_{'very_' * 6}long_name.py"
+    (root / "notebooks" / "07_name.py").rename(source)
+    text = export.export_notebook(source, root)
+    assert max(map(len, text.splitlines())) <= 110
+    assert "edit there, then run `make package`." in " ".join(text.split())
+
+
 def test_notebook_without_exported_cells_makes_no_module(course):
     root = course("x = 1", tags='["exercise"]')
     assert export.export(root) == []

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSI
 
 
 def requirements():
-    """The requirements of the package with its extras lab and dev, by name."""
+    """The requirements of the package with its extras lab, clip and dev, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["lab"], *extras["dev"]]
+    texts = [*project["dependencies"], *extras["lab"], *extras["clip"], *extras["dev"]]
     listed = [Requirement(text) for text in texts if not text.startswith("lecture26")]
     return {requirement.name: requirement for requirement in listed}
 

@@ -51,6 +51,7 @@ def wait_for_steps(process, count):
         assert process.stdout.readline() == "step\n"
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_same_weights(tmp_path):
     state_file = tmp_path / "killed.pt"
     with start(state_file, tmp_path / "out") as process:
@@ -87,6 +88,7 @@ def start_two(state_file, out, delay):
     return [start(state_file, out, 4, 0.0, delay, **world, **rank) for rank in ranks]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch was built without gloo")

@@ -10,11 +10,12 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from simulated_device import SIMULATED, simulated_device, values_of
+from tensors import agree, normal, perturbed, seeded
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lecture26 import unet
-from lecture26.ddpm import Diffusion, ddim_step, linear_betas, sample
+from lecture26.ddpm import Diffusion, ddim_step, ddpm_step, linear_betas, sample
 from lecture26.unet import (
     EMA,
     LabelEmbedding,
@@ -32,29 +33,6 @@ from lecture26.unet import (
 )
 
 SMALL = {"base_channels": 16, "channel_multipliers": (1, 2), "num_blocks": 1, "attention_levels": (1,)}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
-
-
-def agree(actual, expected, tolerance):
-    """Same shape, dtype and device, and values to an absolute and relative tolerance."""
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-@torch.no_grad()
-def perturbed(module, dtype=torch.float64):
-    """The module with noise on every parameter: layers that are 0 at first hide all that lies before."""
-    module.to(dtype)
-    generator = seeded(5)
-    for parameter in module.parameters():
-        parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    return module
 
 
 # Telling the network the step
@@ -95,6 +73,11 @@ def test_label_embeddings_add_up():
     agree(embedding(labels), expected, 0.0)
 
 
+@pytest.mark.parametrize(("num_classes", "shape"), [(3, (0,)), (3, (0, 1)), ((3, 5), (0, 2))])
+def test_no_labels_have_no_embeddings(num_classes, shape):
+    assert LabelEmbedding(num_classes, 8)(torch.empty(shape, dtype=torch.int64)).shape == (0, 8)
+
+
 def test_one_label_needs_no_second_axis():
     embedding = LabelEmbedding(3, 8)
     labels = torch.tensor([0, 3, 2])
@@ -121,11 +104,19 @@ def test_zero_init():
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(4, 1), (8, 1), (24, 1), (32, 4), (64, 8), (96, 4), (512, 32)]
+    ("channels", "groups"),
+    [(4, 1), (8, 1), (24, 1), (32, 4), (34, 2), (64, 8), (66, 2), (96, 4), (128, 16), (160, 4), (512, 32)],
 )
 def test_group_norm_has_groups_of_at_least_8_channels(channels, groups):
     assert group_norm(channels).num_groups == groups
     assert group_norm(channels).num_channels == channels
+
+
+def test_group_norm_takes_any_width():
+    for channels in range(1, 300):
+        groups = group_norm(channels).num_groups
+        assert channels % groups == 0
+        assert groups == 1 or channels // groups >= 8
 
 
 @torch.no_grad()
@@ -178,6 +169,22 @@ def test_residual_block_starts_as_its_skip(in_channels, out_channels):
 def test_attention_is_that_of_torch():
     q, k, v = normal(2, 3, 5, 4), normal(2, 3, 7, 4, seed=1), normal(2, 3, 7, 6, seed=2)
     agree(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), 1e-12)
+
+
+def test_narrow_maps_have_a_single_head():
+    assert SelfAttention(24).heads == 1
+    assert SelfAttention(32).heads == 1
+    assert SelfAttention(64).heads == 2
+
+
+@pytest.mark.parametrize(
+    ("channel_multipliers", "levels"),
+    [((1,), ()), ((1, 2), (1,)), ((1, 2, 2), (1, 2)), ((1, 1, 2, 2), (1, 2, 3))],
+)
+def test_by_default_all_levels_but_the_first_have_attention(channel_multipliers, levels):
+    model = UNet(3, 8, channel_multipliers, num_blocks=1)
+    found = tuple(i for i, level in enumerate(model.down) if level.stages[0].attention is not None)
+    assert found == levels
 
 
 @pytest.mark.parametrize("head_dim", [8, 32])
@@ -301,6 +308,16 @@ def test_unet_is_conditioned_on_labels(num_classes, labels):
     agree(model(x_t, t, labels.flip(0)), output.flip(0), 1e-12)
     for i in range(2):
         assert not torch.isclose(output[i], output[i + 1]).all()
+
+
+def test_unet_takes_an_empty_batch():
+    model = perturbed(UNet(3, **SMALL, patch_size=2, out_channels=6, num_classes=(2, 3)), torch.float32)
+    t, labels = torch.empty(0, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64)
+    assert model(torch.empty(0, 3, 8, 8), t, labels).shape == (0, 6, 8, 8)
+    diffusion = Diffusion(linear_betas(100), variance="learned_range").respace(3)
+    for step in (ddpm_step, ddim_step):
+        samples = sample(diffusion, lambda x_t, t: model(x_t, t, labels), (0, 3, 8, 8), step, progress=False)
+        assert samples.shape == (0, 3, 8, 8)
 
 
 def test_unet_knows_the_step():
@@ -573,9 +590,9 @@ PLAIN, LABELLED, PATCHED = (
             "channels must be a multiple of head_dim=32; got channels=48",
         ),
         (
-            lambda: UNet(3, base_channels=24, attention_levels=(0,)),
+            lambda: UNet(3, base_channels=40, attention_levels=(0,)),
             ValueError,
-            "channels must be a multiple of head_dim=32; got channels=24",
+            "channels must be a multiple of head_dim=32; got channels=40",
         ),
         (
             lambda: patchify(normal(1, 3, 8, 9), 2),
@@ -590,13 +607,50 @@ PLAIN, LABELLED, PATCHED = (
         (
             lambda: LabelEmbedding((2, 3), 8)(torch.tensor([0, 1])),
             ValueError,
-            r"cond must hold 2 label\(s\) per sample; got shape \(2,\)",
+            r"cond must hold 2 integer label\(s\) per sample; got torch.int64 of shape \(2,\)",
         ),
         (
             lambda: LabelEmbedding(3, 8)(torch.tensor([[0, 1]])),
             ValueError,
-            r"cond must hold 1 label\(s\) per sample; got shape \(1, 2\)",
+            r"cond must hold 1 integer label\(s\) per sample; got torch.int64 of shape \(1, 2\)",
         ),
+        (
+            lambda: LabelEmbedding(3, 8)(torch.tensor([0.0, 1.0])),
+            ValueError,
+            r"cond must hold 1 integer label\(s\) per sample; got torch.float32 of shape \(2,\)",
+        ),
+        (
+            lambda: LabelEmbedding((2, 3), 8)(torch.empty(0, dtype=torch.int64)),
+            ValueError,
+            r"cond must hold 2 integer label\(s\) per sample; got torch.int64 of shape \(0,\)",
+        ),
+        (
+            lambda: UNet(3, channel_multipliers=(1, 2), attention_levels=(1, 2)),
+            ValueError,
+            r"attention_levels must be among the levels 0 to 1; got \(1, 2\)",
+        ),
+        (
+            lambda: UNet(3, attention_levels=(-1,)),
+            ValueError,
+            r"attention_levels must be among the levels 0 to 2; got \(-1,\)",
+        ),
+        (
+            lambda: UNet(3, attention_levels=(1)),
+            TypeError,
+            r"attention_levels must be a tuple, such as .*; got 1",
+        ),
+        (
+            lambda: UNet(3, channel_multipliers=(2)),
+            TypeError,
+            r"channel_multipliers must be a tuple, such as .*; got 2",
+        ),
+        (
+            lambda: UNet(3, channel_multipliers=(), attention_levels=()),
+            ValueError,
+            r"channel_multipliers must hold a width per level; got \(\)",
+        ),
+        (lambda: UNet(3, num_blocks=0), ValueError, "num_blocks must be at least 1; got 0"),
+        (lambda: UNet(3, patch_size=0), ValueError, "patch_size must be at least 1; got 0"),
         (lambda: LABELLED(X, T), (TypeError, ValueError), "cond must hold .* got None"),
         (lambda: LABELLED(X, T, T + 3), ValueError, r"cond must .*\[0, 3\].* got .*4"),
         (lambda: LABELLED(X, T, T[:1]), ValueError, r"cond must .*2.* got .*\(1,\)"),

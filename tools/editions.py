@@ -2,6 +2,9 @@
 
 A copy is an .ipynb without outputs that is paired with no source. A copy that exists is the learner's own and
 stays as it is.
+
+With `--rehearse FOLDER` it makes the rehearsals there instead, on which `make nbval` tries both a learner who
+solves every exercise and one who solves none.
 """
 
 import argparse
@@ -9,6 +12,8 @@ import ast
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jupytext
@@ -28,30 +33,56 @@ def learners_copy(source: Path) -> nbformat.NotebookNode:
 
     The answer is folded; the cell that takes the finished function from the package is tagged `finished`.
     """
-    cells, exercise = [], None  # the exercise whose check comes next
-    for cell in read_cells(source):
-        if exercise is not None and (cell.kind != "code" or "check(" not in cell.source):
-            raise cell.error(1, "the cell right after an exercise calls its check")
-        if "exercise" in cell.tags:
-            exercise = cell
-            cells.append(code_cell(to_fill_in(cell), *cell.tags))
-        elif exercise is not None:
-            finished = code_cell(finished_import(exercise, module_name(source)), "finished")
-            cells += [code_cell(cell.source, *cell.tags), new_markdown_cell(answer(exercise)), finished]
-            exercise = None
-        elif cell.kind == "code":
-            cells.append(code_cell(cell.source, *cell.tags))
-        else:
-            cells.append(new_markdown_cell(cell.source))
-    if exercise is not None:
-        raise exercise.error(1, "no cell follows that calls this exercise's check")
+    cells = []
+    for cell, exercise in with_exercise_above(read_cells(source)):
+        if exercise is not None:
+            cells += unsolved(exercise, cell, module_name(source))
+        elif "exercise" not in cell.tags:
+            cells.append(code_cell(cell) if cell.kind == "code" else new_markdown_cell(cell.source))
     kernelspec = jupytext.read(source).metadata["kernelspec"]
     return new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
 
 
-def code_cell(source: str, *tags: str) -> nbformat.NotebookNode:
+def rehearsal(source: Path) -> nbformat.NotebookNode:
+    """The stored notebook, outputs included; behind each solved exercise, the cells of the unsolved one.
+
+    One run of it serves three: every cell of the notebook runs and must give its stored output, the checks of
+    the solved exercises among them; and so does the learner's copy run with all exercises left open, since
+    what follows an exercise gets the finished function from the package.
+    """
+    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    stored, notebook.cells = notebook.cells, []
+    for stored_cell, (cell, exercise) in zip(stored, with_exercise_above(read_cells(source)), strict=True):
+        notebook.cells.append(stored_cell)
+        if exercise is not None:
+            cells = unsolved(exercise, cell, module_name(source))
+            cells[1].metadata["tags"] = ["nbval-ignore-output"]  # the check of what is not solved
+            notebook.cells += cells
+    return notebook
+
+
+def with_exercise_above(cells: list[Cell]) -> Iterator[tuple[Cell, Cell | None]]:
+    """Each cell with the exercise it checks, which is the cell above, or None."""
+    exercise = None
+    for cell in cells:
+        if exercise is not None and (cell.kind != "code" or "check(" not in cell.source):
+            raise cell.error(1, "the cell right after an exercise calls its check")
+        yield cell, exercise
+        exercise = cell if "exercise" in cell.tags else None
+    if exercise is not None:
+        raise exercise.error(1, "no cell follows that calls this exercise's check")
+
+
+def unsolved(exercise: Cell, check: Cell, module: str) -> list[nbformat.NotebookNode]:
+    """What a learner finds at an exercise: to fill in, its check, the answer, the finished function."""
+    to_solve = replace(exercise, source=to_fill_in(exercise))
+    finished = replace(exercise, source=finished_import(exercise, module), tags=("finished",))
+    return [code_cell(to_solve), code_cell(check), new_markdown_cell(answer(exercise)), code_cell(finished)]
+
+
+def code_cell(cell: Cell) -> nbformat.NotebookNode:
     """A code cell without outputs."""
-    return new_code_cell(source, metadata={"tags": list(tags)} if tags else {})
+    return new_code_cell(cell.source, metadata={"tags": list(cell.tags)} if cell.tags else {})
 
 
 def to_fill_in(exercise: Cell) -> str:
@@ -89,13 +120,29 @@ def make_copies(root: Path, names: list[str] | None = None) -> list[str]:
     return lines
 
 
+def make_rehearsals(root: Path, folder: Path, names: list[str] | None = None) -> list[str]:
+    """Put the rehearsals of the notebooks into a folder; returns a line for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(root / "notebooks" / "matplotlibrc", folder)
+    lines = []
+    for source in notebook_sources(root, names):
+        nbformat.write(rehearsal(source), folder / f"{source.stem}.ipynb")
+        lines.append(f"made {folder}/{source.stem}.ipynb")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the learner's copies of the notebooks in work/.")
     parser.add_argument("names", nargs="*", help="chapters, e.g. ddpm or 01_ddpm; none means all")
     parser.add_argument("--root", type=Path, default=ROOT, help="the course's folder (default: this one)")
+    parser.add_argument("--rehearse", type=Path, metavar="FOLDER", help="make the rehearsals in this folder")
     arguments = parser.parse_args()
     try:
-        print("\n".join(make_copies(arguments.root, arguments.names)))
+        if arguments.rehearse:
+            lines = make_rehearsals(arguments.root, arguments.rehearse, arguments.names)
+        else:
+            lines = make_copies(arguments.root, arguments.names)
+        print("\n".join(lines))
     except CourseError as error:
         sys.exit(str(error))
 

@@ -16,6 +16,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,8 @@ def docstring(source: Path, cells: list[Cell]) -> str:
     if not titles:
         raise CourseError(f"notebooks/{source.name}: no Markdown heading to take the module's title from")
     title = NUMBERING.sub("", titles[0]).rstrip(".")
-    return f'"""{title}.\n\n{GENERATED.format(source.name)}\n"""\n'
+    generated = textwrap.fill(GENERATED.format(source.name), 110)
+    return f'"""{title}.\n\n{generated}\n"""\n'
 
 
 def used_imports(imports: list[Block], blocks: list[Block]) -> Iterator[Block]:

@@ -28,7 +28,7 @@ __all__ = [
     "record",
 ]
 
-_MACHINERY = {"core", "judging", "recording", "draws"}
+_MACHINERY = {"core", "judging", "recording", "draws", "fixtures"}
 
 
 def check(exercise: str, candidate: Callable) -> CheckResult:

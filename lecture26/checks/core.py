@@ -12,17 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fixtures import Fixture
+
 # Two outcomes agree where |a - b| <= tolerance (1 + |b|). Rewriting a formula costs a few roundings, far less
 # than this. Values are judged in float64; float32 is there to see that the dtype is kept.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}
 
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments, in the order of the function's parameters; note says what is special about it."""
+    """One set of arguments, in the order of the function's parameters; note says what is special about it.
+
+    mode: what the arguments are made and the function is called under, one of MODES.
+    """
 
     note: str
     arguments: tuple
+    mode: str = "grad"
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Outcome:
     gradients: for each argument, the derivative of a fixed linear function of the outputs, or None where the
         argument asks for no gradient or none arrived.
     changed: the positions of the arguments that the call modified.
+    marked: the positions of the arguments in which the call left a .grad.
     error: the type of the exception raised, if any; error_text: what it says, and where.
     """
 
@@ -79,6 +88,7 @@ class Outcome:
     attached: tuple[bool, ...] = ()
     gradients: tuple[Tensor | None, ...] = ()
     changed: tuple[int, ...] = ()
+    marked: tuple[int, ...] = ()
     error: str | None = None
     error_text: str = ""
 
@@ -90,15 +100,17 @@ class Outcome:
         return bool(self.outputs) and all(output is None or output is ... for output in self.outputs)
 
 
-def call(function: Callable, arguments: tuple, seed: int = 0, silent: bool = True) -> Outcome:
-    """Call a function on copies of the arguments and say what it did, whatever it raises (but an interrupt).
+def call(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> Outcome:
+    """Call a function on copies of a case's arguments and say what it did.
 
-    The call happens in torch's default state; `silent` swallows what the function prints.
+    Whatever the function raises (but an interrupt) is part of that. The call happens in torch's default
+    state, in the case's mode; `silent` swallows what the function prints.
     """
     try:
         with default_state(seed), _silence() if silent else nullcontext():
-            given = tuple(_copy(argument) for argument in arguments)
-            returned = function(*given)
+            with MODES[case.mode]():
+                given = tuple(_copy(argument) for argument in case.arguments)
+                returned = function(*given)
             single = not isinstance(returned, tuple | list)
             outputs = (returned,) if single else tuple(returned)
             gradients = _gradients(outputs, given)
@@ -109,7 +121,8 @@ def call(function: Callable, arguments: tuple, seed: int = 0, silent: bool = Tru
         single=single,
         attached=tuple(isinstance(output, Tensor) and output.requires_grad for output in outputs),
         gradients=gradients,
-        changed=tuple(i for i, argument in enumerate(arguments) if not _same(given[i], argument)),
+        changed=tuple(i for i, argument in enumerate(case.arguments) if not _same(given[i], argument)),
+        marked=tuple(i for i, argument in enumerate(given) if _has_grad(argument)),
     )
 
 
@@ -149,6 +162,9 @@ def difference(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) 
     if actual.changed != expected.changed:
         names = " and ".join(parameters[position] for position in actual.changed)
         return f"it changes its argument {names} in place: compute a new tensor instead."
+    if actual.marked != expected.marked:
+        names = " and ".join(parameters[position] for position in actual.marked)
+        return f"it leaves a .grad behind in its argument {names}."
     if (actual.single, len(actual.outputs)) != (expected.single, len(expected.outputs)):
         return f"it returns {_count(actual)}, where {_count(expected)} is expected."
     for i, (result, wanted) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
@@ -226,15 +242,25 @@ def _widens(result: Tensor, wanted: Tensor) -> bool:
 
 
 def _copy(argument: object) -> object:
+    if isinstance(argument, Fixture):
+        with torch.inference_mode(False):  # a network, other than the data, is made before sampling begins
+            return Fixture(argument.kind, tuple(map(_copy, argument.tensors)))
     if not isinstance(argument, Tensor):
         return argument
     return argument.detach().clone().requires_grad_(argument.requires_grad)
 
 
 def _same(one: object, other: object) -> bool:
+    if isinstance(one, Fixture):
+        return all(map(_same, one.tensors, other.tensors))
     if not isinstance(one, Tensor):
         return one == other
     return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _has_grad(argument: object) -> bool:
+    tensors = argument.tensors if isinstance(argument, Fixture) else (argument,)
+    return any(isinstance(tensor, Tensor) and tensor.grad is not None for tensor in tensors)
 
 
 def _gradients(outputs: tuple, arguments: tuple) -> tuple[Tensor | None, ...]:
@@ -263,7 +289,7 @@ def _count(outcome: Outcome) -> str:
 
 
 def describe(name: str, value: object) -> str:
-    """An argument in a few words: a tensor's dtype and shape, or a number's value."""
+    """An argument in a few words: a tensor's dtype and shape, a fixture's kind, or a number's value."""
     if isinstance(value, Tensor):
         gradient = " with gradient" if value.requires_grad else ""
         return f"{name} {_dtype(value)} {_shape(value)}{gradient}"

@@ -77,7 +77,7 @@ def _batch(draws, schedule, shape, dtype, gradient=False, step=None) -> Batch:
     return Batch(note, draws, shape, dtype, gradient, t, *tables)
 
 
-def _schedule_mistakes(reference: Callable, *names: str) -> tuple[Misconception, ...]:
+def schedule_mistakes(reference: Callable, *names: str) -> tuple[Misconception, ...]:
     """Two mistakes that every function with schedule arguments (B, 1, ...) of these names invites."""
 
     def with_changed(change: Callable) -> Callable:
@@ -291,7 +291,7 @@ Q_SAMPLE = Exercise(
             lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * (x_0 + (1 - alpha_bar).sqrt() * noise),
             "sqrt(alpha_bar) belongs to x_0 alone, not to the noise.",
         ),
-        *_schedule_mistakes(ddpm.q_sample, "alpha_bar"),
+        *schedule_mistakes(ddpm.q_sample, "alpha_bar"),
     ),
 )
 
@@ -457,7 +457,7 @@ POSTERIOR_MEAN = Exercise(
             "This is the mean of x_{t-1} given x_0 alone; x_t is known as well and pulls the mean towards "
             "it.",
         ),
-        *_schedule_mistakes(ddpm.posterior_mean, "beta", "alpha_bar", "alpha_bar_prev"),
+        *schedule_mistakes(ddpm.posterior_mean, "beta", "alpha_bar", "alpha_bar_prev"),
     ),
 )
 
@@ -623,7 +623,7 @@ V_FROM_X_0_AND_EPS = Exercise(
             "This is the velocity of a straight path from x_0 to eps. The diffusion's path is an arc, with "
             "the factors sqrt(alpha_bar) and sqrt(1 - alpha_bar).",
         ),
-        *_schedule_mistakes(ddpm.v_from_x_0_and_eps, "alpha_bar"),
+        *schedule_mistakes(ddpm.v_from_x_0_and_eps, "alpha_bar"),
     ),
 )
 
@@ -693,7 +693,7 @@ X_0_FROM_V = Exercise(
             "Clipping is the sampler's affair, and switched off for latents and mixtures: return x_0 as it "
             "comes.",
         ),
-        *_schedule_mistakes(ddpm.x_0_from_v, "alpha_bar"),
+        *schedule_mistakes(ddpm.x_0_from_v, "alpha_bar"),
     ),
 )
 
@@ -813,7 +813,7 @@ LEARNED_RANGE_LOG_VARIANCE = Exercise(
             ),
             "The lower bound comes as a logarithm already; beta does not.",
         ),
-        *_schedule_mistakes(ddpm.learned_range_log_variance, "beta", "log_posterior_variance"),
+        *schedule_mistakes(ddpm.learned_range_log_variance, "beta", "log_posterior_variance"),
     ),
 )
 
@@ -1385,7 +1385,7 @@ DDIM_UPDATE = Exercise(
             ),
             "Clipping happens before, where x_0 is predicted, and is switched off for latents and mixtures.",
         ),
-        *_schedule_mistakes(ddpm.ddim_update, "alpha_bar", "alpha_bar_prev"),
+        *schedule_mistakes(ddpm.ddim_update, "alpha_bar", "alpha_bar_prev"),
     ),
 )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .core import Outcome, call, describe, difference, difference_in_kind
+from .core import Case, Outcome, call, describe, difference, difference_in_kind
 from .recording import Recording
 
 
@@ -42,7 +42,7 @@ def judge(recording: Recording, candidate: Callable) -> CheckResult:
     problem = _not_callable_with(parameters, candidate)
     if problem:
         return failed("not right yet.", problem)
-    outcomes = [call(candidate, case.arguments, silent=i > 0) for i, case in enumerate(cases)]
+    outcomes = [call(candidate, case, silent=i > 0) for i, case in enumerate(cases)]
     if all(outcome.unfilled for outcome in outcomes):
         return failed("not filled in yet.", "Write its body in place of the `...`, and `return` the result.")
     differences = _differences(outcomes, recording.expected, parameters)
@@ -61,7 +61,7 @@ def judge(recording: Recording, candidate: Callable) -> CheckResult:
         if not any(_differences(outcomes, wrong.outcomes, parameters)):
             known = f"The mistake is known: {wrong.name}. {wrong.hint}"
             return failed(*lines, known, derivation, misconception=wrong.name)
-    if _varies(candidate, case.arguments, expected, parameters):
+    if _varies(candidate, case, expected, parameters):
         lines.append(
             "Two calls with the same arguments give different results: it draws random numbers, or keeps "
             "something between calls. Use the arguments alone."
@@ -94,9 +94,9 @@ def _differences(
     return [difference(*pair, parameters) for pair in zip(outcomes, expected, strict=True)]
 
 
-def _varies(candidate: Callable, arguments: tuple, expected: Outcome, parameters: tuple[str, ...]) -> bool:
+def _varies(candidate: Callable, case: Case, expected: Outcome, parameters: tuple[str, ...]) -> bool:
     """Whether calls with the same arguments, but other random numbers, are wrong in different ways."""
-    outcomes = (call(candidate, arguments, seed) for seed in range(3))
+    outcomes = (call(candidate, case, seed) for seed in range(3))
     return len({difference(outcome, expected, parameters) for outcome in outcomes}) > 1
 
 

@@ -2,12 +2,13 @@
 
 A recording judges a candidate without the reference and without the wrong answers' code, so it can be handed
 out; with another seed the same machinery makes hidden tests. On disk it is one safetensors file: every tensor
-under a running number, the rest as JSON in the file's metadata, with {"tensor": number} in a tensor's place.
+under a running number, the rest as JSON in the file's metadata, with {"tensor": number} in a tensor's place
+and {"fixture": kind, "tensors": [...]} in a fixture's.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .core import Case, Exercise, Outcome, call, default_state
+from .fixtures import Fixture
 
 FORMAT = "lecture26.checks 1"
 
@@ -43,7 +45,7 @@ class Recording:
     def save(self, path: str | Path) -> None:
         """Write the recording into one safetensors file."""
         tensors: dict[str, Tensor] = {}
-        header = json.dumps(_pack(asdict(self), tensors))
+        header = json.dumps(_pack(self, tensors))
         save_file(tensors, path, metadata={"format": FORMAT, "recording": header})
 
     @classmethod
@@ -64,7 +66,9 @@ class Recording:
             exercise=plain["exercise"],
             derivation=plain["derivation"],
             parameters=tuple(plain["parameters"]),
-            cases=tuple(Case(case["note"], tuple(case["arguments"])) for case in plain["cases"]),
+            cases=tuple(
+                Case(case["note"], tuple(case["arguments"]), case["mode"]) for case in plain["cases"]
+            ),
             expected=tuple(map(_outcome, plain["expected"])),
             misconceptions=tuple(
                 RecordedMisconception(wrong["name"], wrong["hint"], tuple(map(_outcome, wrong["outcomes"])))
@@ -83,7 +87,7 @@ def record_exercise(exercise: Exercise, seed: int = 0) -> Recording:
 
     def outcomes(function: Callable) -> tuple[Outcome, ...]:
         # An error's text may quote the line that raised it, and a recording holds no code.
-        return tuple(replace(call(function, case.arguments), error_text="") for case in cases)
+        return tuple(replace(call(function, case), error_text="") for case in cases)
 
     expected = outcomes(exercise.reference)
     for case, outcome in zip(cases, expected, strict=True):
@@ -110,14 +114,18 @@ def _pack(value: object, tensors: dict[str, Tensor]) -> object:
         number = str(len(tensors))
         tensors[number] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": number, "requires_grad": value.requires_grad}
-    if isinstance(value, dict):
-        return {key: _pack(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, Fixture):
+        return {"fixture": value.kind, "tensors": _pack(value.tensors, tensors)}
+    if is_dataclass(value):
+        return {field.name: _pack(getattr(value, field.name), tensors) for field in fields(value)}
     if isinstance(value, list | tuple):
         return [_pack(inner, tensors) for inner in value]
     return value
 
 
 def _unpack(found: dict, file: safe_open) -> object:
+    if "fixture" in found:
+        return Fixture(found["fixture"], tuple(found["tensors"]))
     if "tensor" not in found:
         return found
     return file.get_tensor(found["tensor"]).requires_grad_(found["requires_grad"])

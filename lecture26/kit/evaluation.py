@@ -11,6 +11,7 @@ from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.validation import check_positive_int
 
 BATCH_SIZE = 256
+NEIGHBOURS = 3  # of an image, among which recall looks for others
 CONFIDENT = 0.9  # a label is read confidently if its class has a higher probability than this
 
 
@@ -147,6 +148,42 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return metric.compute().item()
 
 
+def recall(features_real: Tensor, features_drawn: Tensor) -> float:
+    """How much of the variety of real images is found among drawn ones.
+
+    Around each drawn image lies a ball that reaches to its third-nearest drawn neighbour; all balls together
+    are where the model draws. Recall is the share of the real images that lie inside. With the arguments
+    exchanged it is the precision: the share of the drawn images that lie where real ones do.
+
+    Args:
+        features_real: (N, F) of one reader.
+        features_drawn: (M, F) of the same reader, M > 3.
+
+    Returns:
+        A share, in [0, 1]; like the Frechet distance it depends on N and M.
+
+    Raises:
+        ValueError: other shapes, or too few drawn images.
+
+    Source: Kynkaanniemi et al. 2019, "Improved precision and recall metric for assessing generative models",
+    section 2, where the features are those of VGG-16, and k = 3.
+    """
+    if features_real.ndim != 2 or features_real.shape[1:] != features_drawn.shape[1:]:
+        raise ValueError(
+            "features_real and features_drawn must be of shapes (N, F) and (M, F); "
+            f"got {tuple(features_real.shape)} and {tuple(features_drawn.shape)}"
+        )
+    if len(features_drawn) <= NEIGHBOURS:
+        raise ValueError(
+            f"features_drawn must be of more than {NEIGHBOURS} images, as many as the neighbours looked for; "
+            f"got {len(features_drawn)}"
+        )
+    real, drawn = features_real.double(), features_drawn.double()
+    # The nearest "neighbour" of each image is itself.
+    radii = torch.cdist(drawn, drawn).kthvalue(NEIGHBOURS + 1, dim=1).values  # (M,)
+    return (torch.cdist(real, drawn) <= radii).any(dim=1).double().mean().item()
+
+
 def real_against_real(reader: Reader, images: ImageSet, num_samples: int) -> float:
     """The Frechet distance of a perfect model: between the set's first N images and its next N.
 
@@ -162,15 +199,7 @@ def real_against_real(reader: Reader, images: ImageSet, num_samples: int) -> flo
         ValueError: too few images for N, or too few samples (see `frechet_distance`).
         TypeError: `num_samples` is not an int.
     """
-    check_positive_int("num_samples", num_samples)
-    if 2 * num_samples > len(images):
-        raise ValueError(
-            f"num_samples must be at most {len(images) // 2}, half of the set; got {num_samples}"
-        )
-    return frechet_distance(
-        _real_features(reader, images, range(num_samples)),
-        _real_features(reader, images, range(num_samples, 2 * num_samples)),
-    )
+    return frechet_distance(*_two_real_sets(reader, images, num_samples))
 
 
 def sample_quality(reader: Reader, samples: Tensor, images: ImageSet) -> dict[str, float]:
@@ -184,20 +213,21 @@ def sample_quality(reader: Reader, samples: Tensor, images: ImageSet) -> dict[st
     Returns:
         "frechet_distance": from the samples to the first N images;
         "frechet_distance_real": from the next N images to them, the distance of a perfect model;
+        "recall", "recall_real": of the first N images in the samples, and in the next N images;
         "mean_confidence": with which labels are read, over all labels and samples;
         "confident_share": of the samples on which every label is read with over 90% confidence.
 
     Raises:
         ValueError: as `read`, `frechet_distance` and `real_against_real`.
     """
-    real_distance = real_against_real(reader, images, len(samples))
-    distance = frechet_distance(
-        extract_features(reader, samples), _real_features(reader, images, range(len(samples)))
-    )
+    reference, others = _two_real_sets(reader, images, len(samples))
+    drawn = extract_features(reader, samples)
     confidence = torch.stack(list(read(reader, samples).confidence.values()))  # (labels, N)
     return {
-        "frechet_distance": distance,
-        "frechet_distance_real": real_distance,
+        "frechet_distance": frechet_distance(reference, drawn),
+        "frechet_distance_real": frechet_distance(reference, others),
+        "recall": recall(reference, drawn),
+        "recall_real": recall(reference, others),
         "mean_confidence": confidence.mean().item(),
         "confident_share": (confidence > CONFIDENT).all(dim=0).float().mean().item(),
     }
@@ -214,14 +244,19 @@ def _batches(reader: Reader, images: Tensor, batch_size: int) -> Iterator[Tensor
     return (batch.to(device) for batch in images.split(batch_size))
 
 
-def _real_features(reader: Reader, images: ImageSet, indices: range) -> Tensor:
+def _two_real_sets(reader: Reader, images: ImageSet, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The features of the set's first N images, and of its next N."""
+    check_positive_int("num_samples", num_samples)
+    if 2 * num_samples > len(images):
+        raise ValueError(
+            f"num_samples must be at most {len(images) // 2}, half of the set; got {num_samples}"
+        )
     # Read in batches, so that a large set is never in memory at once.
-    return torch.cat(
-        [
-            extract_features(reader, images.batch(part)["image"])
-            for part in torch.tensor(indices).split(BATCH_SIZE)
-        ]
-    )
+    features = [
+        extract_features(reader, images.batch(part)["image"])
+        for part in torch.arange(2 * num_samples).split(BATCH_SIZE)
+    ]
+    return torch.cat(features).split(num_samples)
 
 
 def _check_wanted(reader: Reader, wanted: Mapping[str, Tensor], num_images: int) -> None:

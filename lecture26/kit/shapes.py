@@ -51,9 +51,10 @@ COLOUR_RGB = torch.tensor(
         (0.12, 0.30, 1.00),
         (0.60, 0.20, 0.88),
         (1.00, 0.45, 0.75),
-    ]
+    ],
+    dtype=torch.float32,
 )
-GREY_LEVEL = torch.tensor([0.10, 0.92, 0.40, 0.40])  # of each background, in [0, 1]
+GREY_LEVEL = torch.tensor([0.10, 0.92, 0.40, 0.40], dtype=torch.float32)  # of each background, in [0, 1]
 GREY_JITTER = 0.03
 TEXTURE_CONTRAST = 0.09  # the two greys of a texture differ from the level by this
 TEXTURE_PERIOD = 0.25
@@ -61,8 +62,8 @@ TEXTURE_PERIOD = 0.25
 MAX_ROTATION = math.radians(15)
 MIN_BRIGHTNESS = 0.88  # the object's colour is multiplied by a number between this and 1
 REACH = 1.4  # no point of a shape of radius 1 is farther than this from its centre
-SHAPE_RADII = torch.tensor([0.175, 0.28])  # small, large: 5.6 and 9 pixels of 32
-SCENE_RADII = torch.tensor([0.09, 0.145])  # small, large: 5.8 and 9.3 pixels of 64
+SHAPE_RADII = torch.tensor([0.175, 0.28], dtype=torch.float32)  # small, large: 5.6 and 9 pixels of 32
+SCENE_RADII = torch.tensor([0.09, 0.145], dtype=torch.float32)  # small, large: 5.8 and 9.3 pixels of 64
 MARGIN = 0.03  # between an object's reach and the border
 GAP = 0.04  # between the reaches of two objects
 
@@ -315,7 +316,7 @@ def _objects(shape, colour, radius, x, y, bits, draw_angle) -> Objects:
 
 
 def _pixel_centres(image_size: int) -> torch.Tensor:
-    return (torch.arange(image_size) + 0.5) / image_size
+    return (torch.arange(image_size, dtype=torch.float32) + 0.5) / image_size
 
 
 def _coverage(objects: Objects, image_size: int) -> torch.Tensor:
@@ -324,7 +325,7 @@ def _coverage(objects: Objects, image_size: int) -> torch.Tensor:
     right = centres - objects.x[:, None]  # (B, W)
     up = centres.flip(0) - objects.y[:, None]  # (B, H), row 0 is the top
     cos, sin = ((f(objects.angle) / objects.radius)[:, None] for f in (torch.cos, torch.sin))
-    coverage = torch.empty(len(right), image_size, image_size)
+    coverage = right.new_empty(len(right), image_size, image_size)
     for number, signed_distance in enumerate(SIGNED_DISTANCES):
         (rows,) = (objects.shape == number).nonzero(as_tuple=True)
         if len(rows) == 0:

@@ -9,13 +9,16 @@ from torch import nn
 from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import load_card, load_state
 from lecture26.kit.validation import check_choice
-from lecture26.recipes import ddpm, readers
+from lecture26.recipes import classifiers, clip, ddpm, readers
 from lecture26.recipes.recipe import Recipe, run
 
 __all__ = ["Recipe", "find_recipe", "load_diffusion", "load_model", "load_recipe", "recipe_names", "run"]
 
-_FAMILIES = {family.family: family for family in (ddpm.DDPM, readers.ReaderRecipe)}
-_RECIPES = {recipe.name: recipe for module in (ddpm, readers) for recipe in module.RECIPES}
+_FAMILIES = {
+    family.family: family
+    for family in (ddpm.DDPM, classifiers.NoisyClassifierRecipe, clip.CLIPRecipe, readers.ReaderRecipe)
+}
+_RECIPES = {recipe.name: recipe for module in (ddpm, classifiers, clip, readers) for recipe in module.RECIPES}
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -131,7 +131,7 @@ RECIPES = (
         name="ddpm_shapes32",
         data="shapes",
         model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
-        steps=11_000,
+        steps=22_000,
         precision="bf16",
     ),
 )

@@ -1,0 +1,58 @@
+"""Arguments that can be called, for exercises that take a function: a kind and the tensors it is made of.
+
+A recording keeps the name of the kind and the tensors, so that it needs no chapter to call the argument. For
+another kind, add a function below, with `@_kind` above it: it takes the tensors first, then what the
+argument is called with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lecture26.kit.validation import check_choice
+
+_KINDS: dict[str, Callable] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Fixture:
+    """A callable made of tensors, such as a small classifier with these weights.
+
+    kind: the name of one of the functions below.
+    tensors: what this function takes first.
+    """
+
+    kind: str
+    tensors: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, tuple(_KINDS))
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        return _KINDS[self.kind](*self.tensors, *arguments)
+
+    def __str__(self) -> str:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
+        return f"a {self.kind.replace('_', ' ')} with tensors {shapes}"
+
+
+def _kind(function: Callable) -> Callable:
+    _KINDS[function.__name__] = function
+    return function
+
+
+@_kind
+def noisy_classifier(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """A smooth classifier (x_t, t) -> logits (B, K); samples are independent, and every step counts.
+
+    inward: (D, H), for samples of D elements; speed: (H,), in radians per step; outward: (H, K).
+    """
+    phase = x_t.flatten(1) @ inward + t[:, None] * speed  # (B, H)
+    return phase.sin() @ outward
+
+
+@_kind
+def image_tower(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The image tower of a noise-aware CLIP, (x_t, t) -> features (B, K), made like noisy_classifier."""
+    return noisy_classifier(inward, speed, outward, x_t, t)

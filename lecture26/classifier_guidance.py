@@ -1,0 +1,343 @@
+"""Classifier guidance: steering a finished model.
+
+Generated from notebooks/03_classifier_guidance.py, which derives and checks it: edit there, then run `make
+package`.
+"""
+
+from functools import reduce
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lecture26.ddpm import lookup
+from lecture26.unet import DownLevel, SelfAttention, attention, group_norm, patchify, timestep_embedding
+
+# --- Bayes' rule on scores ---
+
+
+def guided_eps(eps, gradient, alpha_bar, scale):
+    """Steer a predicted noise by the gradient of a log-probability.
+
+    Args:
+        eps: predicted noise, (B, ...).
+        gradient: of log p(y | x_t) with respect to x_t, like eps.
+        alpha_bar: at each sample's step, broadcastable to eps, in (0, 1).
+        scale: s, a number; 1 is Bayes' rule, 0 no guidance.
+
+    Returns:
+        The guided noise, like eps.
+
+    Source: Dhariwal and Nichol 2021, algorithm 2.
+    """
+    # eps_guided = eps - s sqrt(1 - alpha_bar_t) grad log p(y | x_t)
+    return eps - scale * (1 - alpha_bar).sqrt() * gradient
+
+
+# --- From a classifier to its gradient ---
+
+
+def selected_log_probs(logits, y):
+    """The log-probability of each sample's own class.
+
+    Args:
+        logits: (B, K).
+        y: the classes, (B,) integers in [0, K).
+
+    Returns:
+        log p(y | x), (B,), in nats.
+
+    Raises:
+        TypeError: if y does not hold integers.
+        ValueError: if the shapes do not fit, or a class lies outside [0, K).
+
+    Source: Dhariwal and Nichol 2021, section 4.
+    """
+    if y.is_floating_point():
+        raise TypeError(f"y must hold integers; got {y.dtype}")
+    if logits.ndim != 2 or y.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits and y must have shapes (B, K) and (B,); got {tuple(logits.shape)} and {tuple(y.shape)}"
+        )
+    if y.numel() and not 0 <= y.min() <= y.max() < logits.shape[1]:
+        raise ValueError(f"y must lie in [0, {logits.shape[1]}); got values {y.min()} to {y.max()}")
+    # log p(y | x) = l_y - log sum_k exp(l_k)
+    log_probs = logits.log_softmax(dim=1)  # (B, K)
+    return log_probs.gather(1, y[:, None])[:, 0]
+
+
+def log_prob_gradient(classifier, x_t, t, y):
+    """The gradient of log p(y | x_t) with respect to x_t, for each sample by itself.
+
+    It works under no_grad and inference_mode too, and leaves no graph and no .grad behind.
+
+    Args:
+        classifier: callable (x_t, t) -> logits (B, K), in evaluation mode.
+        x_t: (B, ...).
+        t: steps of the original schedule, (B,).
+        y: the class that each sample shall have, (B,) integers in [0, K).
+
+    Returns:
+        Like x_t.
+
+    Raises:
+        TypeError, ValueError: if y does not fit the classifier, see selected_log_probs.
+
+    Source: Dhariwal and Nichol 2021, algorithms 1 and 2.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, t, y = x_t.detach().clone(), t.clone(), y.clone()  # inference tensors cannot be differentiated
+        x_t.requires_grad_()
+        log_probs = selected_log_probs(classifier(x_t, t), y)  # (B,)
+        # the gradient of the sum: no sample's log-probability depends on another sample
+        (gradient,) = torch.autograd.grad(log_probs.sum(), x_t)
+        return gradient
+
+
+def exact_classifier(mixture, diffusion):
+    """The noisy classifier that a perfectly trained network would be, for data from a Gaussian mixture.
+
+    Args:
+        mixture: a GaussianMixture; its components are the classes.
+        diffusion: the Diffusion whose steps the classifier gets; respaced or not.
+
+    Returns:
+        classifier(x_t (B, D), t (B,)) -> logits (B, K), whose softmax is q(component | x_t).
+
+    Source: Bayes' rule, with `GaussianMixture.joint_log_density`.
+    """
+
+    def classifier(x_t, t):
+        return mixture.joint_log_density(x_t, lookup(diffusion.base.alpha_bar, t, x_t))
+
+    return classifier
+
+
+# --- A guided denoiser is a denoiser ---
+
+
+def classifier_guided(denoiser, classifier, y, scale, diffusion):
+    """A denoiser whose score is moved along the gradient of a classifier's log-probability.
+
+    Args:
+        denoiser: callable (x_t, t) -> output, unconditional.
+        classifier: callable (x_t, t) -> logits (B, K), for noisy data and the same steps.
+        y: the class that each sample shall have, (B,) integers in [0, K).
+        scale: s, a number; 1 is Bayes' rule, 0 no guidance.
+        diffusion: the Diffusion that the denoiser was trained for, or one respaced from it.
+
+    Returns:
+        Callable (x_t, t) -> output, like denoiser.
+
+    Source: Dhariwal and Nichol 2021, algorithm 2.
+    """
+
+    def guided(x_t, t):
+        gradient = log_prob_gradient(classifier, x_t, t, y)
+        return diffusion.add_score(denoiser(x_t, t), x_t, t, scale * gradient)
+
+    return guided
+
+
+# --- Bayes' rule on one step ---
+
+
+def guided_mean(mean, variance, gradient, scale):
+    """Move the mean of an ancestral step along the gradient of a log-probability.
+
+    Args:
+        mean: mu of p(x_{t-1} | x_t), (B, ...).
+        variance: the diagonal of Sigma, broadcastable to mean.
+        gradient: of log p(y | x), like mean.
+        scale: s, a number.
+
+    Returns:
+        The mean of the guided step, like mean. Its variance stays as it was.
+
+    Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
+    """
+    # mu + s Sigma g
+    return mean + scale * variance * gradient
+
+
+def classifier_mean_shift(classifier, y, scale):
+    """The lecture's form of guidance, for ddpm_step(..., mean_shift=...).
+
+    The gradient is taken at x_t and its step t.
+
+    Args:
+        classifier: callable (x_t, t) -> logits (B, K).
+        y: the class that each sample shall have, (B,) integers in [0, K).
+        scale: s, a number.
+
+    Returns:
+        Callable (mean, variance, x_t, t) -> s Sigma grad log p(y | x_t), to be added to the mean.
+
+    Source: Dhariwal and Nichol 2021, algorithm 1.
+    """
+
+    def mean_shift(mean, variance, x_t, t):
+        gradient = log_prob_gradient(classifier, x_t, t, y)
+        return guided_mean(torch.zeros_like(mean), variance, gradient, scale)
+
+    return mean_shift
+
+
+# --- One question for each label ---
+
+
+def attention_pool(tokens, queries):
+    """Sum up a set of places, once for each query.
+
+    Args:
+        tokens: features of N places, (B, N, C).
+        queries: one per question, the same for all samples, (L, C).
+
+    Returns:
+        (B, L, C): for each query a weighted mean of the places.
+
+    Source: Vaswani et al. 2017, equation 1; pooling by attention as in Radford et al. 2021, section 2.4.
+    """
+    # softmax(q h^T / sqrt(C)) h, the softmax over the places
+    queries = queries.expand(len(tokens), -1, -1)  # (B, L, C)
+    return attention(queries, tokens, tokens)
+
+
+# --- Two labels at once ---
+
+
+def joint_logits(first, second):
+    """Logits of all pairs of classes of two labels that are independent given the image.
+
+    Args:
+        first: logits of the first label, (B, K).
+        second: logits of the second label, (B, M).
+
+    Returns:
+        (B, K M), the pair (i, j) at i M + j.
+    """
+    # l_ij = l_i + l_j
+    pairs = first[:, :, None] + second[:, None, :]  # (B, K, M)
+    return pairs.flatten(1)
+
+
+def joint_class(labels, num_classes):
+    """Number the combinations of several labels as joint_logits does.
+
+    Args:
+        labels: one column per label, (B, L) integers, column l in [0, num_classes[l]).
+        num_classes: the number of classes of each label.
+
+    Returns:
+        (B,) integers in [0, product of num_classes).
+
+    Raises:
+        ValueError: if there are not as many columns as labels, or a class lies outside its range.
+    """
+    if labels.ndim != 2 or labels.shape[1] != len(num_classes):
+        raise ValueError(f"labels must have shape (B, {len(num_classes)}); got {tuple(labels.shape)}")
+    joint = torch.zeros_like(labels[:, 0])
+    for column, count in zip(labels.unbind(dim=1), num_classes, strict=True):
+        if column.numel() and not 0 <= column.min() <= column.max() < count:
+            raise ValueError(f"labels must lie in [0, {count}) in this column; got {column.tolist()}")
+        joint = joint * count + column
+    return joint
+
+
+# --- The network ---
+
+
+class DownPath(nn.Module):
+    """The way down of a U-Net: from images, noisy or clean, to one coarse feature map.
+
+    Args:
+        in_channels: channels of the images.
+        base_channels, channel_multipliers, num_blocks, attention_levels, patch_size: as in UNet.
+        noise_aware: whether the images are noisy, and their steps are given.
+
+    Attributes:
+        out_channels: channels of the feature map.
+
+    Source: Dhariwal and Nichol 2021, section 4 (the downsampling trunk of the U-Net).
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        base_channels=32,
+        channel_multipliers=(1, 2, 4),
+        num_blocks=1,
+        attention_levels=(2,),
+        patch_size=1,
+        noise_aware=True,
+    ):
+        super().__init__()
+        self.base_channels, self.patch_size = base_channels, patch_size
+        self.embedding_dim = 4 * base_channels
+        self.time_mlp = None
+        if noise_aware:
+            self.time_mlp = nn.Sequential(
+                nn.Linear(base_channels, self.embedding_dim),
+                nn.SiLU(),
+                nn.Linear(self.embedding_dim, self.embedding_dim),
+            )
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        attention_at = [SelfAttention if level in attention_levels else None for level in range(len(widths))]
+        last = len(widths) - 1
+        self.out_channels = widths[-1]
+        self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            DownLevel(before, after, num_blocks, self.embedding_dim, attention_at[level], level == last)
+            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
+        )
+        self.norm = group_norm(widths[-1])
+
+    def features(self, x, t=None):
+        """Map images x (B, C, H, W), noisy ones with their steps t (B,), to a map (B, out_channels, h, w).
+
+        Raises:
+            ValueError: if t is missing for noisy images, given for clean ones, or not one step per image.
+        """
+        if (t is None) != (self.time_mlp is None):
+            kind = "clean images only: leave out t" if self.time_mlp is None else "noisy images: it needs t"
+            raise ValueError(f"this network reads {kind}")
+        if t is None:
+            embedding = x.new_zeros(len(x), self.embedding_dim)
+        elif t.shape != x.shape[:1]:
+            raise ValueError(f"t must hold one step per image, shape ({len(x)},); got {tuple(t.shape)}")
+        else:
+            embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x.dtype))
+        h = self.stem(patchify(x, self.patch_size))
+        for level in self.levels:
+            *_, h = level(h, embedding, None)
+        return F.silu(self.norm(h))
+
+
+class NoisyClassifier(DownPath):
+    """Say what a noisy image shows, given its step.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: a number of classes, or a tuple of them for several labels, whose combinations are then
+            the classes (see joint_class).
+        path: further arguments of DownPath.
+
+    Source: Dhariwal and Nichol 2021, section 4.
+    """
+
+    def __init__(self, in_channels, num_classes, **path):
+        super().__init__(in_channels, **path)
+        self.num_classes = (num_classes,) if isinstance(num_classes, int) else tuple(num_classes)
+        self.queries = nn.Parameter(torch.zeros(len(self.num_classes), self.out_channels))
+        self.heads = nn.ModuleList(nn.Linear(self.out_channels, count) for count in self.num_classes)
+
+    def label_logits(self, x_t, t):
+        """Map x_t (B, C, H, W) and steps t (B,) to the logits of each label by itself: a list of (B, K_l)."""
+        tokens = self.features(x_t, t).flatten(2).transpose(1, 2)  # (B, N, C)
+        answers = attention_pool(tokens, self.queries).unbind(dim=1)  # (B, C) for each label
+        return [head(answer) for head, answer in zip(self.heads, answers, strict=True)]
+
+    def forward(self, x_t, t):
+        """Map x_t (B, C, H, W) and steps t (B,) to the logits of the classes, (B, K)."""
+        return reduce(joint_logits, self.label_logits(x_t, t))

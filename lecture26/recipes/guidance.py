@@ -1,0 +1,132 @@
+"""From a wish in words to a guided denoiser, for the command line."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lecture26.classifier_guidance import classifier_guided
+from lecture26.clip_guidance import clip_guided
+from lecture26.kit.checkpoints import list_checkpoints
+from lecture26.recipes import load_diffusion, load_model, load_recipe
+from lecture26.recipes.classifiers import NoisyClassifierRecipe
+from lecture26.recipes.clip import CLIPRecipe
+from lecture26.recipes.recipe import Recipe
+
+
+def parse_class(words: str, labels: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Read a class from words such as 'red star', one of each label, in any order.
+
+    Args:
+        words: separated by blanks or commas.
+        labels: the names of each label's classes, by the label's name.
+
+    Returns:
+        For each label's name the number of its class.
+
+    Raises:
+        ValueError: a word that is no class; a label without a word, or with two.
+    """
+    known = {word: (name, number) for name, classes in labels.items() for number, word in enumerate(classes)}
+    found: dict[str, int] = {}
+    for word in words.lower().replace(",", " ").split():
+        if word not in known:
+            choices = "; ".join(f"{name}: {', '.join(classes)}" for name, classes in labels.items())
+            raise ValueError(f"the class must be made of known words ({choices}); got {word!r}")
+        name, number = known[word]
+        if name in found:
+            raise ValueError(f"the class must name one {name}; got two in {words!r}")
+        found[name] = number
+    for name, classes in labels.items():
+        if name not in found:
+            raise ValueError(f"the class must name a {name} ({', '.join(classes)}); got {words!r}")
+    return found
+
+
+def guided_by_classifier(model: str, network: nn.Module, wish: str, scale: float, count: int) -> Callable:
+    """A checkpoint's denoiser, guided by the noisy classifier that belongs to it.
+
+    Args:
+        model: the name of an unconditional denoiser's checkpoint.
+        network: its network, on the device where it shall draw.
+        wish: the class, in words (see `parse_class`).
+        scale: of the gradient.
+        count: the number of images drawn at once.
+
+    Returns:
+        The guided denoiser.
+
+    Raises:
+        ValueError: if no checkpoint is a classifier for this denoiser, or the words name no class.
+    """
+    device = next(network.parameters()).device
+    name = find_classifier(model)
+    recipe = load_recipe(name)
+    labels = recipe.load("test").labels
+    classes = parse_class(wish, {label: labels[label] for label in recipe.labels})
+    y = recipe.classes({label: torch.full((count,), number) for label, number in classes.items()})
+    return classifier_guided(network, load_model(name).to(device), y.to(device), scale, load_diffusion(model))
+
+
+def guided_by_clip(model: str, network: nn.Module, prompt: str, scale: float) -> Callable:
+    """A checkpoint's denoiser, guided by the noise-aware CLIP that belongs to it.
+
+    Args:
+        model: the name of an unconditional denoiser's checkpoint.
+        network: its network, on the device where it shall draw.
+        prompt: what to draw, in words.
+        scale: of the gradient of the cosine similarity; kappa is not included.
+
+    Returns:
+        The guided denoiser.
+
+    Raises:
+        ValueError: if no checkpoint is a noise-aware CLIP for this denoiser, or a word is unknown.
+    """
+    device = next(network.parameters()).device
+    clip = load_model(find_clip(model)).to(device)
+    with torch.no_grad():
+        text_features = clip.encode_text(clip.tokenizer([prompt]).to(device))  # (1, D)
+    return clip_guided(network, clip, text_features, scale, load_diffusion(model))
+
+
+def find_classifier(model: str) -> str:
+    """The name of a noisy classifier, among the checkpoints, for the images and steps of a denoiser's.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    denoiser = load_recipe(model)
+    for name in list_checkpoints():
+        recipe = load_recipe(name)
+        if not isinstance(recipe, NoisyClassifierRecipe) or recipe.trained_steps is not None:
+            continue
+        if reads_what_it_draws(recipe, denoiser):
+            return name
+    raise ValueError(
+        f"--guidance classifier needs a noisy classifier of the images and steps of {model!r}; no checkpoint "
+        "is one. Train it: see lecture26/recipes/classifiers.py"
+    )
+
+
+def find_clip(model: str) -> str:
+    """The name of a noise-aware CLIP, among the checkpoints, for the images and steps of a denoiser's.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    denoiser = load_recipe(model)
+    for name in list_checkpoints():
+        recipe = load_recipe(name)
+        if isinstance(recipe, CLIPRecipe) and recipe.noise_aware and reads_what_it_draws(recipe, denoiser):
+            return name
+    raise ValueError(
+        f"--guidance clip needs a noise-aware CLIP of the images and steps of {model!r}; no checkpoint is "
+        "one. Train it: see lecture26/recipes/clip.py"
+    )
+
+
+def reads_what_it_draws(recipe: Recipe, denoiser: Recipe) -> bool:
+    """Whether a recipe's network reads the noisy images of a denoiser's: the same data, size and steps."""
+    settings = ("data", "image_size", "schedule", "diffusion_steps")
+    return all(getattr(recipe, setting) == getattr(denoiser, setting) for setting in settings)

@@ -1,0 +1,212 @@
+"""Sweeps over the strength of a guidance: is what is asked for drawn, how well and varied, at what cost?"""
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lecture26.classifier_guidance import classifier_guided, classifier_mean_shift
+from lecture26.clip_guidance import clip_guided
+from lecture26.ddpm import ddim_step, ddpm_step, sample
+from lecture26.kit.evaluation import attribute_accuracy, sample_quality
+from lecture26.recipes import load_diffusion, load_model, load_recipe
+from lecture26.recipes.clip import shortened
+
+BATCH_SIZE = 64  # also of the notebooks' small versions, which draw the first batch
+NUM_SAMPLES = 512
+STEPS = 50
+SAMPLERS = {"ddim": ddim_step, "ddpm": ddpm_step}
+
+CLASSIFIER_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+CLASSIFIER_SCALE = 8.0  # at which the two forms are compared, and the held-out classes asked for
+
+CLIP_SCALES = {"x_t": (12.5, 25.0, 50.0, 100.0, 200.0, 400.0), "x_0": (50.0, 200.0)}
+CLIP_SCALE = 100.0  # at which held-out pairs and whole captions are asked for
+SHORT_PROMPT = "a red star"  # what the prompts of the sweep are like
+
+
+class Study:
+    """A denoiser's checkpoint that is drawn from in many ways, and a reader that judges what it draws.
+
+    Args:
+        model: the name of the denoiser's checkpoint.
+        reader: that of a reader of the same images.
+        batch_size: samples drawn at once; batch b with a generator seeded with b.
+
+    Attributes:
+        network, diffusion: the denoiser and what it was trained for.
+        device: where everything is done.
+    """
+
+    def __init__(self, model: str, reader: str, batch_size: int = BATCH_SIZE):
+        from accelerate import PartialState  # takes a second to import
+
+        self.device = PartialState().device
+        self.network = load_model(model).to(self.device)
+        self.diffusion = load_diffusion(model)
+        self._judge = load_model(reader).to(self.device)
+        self._recipe = load_recipe(model)
+        self._batch_size = batch_size
+
+    def run(
+        self,
+        guide: Callable[[dict[str, Tensor]], tuple[Callable, Callable]],
+        steps: int,
+        num_samples: int,
+        split: str = "test",
+        labels: Iterable[str] = (),
+    ) -> dict:
+        """Draw samples in one way, and measure them.
+
+        Sample i is asked for what image i of the data shows, and all samples are compared with those images.
+
+        Args:
+            guide: guide(attributes of a batch) -> (denoiser, step), which draw that batch.
+            steps: the number of denoising steps.
+            num_samples: a multiple of the batch size.
+            split: of the data that the samples are compared with.
+            labels: those of which it is counted whether they were drawn as asked for.
+
+        Returns:
+            "steps", "split", "num_samples", "seconds_per_image" (of the fastest batch); what `sample_quality`
+            and `attribute_accuracy` ("accuracy_LABEL", "accuracy_all") say of the samples; "first_batch":
+            what they say of the first batch alone.
+        """
+        images = self._recipe.load(split)
+        attributes = images.attributes(range(num_samples))
+        diffusion = self.diffusion.respace(steps)
+        shape = (self._batch_size, self._recipe.channels, self._recipe.image_size, self._recipe.image_size)
+        batches, seconds = [], []
+        for seed, indices in enumerate(torch.arange(num_samples).split(self._batch_size)):
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same samples on every device
+            x_T = torch.randn(shape, generator=generator).to(self.device)
+            denoiser, step = guide({name: all_[indices].to(self.device) for name, all_ in attributes.items()})
+            started = time.monotonic()
+            batches.append(sample(diffusion, denoiser, shape, step, generator, x_T).cpu())
+            seconds.append(time.monotonic() - started)
+
+        def quality(samples: Tensor) -> dict:
+            measured = sample_quality(self._judge, samples, images)
+            if labels:
+                asked_for = {name: attributes[name][: len(samples)] for name in labels}
+                accuracy = attribute_accuracy(self._judge, samples, asked_for)
+                measured |= {f"accuracy_{name}": share for name, share in accuracy.items()}
+            return measured
+
+        return {
+            "steps": steps,
+            "split": split,
+            "num_samples": num_samples,
+            "seconds_per_image": min(seconds) / self._batch_size,
+            **quality(torch.cat(batches)),
+            "first_batch": quality(batches[0]),
+        }
+
+
+def classifier_guidance_sweep(
+    model: str,
+    classifier: str,
+    reader: str,
+    scales: tuple[float, ...] = CLASSIFIER_SCALES,
+    num_samples: int = NUM_SAMPLES,
+    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
+) -> dict:
+    """Classifier guidance by scale and sampler; at one scale also in its other form, and of held-out classes.
+
+    Args:
+        model: a checkpoint of an unconditional denoiser.
+        classifier: a checkpoint of a noisy classifier of the same images.
+        reader: a checkpoint of a reader of them.
+        scales: those of the sweep.
+        num_samples, batch_size, steps: of each setting, as `Study` has them.
+
+    Returns:
+        "model", "classifier", "reader", and "runs": for each setting "form" ("none", "denoiser" or
+        "mean shift"), "sampler" and "scale", and what `Study.run` says.
+    """
+    study = Study(model, reader, batch_size)
+    network = load_model(classifier).to(study.device)
+    recipe = load_recipe(classifier)
+
+    def guide(form: str, sampler: str, scale: float, wanted: dict[str, Tensor]) -> tuple[Callable, Callable]:
+        y = recipe.classes(wanted)
+        denoiser, step = study.network, SAMPLERS[sampler]
+        if form == "denoiser":
+            denoiser = classifier_guided(denoiser, network, y, scale, study.diffusion)
+        elif form == "mean shift":
+            step = partial(ddpm_step, mean_shift=classifier_mean_shift(network, y, scale))
+        return denoiser, step
+
+    settings = [("none", sampler, 0.0, "test") for sampler in SAMPLERS]
+    settings += [("denoiser", sampler, scale, "test") for sampler in SAMPLERS for scale in scales]
+    settings += [
+        ("mean shift", "ddpm", CLASSIFIER_SCALE, "test"),
+        ("denoiser", "ddpm", CLASSIFIER_SCALE, "held_out"),
+    ]
+    runs = []
+    for form, sampler, scale, split in tqdm(settings, "sampling", unit="run"):
+        way = partial(guide, form, sampler, scale)
+        measured = study.run(way, steps, num_samples, split=split, labels=recipe.labels)
+        runs.append({"form": form, "sampler": sampler, "scale": scale} | measured)
+    return {"model": model, "classifier": classifier, "reader": reader, "runs": runs}
+
+
+def clip_guidance_sweep(
+    model: str,
+    clips: dict[str, str],
+    reader: str,
+    scales: dict[str, tuple[float, ...]] = CLIP_SCALES,
+    num_samples: int = NUM_SAMPLES,
+    batch_size: int = BATCH_SIZE,
+) -> dict:
+    """CLIP guidance by its scale, through x_t and through x_0-hat; at one of them also other prompts.
+
+    Args:
+        model: a checkpoint of an unconditional denoiser.
+        clips: checkpoints of a noise-aware CLIP ("x_t") and of a clean one ("x_0") of the same images.
+        reader: a checkpoint of a reader of them.
+        scales: those of the sweep, for either.
+        num_samples, batch_size: of each setting, as `Study` has them.
+
+    Returns:
+        "model", "clips", "reader", and "runs": for each setting "through" ("x_t", "x_0", or None without
+        guidance), "scale" and "prompt" ("a red star", or "whole" captions), and what `Study.run` says.
+    """
+    study = Study(model, reader, batch_size)
+    networks = {through: load_model(name).to(study.device) for through, name in clips.items()}
+    images = load_recipe(model).load("test")
+
+    def guide(
+        through: str | None, scale: float, prompt: str, wanted: dict[str, Tensor]
+    ) -> tuple[Callable, Callable]:
+        if through is None:
+            return study.network, ddim_step
+        kept = (prompt == "whole", True, prompt == "whole")
+        captions = [shortened(caption, kept) for caption in images.describe(wanted)]
+        clip = networks[through]
+        with torch.no_grad():
+            features = clip.encode_text(clip.tokenizer(captions).to(study.device))
+        return clip_guided(study.network, clip, features, scale, study.diffusion, through), ddim_step
+
+    settings = [
+        (None, 0.0, SHORT_PROMPT, "test"),
+        *(
+            (through, scale, SHORT_PROMPT, "test")
+            for through, scales_of_it in scales.items()
+            for scale in scales_of_it
+        ),
+        ("x_t", CLIP_SCALE, SHORT_PROMPT, "held_out"),
+        ("x_t", CLIP_SCALE, "whole", "test"),
+    ]
+    runs = []
+    for through, scale, prompt, split in tqdm(settings, "sampling", unit="run"):
+        labels = tuple(images.labels) if prompt == "whole" else ("shape", "colour")
+        measured = study.run(
+            partial(guide, through, scale, prompt), STEPS, num_samples, split=split, labels=labels
+        )
+        runs.append({"through": through, "scale": scale, "prompt": prompt} | measured)
+    return {"model": model, "clips": clips, "reader": reader, "runs": runs}

@@ -1,0 +1,28 @@
+"""What tests of chapters share: seeded tensors, comparison to a tolerance, networks out of their zeros."""
+
+import torch
+
+
+def seeded(seed=0):
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    """Standard normal noise."""
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+
+
+def agree(actual, expected, tolerance):
+    """Same shape, dtype and device, and values to an absolute and relative tolerance."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def perturbed(module, dtype=torch.float64):
+    """The module with noise on every parameter: layers that are 0 at first hide all that lies before."""
+    module.to(dtype)
+    generator = seeded(5)
+    for parameter in module.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return module
