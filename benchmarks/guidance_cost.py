@@ -9,11 +9,13 @@ import torch
 from _timing import compare
 
 from lecture26.classifier_guidance import classifier_guided
+from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.results import save_results
 from lecture26.recipes import load_diffusion, load_model
 
 MODEL, CLASSIFIER = "ddpm_shapes32", "noisy_classifier_shapes32"
+CLIPS = {"x_t": "noisy_clip_shapes32", "x_0": "clip_shapes32"}
 BATCH_SIZE, STEPS, REPEATS = 64, 5, 9
 
 
@@ -22,6 +24,11 @@ def main() -> None:
     x_T = torch.randn(BATCH_SIZE, 3, 32, 32)
     y = torch.zeros(BATCH_SIZE, dtype=torch.long)
     guided = {"classifier": classifier_guided(network, load_model(CLASSIFIER), y, 1.0, diffusion)}
+    for through, name in CLIPS.items():
+        clip = load_model(name)
+        with torch.no_grad():
+            text_features = clip.encode_text(clip.tokenizer(["a red star"]))
+        guided[f"clip, {through}"] = clip_guided(network, clip, text_features, 1.0, diffusion, through)
 
     def draw(denoiser):
         return partial(

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-GRADIENT_SCALES = {"classifier": 8.0, "clip": 100.0}  # near the best ones of chapters 03 and 04
+GRADIENT_SCALES = {"classifier": 8.0, "clip": 400.0}  # near the best ones of chapters 03 and 04
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

@@ -12,7 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from lecture26.ddpm import lookup
-from lecture26.unet import DownLevel, SelfAttention, attention, group_norm, patchify, timestep_embedding
+from lecture26.kit.validation import check_positive_int
+from lecture26.unet import (
+    DownLevel,
+    SelfAttention,
+    attention,
+    group_norm,
+    levels_with_attention,
+    patchify,
+    timestep_embedding,
+)
 
 # --- Bayes' rule on scores ---
 
@@ -38,6 +47,13 @@ def guided_eps(eps, gradient, alpha_bar, scale):
 # --- From a classifier to its gradient ---
 
 
+def check_classes(y):
+    """Raise TypeError unless y holds class numbers: a tensor, int64."""
+    if not isinstance(y, torch.Tensor) or y.dtype != torch.int64:
+        found = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
+        raise TypeError(f"y must hold integers, as an int64 tensor; got {found}")
+
+
 def selected_log_probs(logits, y):
     """The log-probability of each sample's own class.
 
@@ -49,13 +65,12 @@ def selected_log_probs(logits, y):
         log p(y | x), (B,), in nats.
 
     Raises:
-        TypeError: if y does not hold integers.
+        TypeError: if y is no int64 tensor.
         ValueError: if the shapes do not fit, or a class lies outside [0, K).
 
     Source: Dhariwal and Nichol 2021, section 4.
     """
-    if y.is_floating_point():
-        raise TypeError(f"y must hold integers; got {y.dtype}")
+    check_classes(y)
     if logits.ndim != 2 or y.shape != logits.shape[:1]:
         raise ValueError(
             f"logits and y must have shapes (B, K) and (B,); got {tuple(logits.shape)} and {tuple(y.shape)}"
@@ -70,7 +85,8 @@ def selected_log_probs(logits, y):
 def log_prob_gradient(classifier, x_t, t, y):
     """The gradient of log p(y | x_t) with respect to x_t, for each sample by itself.
 
-    It works under no_grad and inference_mode too, and leaves no graph and no .grad behind.
+    It works under no_grad and inference_mode too (where the classifier was made outside of the latter), and
+    leaves no graph and no .grad behind.
 
     Args:
         classifier: callable (x_t, t) -> logits (B, K), in evaluation mode.
@@ -86,6 +102,7 @@ def log_prob_gradient(classifier, x_t, t, y):
 
     Source: Dhariwal and Nichol 2021, algorithms 1 and 2.
     """
+    check_classes(y)
     with torch.inference_mode(False), torch.enable_grad():
         x_t, t, y = x_t.detach().clone(), t.clone(), y.clone()  # inference tensors cannot be differentiated
         x_t.requires_grad_()
@@ -216,6 +233,8 @@ def joint_logits(first, second):
 
     Returns:
         (B, K M), the pair (i, j) at i M + j.
+
+    Source: conditional independence of the labels, equation (3.16) of the chapter.
     """
     # l_ij = l_i + l_j
     pairs = first[:, :, None] + second[:, None, :]  # (B, K, M)
@@ -233,8 +252,10 @@ def joint_class(labels, num_classes):
         (B,) integers in [0, product of num_classes).
 
     Raises:
+        TypeError: if labels are no int64 tensor.
         ValueError: if there are not as many columns as labels, or a class lies outside its range.
     """
+    check_classes(labels)
     if labels.ndim != 2 or labels.shape[1] != len(num_classes):
         raise ValueError(f"labels must have shape (B, {len(num_classes)}); got {tuple(labels.shape)}")
     joint = torch.zeros_like(labels[:, 0])
@@ -259,6 +280,9 @@ class DownPath(nn.Module):
     Attributes:
         out_channels: channels of the feature map.
 
+    Raises:
+        TypeError, ValueError: on multipliers, levels, blocks or patches that make no network.
+
     Source: Dhariwal and Nichol 2021, section 4 (the downsampling trunk of the U-Net).
     """
 
@@ -268,11 +292,14 @@ class DownPath(nn.Module):
         base_channels=32,
         channel_multipliers=(1, 2, 4),
         num_blocks=1,
-        attention_levels=(2,),
+        attention_levels=None,
         patch_size=1,
         noise_aware=True,
     ):
         super().__init__()
+        attention_levels = levels_with_attention(channel_multipliers, attention_levels)
+        check_positive_int("num_blocks", num_blocks)
+        check_positive_int("patch_size", patch_size)
         self.base_channels, self.patch_size = base_channels, patch_size
         self.embedding_dim = 4 * base_channels
         self.time_mlp = None
@@ -323,12 +350,17 @@ class NoisyClassifier(DownPath):
             the classes (see joint_class).
         path: further arguments of DownPath.
 
+    Raises:
+        TypeError, ValueError: if a number of classes is not a positive int; and as DownPath.
+
     Source: Dhariwal and Nichol 2021, section 4.
     """
 
     def __init__(self, in_channels, num_classes, **path):
         super().__init__(in_channels, **path)
-        self.num_classes = (num_classes,) if isinstance(num_classes, int) else tuple(num_classes)
+        self.num_classes = (num_classes,) if isinstance(num_classes, int | float) else tuple(num_classes)
+        for count in self.num_classes:
+            check_positive_int("num_classes", count)
         self.queries = nn.Parameter(torch.zeros(len(self.num_classes), self.out_channels))
         self.heads = nn.ModuleList(nn.Linear(self.out_channels, count) for count in self.num_classes)
 

@@ -5,14 +5,13 @@ package`.
 """
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lecture26.classifier_guidance import DownPath
 from lecture26.kit.validation import check_choice
-from lecture26.unet import DownLevel, SelfAttention, group_norm, patchify, timestep_embedding
 
 # --- What belongs together ---
 
@@ -238,53 +237,20 @@ def sentence_features(features, tokens, end):
 # --- The image tower, and the whole ---
 
 
-class ImageTower(nn.Module):
+class ImageTower(DownPath):
     """Features of whole images, clean or noisy.
 
     Args:
         in_channels: channels of the images.
         feature_dim: length of the features.
-        base_channels: channels at the highest resolution.
-        channel_multipliers: width of each level, in units of base_channels; the resolution halves in between.
-        num_blocks: residual blocks per level.
-        attention_levels: the levels, counted from 0, with attention after each residual block.
-        patch_size: fold this many pixels each way into channels first.
-        noise_aware: whether the images are noisy, and the step is given.
+        patch_size, noise_aware, path: as DownPath takes them.
 
     Source: Nichol et al. 2022, section 4.4, for the step; the blocks are those of chapter 02.
     """
 
-    def __init__(
-        self,
-        in_channels,
-        feature_dim,
-        base_channels=32,
-        channel_multipliers=(1, 2, 4),
-        num_blocks=1,
-        attention_levels=(1, 2),
-        patch_size=2,
-        noise_aware=False,
-    ):
-        super().__init__()
-        self.patch_size, self.base_channels = patch_size, base_channels
-        self.embedding_dim = 4 * base_channels
-        self.time_mlp = None
-        if noise_aware:
-            self.time_mlp = nn.Sequential(
-                nn.Linear(base_channels, self.embedding_dim),
-                nn.SiLU(),
-                nn.Linear(self.embedding_dim, self.embedding_dim),
-            )
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        attention_at = [SelfAttention if level in attention_levels else None for level in range(len(widths))]
-        last = len(widths) - 1
-        self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            DownLevel(before, after, num_blocks, self.embedding_dim, attention_at[level], level == last)
-            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
-        )
-        self.norm = group_norm(widths[-1])
-        self.head = nn.Linear(widths[-1], feature_dim)
+    def __init__(self, in_channels, feature_dim, patch_size=2, noise_aware=False, **path):
+        super().__init__(in_channels, patch_size=patch_size, noise_aware=noise_aware, **path)
+        self.head = nn.Linear(self.out_channels, feature_dim)
 
     def forward(self, x, t=None):
         """Map images x (B, C, H, W), noisy ones with their steps t (B,), to features (B, feature_dim).
@@ -292,21 +258,7 @@ class ImageTower(nn.Module):
         Raises:
             ValueError: if t is missing for noisy images, given for clean ones, or not one step per image.
         """
-        if (t is None) != (self.time_mlp is None):
-            kind = (
-                "clean images only: leave out t" if t is not None else "noisy images: it needs their steps t"
-            )
-            raise ValueError(f"this CLIP reads {kind}")
-        if t is not None and t.shape != x.shape[:1]:
-            raise ValueError(f"t must hold one step per image, shape ({len(x)},); got {tuple(t.shape)}")
-        if t is None:
-            embedding = x.new_zeros(len(x), self.embedding_dim)
-        else:
-            embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x.dtype))
-        h = self.stem(patchify(x, self.patch_size))
-        for level in self.levels:
-            h = level(h, embedding, None)[-1]
-        return self.head(F.silu(self.norm(h)).mean(dim=(2, 3)))
+        return self.head(self.features(x, t).mean(dim=(2, 3)))
 
 
 MAX_LOGIT_SCALE = math.log(100)

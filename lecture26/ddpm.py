@@ -551,8 +551,17 @@ class Diffusion:
         Returns:
             The output for the sum of both scores; variance channels are left alone.
 
+        Raises:
+            ValueError: if output has another shape.
+
         Source: Dhariwal and Nichol 2021, algorithm 2, for eps; the others follow from it.
         """
+        batch, channels, *rest = x_t.shape
+        if tuple(output.shape) not in ((batch, channels, *rest), (batch, 2 * channels, *rest)):
+            raise ValueError(
+                f"output must have the shape {tuple(x_t.shape)} of x_t, or twice its channels; "
+                f"got {tuple(output.shape)}"
+            )
         alpha_bar = lookup(self.base.alpha_bar, t, x_t)
         if self.prediction == "eps":
             # eps = -sqrt(1 - alpha_bar) score
@@ -563,7 +572,6 @@ class Diffusion:
         else:
             # x_0 = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar)
             shift = (1 - alpha_bar) / alpha_bar.sqrt() * gradient
-        channels = x_t.shape[1]
         return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
 
     # --- From the bound to the simple loss ---

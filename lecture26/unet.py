@@ -311,7 +311,10 @@ def unpatchify(x, patch_size):
 
 
 def levels_with_attention(channel_multipliers, attention_levels):
-    """The levels that UNet gives attention to; TypeError or ValueError unless both arguments fit."""
+    """The levels that get attention, from channel_multipliers and attention_levels as UNet takes them.
+
+    Raises TypeError or ValueError where the two make no network.
+    """
     given = {"channel_multipliers": channel_multipliers, "attention_levels": attention_levels}
     for name, values in given.items():
         if isinstance(values, int):

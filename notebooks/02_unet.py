@@ -881,7 +881,10 @@ assert torch.equal(unpatchify(patchify(x, p), p), x)
 
 # %% tags=["export"]
 def levels_with_attention(channel_multipliers, attention_levels):
-    """The levels that UNet gives attention to; TypeError or ValueError unless both arguments fit."""
+    """The levels that get attention, from channel_multipliers and attention_levels as UNet takes them.
+
+    Raises TypeError or ValueError where the two make no network.
+    """
     given = {"channel_multipliers": channel_multipliers, "attention_levels": attention_levels}
     for name, values in given.items():
         if isinstance(values, int):
@@ -1364,12 +1367,12 @@ x_T = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 drawn = sample(trained_diffusion.respace(50), trained, x_T.shape, ddim_step, x_T=x_T)
 show(
     show_grid(drawn),
-    "Thirty-two pictures of coloured shapes, some of them misshapen, on plain, striped and checkered grounds.",
+    "Thirty-two pictures of coloured shapes, a few of them misshapen, on plain, striped and checkered grounds.",
 )
 
 # %% [markdown]
-# *Thirty-two samples, none left out, in 50 DDIM steps. Backgrounds, colours and sharp outlines are there; a number of the
-# shapes have no name. A shape is a matter of the whole picture, and what is learned last.*
+# *Thirty-two samples, none left out, in 50 DDIM steps. Backgrounds, colours and sharp outlines are there, and most of the
+# shapes have a name; a few of the small ones have none. A shape is a matter of the whole picture, and is learned last.*
 #
 # Where does the loss come from? Step by step, on unseen images, for both networks:
 
@@ -1501,11 +1504,13 @@ show(
 )
 
 # %% [markdown]
-# *Left: with 10 and 20 steps DDIM is ahead; from some 50 steps on, neither sampler gains anything that 128 images could
-# show. Right: the same against time, which is the number of steps in another unit, since a step costs the same in both.*
+# *Left: with 10 and 20 steps DDIM is ahead, and both are far off. From some 50 steps on both are close to real images, and
+# the order changes from one number of steps to the next: 128 images cannot tell them apart. Right: the same against time,
+# which is the number of steps in another unit, since a step costs the same in both.*
 #
-# So with this network 50 steps do, and a thousand would cost twenty times as much for nothing. What is left between the
-# curves and the dashed line, no sampler can mend: it is the network's part.
+# So with this network 50 steps do, and a thousand would cost twenty times as much for nothing. From there on the reader is
+# sure of a few more of DDPM's images than of DDIM's. What is left between the curves and the dashed line, no sampler can
+# mend: it is the network's part.
 #
 # A small version, live: the first 64 of the stored images, with 10 and with 50 steps. The same seeds give the same
 # images, up to rounding; their distances must agree to 10 %.

@@ -62,7 +62,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from lecture26.ddpm import lookup
-from lecture26.unet import DownLevel, SelfAttention, attention, group_norm, patchify, timestep_embedding
+from lecture26.kit.validation import check_positive_int
+from lecture26.unet import (
+    DownLevel,
+    SelfAttention,
+    attention,
+    group_norm,
+    levels_with_attention,
+    patchify,
+    timestep_embedding,
+)
 
 # %% [markdown]
 # The first half of the chapter proves things, and computes in double precision.
@@ -241,6 +250,14 @@ assert torch.allclose(diffusion.add_score(eps_u, x_t, t, gradient), guided_eps(e
 # matters: a network can raise all its logits at once, and know nothing.
 
 
+# %% tags=["export"]
+def check_classes(y):
+    """Raise TypeError unless y holds class numbers: a tensor, int64."""
+    if not isinstance(y, torch.Tensor) or y.dtype != torch.int64:
+        found = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
+        raise TypeError(f"y must hold integers, as an int64 tensor; got {found}")
+
+
 # %% tags=["export", "exercise"]
 def selected_log_probs(logits, y):
     """The log-probability of each sample's own class.
@@ -253,13 +270,12 @@ def selected_log_probs(logits, y):
         log p(y | x), (B,), in nats.
 
     Raises:
-        TypeError: if y does not hold integers.
+        TypeError: if y is no int64 tensor.
         ValueError: if the shapes do not fit, or a class lies outside [0, K).
 
     Source: Dhariwal and Nichol 2021, section 4.
     """
-    if y.is_floating_point():
-        raise TypeError(f"y must hold integers; got {y.dtype}")
+    check_classes(y)
     if logits.ndim != 2 or y.shape != logits.shape[:1]:
         raise ValueError(
             f"logits and y must have shapes (B, K) and (B,); got {tuple(logits.shape)} and {tuple(y.shape)}"
@@ -300,7 +316,8 @@ check("classifier_guidance.selected_log_probs", selected_log_probs)
 def log_prob_gradient(classifier, x_t, t, y):
     """The gradient of log p(y | x_t) with respect to x_t, for each sample by itself.
 
-    It works under no_grad and inference_mode too, and leaves no graph and no .grad behind.
+    It works under no_grad and inference_mode too (where the classifier was made outside of the latter), and
+    leaves no graph and no .grad behind.
 
     Args:
         classifier: callable (x_t, t) -> logits (B, K), in evaluation mode.
@@ -316,6 +333,7 @@ def log_prob_gradient(classifier, x_t, t, y):
 
     Source: Dhariwal and Nichol 2021, algorithms 1 and 2.
     """
+    check_classes(y)
     with torch.inference_mode(False), torch.enable_grad():
         x_t, t, y = x_t.detach().clone(), t.clone(), y.clone()  # inference tensors cannot be differentiated
         ### BEGIN SOLUTION
@@ -600,8 +618,8 @@ for T, row in errors.items():
 assert all(errors[50][i] > 3 * errors[200][i] > 9 * errors[1000][i] for i in range(4))
 
 # %% [markdown]
-# All of them fall at least as fast as $1/T$, so in the limit of many steps the two forms of guidance are one. At 1000
-# steps the hook is off by less than one per cent, which nobody will see. Taking $x_t$ for $\mu$ costs hardly
+# All of them fall about as fast as $1/T$, or faster, so in the limit of many steps the two forms of guidance are one.
+# At 1000 steps the hook is off by less than one per cent, which nobody will see. Taking $x_t$ for $\mu$ costs hardly
 # anything; taking the level $t$ for $t-1$ is most of the error. And the version that the derivation asks for, $\mu$
 # and $t-1$, is much better than it has a right to be.
 #
@@ -621,8 +639,9 @@ moved = ddpm_step(diffusion, steered, x_t, t, noise) - ddpm_step(diffusion, ungu
 verify("3.12", moved, 3.0 * beta / (1 - beta).sqrt() * gradient, atol=1e-9)
 
 # %% [markdown]
-# For DDIM there is no mean to shift: its step has no $\Sigma$. There the guidance has to go into the denoiser. That
-# is one reason why this course wraps denoisers. In the laboratory, the hook in action, with a scale of 1:
+# For DDIM without fresh noise there is no mean to shift: its step has no $\Sigma$. There the guidance has to go into
+# the denoiser. That is one reason why this course wraps denoisers. In the laboratory, the hook in action, with a
+# scale of 1:
 
 # %%
 hooked = partial(ddpm_step, mean_shift=classifier_mean_shift(classifier, torch.full((200,), y), 1.0))
@@ -763,8 +782,8 @@ torch.set_default_dtype(torch.float32)
 # ### One question for each label
 #
 # Averaging over all places would do, but it treats an empty corner like the place where the object is. Attention
-# (2.9) can choose. In place of queries from the image itself, it gets one *learned* query $q_l$ for each label:
-# 'what is the shape?', 'what is the colour?'. Keys and values are the places $h_n$ of the map:
+# (2.9) can choose. In place of queries from the image itself, it gets one *learned* query $q_l$ for each label: 'what
+# is the shape?', 'what is the colour?'. Keys and values are the places $h_n$ of the map:
 #
 # $$a_l=\sum_n\operatorname{softmax}_n\!\left(\frac{q_l\cdot h_n}{\sqrt C}\right)h_n \tag{3.15}$$
 #
@@ -836,6 +855,8 @@ def joint_logits(first, second):
 
     Returns:
         (B, K M), the pair (i, j) at i M + j.
+
+    Source: conditional independence of the labels, equation (3.16) of the chapter.
     """
     ### BEGIN SOLUTION
     # l_ij = l_i + l_j
@@ -866,8 +887,10 @@ def joint_class(labels, num_classes):
         (B,) integers in [0, product of num_classes).
 
     Raises:
+        TypeError: if labels are no int64 tensor.
         ValueError: if there are not as many columns as labels, or a class lies outside its range.
     """
+    check_classes(labels)
     if labels.ndim != 2 or labels.shape[1] != len(num_classes):
         raise ValueError(f"labels must have shape (B, {len(num_classes)}); got {tuple(labels.shape)}")
     joint = torch.zeros_like(labels[:, 0])
@@ -897,6 +920,9 @@ class DownPath(nn.Module):
     Attributes:
         out_channels: channels of the feature map.
 
+    Raises:
+        TypeError, ValueError: on multipliers, levels, blocks or patches that make no network.
+
     Source: Dhariwal and Nichol 2021, section 4 (the downsampling trunk of the U-Net).
     """
 
@@ -906,11 +932,14 @@ class DownPath(nn.Module):
         base_channels=32,
         channel_multipliers=(1, 2, 4),
         num_blocks=1,
-        attention_levels=(2,),
+        attention_levels=None,
         patch_size=1,
         noise_aware=True,
     ):
         super().__init__()
+        attention_levels = levels_with_attention(channel_multipliers, attention_levels)
+        check_positive_int("num_blocks", num_blocks)
+        check_positive_int("patch_size", patch_size)
         self.base_channels, self.patch_size = base_channels, patch_size
         self.embedding_dim = 4 * base_channels
         self.time_mlp = None
@@ -966,12 +995,17 @@ class NoisyClassifier(DownPath):
             the classes (see joint_class).
         path: further arguments of DownPath.
 
+    Raises:
+        TypeError, ValueError: if a number of classes is not a positive int; and as DownPath.
+
     Source: Dhariwal and Nichol 2021, section 4.
     """
 
     def __init__(self, in_channels, num_classes, **path):
         super().__init__(in_channels, **path)
-        self.num_classes = (num_classes,) if isinstance(num_classes, int) else tuple(num_classes)
+        self.num_classes = (num_classes,) if isinstance(num_classes, int | float) else tuple(num_classes)
+        for count in self.num_classes:
+            check_positive_int("num_classes", count)
         self.queries = nn.Parameter(torch.zeros(len(self.num_classes), self.out_channels))
         self.heads = nn.ModuleList(nn.Linear(self.out_channels, count) for count in self.num_classes)
 
@@ -1146,8 +1180,8 @@ figure = show_grid(torch.cat(list(by_scale.values())), row_titles=list(by_scale)
 show(figure, "Rows of eight pictures, from unguided to strongly guided: more and more of them are red stars.")
 
 # %% [markdown]
-# *Each column begins with the same noise. Colour obeys first, at small scales; the outline follows. At large scales
-# the pictures are all of a kind.*
+# *Each column begins with the same noise. Colour obeys first, at $s=1$; the outline follows in most columns. Larger
+# scales change the whole picture, background included.*
 #
 # A *reader*, a third network that has taken no part in any of this, says how many of them are what was asked for:
 
@@ -1173,7 +1207,8 @@ show(figure, "Two rows of eight pictures, by the wrapped denoiser and by the shi
 # The command line does it too, with words for the class:
 #
 # ```
-# python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out stars.png
+# python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out
+# stars.png
 # ```
 #
 # ### What is neglected, on images
@@ -1228,7 +1263,7 @@ assert all(neglects[1000, f][0] < neglects[50, f][0] for f in (0.8, 0.5, 0.2))
 
 # %% [markdown]
 # With all 1000 steps the hook's gradient is off by two to four per cent, nearly as harmless as in the laboratory.
-# With 50 steps it is off by 11 to 33 per cent, and at the early steps the straight line misses most of the change: a
+# With 50 steps it is off by 12 to 36 per cent, and at the early steps the straight line misses most of the change: a
 # step that long is no short distance. Guidance still works there. What one step gets wrong the next one sees, at its
 # own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
 #
@@ -1236,9 +1271,8 @@ assert all(neglects[1000, f][0] < neglects[50, f][0] for f in (0.8, 0.5, 0.2))
 # ## How strong?
 #
 # The scale trades one thing for another. The stored measurement draws 512 images for each of several scales, each
-# image with a shape and a colour of its own, and asks four questions. Are shape and colour as asked for? How far are
-# the images from real ones (Fréchet distance)? How much of the *variety* of real images is there? And what does it
-# cost?
+# image with a shape and a colour of its own, and asks three questions. Are shape and colour as asked for? How far are
+# the images from real ones (Fréchet distance)? How much of the *variety* of real images is there?
 #
 # For variety it takes the **recall** of Kynkäänniemi et al.: draw a ball around the features of each sample, out to
 # its third-nearest other sample; recall is the share of real images whose features fall into one of the balls. A
@@ -1256,18 +1290,15 @@ curves = {
     for sampler in ("ddpm", "ddim")
 }
 plain = curves["ddpm"][0]  # unguided
-print("sampler scale   shape  colour   both   Fréchet   recall   cost")
+print("sampler scale   shape  colour   both   Fréchet   recall")
 for sampler, runs in curves.items():
     for run in runs:
         row = [
             run[name]
             for name in ("accuracy_shape", "accuracy_colour", "accuracy_all", "frechet_distance", "recall")
         ]
-        cost = run["seconds_per_image"] / plain["seconds_per_image"]
         print(
-            "{:7} {:5g} {:7.1%} {:7.1%} {:6.1%} {:9.1f} {:8.2f} {:6.1f}".format(
-                sampler.upper(), run["scale"], *row, cost
-            )
+            "{:7} {:5g} {:7.1%} {:7.1%} {:6.1%} {:9.1f} {:8.2f}".format(sampler.upper(), run["scale"], *row)
         )
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**plain))
 
@@ -1298,7 +1329,20 @@ show(
 )
 
 # %% [markdown]
-# SWEEP TEXT
+# *Left: the colour is had at $s=1$ already, the shape takes more. DDPM gets to nine in ten, DDIM to fewer than three
+# in four. Middle: with DDPM the distance is smallest at $s=1$, Bayes' rule, and below that of unguided images; from
+# there on it grows. With DDIM every guidance raises it. Right: a tenth of the variety is given up on the way.*
+#
+# So there is no one best scale. With DDPM it is 1 for the distribution, and some 8 to 16 for obedience, at six times
+# the distance. Beyond that nothing is gained. And why is DDIM so far behind at the same scale? As on the line above,
+# it adds up every push and cannot take one back, while DDPM's fresh noise lets the denoiser repair each step. Of the
+# two, DDIM's pictures are the worse ones when guided, and the better ones (by the distance, 33 against 48) when not.
+#
+# What does it cost? One gradient of the classifier for each step, beside one evaluation of the U-Net:
+
+# %%
+cost = load_results("benchmark_guidance")["guided_over_unguided"]["classifier"]["ratio"]["median"]
+print(f"time per image: {cost:.2f} times that of unguided sampling")
 
 # %% [markdown]
 # A small version, live: the first 64 of the stored images at one scale, by both samplers. Their numbers must agree
@@ -1336,7 +1380,9 @@ for run in stored["runs"]:
         print("{:28} shape {:5.1%}  colour {:5.1%}  both {:5.1%}  Fréchet {:5.1f}".format(way, *row))
 
 # %% [markdown]
-# WAYS TEXT
+# The lecture's form does a little better than the wrapped denoiser at the same $s$: with 50 steps, $\Sigma$ and
+# $\beta_t/\sqrt{\alpha_t}$ are far from equal. And the sum of two labels (3.17) carries over to pairs that were never
+# seen: nearly as many are right.
 #
 # ## Why a clean classifier fails
 #
@@ -1372,7 +1418,9 @@ show(
 )
 
 # %% [markdown]
-# CLEAN TEXT
+# The clean classifier has not even convinced itself. Its streaks look like noise to the denoiser, which takes them
+# out again, step by step; what is left in the end is some object or other. Nothing in the formula has changed; only
+# the noise is missing from the classifier's training.
 #
 # ## What the lecture's slide says
 #
@@ -1386,8 +1434,8 @@ show(
 # - 'Higher values enforce the class' holds up to a point, and the rest of the sentence is missing: what it costs.
 #   Dhariwal and Nichol measured it on ImageNet at 256 pixels, with their unconditional model: at $s=1$ the FID was
 #   *worse* than unguided (33.03 against 26.21), at $s=10$ better (12.00); with their conditional model $s=1$ was best
-#   (4.59), and $s=10$ (9.11) hardly better than none (10.94). There is a best scale, and it depends on model, sampler
-#   and measure.
+#   with 4.59, and $s=10$ with 9.11 hardly better than none with 10.94. There is a best scale, and it depends on
+#   model, sampler and measure.
 # - 'Requires training separate classifiers' is true, and it is the reason why chapter 05 does without.
 #
 # ## Summary

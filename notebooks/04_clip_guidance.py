@@ -23,7 +23,8 @@
 # - put a large pretrained CLIP in the small one's place.
 #
 # **What it needs**: chapter 01 (`add_score`, DDIM, the Gaussian mixture), chapter 02 (blocks, attention, the trained
-# network) and chapter 03 (Bayes' rule on scores). **What it takes**: about two minutes on two cores. All data are embedded.
+# network) and chapter 03 (Bayes' rule on scores). **What it takes**: about two minutes on two cores. All data are
+# embedded.
 
 # %%
 from functools import partial
@@ -38,6 +39,7 @@ from lecture26.ddpm import (
     Diffusion,
     GaussianMixture,
     ddim_step,
+    ddpm_step,
     exact_denoiser,
     linear_betas,
     lookup,
@@ -45,7 +47,7 @@ from lecture26.ddpm import (
     sample,
 )
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import attribute_accuracy, sample_quality
+from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.figures import PALETTE, show, show_grid, use_style
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
@@ -61,14 +63,13 @@ colours = list(PALETTE.values())
 
 # %% tags=["export"]
 import math
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lecture26.classifier_guidance import DownPath
 from lecture26.kit.validation import check_choice
-from lecture26.unet import DownLevel, SelfAttention, group_norm, patchify, timestep_embedding
 
 # %% [markdown]
 # Until the first training, everything is in double precision.
@@ -92,13 +93,13 @@ text_features = torch.tensor(
 )
 
 # %% [markdown]
-# How well does picture $i$ go with caption $j$? By the angle between the two vectors $u_i$ and $v_j$. Their lengths do not
-# count, so that a picture cannot go with everything by being bright:
+# How well does picture $i$ go with caption $j$? By the angle between the two vectors $u_i$ and $v_j$. Their lengths
+# do not count, so that a picture cannot go with everything by being bright:
 #
 # $$S_{ij}=\frac{u_i\cdot v_j}{\|u_i\|\,\|v_j\|} \tag{4.1, definition}$$
 #
-# The **cosine similarity** lies between $-1$ and 1. With $\hat u=u/\|u\|$ and $\hat v=v/\|v\|$, the *features* on the unit
-# sphere, it is their inner product, and tells the same as their distance, the other way round:
+# The **cosine similarity** lies between $-1$ and 1. With $\hat u=u/\|u\|$ and $\hat v=v/\|v\|$, the *features* on the
+# unit sphere, it is their inner product, and tells the same as their distance, the other way round:
 #
 # $$\|\hat u-\hat v\|^2=2-2\,\hat u\cdot\hat v \tag{4.2}$$
 #
@@ -144,10 +145,10 @@ verify("4.2", distance**2, 2 - 2 * S, atol=1e-12)
 #
 # ### From similarities to a guess
 #
-# Turn it into a riddle. Here is a picture, and here are $N$ captions; which one is it? A softmax makes probabilities of
-# the similarities of a row, and of a column for the opposite riddle, which picture belongs to the caption. A cosine is at
-# most 1, so it is multiplied by a factor $\kappa$ first, and since $\kappa$ is to be positive, what is learned is its
-# logarithm $\tau$, in code `logit_scale`:
+# Turn it into a riddle. Here is a picture, and here are $N$ captions; which one is it? A softmax makes probabilities
+# of the similarities of a row, and of a column for the opposite riddle, which picture belongs to the caption. A
+# cosine is at most 1, so it is multiplied by a factor $\kappa$ first, and since $\kappa$ is to be positive, what is
+# learned is its logarithm $\tau$, in code `logit_scale`:
 #
 # $$p(j\mid i)=\frac{e^{\kappa S_{ij}}}{\sum_k e^{\kappa S_{ik}}},\qquad
 # q(i\mid j)=\frac{e^{\kappa S_{ij}}}{\sum_k e^{\kappa S_{kj}}},\qquad\kappa=e^{\tau} \tag{4.3, definition}$$
@@ -163,8 +164,8 @@ for kappa in (1, 5, 20, 100):
 #
 # $$L=-\frac1{2N}\sum_{i=1}^N\bigl(\log p(i\mid i)+\log q(i\mid i)\bigr) \tag{4.4, definition}$$
 #
-# This is **InfoNCE** in CLIP's symmetric form. The other pairs of the batch serve as the wrong answers, so a batch of 256
-# gives 255 wrong answers to each of its 512 riddles, at no extra cost.
+# This is **InfoNCE** in CLIP's symmetric form. The other pairs of the batch serve as the wrong answers, so a batch of
+# 256 gives 255 wrong answers to each of its 512 riddles, at no extra cost.
 #
 # **Exercise 2.** Fill in `info_nce`. The features come in with length 1.
 
@@ -224,9 +225,9 @@ verify("4.6", losses, (1 + (N - 1) * torch.exp(-taus.exp())).log(), atol=1e-12)
 
 # %% [markdown]
 # With $\kappa=1$ and a batch of 256, even perfect features leave a loss of $\ln(1+255/e)=4.55$, hardly below the
-# $\ln256=5.55$ of knowing nothing. So $\kappa$ has to grow, and it is learned along with the rest. It starts at $1/0.07$,
-# and is kept between 1 and 100: once most riddles are solved, a larger $\kappa$ always lowers the loss, and nothing else
-# would end its growth.
+# $\ln256=5.55$ of knowing nothing. So $\kappa$ has to grow, and it is learned along with the rest. It starts at
+# $1/0.07$, and is kept between 1 and 100: once most riddles are solved, a larger $\kappa$ always lowers the loss, and
+# nothing else would end its growth.
 #
 # ### What the loss pulls at
 #
@@ -238,7 +239,8 @@ verify("4.6", losses, (1 + (N - 1) * torch.exp(-taus.exp())).log(), atol=1e-12)
 #
 # Descending it, each pair's own similarity is raised, the more the less it is believed, and every other one is
 # lowered, the more the *likelier* it looks. Captions that are nearly right, one word off, are pushed away hardest:
-# *hard negatives*. And the temperature feels the same gradient, weighted by the similarities ($\partial(\kappa S)/\partial\tau=\kappa S$):
+# *hard negatives*. And the temperature feels the same gradient, weighted by the similarities
+# ($\partial(\kappa S)/\partial\tau=\kappa S$):
 #
 # $$\frac{\partial L}{\partial\tau}=\sum_{ij}S_{ij}\,\frac{\partial L}{\partial S_{ij}} \tag{4.8}$$
 #
@@ -274,8 +276,8 @@ for axis in axes[1:]:
 show(figure, "Four matrices of four by four numbers: similarities, both softmaxes, and the gradient.")
 
 # %% [markdown]
-# *The four pictures and captions at $\kappa=5$. In the gradient (right), blue raises a similarity and red lowers it. The
-# captions that share a word with the picture are pushed; the opposite ones hardly.*
+# *The four pictures and captions at $\kappa=5$. In the gradient (right), blue raises a similarity and red lowers it.
+# The captions that share a word with the picture are pushed; the opposite ones hardly.*
 
 # %% [markdown]
 # ## What the loss measures
@@ -294,14 +296,14 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 # $$\pi(j)=P(J=j\mid x,c_1,\dots,c_N)\propto q(c_j\mid x)\prod_{k\ne j}q(c_k)\propto\frac{q(c_j\mid x)}{q(c_j)},
 # \qquad\pi(j)=\frac{r(x,c_j)}{\sum_kr(x,c_k)} \tag{4.10, step}$$
 #
-# A network with logits $f(x,c)$, a *critic*, says $p_f(j)=e^{f(x,c_j)}/\sum_ke^{f(x,c_k)}$ instead. Its expected surprise
-# is a cross-entropy, which is the surprise of the one who knows plus a divergence:
+# A network with logits $f(x,c)$, a *critic*, says $p_f(j)=e^{f(x,c_j)}/\sum_ke^{f(x,c_k)}$ instead. Its expected
+# surprise is a cross-entropy, which is the surprise of the one who knows plus a divergence:
 #
 # $$L_f=\mathbb E\bigl[-\log p_f(J)\bigr]=L_\pi+\mathbb E\bigl[\mathrm{KL}(\pi\,\|\,p_f)\bigr],\qquad
 # L_\pi=\mathbb E\bigl[-\log\pi(J)\bigr] \tag{4.11, step}$$
 #
-# And the one who knows? Call $P_j$ the distribution of $(x,c_1,\dots,c_N)$ when the own caption is at place $j$, and $Q$
-# that in which *no* caption belongs to $x$. The two differ in one factor, $P_j=r(x,c_j)\,Q$. So the mixture over
+# And the one who knows? Call $P_j$ the distribution of $(x,c_1,\dots,c_N)$ when the own caption is at place $j$, and
+# $Q$ that in which *no* caption belongs to $x$. The two differ in one factor, $P_j=r(x,c_j)\,Q$. So the mixture over
 # all places is $M=\frac1N\sum_jP_j=R\,Q$ with $R=\frac1N\sum_kr(x,c_k)$, and
 #
 # $$\ln N-L_\pi=\mathbb E_{P_1}\left[\ln N+\ln\frac{r(x,c_1)}{N\,R}\right]=I-\mathbb E_{P_1}[\ln R]
@@ -312,21 +314,21 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 #
 # $$I-(\ln N-L_f)=\mathrm{KL}(M\,\|\,Q)+\mathbb E\bigl[\mathrm{KL}(\pi\,\|\,p_f)\bigr]\ \ge\ 0 \tag{4.12}$$
 #
-# So $\ln N-L$ is a **lower bound of the mutual information**, whatever the critic. It holds for either direction, and for
-# the mean of both. And it is known what is lost: the first divergence says how hard it is to see that *any* caption
-# belongs to the picture (less, the larger $N$), the second how far the critic is from the best one. Since $L\ge0$, the
-# bound never exceeds $\ln N$: a small batch cannot show much information.
+# So $\ln N-L$ is a **lower bound of the mutual information**, whatever the critic. It holds for either direction, and
+# for the mean of both. And it is known what is lost: the first divergence says how hard it is to see that *any*
+# caption belongs to the picture (less, the larger $N$), the second how far the critic is from the best one. Since
+# $L\ge0$, the bound never exceeds $\ln N$: a small batch cannot show much information.
 #
 # ### On a pair whose information is known
 #
-# Let $x$ and $c$ be standard normal numbers with correlation $\rho$. Then $c$ given $x$ is $\mathcal N(\rho x,1-\rho^2)$,
-# and with $\mathbb E[(c-\rho x)^2]=1-\rho^2$ and $\mathbb E[c^2]=1$ the squares cancel in
-# $I=\mathbb E\bigl[-\tfrac12\ln(1-\rho^2)-\tfrac{(c-\rho x)^2}{2(1-\rho^2)}+\tfrac{c^2}2\bigr]$:
+# Let $x$ and $c$ be standard normal numbers with correlation $\rho$. Then $c$ given $x$ is
+# $\mathcal N(\rho x,1-\rho^2)$, and with $\mathbb E[(c-\rho x)^2]=1-\rho^2$ and $\mathbb E[c^2]=1$ the squares cancel
+# in $I=\mathbb E\bigl[-\tfrac12\ln(1-\rho^2)-\tfrac{(c-\rho x)^2}{2(1-\rho^2)}+\tfrac{c^2}2\bigr]$:
 #
 # $$I=-\tfrac12\ln(1-\rho^2) \tag{4.13}$$
 #
-# The checks integrate on a grid of Gauss and Hermite, exact for polynomials times a normal density. That of (4.12) takes
-# $N=2$ and some wrong critic, and computes the left side under $P_1$, the right one under $Q$.
+# The checks integrate on a grid of Gauss and Hermite, exact for polynomials times a normal density. That of (4.12)
+# takes $N=2$ and some wrong critic, and computes the left side under $P_1$, the right one under $Q$.
 
 
 # %%
@@ -404,8 +406,8 @@ show(
 )
 
 # %% [markdown]
-# *The bound against the batch size. It first follows $\ln N$, then bends towards the mutual information, from below. A critic with
-# the wrong temperature stays lower.*
+# *The bound against the batch size. It first follows $\ln N$, then bends towards the mutual information, from below.
+# A critic with the wrong temperature stays lower.*
 
 # %%
 best, half = bounds.values()
@@ -457,9 +459,9 @@ verify("4.15", torch.stack(losses).mean(), perfect_loss(4, 3), atol=1e-12)
 # %% [markdown]
 # ## Words to numbers
 #
-# Now the networks. The text comes first, and a text transformer wants whole numbers. Our language is small enough to give
-# each word its own. Three numbers are not words: one *begins* each text, one *ends* it, and *padding* fills up what is
-# missing to a common length, so that texts of different lengths make one tensor.
+# Now the networks. The text comes first, and a text transformer wants whole numbers. Our language is small enough to
+# give each word its own. Three numbers are not words: one *begins* each text, one *ends* it, and *padding* fills up
+# what is missing to a common length, so that texts of different lengths make one tensor.
 
 
 # %% tags=["export"]
@@ -535,11 +537,11 @@ except ValueError as error:
 # %% [markdown]
 # ## A transformer that reads from left to right
 #
-# Each token becomes a vector, from a table with one learned row per number. A second table has a row for each *place*,
-# since attention does not know where a token is, (2.12). Then tokens look at each other, as pixels did in chapter 02, but
-# with one difference: CLIP's text tower reads like a language model, and no token may look at what comes *after* it. A
-# **mask** $m_{ij}\in\{0,1\}$ says which keys $j$ a query $i$ may look at. A key that is masked gets the score $-\infty$,
-# and so the weight 0; the others still add up to 1:
+# Each token becomes a vector, from a table with one learned row per number. A second table has a row for each
+# *place*, since attention does not know where a token is, (2.12). Then tokens look at each other, as pixels did in
+# chapter 02, but with one difference: CLIP's text tower reads like a language model, and no token may look at what
+# comes *after* it. A **mask** $m_{ij}\in\{0,1\}$ says which keys $j$ a query $i$ may look at. A key that is masked
+# gets the score $-\infty$, and so the weight 0; the others still add up to 1:
 #
 # $$\mathrm{attention}(Q,K,V,m)_i=\sum_jw_{ij}\,v_j,\qquad
 # w_{ij}=\frac{m_{ij}\,e^{q_i\cdot k_j/\sqrt d}}{\sum_lm_{il}\,e^{q_i\cdot k_l/\sqrt d}},\qquad
@@ -593,9 +595,9 @@ one_by_one = [attention(q[..., i : i + 1, :], k[..., : i + 1, :], v[..., : i + 1
 verify("4.17", masked_attention(q, k, v, causal), torch.cat(one_by_one, dim=2), atol=1e-12)
 
 # %% [markdown]
-# A **block** of the transformer is attention, then a small network for each token by itself. Both are added to what they
-# received, as in chapter 02, and normalise it first: *layer normalisation* gives each token's vector mean 0 and variance 1,
-# with a learned scale and shift.
+# A **block** of the transformer is attention, then a small network for each token by itself. Both are added to what
+# they received, as in chapter 02, and normalise it first: *layer normalisation* gives each token's vector mean 0 and
+# variance 1, with a learned scale and shift.
 
 
 # %% tags=["export"]
@@ -699,8 +701,8 @@ verify("4.18", reach.triu(diagonal=1), torch.zeros(12, 12), atol=0)
 assert (reach.tril().diagonal() > 0).all() and (reach[-1] > 0).all()
 
 # %% [markdown]
-# Which of the features stands for the sentence? The one at the **end token**: it has seen all words. What comes behind it,
-# the padding, it has not seen, so with $n$ words, its place being $n+2$,
+# Which of the features stands for the sentence? The one at the **end token**: it has seen all words. What comes
+# behind it, the padding, it has not seen, so with $n$ words, its place being $n+2$,
 #
 # $$h_{n+2}(\text{begin},c_1,\dots,c_n,\text{end},\text{padding},\dots)=h_{n+2}(\text{begin},c_1,\dots,c_n,\text{end}) \tag{4.19}$$
 #
@@ -745,59 +747,27 @@ verify("4.19", padded, bare, atol=1e-12)
 # %% [markdown]
 # ## The image tower, and the whole
 #
-# The image tower is the way down of chapter 02's U-Net: patches, residual blocks, attention at the two coarser levels.
-# At the end it takes the mean over all places, since it does not matter where the star is. The residual blocks are told
-# the step, if there is one. So the same tower will do for noisy images below; the clean one gets zeros for an embedding.
+# The image tower is the way down of chapter 02's U-Net: patches, residual blocks, attention at the two coarser
+# levels. At the end it takes the mean over all places, since it does not matter where the star is. The residual
+# blocks are told the step, if there is one. So the same tower will do for noisy images below; the clean one gets
+# zeros for an embedding.
 
 
 # %% tags=["export"]
-class ImageTower(nn.Module):
+class ImageTower(DownPath):
     """Features of whole images, clean or noisy.
 
     Args:
         in_channels: channels of the images.
         feature_dim: length of the features.
-        base_channels: channels at the highest resolution.
-        channel_multipliers: width of each level, in units of base_channels; the resolution halves in between.
-        num_blocks: residual blocks per level.
-        attention_levels: the levels, counted from 0, with attention after each residual block.
-        patch_size: fold this many pixels each way into channels first.
-        noise_aware: whether the images are noisy, and the step is given.
+        patch_size, noise_aware, path: as DownPath takes them.
 
     Source: Nichol et al. 2022, section 4.4, for the step; the blocks are those of chapter 02.
     """
 
-    def __init__(
-        self,
-        in_channels,
-        feature_dim,
-        base_channels=32,
-        channel_multipliers=(1, 2, 4),
-        num_blocks=1,
-        attention_levels=(1, 2),
-        patch_size=2,
-        noise_aware=False,
-    ):
-        super().__init__()
-        self.patch_size, self.base_channels = patch_size, base_channels
-        self.embedding_dim = 4 * base_channels
-        self.time_mlp = None
-        if noise_aware:
-            self.time_mlp = nn.Sequential(
-                nn.Linear(base_channels, self.embedding_dim),
-                nn.SiLU(),
-                nn.Linear(self.embedding_dim, self.embedding_dim),
-            )
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        attention_at = [SelfAttention if level in attention_levels else None for level in range(len(widths))]
-        last = len(widths) - 1
-        self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            DownLevel(before, after, num_blocks, self.embedding_dim, attention_at[level], level == last)
-            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
-        )
-        self.norm = group_norm(widths[-1])
-        self.head = nn.Linear(widths[-1], feature_dim)
+    def __init__(self, in_channels, feature_dim, patch_size=2, noise_aware=False, **path):
+        super().__init__(in_channels, patch_size=patch_size, noise_aware=noise_aware, **path)
+        self.head = nn.Linear(self.out_channels, feature_dim)
 
     def forward(self, x, t=None):
         """Map images x (B, C, H, W), noisy ones with their steps t (B,), to features (B, feature_dim).
@@ -805,21 +775,7 @@ class ImageTower(nn.Module):
         Raises:
             ValueError: if t is missing for noisy images, given for clean ones, or not one step per image.
         """
-        if (t is None) != (self.time_mlp is None):
-            kind = (
-                "clean images only: leave out t" if t is not None else "noisy images: it needs their steps t"
-            )
-            raise ValueError(f"this CLIP reads {kind}")
-        if t is not None and t.shape != x.shape[:1]:
-            raise ValueError(f"t must hold one step per image, shape ({len(x)},); got {tuple(t.shape)}")
-        if t is None:
-            embedding = x.new_zeros(len(x), self.embedding_dim)
-        else:
-            embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x.dtype))
-        h = self.stem(patchify(x, self.patch_size))
-        for level in self.levels:
-            h = level(h, embedding, None)[-1]
-        return self.head(F.silu(self.norm(h)).mean(dim=(2, 3)))
+        return self.head(self.features(x, t).mean(dim=(2, 3)))
 
 
 # %% [markdown]
@@ -906,8 +862,8 @@ print(f"first loss at most 10 % above ln 128: {1 < first_loss / math.log(128) < 
 assert 1 < first_loss / math.log(128) < 1.1
 
 # %% [markdown]
-# How good it is will be told by *retrieval*: of 128 images that are not trained on, no two with the same caption, how many
-# have their own caption as the most similar one? Guessing gets 1 in 128.
+# How good it is will be told by *retrieval*: of 128 images that are not trained on, no two with the same caption, how
+# many have their own caption as the most similar one? Guessing gets 1 in 128.
 
 # %%
 unseen = load("shapes", "test")
@@ -927,9 +883,9 @@ def retrieved(encode_image, clip, x=x_unseen, captions=unseen_captions):
 
 
 # %% [markdown]
-# Two precautions matter here: the learning rate rises over the first 20 steps, and a gradient longer than 1 is shortened
-# to 1. Without them the first, large steps throw all features into nearly one direction, towards the loss (4.5) of a collapse,
-# and it takes long to come back.
+# Two precautions matter here: the learning rate rises over the first 20 steps, and a gradient longer than 1 is
+# shortened to 1. Without them the first, large steps spoil the features: a run with neither, at twice the rate, found
+# one caption in ten after the same 120 steps.
 
 # %%
 optimizer = torch.optim.AdamW(clip.parameters())
@@ -961,8 +917,9 @@ axes[2].set(xlabel="training step", ylabel=r"$\kappa$")
 show(figure, "Three curves over the training steps: the loss falls, retrieval rises, kappa moves a little.")
 
 # %% [markdown]
-# *Left: the loss, between knowing nothing and the least that is possible with 448 captions, some of which are in a batch twice.
-# Middle: retrieval on unseen images. Right: the factor $\kappa$; the weights change faster than it does.*
+# *Left: the loss, between knowing nothing and the least that is possible with 448 captions, some of which are in a
+# batch twice. Middle: retrieval on unseen images. Right: the factor $\kappa$; the weights change faster than it
+# does.*
 
 # %%
 print(f"loss fell to less than a third: {sum(losses[-10:]) / 10 < first_loss / 3}")
@@ -972,9 +929,9 @@ assert sum(losses[-10:]) / 10 < first_loss / 3 and retrieval[120] > 0.4
 # %% [markdown]
 # ### The long-trained one
 #
-# The recipe `clip_shapes32` does the same for longer, with batches of 256, and with a change in the captions: size, colour and
-# background are each left out three times in ten, so that 'a red star' is a sentence that the text tower knows.
-# `python -m lecture26 train clip_shapes32` makes it anew.
+# The recipe `clip_shapes32` does the same for longer, with batches of 256, and with a change in the captions: size,
+# colour and background are each left out three times in ten, so that 'a red star' is a sentence that the text tower
+# knows. `python -m lecture26 train clip_shapes32` makes it anew.
 
 # %%
 clean_clip = load_model("clip_shapes32")
@@ -1001,13 +958,14 @@ show(
 )
 
 # %% [markdown]
-# *Images against captions, sorted by shape, then colour. The diagonal stands out; along it lie captions with the same shape and colour
-# but another size or background. The loss wants them lower than the own one, and no lower than that.*
+# *Images against captions, sorted by shape, then colour. The diagonal stands out; along it lie captions with the same
+# shape and colour but another size or background. The loss wants them lower than the own one, and no lower than
+# that.*
 #
 # ### Classes that are words
 #
-# A classifier has its classes built in. CLIP classifies by whatever captions it is offered, *zero-shot*: put the softmax of
-# (4.3) over one caption for each class,
+# A classifier has its classes built in. CLIP classifies by whatever captions it is offered, *zero-shot*: put the
+# softmax of (4.3) over one caption for each class,
 #
 # $$p(k\mid x)=\frac{e^{\kappa S(x,c_k)}}{\sum_le^{\kappa S(x,c_l)}} \tag{4.21, definition}$$
 #
@@ -1058,11 +1016,11 @@ with torch.no_grad():
         assert right > 0.9
 
 # %% [markdown]
-# It was never told what a class is. Where a caption needs more than the class's own word, features of several wordings are
-# averaged; Radford et al. gain a few per cent by averaging 80 templates such as 'a photo of a big ...'.
+# It was never told what a class is. Where a caption needs more than the class's own word, features of several
+# wordings are averaged; Radford et al. gain a few per cent by averaging 80 templates such as 'a photo of a big ...'.
 #
-# And pairs it has never seen? No training image shows a blue star. Among *all* 512 captions that the language has, with
-# 64 for the held-out pairs:
+# And pairs it has never seen? No training image shows a blue star. Offered *all* 512 captions of the language, 64 of
+# which are of held-out pairs:
 
 # %%
 labels = torch.cartesian_prod(*[torch.arange(len(names)) for names in images.labels.values()])  # (512, 4)
@@ -1074,11 +1032,13 @@ with torch.no_grad():
         clean_clip.encode_image(held_out.batch(range(256))["image"]),
         clean_clip.encode_text(tokenizer(all_captions)),
     )
-found = S.argmax(dim=1)
-pair_right = (labels[found, :2] == labels[own, :2]).all(dim=1).float().mean().item()
-print(
-    f"held-out pairs: the right caption of 512 for over half: {(found == torch.tensor(own)).float().mean() > 0.5}"
-)
+share = (S.argmax(dim=1) == torch.tensor(own)).float().mean().item()
+print(f"held-out pairs: the right caption out of 512 for over 95 %: {share > 0.95}")
+assert share > 0.95
+
+# %% [markdown]
+# It has learned what the words mean, and not 448 captions by heart. Nothing in the loss asks for that: no caption of a
+# held-out pair was ever offered in training. It comes with towers that are small for so many captions.
 
 # %% [markdown]
 # ## What the gradient of a similarity means
@@ -1147,8 +1107,8 @@ assert torch.allclose(weighted, torch.ones(64))  # the same for all x: with thei
 #
 # $$\frac{\partial S}{\partial u}=\frac{\hat v-S\,\hat u}{\|u\|} \tag{4.24}$$
 #
-# This is what the caption asks for ($\hat v$), without what the picture has already ($S\,\hat u$). It is across $u$, its
-# length is $\sqrt{1-S^2}/\|u\|$, and it vanishes when there is nothing left to gain:
+# This is what the caption asks for ($\hat v$), without what the picture has already ($S\,\hat u$). It is across $u$,
+# its length is $\sqrt{1-S^2}/\|u\|$, and it vanishes when there is nothing left to gain:
 #
 # $$u\cdot\frac{\partial S}{\partial u}=0,\qquad\left\|\frac{\partial S}{\partial u}\right\|=\frac{\sqrt{1-S^2}}{\|u\|} \tag{4.25}$$
 #
@@ -1189,8 +1149,8 @@ expected = torch.stack([torch.zeros(32), (1 - S**2).sqrt() / u.norm(dim=1)])
 verify("4.25", torch.stack([(u * slope).sum(dim=1), slope.norm(dim=1)]), expected, atol=1e-12)
 
 # %% [markdown]
-# From the features on to the picture, automatic differentiation takes over. What is to be raised is the similarity of each image
-# of the batch to its own text:
+# From the features on to the picture, automatic differentiation takes over. What is to be raised is the similarity of
+# each image of the batch to its own text:
 
 
 # %% tags=["export"]
@@ -1217,8 +1177,8 @@ def paired_similarity(image_features, text_features):
 
 
 # %% [markdown]
-# As in chapter 03: the *sum* over the batch is differentiated, never the mean; gradients are switched on and inference mode is left,
-# whatever the sampler runs under; `autograd.grad` leaves nothing behind.
+# As in chapter 03: the *sum* over the batch is differentiated, never the mean; gradients are switched on and
+# inference mode is left, whatever the sampler runs under; `autograd.grad` leaves nothing behind.
 #
 # **Exercise 7.** Fill in `similarity_gradient`; the two lines that switch gradients on are there.
 
@@ -1258,7 +1218,8 @@ def similarity_gradient(encode_image, x_t, t, text_features):
 check("clip_guidance.similarity_gradient", similarity_gradient)
 
 # %% [markdown]
-# To hold it against (4.24), the chain rule written out: the Jacobian of the image tower, times the gradient of the cosine.
+# To hold it against (4.24), the chain rule written out: the Jacobian of the image tower, times the gradient of the
+# cosine.
 
 # %%
 torch.manual_seed(1)
@@ -1304,25 +1265,32 @@ for (name, shares), marker, colour in zip(curves.items(), "os", colours):
 axis.axhline(1 / 128, color="grey", linestyle="--", label="guessing")
 axis.set(xlabel="step t", ylabel="right caption out of 128", ylim=(0, 1.02))
 axis.legend()
-show(figure, "Retrieval over the steps: high at first for both, and much longer so for the noise-aware CLIP.")
+show(
+    figure,
+    "Retrieval over the steps: high at first for both; the clean CLIP falls early, the noise-aware one late.",
+)
 
 # %% [markdown]
-# *Retrieval on noisy images. The clean CLIP is lost as soon as there is some noise. The noise-aware one reads whole captions until the
-# picture itself has lost them: at t = 500, in chapter 02's picture of the forward process, colour and place are about
-# all that is left.*
+# *Retrieval on noisy images. On the least noisy ones the clean CLIP is the better one, since it has learned nothing
+# else; then it loses its way. The noise-aware one knows how noisy its picture is, and reads most captions even at
+# t = 500, where chapter 02's picture of the forward process shows a colour and a place and little more.*
 
 # %%
 at = dict(zip(steps, zip(*curves.values())))
-print(f"at t = 300, the noise-aware one far ahead: {at[300][0] > at[300][1] + 0.3}")
-assert at[300][0] > at[300][1] + 0.3
+print(
+    f"at t = 500, the noise-aware one reads over 80 %, the clean one under 50 %: {at[500][0] > 0.8 and at[500][1] < 0.5}"
+)
+assert at[500][0] > 0.8 and at[500][1] < 0.5
 
 # %% [markdown]
 # ## A clean CLIP and the predicted image
 #
-# What if there is a good CLIP, but for clean images only, as all published ones are? Giving it $x_t$ is hopeless, as
-# the curve shows. But the denoiser knows a clean image: at every step it predicts $\hat x_0(x_t)$. Show it *that*,
-# and differentiate the similarity with respect to $x_t$, by the chain rule *through the denoiser*. With
-# $\hat x_0=(x_t-\sqrt{1-\bar\alpha_t}\,\hat\epsilon(x_t))/\sqrt{\bar\alpha_t}$ and $g=\nabla_{\hat x_0}S(\hat x_0,c)$,
+# What if there is a good CLIP, but for clean images only, as nearly all published ones are? Giving it $x_t$ may do
+# for the last steps of sampling; but by then everything is decided. The denoiser, however, knows a clean image: at
+# every step it predicts $\hat x_0(x_t)$. Show the CLIP *that*, and differentiate the similarity with respect to
+# $x_t$, by the chain rule *through the denoiser*. With
+# $\hat x_0=(x_t-\sqrt{1-\bar\alpha_t}\,\hat\epsilon(x_t))/\sqrt{\bar\alpha_t}$ and
+# $g=\nabla_{\hat x_0}S(\hat x_0,c)$,
 #
 # $$\nabla_{x_t}S\bigl(\hat x_0(x_t),c\bigr)=\left(\frac{\partial\hat x_0}{\partial x_t}\right)^{\!\top}g
 # =\frac1{\sqrt{\bar\alpha_t}}\left(g-\sqrt{1-\bar\alpha_t}\left(\frac{\partial\hat\epsilon}{\partial x_t}\right)^{\!\top}g\right)
@@ -1365,9 +1333,9 @@ check("clip_guidance.gradient_through_x_0", gradient_through_x_0)
 # $$\frac{\partial\hat x_0}{\partial x_t}=\int x_0\,\nabla_{x_t}q(x_0\mid x_t)^\top dx_0
 # =\frac{\sqrt{\bar\alpha_t}}{1-\bar\alpha_t}\,\operatorname{Cov}(x_0\mid x_t) \tag{4.27}$$
 #
-# The denoiser's Jacobian is the **covariance of what is not known yet**. A gradient that has passed through it asks only
-# for changes that the data allow and that are still open; a detached one asks for any change of any pixel, and more of it
-# the noisier $x_t$ is. (A clean CLIP's gradient alone is of the adversarial kind that chapter 03 shows.)
+# The denoiser's Jacobian is the **covariance of what is not known yet**. A gradient that has passed through it asks
+# only for changes that the data allow and that are still open; a detached one asks for any change of any pixel, and
+# more of it the noisier $x_t$ is. (A clean network's gradient alone is of the adversarial kind that chapter 03 shows.)
 #
 # The check of both on the mixture. Its exact denoiser is differentiated automatically; the covariance follows from the
 # components by hand: within each it is $s_k^2(1-\bar\alpha_t)/v_k$, and their means scatter.
@@ -1400,11 +1368,12 @@ verify("4.27", x_0_jacobian, kept[:, :, None].sqrt() / (1 - kept[:, :, None]) * 
 # %% [markdown]
 # ### What a plug-in omits
 #
-# $S(\hat x_0,c)$ is the similarity of an *expected* picture. What should stand there instead? Say that we want samples from
-# $q(x_0)\,e^{sf(x_0)}$, data made more likely where a similarity $f$ is high. At step $t$ the exact guidance is the
-# gradient of $\log\mathbb E[e^{sf(x_0)}\mid x_t]$: mixing noise into the tilted density gives
-# $\int q(x_t\mid x_0)\,q(x_0)\,e^{sf(x_0)}dx_0=q(x_t)\,\mathbb E[e^{sf(x_0)}\mid x_t]$, so this is what its score has beyond
-# the score of the data. The **plug-in** takes $s\,f(\mathbb E[x_0\mid x_t])$ for it, and forgets that $x_0$ still varies.
+# $S(\hat x_0,c)$ is the similarity of an *expected* picture. What should stand there instead? Say that we want
+# samples from $q(x_0)\,e^{sf(x_0)}$, data made more likely where a similarity $f$ is high. At step $t$ the exact
+# guidance is the gradient of $\log\mathbb E[e^{sf(x_0)}\mid x_t]$: mixing noise into the tilted density gives
+# $\int q(x_t\mid x_0)\,q(x_0)\,e^{sf(x_0)}dx_0=q(x_t)\,\mathbb E[e^{sf(x_0)}\mid x_t]$, so this is what its score has
+# beyond the score of the data. The **plug-in** takes $s\,f(\mathbb E[x_0\mid x_t])$ for it, and forgets that $x_0$
+# still varies.
 #
 # One dimension shows by how much. Let the data be $\mathcal N(\mu,\sigma^2)$, and the similarity highest at $a$:
 #
@@ -1417,19 +1386,21 @@ verify("4.27", x_0_jacobian, kept[:, :, None].sqrt() / (1 - kept[:, :, None]) * 
 # \frac{d\hat x_0}{dx_t}=\frac{\sqrt{\bar\alpha_t}}{1-\bar\alpha_t}\,V \tag{4.29}$$
 #
 # (the last one is (4.27)). A normal times $e^{-\frac s2(x_0-a)^2}$ integrates to
-# $\mathbb E[e^{sf}\mid x_t]=(1+sV)^{-1/2}\exp\bigl(-\tfrac{s(\hat x_0-a)^2}{2(1+sV)}\bigr)$, and $V$ does not depend on $x_t$. So
+# $\mathbb E[e^{sf}\mid x_t]=(1+sV)^{-1/2}\exp\bigl(-\tfrac{s(\hat x_0-a)^2}{2(1+sV)}\bigr)$, and $V$ does not depend
+# on $x_t$. So
 #
 # $$\underbrace{\nabla\log\mathbb E\bigl[e^{sf(x_0)}\mid x_t\bigr]=-\frac{s\,(\hat x_0-a)}{1+sV}\,\frac{d\hat x_0}{dx_t}}_{\text{exact}},
 # \qquad\underbrace{\nabla\,s f(\hat x_0)=-s\,(\hat x_0-a)\,\frac{d\hat x_0}{dx_t}}_{\text{plug-in}} \tag{4.30}$$
 #
 # The directions agree; the plug-in is **too strong, by the factor** $1+sV$. It is largest early on, when $V$ is near
-# the variance of the data, and fades as $x_0$ becomes known. One might think that the mean similarity would be better than
-# the similarity of the mean. It is not:
+# the variance of the data, and fades as $x_0$ becomes known. One might think that the mean similarity would be better
+# than the similarity of the mean. It is not:
 #
 # $$\mathbb E[f(x_0)\mid x_t]=f(\hat x_0)-\tfrac12V \tag{4.31}$$
 #
-# which has the same gradient: what the exact one knows is not in any mean of $f$, but in that of its exponential. And if
-# the similarity were linear, $f(x_0)=bx_0$, nothing would be lost, since $\log\mathbb E[e^{sbx_0}\mid x_t]=sb\hat x_0+\tfrac12s^2b^2V$:
+# which has the same gradient: what the exact one knows is not in any mean of $f$, but in that of its exponential. And
+# if the similarity were linear, $f(x_0)=bx_0$, nothing would be lost, since
+# $\log\mathbb E[e^{sbx_0}\mid x_t]=sb\hat x_0+\tfrac12s^2b^2V$:
 #
 # $$\nabla\log\mathbb E\bigl[e^{sbx_0}\mid x_t\bigr]=sb\,\frac{d\hat x_0}{dx_t}=\nabla\,s\,b\,\hat x_0 \tag{4.32}$$
 #
@@ -1470,8 +1441,8 @@ verify("4.32", (s * b * slope).expand(9), gradient_of(log_mean_exp(s * b * grid)
 
 # %% [markdown]
 # What does that do to the samples? The target is known, $\mathcal N(\mu,\sigma^2)$ times $e^{sf}$ being a normal with
-# precision $1/\sigma^2+s$. All steps are linear in $x_t$, so sampling from two starting points, 0 and 1, tells the mean and
-# the width of all samples. A third guidance joins in: a clean $f$ at the noisy $x_t$, $-s(x_t-a)$.
+# precision $1/\sigma^2+s$. All steps are linear in $x_t$, so sampling from two starting points, 0 and 1, tells the
+# mean and the width of all samples. A third guidance joins in: a clean $f$ at the noisy $x_t$, $-s(x_t-a)$.
 
 # %%
 normal = exact_denoiser(GaussianMixture([1.0], [[mu]], [[sigma]]), lab)
@@ -1525,9 +1496,10 @@ show(
 )
 
 # %% [markdown]
-# *Left: by how much the plug-in is too strong. Middle and right: what DDIM draws; the data in grey, $f$ highest at $a=1$. With the
-# exact guidance it is the target, to the width of a line. The plug-in goes too far, at $s=8$ even beyond $a$, and comes out too
-# narrow. $f$ at $x_t$ moves the noise itself, by the full scale from the first step on, until all samples are one point.*
+# *Left: by how much the plug-in is too strong. Middle and right: what DDIM draws; the data in grey, $f$ highest at
+# $a=1$. With the exact guidance it is the target, to the width of a line. The plug-in goes too far, at $s=8$ even
+# beyond $a$, and comes out too narrow. $f$ at $x_t$ moves the noise itself, by the full scale from the first step on,
+# until all samples are one point.*
 
 # %%
 target, exact, plug_in, _ = outcome.values()
@@ -1542,9 +1514,10 @@ assert (plug_in[0] > target[0] + 0.01).all() and (plug_in[1] < target[1] - 0.01)
 # %% [markdown]
 # ## A guided denoiser is a denoiser
 #
-# Both ways as one wrapper, like chapter 03's. `through="x_t"` wants a noise-aware CLIP; `through="x_0"` a clean one. The
-# second needs the denoiser's graph, and gets output and gradient from one evaluation. Nothing is clamped before the gradient:
-# the derivative of a clamp is zero wherever a pixel lies outside $[-1,1]$, and just these are to be moved.
+# Both ways as one wrapper, like chapter 03's. `through="x_t"` wants a noise-aware CLIP; `through="x_0"` a clean one.
+# The second needs the denoiser's graph, and gets output and gradient from one evaluation. Nothing is clamped before
+# the gradient: the derivative of a clamp is zero wherever a pixel lies outside $[-1,1]$, and just these are to be
+# moved.
 
 
 # %% tags=["export"]
@@ -1623,8 +1596,9 @@ def clip_guided(denoiser, clip, text_features, scale, diffusion, through="x_t"):
 
 
 # %% [markdown]
-# What the wrapper promises, on networks small enough for double precision: it is the same for the diffusion and for one that is
-# respaced from it; all prediction types agree; it works inside `inference_mode`; and it leaves no `.grad`.
+# What the wrapper promises, on networks small enough for double precision: it is the same for the diffusion and for
+# one that is respaced from it; all prediction types agree; it works inside `inference_mode`; and it leaves no
+# `.grad`.
 
 # %%
 torch.manual_seed(2)
@@ -1658,7 +1632,7 @@ assert all(p.grad is None for network in (tiny, tiny_clean, mix) for p in networ
 # %%
 torch.set_default_dtype(torch.float32)
 unet, short = load_model("ddpm_shapes32"), diffusion.respace(50)
-SCALES = {"x_t": 100.0, "x_0": 100.0}
+SCALES = {"x_t": 400.0, "x_0": 800.0}
 prompts = [
     "a large red star on a dark background",
     "a small blue ring on a light background",
@@ -1672,13 +1646,13 @@ prompts = [
 
 
 def draw_prompts(prompts, scale, through="x_t", seed=5):
-    """One image for each prompt, by 50 DDIM steps from the noise of a seed."""
+    """One image for each prompt, by 50 ancestral steps, with the noise of a seed."""
     judge = noisy_clip if through == "x_t" else clean_clip
     with torch.no_grad():
         features = judge.encode_text(tokenizer(prompts))
     guided = clip_guided(unet, judge, features, scale, diffusion, through)
     source = torch.Generator().manual_seed(seed)
-    return sample(short, guided, (len(prompts), 3, 32, 32), ddim_step, source)
+    return sample(short, guided, (len(prompts), 3, 32, 32), ddpm_step, source)
 
 
 # %%
@@ -1692,10 +1666,13 @@ figure.set_figheight(7)  # room for the titles
 show(figure, "Eight prompts in columns; rows without guidance, and with both kinds at two scales each.")
 
 # %% [markdown]
-# *The same noise in each column. Unguided, the network draws what it likes. ...*
+# *The same noise in each column. Unguided, the network draws what it likes. Through the noisy images ($x_t$) all
+# eight colours come right, and nearly all sizes and backgrounds; the heart has become a square, and small shapes lose
+# their corners or gain some. Through $\hat x_0$, with the clean CLIP, the shapes follow sooner than the colours: a
+# cyan star, a red heart. The colour is decided early on, when $\hat x_0$ is a blur that the clean CLIP has never seen
+# the like of.*
 #
-# Prompts that no training picture showed, for the network and both CLIPs: the held-out pairs. And one picture for two prompts, by the
-# sum of their normalised features, which differs from one sentence in that nothing says whose the words are:
+# Prompts that no training picture showed, neither for the network nor for the CLIPs: the held-out pairs.
 
 # %%
 held_out_prompts = [f"a large {colour} {shape}" for shape, colour in HELD_OUT_PAIRS]
@@ -1708,7 +1685,11 @@ figure.set_figheight(3.2)
 show(figure, "The eight held-out pairs, drawn through noisy images and through predicted clean ones.")
 
 # %% [markdown]
-# *Pairs of shape and colour that were held out of all trainings.*
+# *Pairs of shape and colour that were held out of all trainings. Through the noisy images the colours are right in all
+# eight and the shapes in five; a blue triangle stands for the star, and a cyan ring for the crescent.*
+#
+# And one picture for two prompts, by the sum of their normalised features. It differs from one long sentence in that
+# nothing says whose the words are.
 
 # %%
 pairs_of_prompts = [
@@ -1721,32 +1702,123 @@ with torch.no_grad():
         features = F.normalize(noisy_clip.encode_text(tokenizer(pair)), dim=1).sum(dim=0, keepdim=True)
         guided = clip_guided(unet, noisy_clip, features, SCALES["x_t"], diffusion)
         source = torch.Generator().manual_seed(6)
-        combined.append(sample(short, guided, (8, 3, 32, 32), ddim_step, source))
+        combined.append(sample(short, guided, (8, 3, 32, 32), ddpm_step, source))
 figure = show_grid(
     torch.cat(combined), row_titles=["\n+ ".join(pair) for pair in pairs_of_prompts], inches_per_image=1.1
 )
 show(figure, "Two rows of eight pictures, each row for the sum of two prompts.")
 
 # %% [markdown]
-# *Eight samples for each pair of prompts. A single row of features, of shape (1, D), serves the whole batch.*
+# *Eight samples for each pair of prompts. Colour and background follow both prompts at once. (A single row of features,
+# of shape (1, D), serves the whole batch.)*
 
 # %% [markdown]
+# On the command line, with the noise-aware CLIP (`--scale` is $s$, without $\kappa$; 400 if it is not given):
+#
+# ```
+# python -m lecture26 sample --model ddpm_shapes32 --guidance clip --prompt "a red star" --out stars.png
+# ```
+#
 # ## Which scale?
 #
-# Is it true what the pictures seem to say? As in chapter 03, the reader of chapter 02 reads 512 samples for each scale: sample $i$ is
-# asked for what test image $i$ shows, by the prompt 'a red star', its colour and shape.
-# `python -m lecture26 measure clip_guidance_sweep` has stored:
+# Is it true what the pictures seem to say? As in chapter 03, the reader of chapter 02 reads 512 samples for each
+# scale, drawn in 50 steps. Sample $i$ is asked for what test image $i$ shows, by a prompt of its shape and colour, 'a
+# red star'. Recall is the share of real images that lie among the samples. `python -m lecture26 measure
+# clip_guidance_sweep` has stored:
 
 # %%
-study = load_results("clip_guidance_sweep")
+stored = load_results("clip_guidance_sweep")
+sweep = [run for run in stored["runs"] if run["split"] == "test" and run["prompt"] == "a red star"]
+ways = [("x_t", "ddpm"), ("x_t", "ddim"), ("x_0", "ddpm")]
+curves = {
+    way: [run for run in sweep if run["through"] in ("none", way[0]) and run["sampler"] == way[1]]
+    for way in ways
+}
+plain = curves["x_t", "ddpm"][0]  # unguided
+print("through  sampler  scale   shape  colour   both   Fréchet   recall   cost")
+for (_, sampler), runs in curves.items():
+    for run in runs:
+        row = [run[f"accuracy_{name}"] for name in ("shape", "colour", "all")]
+        row += [run["frechet_distance"], run["recall"], run["seconds_per_image"] / plain["seconds_per_image"]]
+        line = "{:5.1%}  {:6.1%}  {:5.1%}  {:8.1f} {:8.2f} {:6.1f}".format(*row)
+        print(f"{run['through']:7}  {sampler.upper():7} {run['scale']:6g}  {line}")
+print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**plain))
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+quantities = {
+    "accuracy_all": "shape and colour as asked for",
+    "frechet_distance": "Fréchet distance",
+    "recall": "recall",
+}
+for axis, (quantity, title) in zip(axes, quantities.items()):
+    for ((through, sampler), runs), marker, colour in zip(curves.items(), "os^", colours):
+        values = [run[quantity] for run in runs]
+        label = f"{through}, {sampler.upper()}"
+        axis.plot([run["scale"] for run in runs], values, marker + "-", color=colour, label=label)
+    axis.set_xscale("symlog", linthresh=25)
+    axis.set_xticks([0, 25, 100, 400, 1600], [0, 25, 100, 400, 1600])
+    axis.minorticks_off()
+    axis.set(title=title, xlabel="scale s", ylim=(0, None))
+axes[1].axhline(plain["frechet_distance_real"], color="grey", linestyle="--", label="real against real")
+axes[2].axhline(plain["recall_real"], color="grey", linestyle="--")
+axes[1].legend()
+show(figure, "Accuracy, Fréchet distance and recall against the scale, for three ways of CLIP guidance.")
+
+# %% [markdown]
+# *Left: with the noise-aware CLIP, accuracy goes on rising far beyond $s=\kappa$, about 27, where Bayes' rule would
+# stop, and turns down where the push is too strong for the network to follow. Middle: the distance to the real images
+# is least at a smaller scale than the accuracy is highest. Through $\hat x_0$, with the clean CLIP, every scale gets
+# less.*
+
+# %%
+best = max(curves["x_t", "ddpm"], key=lambda run: run["accuracy_all"])
+nearest = min(curves["x_t", "ddpm"][1:], key=lambda run: run["frechet_distance"])
+kappa = noisy_clip.logit_scale.exp().item()
+print(f"best scale by accuracy: {best['scale']:g}; by distance, of the guided ones: {nearest['scale']:g}")
+print(f"noise-aware, shape and colour both right: at least 75 %: {best['accuracy_all'] >= 0.75}")
+assert best["accuracy_all"] >= 0.75 and best["scale"] > kappa and nearest["scale"] <= best["scale"]
+assert max(run["accuracy_all"] for run in curves["x_0", "ddpm"]) < best["accuracy_all"]
+
+# %% [markdown]
+# Why more than Bayes' rule? Chapter 03 found the same of its classifier: a scale above 1 sharpens, and the sampler
+# undoes a part of each push. What is more, $\kappa S$ is only nearly the best critic: it was learned in batches of
+# 256, which show $\ln256=5.5$ nats at most. Which of the two counts for more was not measured.
+#
+# At $s=400$ the measurement also asks for the held-out pairs, and, on the usual ones, for all four attributes by whole
+# captions:
+
+# %%
+for run in stored["runs"]:
+    if run["split"] == "held_out" or run["prompt"] == "whole caption":
+        what = "pairs never seen" if run["split"] == "held_out" else "whole captions"
+        shares = {name[9:]: share for name, share in run.items() if name.startswith("accuracy_")}
+        print(f"{what:16} " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+
+# %% [markdown]
+# A small version, live: the first 64 of the stored images at one scale. Their accuracy must agree with the stored
+# one, up to rounding that differs from machine to machine.
+
+# %%
+asked_for = {
+    name: classes for name, classes in unseen.attributes(range(64)).items() if name in ("shape", "colour")
+}
+short_prompts = [f"a {COLOURS[c]} {SHAPES[s]}" for s, c in zip(asked_for["shape"], asked_for["colour"])]
+drawn = draw_prompts(short_prompts, SCALES["x_t"], seed=0)
+reader = load_model("reader_shapes32")
+both = attribute_accuracy(reader, drawn, asked_for)["all"]
+(run,) = (run for run in curves["x_t", "ddpm"] if run["scale"] == SCALES["x_t"])
+print(f"as stored, to 8 of 100: {abs(both - run['first_batch']['accuracy_all']) < 0.08}")
+assert abs(both - run["first_batch"]["accuracy_all"]) < 0.08
 
 # %% [markdown]
 # ## A large CLIP in its place
 #
-# Nothing in `clip_guided` knows our small CLIP: it wants `encode_image` and `encode_text`. The library *open_clip* has dozens of
-# pretrained ones, trained on hundreds of millions of pictures with their captions from the web. They read clean pictures, of 224 pixels and up, and
-# were shown them in a certain scaling. So the adapter has to turn our $[-1,1]$ into $[0,1]$, resize, and standardise each channel as in
-# training. All of this is differentiable, and nothing is clamped.
+# Nothing in `clip_guided` knows our small CLIP: it wants `encode_image` and `encode_text`. The library *open_clip*
+# has dozens of pretrained ones, trained on hundreds of millions of pictures with their captions from the web. They
+# read clean pictures, of 224 pixels and up, and were shown them in a certain scaling. So the adapter has to turn our
+# $[-1,1]$ into $[0,1]$, resize, and standardise each channel as in training. All of this is differentiable, and
+# nothing is clamped.
 
 
 # %% tags=["export"]
@@ -1826,8 +1898,8 @@ def load_open_clip(name="ViT-B-32", pretrained="laion2b_s34b_b79k"):
 
 
 # %% [markdown]
-# With a network and the optional package (`pip install open-clip-torch`), this guides by a CLIP with 151 million parameters,
-# through $\hat x_0$, as it knows no noise:
+# With a network and the optional package (`pip install open-clip-torch`), this guides by a CLIP with 151 million
+# parameters, through $\hat x_0$, as it knows no noise:
 #
 # ```python
 # large_clip = load_open_clip("ViT-B-32")
@@ -1836,9 +1908,10 @@ def load_open_clip(name="ViT-B-32", pretrained="laion2b_s34b_b79k"):
 # drawn = sample(short, guided, (8, 3, 32, 32), ddim_step, torch.Generator().manual_seed(0))
 # ```
 #
-# It takes some minutes on two cores, since each step runs the large network forward and back. The weights are not part of the course, so this was
-# not run for it; what is tested, with an open_clip model of random weights, is the scaling against open_clip's own,
-# the shapes and the gradients. Here, a stand-in with the same attributes shows what arrives at the model for a white picture:
+# It takes some minutes on two cores, since each step runs the large network forward and back. The weights are not
+# part of the course, so this was not run for it; what is tested, with an open_clip model of random weights, is the
+# scaling against open_clip's own, the shapes and the gradients. Here, a stand-in with the same attributes shows what
+# arrives at the model for a white picture:
 
 
 # %%
@@ -1864,48 +1937,55 @@ class StandIn(nn.Module):
 stand_in = OpenCLIP(StandIn(), tokenizer=None)
 white = torch.ones(1, 3, 32, 32)
 print([round(value, 3) for value in stand_in.encode_image(white)[0].tolist()])
-guided = clip_guided(unet, stand_in, torch.tensor([[1.0, -1.0, -1.0]]), 10.0, diffusion, through="x_0")
-reddened = sample(short, guided, (4, 3, 32, 32), ddim_step, torch.Generator().manual_seed(0))
-plain = sample(short, unet, (4, 3, 32, 32), ddim_step, torch.Generator().manual_seed(0))
-redness = [float((x[:, 0] - x[:, 1:].mean(dim=1)).mean()) for x in (plain, reddened)]
-print(f"it makes pictures redder: {redness[1] > redness[0] + 0.05}")
-assert redness[1] > redness[0] + 0.05
+towards_red = torch.tensor([[1.0, -1.0, -1.0]])
+guided = clip_guided(unet, stand_in, towards_red, 300.0, diffusion, through="x_0")
+similarity = {}
+for name, denoiser in {"unguided": unet, "guided": guided}.items():
+    drawn = sample(short, denoiser, (4, 3, 32, 32), ddim_step, torch.Generator().manual_seed(0))
+    similarity[name] = paired_similarity(stand_in.encode_image(drawn), towards_red)
+print(
+    f"all four pictures more similar to red: {bool((similarity['guided'] > similarity['unguided'] + 0.1).all())}"
+)
+assert (similarity["guided"] > similarity["unguided"] + 0.1).all()
 
 # %% [markdown]
 # ## What the lecture's slide says
 #
-# The slide says three things of CLIP guidance: it is 'similar to classifier guidance'; it 'perturbs the reverse process using gradients
-# of the image-text similarity score'; and it 'enables text-guided generation (e.g., "a photo of a corgi")'. Held against this
-# chapter:
+# The slide says three things of CLIP guidance: it is 'similar to classifier guidance'; it 'perturbs the reverse
+# process using gradients of the image-text similarity score'; and it 'enables text-guided generation (e.g., "a photo
+# of a corgi")'. Held against this chapter:
 #
-# - *Similar*: for the best critic it is the same, (4.22), with $s=\kappa$ for Bayes' rule. For a learned one it is not normalised over
-#   alternatives, (4.23).
-# - *Gradients of the similarity*: with respect to what? The slide does not say, and there are two answers. A CLIP that was trained on
-#   noisy pictures is differentiated at $x_t$; a published one needs $\hat x_0$, the way back through the denoiser, and pays
-#   with time and with the excess $1+sV$ of (4.30).
-# - *Text-guided generation*: yes, for what both networks know. The CLIP can only ask for what the denoiser can draw, and its
-#   words are those it was trained on. The corgi needs a denoiser of photographs.
+# - *Similar*: for the best critic it is the same, (4.22), with $s=\kappa$ for Bayes' rule. For a learned one it is
+#   not normalised over alternatives, (4.23).
+# - *Gradients of the similarity*: with respect to what? The slide does not say, and there are two answers. A CLIP
+#   that was trained on noisy pictures is differentiated at $x_t$; a published one needs $\hat x_0$, the way back
+#   through the denoiser, and pays with time and with the excess $1+sV$ of (4.30).
+# - *Text-guided generation*: yes, for what both networks know. The CLIP can only ask for what the denoiser can draw,
+#   and its words are those it was trained on. The corgi needs a denoiser of photographs.
 #
 # ## Summary
 #
-# - InfoNCE is a riddle, (4.4); $\ln N-L$ is a lower bound of the mutual information, (4.12), and its best critic is Bayes' rule in
-#   logarithms, (4.14). Copies of a caption cost loss, and move nothing, (4.15).
+# - InfoNCE is a riddle, (4.4); $\ln N-L$ is a lower bound of the mutual information, (4.12), and its best critic is
+#   Bayes' rule in logarithms, (4.14). Copies of a caption cost loss, and move nothing, (4.15).
 # - A text transformer with a causal mask reads the sentence into its end token, whatever the padding, (4.18), (4.19).
 # - Similarities classify by words, (4.21), and steer by words, (4.22).
-# - Through $\hat x_0$ the gradient is filtered by the covariance of what is still open, (4.27); as a plug-in it is too strong by $1+sV$,
-#   (4.30), and exact only for what is linear, (4.32).
+# - Through $\hat x_0$ the gradient is filtered by the covariance of what is still open, (4.27); as a plug-in it is
+#   too strong by $1+sV$, (4.30), and exact only for what is linear, (4.32).
 #
 # Both kinds of guidance so far need a second network, and its gradient at every step. Chapter 05 does without.
 #
 # ## References
 #
-# - Radford, Kim, Hallacy et al. 2021, *Learning Transferable Visual Models From Natural Language Supervision*: sections 2.3 (the loss,
-#   figure 3), 2.4 (towers), 2.5 (temperature), 3.1 (zero-shot).
-# - van den Oord, Li, Vinyals 2018, *Representation Learning with Contrastive Predictive Coding*: sections 2.2 and 2.3, equations 4 and 5.
-# - Poole, Ozair, van den Oord, Alemi, Tucker 2019, *On Variational Bounds of Mutual Information*: section 2.3 (the bound with $N$ samples).
-# - Nichol, Dhariwal, Ramesh et al. 2022, *GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion Models*:
-#   sections 2.4 (CLIP guidance) and 4.4 (noised CLIP models).
+# - Radford, Kim, Hallacy et al. 2021, *Learning Transferable Visual Models From Natural Language Supervision*:
+#   sections 2.3 (the loss, figure 3), 2.4 (towers), 2.5 (temperature), 3.1 (zero-shot).
+# - van den Oord, Li, Vinyals 2018, *Representation Learning with Contrastive Predictive Coding*: sections 2.2 and
+#   2.3, equations 4 and 5.
+# - Poole, Ozair, van den Oord, Alemi, Tucker 2019, *On Variational Bounds of Mutual Information*: section 2.3 (the
+#   bound with $N$ samples).
+# - Nichol, Dhariwal, Ramesh et al. 2022, *GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided
+#   Diffusion Models*: sections 2.4 (CLIP guidance) and 4.4 (noised CLIP models).
 # - Vaswani et al. 2017, *Attention Is All You Need*: section 3.2 (masked attention).
-# - Radford, Wu, Child et al. 2019, *Language Models are Unsupervised Multitask Learners*: section 2.3 (normalisation first).
+# - Radford, Wu, Child et al. 2019, *Language Models are Unsupervised Multitask Learners*: section 2.3 (normalisation
+#   first).
 # - Cherti et al. 2023, *Reproducible Scaling Laws for Contrastive Language-Image Learning* (open_clip).
 # - Efron 2011, *Tweedie's Formula and Selection Bias*, for (4.27) in one dimension.

@@ -857,7 +857,10 @@ def shifted_with(y):
     [
         (Y + 1, ValueError, r"y must lie in \[0, 5\); got values 1 to 5"),
         (Y - 1, ValueError, r"y must lie in \[0, 5\); got values -1 to 3"),
-        (Y.float(), TypeError, "y must hold integers; got torch.float32"),
+        (Y.float(), TypeError, "y must hold integers, as an int64 tensor; got torch.float32"),
+        (Y.to(torch.uint8), TypeError, "y must hold integers, as an int64 tensor; got torch.uint8"),
+        ([0, 4], TypeError, "y must hold integers, as an int64 tensor; got list"),
+        (None, TypeError, "y must hold integers, as an int64 tensor; got NoneType"),
         (Y[:1], ValueError, r"y must have shapes \(B, K\) and \(B,\); got \(2, 5\) and \(1,\)"),
         (Y[:, None], ValueError, r"y must have shapes \(B, K\) and \(B,\); got \(2, 5\) and \(2, 1\)"),
         (Y[0], ValueError, r"y must have shapes \(B, K\) and \(B,\); got \(2, 5\) and \(\)"),
@@ -913,6 +916,23 @@ def test_a_wrong_label_is_refused(use, y, error, message):
             lambda: joint_class(torch.stack([Y, Y], dim=1), (5, 4)),
             ValueError,
             r"labels must lie in \[0, 4\) in this column; got \[0, 4\]",
+        ),
+        (lambda: joint_class(normal(2, 1), (5,)), TypeError, "int64 tensor; got torch.float64"),
+        (lambda: NoisyClassifier(3, 0), ValueError, "num_classes must be at least 1; got 0"),
+        (lambda: NoisyClassifier(3, 5.0), TypeError, "num_classes must be an int; got 5.0"),
+        (lambda: NoisyClassifier(3, 5, num_blocks=0), ValueError, "num_blocks must be at least 1; got 0"),
+        (lambda: NoisyClassifier(3, 5, patch_size=0), ValueError, "patch_size must be at least 1; got 0"),
+        (
+            lambda: NoisyClassifier(3, 5, channel_multipliers=(1, 2), attention_levels=(2,)),
+            ValueError,
+            r"attention_levels must be among the levels 0 to 1; got \(2,\)",
+        ),
+        (
+            lambda: classifier_guided(
+                lambda x_t, t: x_t[:, :1], smooth_classifier, Y, 1.0, Diffusion(linear_betas(60))
+            )(X, T),
+            ValueError,
+            r"output must have the shape \(2, 3, 8, 8\) of x_t, .* got \(2, 1, 8, 8\)",
         ),
         (
             lambda: joint_class(torch.stack([Y - 1, Y], dim=1), (5, 5)),

@@ -11,6 +11,7 @@ from simulated_device import SIMULATED, simulated_device, values_of
 from tensors import agree, normal, perturbed, seeded
 from torch import nn
 
+from lecture26 import recipes
 from lecture26.clip_guidance import (
     CLIP,
     MAX_LOGIT_SCALE,
@@ -33,6 +34,9 @@ from lecture26.clip_guidance import (
     zero_shot_probabilities,
 )
 from lecture26.ddpm import Diffusion, ddim_step, ddpm_step, linear_betas, sample
+from lecture26.kit.data import load
+from lecture26.kit.training import SampleDraws
+from lecture26.recipes import clip as clip_recipes
 from lecture26.unet import UNet, attention
 
 WORDS = ("a", "blue", "red", "ring", "star")
@@ -539,6 +543,60 @@ def test_guidance_composes_with_guidance():
     assert twice.shape == X_T.shape and not torch.isclose(twice, once(X_T, T)).any()
 
 
+# The recipes
+
+
+def drawn(name, count=400):
+    recipe, images = recipes.find_recipe(name), load("shapes")
+    recipe = recipe.fitted_to(images)
+    return recipe, images, recipe.draw(images, SampleDraws(0, torch.arange(count)))
+
+
+def test_captions_lose_words_at_the_rate_given():
+    recipe, images, batch = drawn("clip_shapes32")
+    lost = 10 - (batch["tokens"] > 0).sum(dim=1)  # size and colour are one word each, the background four
+    for words, gone in ((4, lost >= 4), (1, lost % 4 == 1), (2, lost % 4 == 2)):
+        p = {4: 0.3, 1: 2 * 0.3 * 0.7, 2: 0.3**2}[words]
+        assert abs(gone.double().mean() - p) < 4 * math.sqrt(p * (1 - p) / 400)
+    assert set(batch) == {"image", "tokens"} and batch["image"].abs().max() <= 1
+
+
+def test_a_shortened_caption_is_still_true():
+    caption = "a small red star on a striped background"
+    assert clip_recipes.shortened(caption, (True, True, True)) == caption
+    assert clip_recipes.shortened(caption, (False, True, False)) == "a red star"
+    assert clip_recipes.shortened(caption, (True, False, True)) == "a small star on a striped background"
+
+
+def test_the_noise_aware_clip_is_trained_on_what_the_denoiser_sees():
+    recipe, images, batch = drawn("noisy_clip_shapes32", count=64)
+    diffusion = recipes.find_recipe("ddpm_shapes32").diffusion
+    agree(recipe.forward_process.alpha_bar, diffusion.alpha_bar, 0.0)
+    random = SampleDraws(0, torch.arange(64))
+    x_0 = images.batch(random.integers(len(images)))["image"]
+    _ = [random.uniform() for _ in range(3)]
+    t = random.integers(1000)
+    assert torch.equal(batch["t"], t) and len(t.unique()) > 50
+    agree(batch["image"], diffusion.q_sample(x_0, t, random.normal(3, 32, 32)), 1e-6)
+
+
+def test_all_captions_and_groups_of_different_ones():
+    images = load("shapes", "test")
+    captions = clip_recipes.every_caption(images)
+    assert len(set(captions)) == 512 and set(images.captions(range(300))) < set(captions)
+    for group in clip_recipes.different_captions(images, 100, 3):
+        assert len(set(images.captions(group))) == 100
+
+
+@pytest.mark.parametrize(("name", "least"), [("clip_shapes32", 0.98), ("noisy_clip_shapes32", 0.88)])
+def test_shipped_clips_find_captions_of_unseen_images(name, least):
+    recipe, clip, images = recipes.load_recipe(name), recipes.load_model(name), load("shapes", "test")
+    (group,) = clip_recipes.different_captions(images, 128, 1)
+    share = recipe.retrieval(clip, images, group, step=0 if recipe.noise_aware else None)
+    assert share >= least
+    assert 0 <= clip.logit_scale <= MAX_LOGIT_SCALE
+
+
 # A large CLIP
 
 
@@ -664,7 +722,7 @@ def no_gradient(x_t, t):
         (lambda: TransformerBlock(10, 4), "width must be a multiple of heads=4; got width=10"),
         (lambda: TextTransformer(8, 7)(torch.zeros(1, 9, dtype=torch.int64)), r"L <= 7; got \(1, 9\)"),
         (lambda: CLEAN.encode_image(PIXELS, STEPS), "clean images only: leave out t"),
-        (lambda: NOISY.encode_image(PIXELS), "noisy images: it needs their steps t"),
+        (lambda: NOISY.encode_image(PIXELS), "noisy images: it needs t"),
         (
             lambda: NOISY.encode_image(PIXELS, STEPS[:1]),
             r"t must hold one step per image, shape \(2,\); got \(1,\)",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lecture26.__main__ import EXIT_USER_ERROR, app
 from lecture26.classifier_guidance import classifier_guided
+from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.checkpoints import save_checkpoint
 from lecture26.kit.data import load
@@ -19,13 +20,14 @@ from lecture26.recipes import find_recipe, load_diffusion, load_model, measureme
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
+TOWERS = {"image": NETWORK, "text": {"width": 8, "depth": 1}}
 READER = {"widths": (8, 8), "num_features": 4}
 STUDY = {"step_counts": (2, 3), "num_samples": 16, "batch_size": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def data_folder(tmp_path_factory):
-    """A data folder with untrained networks: a denoiser 'drawer', a classifier 'guide', a reader 'judge'."""
+    """A data folder with untrained networks: a denoiser 'drawer', its guides, and a reader 'judge'."""
     folder = tmp_path_factory.mktemp("data")
     images = load("shapes")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
@@ -34,6 +36,8 @@ def data_folder(tmp_path_factory):
         for name, recipe, model in (
             ("drawer", "ddpm_shapes32", NETWORK),
             ("guide", "noisy_classifier_shapes32", CLASSIFIER),
+            ("clean_clip", "clip_shapes32", TOWERS),
+            ("noisy_clip", "noisy_clip_shapes32", TOWERS),
             ("judge", "reader_shapes32", READER),
         ):
             recipe = find_recipe(recipe).fitted_to(images)
@@ -113,6 +117,49 @@ def test_a_sweep_asks_for_what_the_images_show_that_it_compares_with(sweep):
     )
     right = attribute_accuracy(judge, x_0, {name: wanted[name] for name in ("shape", "colour")})
     assert first_batch["accuracy_all"] == pytest.approx(right["all"])
+
+
+@pytest.fixture(scope="module")
+def clip_sweep():
+    return sweeps.clip_guidance_sweep(
+        "drawer",
+        {"x_t": "noisy_clip", "x_0": "clean_clip"},
+        "judge",
+        scales={("x_t", "ddim"): (300.0,), ("x_0", "ddpm"): (300.0,)},
+        num_samples=16,
+        batch_size=8,
+        steps=3,
+    )
+
+
+def test_a_clip_sweep_runs_both_kinds_held_out_pairs_and_whole_captions(clip_sweep):
+    names = "through", "sampler", "scale", "split", "prompt"
+    settings = [tuple(run[name] for name in names) for run in clip_sweep["runs"]]
+    assert settings == [
+        ("none", "ddim", 0.0, "test", "a red star"),
+        ("none", "ddpm", 0.0, "test", "a red star"),
+        ("x_t", "ddim", 300.0, "test", "a red star"),
+        ("x_0", "ddpm", 300.0, "test", "a red star"),
+        ("x_t", "ddpm", sweeps.CLIP_SCALE, "held_out", "a red star"),
+        ("x_t", "ddpm", sweeps.CLIP_SCALE, "test", "whole caption"),
+    ]
+    distances = [run["frechet_distance"] for run in clip_sweep["runs"]]
+    assert len(set(distances)) == len(distances)
+    assert {"accuracy_size", "accuracy_background"} <= clip_sweep["runs"][-1].keys()
+    assert "accuracy_size" not in clip_sweep["runs"][2]
+
+
+def test_a_clip_sweep_prompts_by_shape_and_colour(clip_sweep):
+    """The first guided batch of a sweep, drawn by hand as a notebook would."""
+    images, diffusion, clip = load("shapes", "test"), load_diffusion("drawer"), load_model("noisy_clip")
+    prompts = [" ".join(["a", *caption.split()[2:4]]) for caption in images.captions(range(8))]
+    features = clip.encode_text(clip.tokenizer(prompts))
+    guided = clip_guided(load_model("drawer"), clip, features, 300.0, diffusion)
+    generator = torch.Generator().manual_seed(0)
+    x_0 = sample(diffusion.respace(3), guided, (8, 3, 32, 32), ddim_step, generator, progress=False)
+    first_batch = clip_sweep["runs"][2]["first_batch"]
+    quality = sample_quality(load_model("judge"), x_0, images)
+    assert first_batch["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-4)
 
 
 def test_the_command_stores_the_measurement_and_how_it_was_made(data_folder, monkeypatch):

@@ -168,10 +168,14 @@ SIGNATURES = {
     "ddpm.ddim_step": "diffusion, denoiser, x_t, t, noise, eta=0.0",
     "ddpm.sample": "diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True",
     "unet.UNet": "in_channels, base_channels=64, channel_multipliers=(1, 2, 2), num_blocks=2, "
-    "attention_levels=(1, 2), patch_size=1, out_channels=None, num_classes=None, attention=SelfAttention",
+    "attention_levels=None, patch_size=1, out_channels=None, num_classes=None, attention=SelfAttention",
     "unet.UNet.forward": "self, x_t, t, cond=None",
     "unet.EMA": "model, decay=0.999",
     "unet.EMA.update": "self, model",
+    "clip_guidance.CLIP.encode_image": "self, x, t=None",
+    "clip_guidance.CLIP.encode_text": "self, tokens",
+    "clip_guidance.info_nce": "image_features, text_features, logit_scale",
+    "clip_guidance.clip_guided": "denoiser, clip, text_features, scale, diffusion, through='x_t'",
     "checks.check": "exercise, candidate",
 }
 

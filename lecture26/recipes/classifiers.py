@@ -104,7 +104,7 @@ NOISY = NoisyClassifierRecipe(
     data="shapes",
     image_size=32,
     labels=("shape", "colour"),
-    model={"base_channels": 32, "channel_multipliers": (1, 2, 4), "patch_size": 2},
+    model={"base_channels": 32, "channel_multipliers": (1, 2, 4), "attention_levels": (2,), "patch_size": 2},
     steps=8000,
     learning_rate=1e-3,
     weight_decay=1e-4,
@@ -116,7 +116,7 @@ RECIPES = (
     replace(
         NOISY,
         name="clean_classifier_shapes32",
-        model={"base_channels": 16, "channel_multipliers": (1, 2, 4), "patch_size": 2},
+        model=NOISY.model | {"base_channels": 16},
         trained_steps=1,
         steps=2000,
     ),

@@ -23,9 +23,12 @@ SAMPLERS = {"ddim": ddim_step, "ddpm": ddpm_step}
 CLASSIFIER_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 CLASSIFIER_SCALE = 8.0  # at which the two forms are compared, and the held-out classes asked for
 
-CLIP_SCALES = {"x_t": (12.5, 25.0, 50.0, 100.0, 200.0, 400.0), "x_0": (50.0, 200.0)}
-CLIP_SCALE = 100.0  # at which held-out pairs and whole captions are asked for
-SHORT_PROMPT = "a red star"  # what the prompts of the sweep are like
+CLIP_SCALES = {
+    ("x_t", "ddpm"): (25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0),
+    ("x_t", "ddim"): (400.0,),
+    ("x_0", "ddpm"): (200.0, 800.0),
+}
+CLIP_SCALE = 400.0  # at which held-out pairs, and whole captions, are asked for
 
 
 class Study:
@@ -159,54 +162,52 @@ def clip_guidance_sweep(
     model: str,
     clips: dict[str, str],
     reader: str,
-    scales: dict[str, tuple[float, ...]] = CLIP_SCALES,
+    scales: dict[tuple[str, str], tuple[float, ...]] = CLIP_SCALES,
     num_samples: int = NUM_SAMPLES,
     batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
 ) -> dict:
-    """CLIP guidance by its scale, through x_t and through x_0-hat; at one of them also other prompts.
+    """CLIP guidance by scale and sampler, through x_t and x_0-hat; at one scale also other pairs and prompts.
 
     Args:
         model: a checkpoint of an unconditional denoiser.
         clips: checkpoints of a noise-aware CLIP ("x_t") and of a clean one ("x_0") of the same images.
         reader: a checkpoint of a reader of them.
-        scales: those of the sweep, for either.
-        num_samples, batch_size: of each setting, as `Study` has them.
+        scales: those of the sweep, for each ("x_t" or "x_0", sampler).
+        num_samples, batch_size, steps: of each setting, as `Study` has them.
 
     Returns:
-        "model", "clips", "reader", and "runs": for each setting "through" ("x_t", "x_0", or None without
-        guidance), "scale" and "prompt" ("a red star", or "whole" captions), and what `Study.run` says.
+        "model", "clips", "reader", and "runs": for each setting "through" ("x_t", "x_0", or "none" without
+        guidance), "sampler", "scale" and "prompt" ("a red star" or "whole caption"), and what `Study.run`
+        says.
     """
     study = Study(model, reader, batch_size)
     networks = {through: load_model(name).to(study.device) for through, name in clips.items()}
     images = load_recipe(model).load("test")
 
     def guide(
-        through: str | None, scale: float, prompt: str, wanted: dict[str, Tensor]
+        through: str, sampler: str, scale: float, whole: bool, wanted: dict[str, Tensor]
     ) -> tuple[Callable, Callable]:
-        if through is None:
-            return study.network, ddim_step
-        kept = (prompt == "whole", True, prompt == "whole")
-        captions = [shortened(caption, kept) for caption in images.describe(wanted)]
-        clip = networks[through]
-        with torch.no_grad():
-            features = clip.encode_text(clip.tokenizer(captions).to(study.device))
-        return clip_guided(study.network, clip, features, scale, study.diffusion, through), ddim_step
+        denoiser = study.network
+        if through != "none":
+            captions = [shortened(caption, (whole, True, whole)) for caption in images.describe(wanted)]
+            clip = networks[through]
+            with torch.no_grad():
+                text_features = clip.encode_text(clip.tokenizer(captions).to(study.device))
+            denoiser = clip_guided(denoiser, clip, text_features, scale, study.diffusion, through)
+        return denoiser, SAMPLERS[sampler]
 
-    settings = [
-        (None, 0.0, SHORT_PROMPT, "test"),
-        *(
-            (through, scale, SHORT_PROMPT, "test")
-            for through, scales_of_it in scales.items()
-            for scale in scales_of_it
-        ),
-        ("x_t", CLIP_SCALE, SHORT_PROMPT, "held_out"),
-        ("x_t", CLIP_SCALE, "whole", "test"),
+    settings = [("none", sampler, 0.0, "test", False) for sampler in SAMPLERS]
+    settings += [(*way, scale, "test", False) for way, several in scales.items() for scale in several]
+    settings += [
+        ("x_t", "ddpm", CLIP_SCALE, "held_out", False),
+        ("x_t", "ddpm", CLIP_SCALE, "test", True),
     ]
     runs = []
-    for through, scale, prompt, split in tqdm(settings, "sampling", unit="run"):
-        labels = tuple(images.labels) if prompt == "whole" else ("shape", "colour")
-        measured = study.run(
-            partial(guide, through, scale, prompt), STEPS, num_samples, split=split, labels=labels
-        )
-        runs.append({"through": through, "scale": scale, "prompt": prompt} | measured)
+    for through, sampler, scale, split, whole in tqdm(settings, "sampling", unit="run"):
+        way = partial(guide, through, sampler, scale, whole)
+        labels = tuple(images.labels) if whole else ("shape", "colour")
+        measured = study.run(way, steps, num_samples, split=split, labels=labels)
+        prompt = "whole caption" if whole else "a red star"
+        runs.append({"through": through, "sampler": sampler, "scale": scale, "prompt": prompt} | measured)
     return {"model": model, "clips": clips, "reader": reader, "runs": runs}
