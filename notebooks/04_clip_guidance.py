@@ -1735,12 +1735,12 @@ curves = {
     for way in ways
 }
 plain = curves["x_t", "ddpm"][0]  # unguided
-print("through  sampler  scale   shape  colour   both   Fréchet   recall   cost")
+print("through  sampler  scale   shape  colour   both   Fréchet   recall")
 for (_, sampler), runs in curves.items():
     for run in runs:
         row = [run[f"accuracy_{name}"] for name in ("shape", "colour", "all")]
-        row += [run["frechet_distance"], run["recall"], run["seconds_per_image"] / plain["seconds_per_image"]]
-        line = "{:5.1%}  {:6.1%}  {:5.1%}  {:8.1f} {:8.2f} {:6.1f}".format(*row)
+        row += [run["frechet_distance"], run["recall"]]
+        line = "{:5.1%}  {:6.1%}  {:5.1%}  {:8.1f} {:8.2f}".format(*row)
         print(f"{run['through']:7}  {sampler.upper():7} {run['scale']:6g}  {line}")
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**plain))
 
@@ -1781,6 +1781,16 @@ assert best["accuracy_all"] >= 0.75 and best["scale"] > kappa and nearest["scale
 assert max(run["accuracy_all"] for run in curves["x_0", "ddpm"]) < best["accuracy_all"]
 
 # %% [markdown]
+# What it costs was measured in turns with unguided sampling, by `python benchmarks/guidance_cost.py`:
+
+# %%
+for name, times in load_results("benchmark_guidance")["guided_over_unguided"].items():
+    if name.startswith("clip"):
+        print(f"{name}: {times['ratio']['median']:.2f} times the time of unguided sampling")
+
+# %% [markdown]
+# The way through $\hat x_0$ pays for the denoiser's backward pass.
+#
 # Why more than Bayes' rule? Chapter 03 found the same of its classifier: a scale above 1 sharpens, and the sampler
 # undoes a part of each push. What is more, $\kappa S$ is only nearly the best critic: it was learned in batches of
 # 256, which show $\ln256=5.5$ nats at most. Which of the two counts for more was not measured.
