@@ -21,7 +21,7 @@
 # - train a denoiser on a distribution whose exact answer is known, and see how close it gets.
 #
 # **What it needs**: calculus, normal distributions, PyTorch's tensors; chapter 00 for the notation.
-# **What it takes**: about a minute to run on two cores, and no data.
+# **What it takes**: under a minute to run on two cores, and no data.
 #
 # The route: everything happens first on a *Gaussian mixture* in the plane. There, every quantity that a
 # network normally has to learn is known exactly. So no formula of this chapter has to be believed: the

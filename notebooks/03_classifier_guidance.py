@@ -22,7 +22,7 @@
 # - choose a scale by accuracy, variety, distance and cost.
 #
 # **What it needs**: chapter 01 (scores, `add_score`, both samplers, the Gaussian mixture) and chapter 02 (the blocks
-# and the trained network). **What it takes**: about two minutes on two cores. All data are embedded.
+# and the trained network). **What it takes**: about a minute on two cores. All data are embedded.
 
 # %%
 import matplotlib.pyplot as plt

@@ -23,7 +23,7 @@
 # - put a large pretrained CLIP in the small one's place.
 #
 # **What it needs**: chapter 01 (`add_score`, DDIM, the Gaussian mixture), chapter 02 (blocks, attention, the trained
-# network) and chapter 03 (Bayes' rule on scores). **What it takes**: about two minutes on two cores. All data are
+# network) and chapter 03 (Bayes' rule on scores). **What it takes**: about a minute on two cores. All data are
 # embedded.
 
 # %%
