@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from _timing import compare
 
+from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided
 from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, sample
@@ -15,6 +16,7 @@ from lecture26.kit.results import save_results
 from lecture26.recipes import load_diffusion, load_model
 
 MODEL, CLASSIFIER = "ddpm_shapes32", "noisy_classifier_shapes32"
+CONDITIONAL = "conditional_ddpm_shapes32"
 CLIPS = {"x_t": "noisy_clip_shapes32", "x_0": "clip_shapes32"}
 BATCH_SIZE, STEPS, REPEATS = 64, 5, 9
 
@@ -29,6 +31,8 @@ def main() -> None:
         with torch.no_grad():
             text_features = clip.encode_text(clip.tokenizer(["a red star"]))
         guided[f"clip, {through}"] = clip_guided(network, clip, text_features, 1.0, diffusion, through)
+    conds = (torch.full((BATCH_SIZE, 2), label) for label in (0, 8))  # a class, and no label
+    guided["classifier-free"] = classifier_free_guided(load_model(CONDITIONAL), *conds, 1.0)
 
     def draw(denoiser):
         return partial(

@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GRADIENT_SCALES = {"classifier": 8.0, "clip": 400.0}  # near the best ones of chapters 03 and 04
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+CFG_WEIGHT = 1.0  # near the best one of chapter 05
 
 
 class Precision(StrEnum):
@@ -48,6 +49,7 @@ class Guidance(StrEnum):
 
     classifier = "classifier"
     clip = "clip"
+    cfg = "cfg"
 
 
 @contextmanager
@@ -131,11 +133,15 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[
-        str | None, typer.Option("--class", help="What a classifier shall see, such as 'red star'.")
+        str | None, typer.Option("--class", help="For classifier and cfg, such as 'red star'.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What CLIP shall see, such as 'a red star'.")] = None,
     scale: Annotated[
         float | None, typer.Option(help="Of the gradient; for CLIP of the cosine similarity, without kappa.")
+    ] = None,
+    w: Annotated[
+        float | None,
+        typer.Option(help="Of cfg: 0 conditional, -1 unconditional; other libraries' scale - 1."),
     ] = None,
 ):
     """Draw images from a trained model, and save them as one grid."""
@@ -147,19 +153,31 @@ def sample(
         if eta and sampler is not Sampler.ddim:
             raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler.value} --eta {eta}")
         asked = {"--class": wish, "--prompt": prompt}
-        needed = {Guidance.classifier: "--class", Guidance.clip: "--prompt"}.get(guidance)
-        if guidance is None and (wish is not None or prompt is not None or scale is not None):
-            raise ValueError("--class, --prompt and --scale are for --guidance; it is missing")
+        needed = {Guidance.clip: "--prompt"}.get(guidance, "--class") if guidance is not None else None
+        if guidance is None and any(value is not None for value in (wish, prompt, scale, w)):
+            raise ValueError("--class, --prompt, --scale and --w are for --guidance; it is missing")
         if needed is not None and asked.pop(needed) is None:
             raise ValueError(f"--guidance {guidance.value} needs {needed}; it is missing")
         if guidance is not None and any(value is not None for value in asked.values()):
             raise ValueError(f"--guidance {guidance.value} takes {needed} and not {' or '.join(asked)}")
+        if guidance is Guidance.cfg and scale is not None:
+            raise ValueError(
+                "--guidance cfg takes --w and not --scale: w is the scale of other libraries - 1"
+            )
+        if guidance is not Guidance.cfg and w is not None:
+            raise ValueError(f"--w is for --guidance cfg; --guidance {guidance.value} takes --scale")
 
         import torch
         from accelerate import PartialState
         from torchvision.utils import save_image
 
         from lecture26 import ddpm, recipes
+        from lecture26.recipes.guidance import (
+            check_guidance,
+            guided_by_classifier,
+            guided_by_clip,
+            guided_classifier_free,
+        )
 
         recipe = recipes.load_recipe(model)
         diffusion = recipes.load_diffusion(model)
@@ -168,25 +186,26 @@ def sample(
         diffusion = diffusion.respace(steps)
         device = PartialState().device
         network = recipes.load_model(model).to(device)
-        denoiser = network
-        if guidance is not None:
-            from lecture26.recipes.guidance import guided_by_classifier, guided_by_clip
-
+        denoiser, told = network, ""
+        check_guidance(guidance and guidance.value, model)
+        if guidance is Guidance.cfg:
+            w = CFG_WEIGHT if w is None else w
+            denoiser = guided_classifier_free(model, network, wish, w, count)
+            told = f", {wish} by classifier-free guidance at w = {w:g}"
+        elif guidance is not None:
             scale = GRADIENT_SCALES[guidance.value] if scale is None else scale
             if guidance is Guidance.classifier:
                 denoiser = guided_by_classifier(model, network, wish, scale, count)
             else:
                 denoiser = guided_by_clip(model, network, prompt, scale)
+            told = f", {wish or prompt} by {guidance.value} guidance at scale {scale:g}"
         step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
         shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
         x_T = torch.randn(shape, generator=generator).to(device)
         images = ddpm.sample(diffusion, denoiser, shape, step, generator, x_T)
         save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
-    asked_for = (
-        "" if guidance is None else f", {wish or prompt} by {guidance.value} guidance at scale {scale:g}"
-    )
-    typer.echo(f"{count} images of {model}{asked_for}, {steps} {sampler.value} steps, seed {seed}: {out}")
+    typer.echo(f"{count} images of {model}{told}, {steps} {sampler.value} steps, seed {seed}: {out}")
 
 
 @app.command()

@@ -261,6 +261,67 @@ def test_guidance_without_a_clip_for_the_model_is_refused(data_folder, tmp_path)
     assert "needs a noise-aware CLIP of the images and steps of 'tiny'" in result.stderr
 
 
+@pytest.fixture
+def tiny_conditional(data_folder):
+    """A conditional denoiser with the weights of 'tiny', hardly trained; gone after the test."""
+    network = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
+    recipe = dataclasses.replace(
+        recipes.find_recipe("conditional_ddpm_shapes32"),
+        name="tiny_conditional",
+        model=network,
+        start="tiny",
+        steps=3,
+        batch_size=4,
+        learning_rate=0.1,
+        precision="fp32",
+    )
+    recipes.run(recipe, "a command")
+    yield
+    for file in checkpoint_files("tiny_conditional"):
+        file.unlink()
+
+
+def test_samples_are_guided_without_a_classifier(data_folder, tiny_conditional, tmp_path):
+    def grid(name, *options, wish="red star"):
+        out = tmp_path / f"{name}.png"
+        arguments = ["--model", "tiny_conditional", "--steps", "3", "--count", "2", "--out", out]
+        result = call("sample", *arguments, "--guidance", "cfg", "--class", wish, *options)
+        assert result.exit_code == 0, result.output
+        return Image.open(out).tobytes(), result.stdout
+
+    red, told = grid("red", "--w", "30")
+    assert "red star by classifier-free guidance at w = 30" in told
+    assert red == grid("again", "--w", "30", wish="star, RED")[0]
+    assert red != grid("blue", "--w", "30", wish="blue star")[0]
+    assert grid("nothing", "--w", "-1")[0] == grid("nothing_else", "--w", "-1", wish="blue ring")[0]
+    assert "at w = 1," in grid("default")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "'tiny_conditional' was trained with labels: it draws with --guidance cfg --class"),
+        (["--guidance", "classifier", "--class", "red star"], "it draws with --guidance cfg --class"),
+        (["--guidance", "cfg", "--class", "red stra"], "the class must be made of known words"),
+        (["--guidance", "cfg", "--class", "red"], "the class must name a shape"),
+    ],
+)
+def test_a_conditional_denoiser_wants_a_class(data_folder, tiny_conditional, tmp_path, arguments, message):
+    out = tmp_path / "grid.png"
+    result = call("sample", "--model", "tiny_conditional", "--out", out, *arguments)
+    assert result.exit_code == EXIT_USER_ERROR
+    assert message in result.stderr
+    assert not out.exists()
+
+
+def test_a_start_that_does_not_fit_is_refused_in_one_line(data_folder, monkeypatch):
+    recipe = dataclasses.replace(recipes.find_recipe("tiny_recipe"), name="tiny_started", start="tiny")
+    monkeypatch.setitem(recipes._RECIPES, "tiny_started", recipe)
+    result = call("train", "tiny_started", "--data", "digits", "--batch-size", "2")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "start must be a checkpoint whose weights all fit the network; 'tiny' has " in result.stderr
+
+
 def test_clip_of_images_without_captions_is_refused(data_folder):
     result = call("train", "clip_shapes32", "--data", "digits", "--name", "speechless")
     assert result.exit_code == EXIT_USER_ERROR
@@ -311,9 +372,17 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--sampler", "euler"], "--sampler"),
         ([*SAMPLE, "--eta", "1.5"], "--eta"),
         ([*SAMPLE, "--eta", "0.5", "--sampler", "ddpm"], "--eta is for --sampler ddim"),
-        ([*SAMPLE, "--class", "red star"], "--class, --prompt and --scale are for --guidance"),
-        ([*SAMPLE, "--prompt", "a red star"], "--class, --prompt and --scale are for --guidance"),
-        ([*SAMPLE, "--scale", "2"], "--class, --prompt and --scale are for --guidance"),
+        ([*SAMPLE, "--class", "red star"], "--class, --prompt, --scale and --w are for --guidance"),
+        ([*SAMPLE, "--prompt", "a red star"], "--class, --prompt, --scale and --w are for --guidance"),
+        ([*SAMPLE, "--scale", "2"], "--class, --prompt, --scale and --w are for --guidance"),
+        ([*SAMPLE, "--w", "2"], "--class, --prompt, --scale and --w are for --guidance"),
+        ([*SAMPLE, "--guidance", "cfg"], "--guidance cfg needs --class"),
+        (
+            [*SAMPLE, "--guidance", "cfg", "--class", "red star"],
+            "needs a denoiser that was trained with labels",
+        ),
+        ([*SAMPLE, "--guidance", "cfg", "--class", "a", "--scale", "2"], "cfg takes --w and not --scale"),
+        ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--w", "2"], "--w is for --guidance cfg"),
         ([*SAMPLE, "--guidance", "classifier"], "--guidance classifier needs --class"),
         ([*SAMPLE, "--guidance", "clip"], "--guidance clip needs --prompt"),
         ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--class", "b"], "--prompt and not --class"),

@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from tensors import perturbed
 from typer.testing import CliRunner
 
 from lecture26.__main__ import EXIT_USER_ERROR, app
+from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided
 from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, sample
@@ -34,6 +36,7 @@ def data_folder(tmp_path_factory):
         torch.manual_seed(0)
         patch.setenv("LECTURE26_DATA", str(folder))
         for name, recipe, model in (
+            ("told", "conditional_ddpm_shapes32", NETWORK),
             ("drawer", "ddpm_shapes32", NETWORK),
             ("guide", "noisy_classifier_shapes32", CLASSIFIER),
             ("clean_clip", "clip_shapes32", TOWERS),
@@ -44,6 +47,8 @@ def data_folder(tmp_path_factory):
             settings = recipe.settings() | {"model": model}
             card = {"recipe": recipe.family, "settings": settings, "command": "", "data": "", "steps": 0}
             network = type(recipe)(**settings).build()
+            if name == "told":
+                perturbed(network, torch.float32)  # as it comes, it minds no labels
             save_checkpoint(name, network.state_dict(), card | {"seconds": 0, "metrics": {}})
         yield folder
 
@@ -198,3 +203,46 @@ def test_missing_and_damaged_results_say_what_to_do(data_folder):
     file.write_text(file.read_text()[:-9])
     with pytest.raises(ValueError, match="damaged.*lecture26 measure kept --replace"):
         load_results("kept")
+
+
+@pytest.fixture(scope="module")
+def cfg_sweep():
+    weights = {"ddim": (0.0, 3.0), "ddpm": (1.0,)}
+    return sweeps.classifier_free_guidance_sweep(
+        "told", "judge", weights=weights, num_samples=16, batch_size=8, steps=3
+    )
+
+
+def test_a_classifier_free_sweep_runs_all_weights_and_every_remedy(cfg_sweep):
+    names = "sampler", "w", "rescale", "interval", "negative", "split"
+    settings = [tuple(run[name] for name in names) for run in cfg_sweep["runs"]]
+    strong, w = sweeps.CFG_STRONG_WEIGHT, sweeps.CFG_WEIGHT
+    assert settings == [
+        ("ddim", 0.0, 0.0, None, None, "test"),
+        ("ddim", 3.0, 0.0, None, None, "test"),
+        ("ddpm", 1.0, 0.0, None, None, "test"),
+        ("ddim", strong, sweeps.CFG_RESCALE, None, None, "test"),
+        *(("ddim", strong, 0.0, interval, None, "test") for interval in sweeps.CFG_INTERVALS),
+        ("ddim", w, 0.0, None, "shape", "test"),
+        ("ddim", w, 0.0, None, "colour", "test"),
+        ("ddim", w, 0.0, None, None, "held_out"),
+    ]
+    distances = [run["frechet_distance"] for run in cfg_sweep["runs"]]
+    assert len(set(distances)) == len(distances)
+    assert (cfg_sweep["strong_w"], cfg_sweep["intervals"]) == (strong, sweeps.CFG_INTERVALS)
+
+
+def test_a_classifier_free_sweep_asks_for_shape_and_colour(cfg_sweep):
+    """Two first batches of a sweep, drawn by hand as a notebook would."""
+    images, diffusion, network = load("shapes", "test"), load_diffusion("told"), load_model("told")
+    attributes = images.attributes(range(8))
+    cond = torch.stack([attributes["shape"], attributes["colour"]], dim=1)
+    other = cond.clone()
+    other[:, 1] = (other[:, 1] + 1) % 8
+    for number, null_cond, w in ((1, torch.full((8, 2), 8), 3.0), (-2, other, sweeps.CFG_WEIGHT)):
+        guided = classifier_free_guided(network, cond, null_cond, w)
+        generator = torch.Generator().manual_seed(0)
+        x_0 = sample(diffusion.respace(3), guided, (8, 3, 32, 32), ddim_step, generator, progress=False)
+        quality = sample_quality(load_model("judge"), x_0, images)
+        first_batch = cfg_sweep["runs"][number]["first_batch"]
+        assert first_batch["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-4)

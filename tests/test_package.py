@@ -148,6 +148,10 @@ assert not [name for name in {HEAVY} if name in sys.modules], sorted(sys.modules
 
 
 SIGNATURES = {
+    "classifier_free_guidance.drop_labels": "y, null_label, p, generator=None",
+    "classifier_free_guidance.cfg_combine": "eps_cond, eps_uncond, w",
+    "classifier_free_guidance.classifier_free_guided": "denoiser, cond, null_cond, w, rescale=0.0, "
+    "interval=None",
     "ddpm.linear_betas": "num_steps",
     "ddpm.cosine_betas": "num_steps",
     "ddpm.Diffusion": "betas, prediction='eps', variance='fixed_small', clip=False",

@@ -9,16 +9,26 @@ from torch import nn
 from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import load_card, load_state
 from lecture26.kit.validation import check_choice
-from lecture26.recipes import classifiers, clip, ddpm, readers
+from lecture26.recipes import classifiers, clip, conditional, ddpm, readers
 from lecture26.recipes.recipe import Recipe, run
 
 __all__ = ["Recipe", "find_recipe", "load_diffusion", "load_model", "load_recipe", "recipe_names", "run"]
 
 _FAMILIES = {
     family.family: family
-    for family in (ddpm.DDPM, classifiers.NoisyClassifierRecipe, clip.CLIPRecipe, readers.ReaderRecipe)
+    for family in (
+        ddpm.DDPM,
+        conditional.ConditionalDDPM,
+        classifiers.NoisyClassifierRecipe,
+        clip.CLIPRecipe,
+        readers.ReaderRecipe,
+    )
 }
-_RECIPES = {recipe.name: recipe for module in (ddpm, classifiers, clip, readers) for recipe in module.RECIPES}
+_RECIPES = {
+    recipe.name: recipe
+    for module in (ddpm, conditional, classifiers, clip, readers)
+    for recipe in module.RECIPES
+}
 
 
 def recipe_names() -> tuple[str, ...]:

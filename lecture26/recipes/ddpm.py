@@ -1,5 +1,6 @@
 """Unconditional diffusion models of images, on any data set or folder (chapters 01 and 02)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -86,7 +87,9 @@ class DDPM(Recipe):
             # As many real images again are needed twice: to compare with, and to be compared.
             count = min(EVALUATION_SAMPLES, len(images) // 2)
             metrics["samples"] = float(count)
-            metrics |= sample_quality(reader, self._draw_samples(model, count), images)
+            device = next(model.parameters()).device
+            samples = self._draw_samples(lambda indices: model, count, device)
+            metrics |= sample_quality(reader, samples, images)
         return metrics
 
     @torch.no_grad()
@@ -99,17 +102,21 @@ class DDPM(Recipe):
             losses.append(self.loss(model, batch).item())
         return sum(losses) / len(losses)
 
-    def _draw_samples(self, model: nn.Module, count: int) -> Tensor:
-        """Images by DDIM, always from the same noise: (count, C, H, W)."""
-        device = next(model.parameters()).device
+    def _draw_samples(
+        self, denoiser_of: Callable[[Tensor], Callable], count: int, device: torch.device
+    ) -> Tensor:
+        """Images by DDIM, always from the same noise: (count, C, H, W).
+
+        denoiser_of(indices) -> the denoiser that draws the samples of these numbers.
+        """
         diffusion = self.diffusion.respace(min(EVALUATION_STEPS, self.diffusion_steps))
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         x_T = torch.randn(count, self.channels, self.image_size, self.image_size, generator=generator)
         samples = []
-        for noise in tqdm(x_T.split(self.batch_size), "sampling", delay=2, leave=False):
-            x_0 = sample(
-                diffusion, model, noise.shape, ddim_step, generator, noise.to(device), progress=False
-            )
+        batches = torch.arange(count).split(self.batch_size)
+        for indices in tqdm(batches, "sampling", delay=2, leave=False):
+            denoiser, noise = denoiser_of(indices), x_T[indices].to(device)
+            x_0 = sample(diffusion, denoiser, noise.shape, ddim_step, generator, noise, progress=False)
             samples.append(x_0)
         return torch.cat(samples)
 

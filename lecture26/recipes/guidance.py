@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided
 from lecture26.clip_guidance import clip_guided
 from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.recipes import load_diffusion, load_model, load_recipe
 from lecture26.recipes.classifiers import NoisyClassifierRecipe
 from lecture26.recipes.clip import CLIPRecipe
+from lecture26.recipes.conditional import ConditionalDDPM
 from lecture26.recipes.recipe import Recipe
 
 
@@ -88,6 +90,49 @@ def guided_by_clip(model: str, network: nn.Module, prompt: str, scale: float) ->
     with torch.no_grad():
         text_features = clip.encode_text(clip.tokenizer([prompt]).to(device))  # (1, D)
     return clip_guided(network, clip, text_features, scale, load_diffusion(model))
+
+
+def guided_classifier_free(model: str, network: nn.Module, wish: str, w: float, count: int) -> Callable:
+    """A conditional checkpoint's denoiser, guided by its own two answers.
+
+    Args:
+        model: the name of a conditional denoiser's checkpoint.
+        network: its network, on the device where it shall draw.
+        wish: the class, in words (see `parse_class`).
+        w: the weight; 0 is the conditional model, -1 the unconditional one.
+        count: the number of images drawn at once.
+
+    Returns:
+        The guided denoiser.
+
+    Raises:
+        ValueError: if the words name no class.
+    """
+    recipe = load_recipe(model)
+    device = next(network.parameters()).device
+    labels = recipe.load("test").labels
+    classes = parse_class(wish, {label: labels[label] for label in recipe.labels})
+    cond = torch.tensor([classes[label] for label in recipe.labels]).expand(count, -1)
+    return classifier_free_guided(network, cond.to(device), recipe.null_conditions(count).to(device), w)
+
+
+def check_guidance(guidance: str | None, model: str) -> None:
+    """Raise ValueError unless a checkpoint's denoiser can be guided in this way.
+
+    Args:
+        guidance: "classifier", "clip", "cfg", or None for none.
+        model: the name of the denoiser's checkpoint.
+    """
+    is_conditional = isinstance(load_recipe(model), ConditionalDDPM)
+    if is_conditional and guidance != "cfg":
+        raise ValueError(
+            f"{model!r} was trained with labels: it draws with --guidance cfg --class (anything with --w -1)"
+        )
+    if guidance == "cfg" and not is_conditional:
+        raise ValueError(
+            f"--guidance cfg needs a denoiser that was trained with labels; {model!r} knows none. Train one: "
+            "see lecture26/recipes/conditional.py"
+        )
 
 
 def find_classifier(model: str) -> str:

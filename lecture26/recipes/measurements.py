@@ -11,6 +11,7 @@ from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
     Study,
+    classifier_free_guidance_sweep,
     classifier_guidance_sweep,
     clip_guidance_sweep,
 )
@@ -57,6 +58,9 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         "ddpm_shapes32",
         {"x_t": "noisy_clip_shapes32", "x_0": "clip_shapes32"},
         "reader_shapes32",
+    ),
+    "classifier_free_guidance_sweep": partial(
+        classifier_free_guidance_sweep, "conditional_ddpm_shapes32", "reader_shapes32"
     ),
 }
 

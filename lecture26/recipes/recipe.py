@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lecture26.kit.checkpoints import save_checkpoint
+from lecture26.kit.checkpoints import load_state, save_checkpoint
 from lecture26.kit.data import load
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
@@ -33,6 +33,8 @@ class Recipe(ABC):
         steps, batch_size, learning_rate, weight_decay, warmup_steps, decay_to, seed, precision:
             as `lecture26.kit.training.train` takes them.
         ema_decay: of the averaged weights, which become the checkpoint.
+        start: the checkpoint whose weights training begins with (see `begin_with`); None for those that
+            `build` gives.
     """
 
     family: ClassVar[str]  # the name under which lecture26.recipes finds the class
@@ -51,6 +53,7 @@ class Recipe(ABC):
     ema_decay: float = 0.999
     seed: int = 0
     precision: str = "fp32"
+    start: str | None = None
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -77,8 +80,36 @@ class Recipe(ABC):
         return dataclasses.replace(self, channels=images.channels, image_size=images.image_size)
 
     def settings(self) -> dict:
-        """Every setting, as plain values; `type(recipe)(**settings)` gives the recipe back."""
-        return dataclasses.asdict(self)
+        """Every setting, as plain values; `type(recipe)(**settings)` gives the recipe back.
+
+        `start` is among them only where there is one.
+        """
+        settings = dataclasses.asdict(self)
+        if self.start is None:
+            del settings["start"]
+        return settings
+
+
+def begin_with(model: nn.Module, checkpoint: str) -> None:
+    """Put a checkpoint's weights into a network that may have more parameters; these stay as they are.
+
+    Args:
+        model: the network, changed in place.
+        checkpoint: a checkpoint's name.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or its file is damaged.
+        ValueError: if the network has no place for one of the weights.
+    """
+    weights, own = load_state(checkpoint), model.state_dict()
+    for name, weight in weights.items():
+        if name not in own or own[name].shape != weight.shape:
+            place = f"one of shape {tuple(own[name].shape)}" if name in own else "none of that name"
+            raise ValueError(
+                f"start must be a checkpoint whose weights all fit the network; {checkpoint!r} has {name} of "
+                f"shape {tuple(weight.shape)}, and the network {place}"
+            )
+    model.load_state_dict(weights, strict=False)
 
 
 def state_file(name: str) -> Path:
@@ -105,6 +136,8 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = recipe.build()
+    if recipe.start is not None:
+        begin_with(model, recipe.start)
     average = EMA(model, recipe.ema_decay)
 
     settings = recipe.settings()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided, classifier_mean_shift
 from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, ddpm_step, sample
@@ -29,6 +30,12 @@ CLIP_SCALES = {
     ("x_0", "ddpm"): (200.0, 800.0),
 }
 CLIP_SCALE = 400.0  # at which held-out pairs, and whole captions, are asked for
+
+CFG_WEIGHTS = {"ddim": (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "ddpm": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)}
+CFG_WEIGHT = 1.0  # at which held-out pairs are asked for, and negative conditions tried
+CFG_STRONG_WEIGHT = 4.0  # at which rescaling and intervals are tried
+CFG_RESCALE = 0.7
+CFG_INTERVALS = ((0, 699), (300, 999), (300, 699))  # without the noisiest steps, the cleanest ones, and both
 
 
 class Study:
@@ -211,3 +218,59 @@ def clip_guidance_sweep(
         prompt = "whole caption" if whole else "a red star"
         runs.append({"through": through, "sampler": sampler, "scale": scale, "prompt": prompt} | measured)
     return {"model": model, "clips": clips, "reader": reader, "runs": runs}
+
+
+def classifier_free_guidance_sweep(
+    model: str,
+    reader: str,
+    weights: dict[str, tuple[float, ...]] = CFG_WEIGHTS,
+    num_samples: int = NUM_SAMPLES,
+    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
+) -> dict:
+    """Classifier-free guidance by weight and sampler; rescaled, at intervals, negated, of held-out pairs.
+
+    Args:
+        model: a checkpoint of a conditional denoiser.
+        reader: a checkpoint of a reader of the same images.
+        weights: those of the sweep, for each sampler.
+        num_samples, batch_size, steps: of each setting, as `Study` has them.
+
+    Returns:
+        "model", "reader", "strong_w" and "intervals" (those tried), and "runs": for each setting "sampler",
+        "w", "rescale", "interval" (or None), "negative" (None, or the label in which the negative condition
+        differs from the wanted one, by one class) and what `Study.run` says.
+    """
+    study = Study(model, reader, batch_size)
+    recipe = load_recipe(model)
+
+    def guide(setting: dict, wanted: dict[str, Tensor]) -> tuple[Callable, Callable]:
+        cond = recipe.conditions(wanted)
+        null_cond = recipe.null_conditions(len(cond)).to(study.device)
+        if setting["negative"] is not None:
+            column = recipe.labels.index(setting["negative"])
+            null_cond = cond.clone()
+            null_cond[:, column] = (cond[:, column] + 1) % recipe.num_classes[column]
+        options = {"rescale": setting["rescale"], "interval": setting["interval"]}
+        denoiser = classifier_free_guided(study.network, cond, null_cond, setting["w"], **options)
+        return denoiser, SAMPLERS[setting["sampler"]]
+
+    plain = {"sampler": "ddim", "w": CFG_WEIGHT, "rescale": 0.0, "interval": None, "negative": None}
+    strong = plain | {"w": CFG_STRONG_WEIGHT}
+    settings = [plain | {"sampler": sampler, "w": w} for sampler, several in weights.items() for w in several]
+    settings += [strong | {"rescale": CFG_RESCALE}]
+    settings += [strong | {"interval": interval} for interval in CFG_INTERVALS]
+    settings += [plain | {"negative": label} for label in recipe.labels]
+    runs = []
+    for setting, split in tqdm(
+        [*((s, "test") for s in settings), (plain, "held_out")], "sampling", unit="run"
+    ):
+        measured = study.run(partial(guide, setting), steps, num_samples, split=split, labels=recipe.labels)
+        runs.append(setting | measured)
+    return {
+        "model": model,
+        "reader": reader,
+        "strong_w": CFG_STRONG_WEIGHT,
+        "intervals": CFG_INTERVALS,
+        "runs": runs,
+    }
