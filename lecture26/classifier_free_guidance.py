@@ -151,8 +151,7 @@ def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=N
         TypeError: if cond or null_cond is neither a tensor nor a dict of tensors.
         ValueError: if rescale or interval is out of range; when called, if the conditions do not fit.
 
-    Source: Ho and Salimans 2022, algorithm 2; Lin et al. 2024, section 3.4; Kynkaanniemi et al. 2024,
-    section 3.
+    Source: Ho and Salimans 2022, algorithm 2; Lin et al. 2024, section 3.4; Kynkaanniemi et al. 2024.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1]; got {rescale}")
@@ -272,7 +271,7 @@ def within_interval(guided, cond, t, first, last):
     Returns:
         Like guided.
 
-    Source: Kynkaanniemi et al. 2024, section 3.
+    Source: Kynkaanniemi et al. 2024, for noise levels; here for steps.
     """
     is_inside = (t >= first) & (t <= last)  # (B,)
     return torch.where(is_inside.view(-1, *[1] * (guided.ndim - 1)), guided, cond)

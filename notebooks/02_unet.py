@@ -159,9 +159,8 @@ for t in (0, 1, 10, 100):
 # The first wave tells 0 from 1, but its value at 100 could belong to many steps; the third does not see the difference
 # between 0 and 1, but knows 100. In general, with $d/2$ frequencies in a geometric sequence, from 1 towards $1/P$,
 #
-# $$\omega_k=P^{-k/(d/2)},\quad k=0,\dots,\tfrac d2-1,\qquad
-# e(t)=\bigl(\cos\omega_0t,\dots,\cos\omega_{d/2-1}t,\ \sin\omega_0t,\dots,\sin\omega_{d/2-1}t\bigr)
-# \tag{2.2, definition}$$
+# $$e(t)=\bigl(\cos\omega_0t,\dots,\cos\omega_{d/2-1}t,\ \sin\omega_0t,\dots,\sin\omega_{d/2-1}t\bigr),\quad
+# \omega_k=P^{-k/(d/2)} \tag{2.2, definition}$$
 #
 # Why sines as well? Because with both, a shift in time is a *rotation*, the same wherever it starts. By the addition
 # theorems,
@@ -557,11 +556,10 @@ verify("2.9", attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=
 # %% [markdown]
 # In the layer, queries, keys and values are linear functions of the normalised feature map. The channels are split among
 # several **heads**, each with its own scores, so that a pixel can look at several places for several reasons. One more
-# linear layer mixes the heads, and the result is added to the input, $X$ being the pixels of $x$ as rows:
+# linear layer mixes the heads, and the result is added to the input. With $X$, the pixels of the normalised map as rows,
 #
-# $$y=x+\mathrm{MHA}\bigl(\mathrm{GN}(X)\bigr),\qquad
-# \mathrm{MHA}(X)=\bigl[\,\mathrm{attention}(XW^q_1,XW^k_1,XW^v_1),\ \dots,\ \mathrm{attention}(XW^q_h,XW^k_h,XW^v_h)\bigr]\,W^o
-# \tag{2.11}$$
+# $$y=x+[\,a_1,\dots,a_h\,]\,W^o,\qquad
+# a_i=\mathrm{attention}(XW^q_i,XW^k_i,XW^v_i),\qquad X=\mathrm{GN}(x) \tag{2.11}$$
 
 
 # %% tags=["export"]

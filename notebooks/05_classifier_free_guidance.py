@@ -428,8 +428,7 @@ def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=N
         TypeError: if cond or null_cond is neither a tensor nor a dict of tensors.
         ValueError: if rescale or interval is out of range; when called, if the conditions do not fit.
 
-    Source: Ho and Salimans 2022, algorithm 2; Lin et al. 2024, section 3.4; Kynkaanniemi et al. 2024,
-    section 3.
+    Source: Ho and Salimans 2022, algorithm 2; Lin et al. 2024, section 3.4; Kynkaanniemi et al. 2024.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1]; got {rescale}")
@@ -874,7 +873,7 @@ def within_interval(guided, cond, t, first, last):
     Returns:
         Like guided.
 
-    Source: Kynkaanniemi et al. 2024, section 3.
+    Source: Kynkaanniemi et al. 2024, for noise levels; here for steps.
     """
     ### BEGIN SOLUTION
     is_inside = (t >= first) & (t <= last)  # (B,)
@@ -1560,9 +1559,9 @@ show(figure, "Eight wishes in columns, drawn unguided and by the three guidances
 #   Understanding* (Imagen): section 2.2, equation 2, and 2.3 (saturation, thresholding).
 # - Lin, Liu, Li, Yang 2024, *Common Diffusion Noise Schedules and Sample Steps are Flawed*: section 3.4 (rescaling).
 # - Kynkäänniemi, Aittala, Karras, Laine, Aila, Lehtinen 2024, *Applying Guidance in a Limited Interval Improves
-#   Sample and Distribution Quality in Diffusion Models*: section 3.
-# - Liu, Li, Du, Torralba, Tenenbaum 2022, *Compositional Visual Generation with Composable Diffusion Models*: section
-#   3 (negation of a concept by a difference of scores).
+#   Sample and Distribution Quality in Diffusion Models* (the interval).
+# - Liu, Li, Du, Torralba, Tenenbaum 2022, *Compositional Visual Generation with Composable Diffusion Models* (negation
+#   of a concept by a difference of scores).
 # - Kynkäänniemi, Karras, Laine, Lehtinen, Aila 2019, *Improved Precision and Recall Metric for Assessing Generative
 #   Models*: section 2.
 # - Efron 2011, *Tweedie's Formula and Selection Bias*: equation 1.4.
