@@ -141,17 +141,11 @@ def find_classifier(model: str) -> str:
     Raises:
         ValueError: if there is none.
     """
-    denoiser = load_recipe(model)
-    for name in list_checkpoints():
-        recipe = load_recipe(name)
-        if not isinstance(recipe, NoisyClassifierRecipe) or recipe.trained_steps is not None:
-            continue
-        if reads_what_it_draws(recipe, denoiser):
-            return name
-    raise ValueError(
-        f"--guidance classifier needs a noisy classifier of the images and steps of {model!r}; no checkpoint "
-        "is one. Train it: see lecture26/recipes/classifiers.py"
-    )
+
+    def reads_all_steps(recipe: Recipe) -> bool:
+        return isinstance(recipe, NoisyClassifierRecipe) and recipe.trained_steps is None
+
+    return _find_guide(model, reads_all_steps, "classifier", "a noisy classifier", "classifiers.py")
 
 
 def find_clip(model: str) -> str:
@@ -160,14 +154,25 @@ def find_clip(model: str) -> str:
     Raises:
         ValueError: if there is none.
     """
+
+    def reads_noisy_images(recipe: Recipe) -> bool:
+        return isinstance(recipe, CLIPRecipe) and recipe.noise_aware
+
+    return _find_guide(model, reads_noisy_images, "clip", "a noise-aware CLIP", "clip.py")
+
+
+def _find_guide(
+    model: str, is_of_its_kind: Callable[[Recipe], bool], guidance: str, kind: str, file: str
+) -> str:
+    """The first checkpoint of a kind that reads what a denoiser draws."""
     denoiser = load_recipe(model)
     for name in list_checkpoints():
         recipe = load_recipe(name)
-        if isinstance(recipe, CLIPRecipe) and recipe.noise_aware and reads_what_it_draws(recipe, denoiser):
+        if is_of_its_kind(recipe) and reads_what_it_draws(recipe, denoiser):
             return name
     raise ValueError(
-        f"--guidance clip needs a noise-aware CLIP of the images and steps of {model!r}; no checkpoint is "
-        "one. Train it: see lecture26/recipes/clip.py"
+        f"--guidance {guidance} needs {kind} of the images and steps of {model!r}; no checkpoint is one. "
+        f"Train it: see lecture26/recipes/{file}"
     )
 
 
