@@ -31,7 +31,7 @@ CLIP_SCALES = {
 }
 CLIP_SCALE = 400.0  # at which held-out pairs, and whole captions, are asked for
 
-CFG_WEIGHTS = {"ddim": (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "ddpm": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)}
+CFG_WEIGHTS = {"ddim": (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "ddpm": (0.0, 0.5, 1.0, 2.0, 4.0)}
 CFG_WEIGHT = 1.0  # at which held-out pairs are asked for, and negative conditions tried
 CFG_STRONG_WEIGHT = 4.0  # at which rescaling and intervals are tried
 CFG_RESCALE = 0.7
