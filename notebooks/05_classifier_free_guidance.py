@@ -1500,35 +1500,22 @@ for name, (run, times) in rows.items():
     )
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-for (name, runs), marker, colour in zip(sweeps.items(), "os^", colours):
-    for axis, quantity in zip(axes, ("recall", "frechet_distance")):
-        axis.plot(
-            [r[quantity] for r in runs],
-            [r["accuracy_all"] for r in runs],
-            marker + "-",
-            color=colour,
-            label=name,
-        )
-        axis.plot(
-            best(runs)[quantity],
-            best(runs)["accuracy_all"],
-            marker,
-            color=colour,
-            markersize=13,
-            fillstyle="none",
-        )
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+named = {"unguided": (unguided, "*"), "conditional, w = 0": (conditional, "D")}
 for axis, quantity in zip(axes, ("recall", "frechet_distance")):
-    for name, run, marker in (("unguided", unguided, "*"), ("conditional, w = 0", conditional, "D")):
-        axis.plot(run[quantity], run["accuracy_all"], marker, color="black", markersize=9, label=name)
+    for (name, runs), marker, colour in zip(sweeps.items(), "os^", colours):
+        points = [run[quantity] for run in runs], [run["accuracy_all"] for run in runs]
+        axis.plot(*points, marker + "-", color=colour, label=name)
+        axis.plot(best(runs)[quantity], best(runs)["accuracy_all"], marker, color=colour, ms=13, mfc="none")
+    for name, (run, marker) in named.items():
+        axis.plot(run[quantity], run["accuracy_all"], marker, color="black", ms=9, label=name)
     axis.axvline(unguided[quantity + "_real"], color="grey", linestyle="--", label="real images")
-    axis.set(xlabel={"recall": "recall", "frechet_distance": "Fréchet distance"}[quantity], ylim=(0, 1.03))
-axes[0].set_ylabel("shape and colour as asked for")
-axes[1].set_xscale("log")
-axes[1].legend(loc="lower left")
+axes[0].set(xlabel="recall", ylabel="shape and colour as asked for", ylim=(-0.03, 1.03))
+axes[1].set(xlabel="Fréchet distance", xlim=(0, 270))
+axes[1].legend(loc="lower right")
 show(
     figure,
-    "Accuracy against recall and against Fréchet distance for the three guidances by strength, and unguided.",
+    "Accuracy against recall and against Fréchet distance for each guidance by strength, and unguided.",
 )
 
 # %% [markdown]
