@@ -61,7 +61,7 @@ use_style()
 # | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 58 s | 1.0 GB |
 # | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 47 s | 1.1 GB |
 # | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 | 95 s | 1.3 GB |
-# | 06 VAE | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01 | planned | |
+# | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 80 s | 1.5 GB |
 # | 07 Latent diffusion | cross-attention, text to image; pixels against latents in compute, memory, time and quality | 05, 06 | planned | |
 # | 08 Visual prompt tuning | prompts for a frozen vision transformer, shallow and deep, beside a linear probe and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | planned | |
 # | 09 The slides, checked | a miniature Stable Diffusion made of the finished parts; each number of the lecture beside the papers' and our own | all | planned | |

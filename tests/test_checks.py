@@ -190,6 +190,16 @@ def test_something_that_is_no_function(recording, candidate):
     assert f"A function is expected, not something of type {type(candidate).__name__}." in repr(result)
 
 
+def test_wrong_truth_values_are_counted():
+    def above(x):
+        return x > 0
+
+    cases = [Case("numbers", (torch.tensor([-1.0, 1.0, 3.0]),))]
+    exercise = Exercise("toy.above", '"Toys", equation (0.2)', above, lambda seed: cases, ())
+    result = judge(record_exercise(exercise), lambda x: x > 2)
+    assert "the result is wrong in 1 of 3 places." in repr(result)
+
+
 class CallableObject:
     def __call__(self, x, variance, gain):
         return list(scaled_noise(x, variance, gain))

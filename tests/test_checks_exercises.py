@@ -369,6 +369,35 @@ def dropped_by_assignment(y, null_label, u, p):
     return y
 
 
+def standard_normal_kl_by_torch(mean, log_variance):
+    code = torch.distributions.Normal(mean, log_variance.exp() ** 0.5)
+    prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    return torch.distributions.kl_divergence(code, prior).sum(dim=tuple(range(1, mean.ndim)))
+
+
+def normal_likelihood_by_torch(x, x_hat, decoder_std):
+    densities = torch.distributions.Normal(x_hat, decoder_std)
+    return -torch.distributions.Independent(densities, x.ndim - 1).log_prob(x)
+
+
+def vae_loss_sample_by_sample(x, x_hat, mean, log_variance, kl_weight):
+    losses = []
+    for one, other, mu, log_sigma in zip(x, x_hat, mean, log_variance / 2, strict=True):
+        divergence = (mu * mu / 2 + (2 * log_sigma).expm1() / 2 - log_sigma).sum()
+        losses.append(torch.dist(one, other) ** 2 / 2 + kl_weight * divergence)
+    return torch.stack(losses).mean()
+
+
+def active_by_loop(mean, threshold):
+    columns = mean.flatten(1).T
+    return torch.tensor([row.var().item() > threshold for row in columns]).reshape(mean.shape[1:])
+
+
+def psnr_image_by_image(x, x_hat):
+    errors = [F.mse_loss(a, b) for a, b in zip(x_hat, x, strict=True)]
+    return torch.stack([20 * math.log10(2) - 10 * error.log10() for error in errors])
+
+
 REWRITINGS = [
     ("ddpm.linear_betas", lambda n: 1000 / n * torch.linspace(1e-4, 0.02, n, dtype=torch.float64)),
     ("ddpm.linear_betas", lambda n: (0.1 + 19.9 * torch.arange(n).double() / (n - 1)) / n),
@@ -516,6 +545,37 @@ REWRITINGS = [
     ),
     ("classifier_free_guidance.within_interval", within_interval_by_loop),
     ("classifier_free_guidance.within_interval", within_interval_by_mask),
+    ("vae.kl_to_standard_normal", standard_normal_kl_by_torch),
+    (
+        "vae.kl_to_standard_normal",
+        lambda m, v: -0.5 * (1 + v - m.pow(2) - v.exp()).reshape(len(m), -1).sum(-1),
+    ),
+    ("vae.negative_log_likelihood", normal_likelihood_by_torch),
+    (
+        "vae.negative_log_likelihood",
+        lambda x, x_hat, std: (
+            ((x - x_hat) / std).flatten(1).square().sum(1) / 2
+            + x[0].numel() * (math.log(std) + math.log(2 * math.pi) / 2)
+        ),
+    ),
+    ("vae.reparameterize", lambda m, v, noise: m + v.exp().sqrt() * noise),
+    ("vae.reparameterize", lambda m, v, noise: torch.addcmul(m, math.e ** (0.5 * v), noise)),
+    ("vae.vae_loss", vae_loss_sample_by_sample),
+    (
+        "vae.vae_loss",
+        lambda x, x_hat, m, v, w: (
+            (F.mse_loss(x_hat, x, reduction="sum") - w * (1 + v - m**2 - v.exp()).sum()) / (2 * len(x))
+        ),
+    ),
+    ("vae.active_latents", active_by_loop),
+    ("vae.active_latents", lambda mean, threshold: mean.std(0, correction=0) ** 2 > threshold),
+    ("vae.psnr", psnr_image_by_image),
+    ("vae.psnr", lambda x, x_hat: -20 * ((x - x_hat) / 2).square().mean((1, 2, 3)).sqrt().log10()),
+    ("vae.latent_scale", lambda z: z.flatten().var() ** -0.5),
+    (
+        "vae.latent_scale",
+        lambda z: ((z.numel() - 1) / (z - z.mean()).square().sum()).sqrt(),
+    ),
 ]
 
 

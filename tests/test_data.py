@@ -372,7 +372,11 @@ def test_files_are_kept_in_memory_if_they_fit(tmp_path, monkeypatch, cache_bytes
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("shape",), ValueError, "name must be one of 'shapes', 'scenes', 'digits'.*'./photos'; got 'shape'"),
+        (
+            ("shape",),
+            ValueError,
+            "name must be one of 'shapes', 'scenes', .*'digits'.*'./photos'; got 'shape'",
+        ),
         ((3,), ValueError, "name must be one of .*got 3"),
         (("shapes", "dev"), ValueError, "split must be one of 'train'.*got 'dev'"),
         (("digits", "held_out"), ValueError, "split must be one of .*got 'held_out'"),

@@ -180,6 +180,15 @@ SIGNATURES = {
     "clip_guidance.CLIP.encode_text": "self, tokens",
     "clip_guidance.info_nce": "image_features, text_features, logit_scale",
     "clip_guidance.clip_guided": "denoiser, clip, text_features, scale, diffusion, through='x_t'",
+    "vae.KLVAE": "in_channels=3, latent_channels=4, base_channels=32, channel_multipliers=(1, 2), "
+    "num_blocks=2, patch_size=2",
+    "vae.KLVAE.encode": "self, x",
+    "vae.KLVAE.decode": "self, z",
+    "vae.KLVAE.forward": "self, x, noise",
+    "vae.reparameterize": "mean, log_variance, noise",
+    "vae.kl_to_standard_normal": "mean, log_variance",
+    "vae.vae_loss": "x, x_hat, mean, log_variance, kl_weight",
+    "vae.latent_scale": "latents",
     "checks.check": "exercise, candidate",
 }
 

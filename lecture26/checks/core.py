@@ -208,6 +208,8 @@ def difference_in_kind(result: object, wanted: Tensor, label: str = "the result"
 def _difference_in_values(result: Tensor, wanted: Tensor, label: str) -> str | None:
     if _agree(result, wanted):
         return None
+    if wanted.dtype == torch.bool:
+        return f"{label} is wrong in {(result != wanted).sum()} of {wanted.numel()} places."
     for what, found in (("NaN", torch.isnan), ("infinite values", torch.isinf)):
         if found(result).any() and not found(wanted).any():
             return f"{label} contains {what}."

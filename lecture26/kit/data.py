@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import downloads_dir
-from lecture26.kit.shapes import Scenes, Shapes
+from lecture26.kit.shapes import Scenes, Shapes, ShapesAndScenes
 from lecture26.kit.validation import check_choice, check_positive_int
 
 SPLITS = ("train", "validation", "test")
@@ -40,16 +40,16 @@ def load(name: str | Path, split: str = "train", image_size: int | None = None) 
     """Open one split of a data set.
 
     Args:
-        name: "shapes", "scenes", "digits" (scikit-learn's, 8x8 pixels), "mnist", "fashion_mnist", "cifar10",
-            "fgvc_aircraft" (these four are downloaded to data/downloads when first asked for), or a folder of
-            images: a Path, or a str with a separator such as "./photos". A folder holds train/, validation/
-            (or val/) and test/, or at least train/; in each of these, or in the folder itself where it has
-            none, images lie in one folder per class, or directly.
+        name: "shapes", "scenes", "shapes_and_scenes" (half of each), "digits" (scikit-learn's, 8x8 pixels),
+            "mnist", "fashion_mnist", "cifar10", "fgvc_aircraft" (these four are downloaded to data/downloads
+            when first asked for), or a folder of images: a Path, or a str with a separator such as
+            "./photos". A folder holds train/, validation/ (or val/) and test/, or at least train/; in each of
+            these, or in the folder itself where it has none, images lie in one folder per class, or directly.
         split: "train", "validation" or "test"; shapes and scenes have "held_out" too. Where a set brings no
             validation split, a tenth of its training images is set aside; where a folder brings no test
             split, another tenth.
-        image_size: height and width in pixels: 32 or 64 for shapes, 64 for scenes, any for the others, whose
-            images are resized and cropped at the centre. None: 64 for scenes and fgvc_aircraft, else 32.
+        image_size: height and width in pixels: 32 or 64 for shapes, 64 with scenes, any for the others, whose
+            images are resized and cropped at the centre. None: 64 with scenes and fgvc_aircraft, else 32.
 
     Returns:
         The images, whose labels are {"class": names} but for shapes, scenes and folders without classes.
@@ -339,6 +339,7 @@ def _torchvision_loader(class_name: str) -> Callable[[str, int | None], ImageSet
 LOADERS: dict[str, Callable[[str, int | None], ImageSet]] = {
     "shapes": Shapes,
     "scenes": Scenes,
+    "shapes_and_scenes": ShapesAndScenes,
     "digits": _load_digits,
     "mnist": _torchvision_loader("MNIST"),
     "fashion_mnist": _torchvision_loader("FashionMNIST"),

@@ -1,4 +1,4 @@
-"""Pictures made by code: one coloured shape (`Shapes`), or two and their relation (`Scenes`).
+"""Pictures made by code: one coloured shape (`Shapes`), two and their relation (`Scenes`), or both kinds.
 
 An image is a pure function of (seed, split, index). Its outlines are signed distance functions: negative
 inside, positive outside, and near the outline the distance to it. A pixel is covered by the share
@@ -290,6 +290,47 @@ class Scenes(RenderedSet):
             shape, colour = attributes[f"shape_{number}"], attributes[f"colour_{number}"]
             placed.append(_objects(shape, colour, radius, x, y, bits, draw_angle))
         return placed
+
+
+class ShapesAndScenes(ImageSet):
+    """Half of the images from Shapes, half from Scenes, in turn, at 64 pixels; captions, but no labels.
+
+    Attributes:
+        parts: the two sets; image i is image i // 2 of parts[i % 2], which knows its labels.
+    """
+
+    channels = 3
+    image_size = 64
+    labels: dict[str, tuple[str, ...]] = {}
+
+    def __init__(self, split: str = "train", image_size: int | None = None, seed: int = 0):
+        """Describe a set; `split`, `image_size` (64) and `seed`, and what is raised, are those of Scenes."""
+        scenes = Scenes(split, image_size, seed)  # which refuses other sizes than 64
+        self.parts = (Shapes(split, scenes.image_size, seed), scenes)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def batch(self, indices: torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
+        indices = self._checked(indices)
+        image = torch.empty(len(indices), self.channels, self.image_size, self.image_size)
+        for part, of_part in self._places(indices):
+            image[of_part] = part.batch(indices[of_part] // 2)["image"]
+        return {"image": image}
+
+    def captions(self, indices: torch.Tensor | Sequence[int]) -> list[str]:
+        """One sentence for each image of `indices`, which are those of `batch`."""
+        indices = self._checked(indices)
+        captions = [""] * len(indices)
+        for part, of_part in self._places(indices):
+            told = part.captions(indices[of_part] // 2)
+            for place, caption in zip(of_part.tolist(), told, strict=True):
+                captions[place] = caption
+        return captions
+
+    def _places(self, indices: torch.Tensor) -> list[tuple[RenderedSet, torch.Tensor]]:
+        """Each part with the places in `indices` that belong to it."""
+        return [(part, (indices % 2 == number).nonzero()[:, 0]) for number, part in enumerate(self.parts)]
 
 
 # The columns of the random numbers that belong to an index. A brightness follows each angle.
