@@ -1394,8 +1394,8 @@ show(
 #
 # A diffusion starts from noise of variance 1, and its schedule was made for data of about that size. Are codes of
 # that size? In the linear case they would be, $v^2\lambda+s^2=1$ at every weight. But with a small weight it costs
-# little to be off, and training ends before it is mended: the digits at 0.001 went out to 15. What happens to a
-# diffusion of codes with the standard deviation $\sigma_z$? Write $z_0=\sigma_zu$ with $u$ of size 1. Then
+# little to be off, and the codes of a network may be of any size. What happens to a diffusion of codes with the
+# standard deviation $\sigma_z$? Write $z_0=\sigma_zu$ with $u$ of size 1. Then
 #
 # $$z_t=\sqrt{\bar\alpha_t}\,\sigma_zu+\sqrt{1-\bar\alpha_t}\,\epsilon
 # =\sqrt{\bar\alpha_t\sigma_z^2+1-\bar\alpha_t}\;\Bigl(\sqrt{\bar\alpha'_t}\,u+\sqrt{1-\bar\alpha'_t}\,\epsilon\Bigr),
