@@ -55,13 +55,13 @@ use_style()
 #
 # | chapter | what it derives and builds | builds on | time | peak memory |
 # |---|---|---|---|---|
-# | [00 Start here](00_start_here.ipynb) | the map, the notation, the data, how proofs, checks and hints work | | 9 s | 1.0 GB |
-# | [01 DDPM](01_ddpm.ipynb) | forward process and posterior, the bound and the simple loss, noise, data or velocity as what is predicted, learned variance, DDPM and DDIM sampling with all steps or few; all of it on a Gaussian mixture, where the right answer is known exactly | 00 | 18 s | 0.9 GB |
-# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 105 s | 1.2 GB |
-# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 58 s | 1.0 GB |
-# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 47 s | 1.1 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 | 95 s | 1.3 GB |
-# | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 80 s | 1.5 GB |
+# | [00 Start here](00_start_here.ipynb) | the map, the notation, the data, how proofs, checks and hints work | | 8 s | 1.0 GB |
+# | [01 DDPM](01_ddpm.ipynb) | forward process and posterior, the bound and the simple loss, noise, data or velocity as what is predicted, learned variance, DDPM and DDIM sampling with all steps or few; all of it on a Gaussian mixture, where the right answer is known exactly | 00 | 12 s | 0.9 GB |
+# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 60 s | 1.2 GB |
+# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 38 s | 1.0 GB |
+# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 29 s | 1.1 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 | 56 s | 1.1 GB |
+# | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 46 s | 1.3 GB |
 # | 07 Latent diffusion | cross-attention, text to image; pixels against latents in compute, memory, time and quality | 05, 06 | planned | |
 # | 08 Visual prompt tuning | prompts for a frozen vision transformer, shallow and deep, beside a linear probe and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | planned | |
 # | 09 The slides, checked | a miniature Stable Diffusion made of the finished parts; each number of the lecture beside the papers' and our own | all | planned | |

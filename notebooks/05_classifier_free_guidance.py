@@ -24,7 +24,7 @@
 # - choose between classifier, CLIP and classifier-free guidance by what each needs, costs and gives.
 #
 # **What it needs**: chapter 01 (scores, both samplers, the Gaussian mixture), chapter 02 (the U-Net and its label
-# tables) and chapter 03 (Bayes' rule on scores). **What it takes**: one to two minutes on two cores. All data are
+# tables) and chapter 03 (Bayes' rule on scores). **What it takes**: about a minute on two cores. All data are
 # embedded.
 
 # %%
