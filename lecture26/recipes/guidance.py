@@ -13,6 +13,7 @@ from lecture26.recipes import load_diffusion, load_model, load_recipe
 from lecture26.recipes.classifiers import NoisyClassifierRecipe
 from lecture26.recipes.clip import CLIPRecipe
 from lecture26.recipes.conditional import ConditionalDDPM
+from lecture26.recipes.latent import LatentDiffusionRecipe
 from lecture26.recipes.recipe import Recipe
 
 
@@ -120,10 +121,19 @@ def check_guidance(guidance: str | None, model: str) -> None:
     """Raise ValueError unless a checkpoint's denoiser can be guided in this way.
 
     Args:
-        guidance: "classifier", "clip", "cfg", or None for none.
+        guidance: "classifier", "clip", "cfg", "text" for a prompt by itself, or None for none.
         model: the name of the denoiser's checkpoint.
     """
-    is_conditional = isinstance(load_recipe(model), ConditionalDDPM)
+    recipe = load_recipe(model)
+    is_from_text = isinstance(recipe, LatentDiffusionRecipe)
+    if is_from_text and guidance != "text":
+        raise ValueError(f"{model!r} draws what words say: give it --prompt, and no --guidance")
+    if guidance == "text" and not is_from_text:
+        raise ValueError(
+            f"--prompt without --guidance needs a text-to-image model; {model!r} is none. Steer it by words "
+            "with --guidance clip"
+        )
+    is_conditional = isinstance(recipe, ConditionalDDPM)
     if is_conditional and guidance != "cfg":
         raise ValueError(
             f"{model!r} was trained with labels: it draws with --guidance cfg --class (anything with --w -1)"
