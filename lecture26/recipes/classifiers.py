@@ -13,7 +13,7 @@ from lecture26.ddpm import Diffusion
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.training import SampleDraws
 from lecture26.recipes.ddpm import SCHEDULES
-from lecture26.recipes.recipe import Recipe
+from lecture26.recipes.recipe import Recipe, count_classes
 
 EVALUATION_SEED = 2026
 EVALUATION_IMAGES = 2000
@@ -40,13 +40,7 @@ class NoisyClassifierRecipe(Recipe):
     trained_steps: int | None = None
 
     def fitted_to(self, images: ImageSet) -> "NoisyClassifierRecipe":
-        missing = [name for name in self.labels if name not in images.labels]
-        if missing:
-            raise ValueError(
-                f"data must have the labels {', '.join(self.labels)}; {self.data!r} has "
-                f"{', '.join(images.labels) or 'none'}"
-            )
-        num_classes = tuple(len(images.labels[name]) for name in self.labels)
+        num_classes = count_classes(self.data, images, self.labels)
         return replace(super().fitted_to(images), num_classes=num_classes)
 
     def build(self) -> nn.Module:

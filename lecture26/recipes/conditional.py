@@ -14,6 +14,7 @@ from lecture26.kit.training import SampleDraws
 from lecture26.recipes.ddpm import DDPM, EVALUATION_SAMPLES
 from lecture26.recipes.ddpm import RECIPES as UNCONDITIONAL
 from lecture26.recipes.readers import find_reader
+from lecture26.recipes.recipe import count_classes
 from lecture26.unet import UNet, zero_init
 
 EVALUATION_WEIGHTS = (0.0, 1.0)  # w of the evaluation's samples
@@ -40,13 +41,7 @@ class ConditionalDDPM(DDPM):
     drop: float = 0.12
 
     def fitted_to(self, images: ImageSet) -> "ConditionalDDPM":
-        missing = [name for name in self.labels if name not in images.labels]
-        if missing:
-            raise ValueError(
-                f"data must have the labels {', '.join(self.labels)}; {self.data!r} has "
-                f"{', '.join(images.labels) or 'none'}"
-            )
-        num_classes = tuple(len(images.labels[name]) for name in self.labels)
+        num_classes = count_classes(self.data, images, self.labels)
         return replace(super().fitted_to(images), num_classes=num_classes)
 
     def build(self) -> nn.Module:

@@ -90,6 +90,28 @@ class Recipe(ABC):
         return settings
 
 
+def count_classes(data: str, images: ImageSet, labels: tuple[str, ...]) -> tuple[int, ...]:
+    """The number of classes of each of some labels.
+
+    Args:
+        data: the name of the data, for the message.
+        images: of these data.
+        labels: which of their labels.
+
+    Returns:
+        A number for each label, in their order.
+
+    Raises:
+        ValueError: if the images lack one of the labels.
+    """
+    if not set(labels) <= set(images.labels):
+        raise ValueError(
+            f"data must have the labels {', '.join(labels)}; {data!r} has "
+            f"{', '.join(images.labels) or 'none'}"
+        )
+    return tuple(len(images.labels[name]) for name in labels)
+
+
 def begin_with(model: nn.Module, checkpoint: str) -> None:
     """Put a checkpoint's weights into a network that may have more parameters; these stay as they are.
 
