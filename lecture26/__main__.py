@@ -24,10 +24,17 @@ app = typer.Typer(
 )
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-GRADIENT_SCALES = {"classifier": 8.0, "clip": 400.0}  # near the best ones of chapters 03 and 04
+# near the best ones of chapters 03, 04, 05 and 07; "text" is a prompt for a text-to-image model
+STRENGTHS = {"classifier": 8.0, "clip": 400.0, "cfg": 1.0, "text": 2.0}
+STEERED = {
+    "classifier": "by classifier guidance at scale",
+    "clip": "by clip guidance at scale",
+    "cfg": "by classifier-free guidance at w =",
+    "text": "at w =",
+}
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-CFG_WEIGHT = 1.0  # near the best one of chapter 05
+TEXT_MODEL = "text_to_image_shapes64"
 
 
 class Precision(StrEnum):
@@ -124,8 +131,13 @@ def train(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Option(help="A checkpoint, such as ddpm_shapes32.")],
-    out: Annotated[Path, typer.Option(help="The picture to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"A checkpoint, such as ddpm_shapes32; {TEXT_MODEL} for --prompt alone."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write, over one of that name.")] = Path(
+        "samples.png"
+    ),
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps, at most those of the checkpoint.")] = 50,
     sampler: Annotated[Sampler, typer.Option()] = Sampler.ddim,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
@@ -135,13 +147,18 @@ def sample(
     wish: Annotated[
         str | None, typer.Option("--class", help="For classifier and cfg, such as 'red star'.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What CLIP shall see, such as 'a red star'.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Such as 'a red star': for a text-to-image model, or for --guidance clip."),
+    ] = None,
     scale: Annotated[
         float | None, typer.Option(help="Of the gradient; for CLIP of the cosine similarity, without kappa.")
     ] = None,
     w: Annotated[
         float | None,
-        typer.Option(help="Of cfg: 0 conditional, -1 unconditional; other libraries' scale - 1."),
+        typer.Option(
+            help="Of cfg and of text to image: 0 conditional, -1 unconditional; other libraries' scale - 1."
+        ),
     ] = None,
 ):
     """Draw images from a trained model, and save them as one grid."""
@@ -152,60 +169,72 @@ def sample(
             raise ValueError(f"--out must be a file in a folder that exists and can be written to; got {out}")
         if eta and sampler is not Sampler.ddim:
             raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler.value} --eta {eta}")
-        asked = {"--class": wish, "--prompt": prompt}
-        needed = {Guidance.clip: "--prompt"}.get(guidance, "--class") if guidance is not None else None
-        if guidance is None and any(value is not None for value in (wish, prompt, scale, w)):
-            raise ValueError("--class, --prompt, --scale and --w are for --guidance; it is missing")
-        if needed is not None and asked.pop(needed) is None:
-            raise ValueError(f"--guidance {guidance.value} needs {needed}; it is missing")
-        if guidance is not None and any(value is not None for value in asked.values()):
-            raise ValueError(f"--guidance {guidance.value} takes {needed} and not {' or '.join(asked)}")
-        if guidance is Guidance.cfg and scale is not None:
-            raise ValueError(
-                "--guidance cfg takes --w and not --scale: w is the scale of other libraries - 1"
-            )
-        if guidance is not Guidance.cfg and w is not None:
-            raise ValueError(f"--w is for --guidance cfg; --guidance {guidance.value} takes --scale")
+        _check_wishes(model, sampler, eta, guidance, wish, prompt, scale, w)
+        by = "text" if guidance is None and prompt is not None else guidance and guidance.value
+        model = model or TEXT_MODEL
+        strength = next((given for given in (scale, w) if given is not None), STRENGTHS.get(by))
 
         import torch
         from accelerate import PartialState
         from torchvision.utils import save_image
 
         from lecture26 import ddpm, recipes
-        from lecture26.recipes.guidance import (
-            check_guidance,
-            guided_by_classifier,
-            guided_by_clip,
-            guided_classifier_free,
-        )
+        from lecture26.recipes.guidance import check_guidance, guided
+        from lecture26.recipes.latent import load_pipeline
 
         recipe = recipes.load_recipe(model)
         diffusion = recipes.load_diffusion(model)
         if steps > diffusion.num_steps:
             raise ValueError(f"--steps must be at most {diffusion.num_steps} for {model!r}; got {steps}")
-        diffusion = diffusion.respace(steps)
+        check_guidance(by, model)
         device = PartialState().device
-        network = recipes.load_model(model).to(device)
-        denoiser, told = network, ""
-        check_guidance(guidance and guidance.value, model)
-        if guidance is Guidance.cfg:
-            w = CFG_WEIGHT if w is None else w
-            denoiser = guided_classifier_free(model, network, wish, w, count)
-            told = f", {wish} by classifier-free guidance at w = {w:g}"
-        elif guidance is not None:
-            scale = GRADIENT_SCALES[guidance.value] if scale is None else scale
-            if guidance is Guidance.classifier:
-                denoiser = guided_by_classifier(model, network, wish, scale, count)
-            else:
-                denoiser = guided_by_clip(model, network, prompt, scale)
-            told = f", {wish or prompt} by {guidance.value} guidance at scale {scale:g}"
-        step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
-        shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
-        x_T = torch.randn(shape, generator=generator).to(device)
-        images = ddpm.sample(diffusion, denoiser, shape, step, generator, x_T)
+        if by == "text":
+            pipeline = load_pipeline(model).to(device)
+            images = pipeline.text_to_image([prompt] * count, strength, steps, generator)
+        else:
+            denoiser = recipes.load_model(model).to(device)
+            if by is not None:
+                denoiser = guided(by, model, denoiser, wish or prompt, strength, count)
+            step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
+            shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
+            x_T = torch.randn(shape, generator=generator).to(device)
+            images = ddpm.sample(diffusion.respace(steps), denoiser, shape, step, generator, x_T)
         save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
+    told = "" if by is None else f", {wish or prompt} {STEERED[by]} {strength:g}"
     typer.echo(f"{count} images of {model}{told}, {steps} {sampler.value} steps, seed {seed}: {out}")
+
+
+def _check_wishes(
+    model: str | None,
+    sampler: Sampler,
+    eta: float,
+    guidance: Guidance | None,
+    wish: str | None,
+    prompt: str | None,
+    scale: float | None,
+    w: float | None,
+) -> None:
+    """Raise ValueError unless the options of `sample` go together."""
+    asked = {"--class": wish, "--prompt": prompt}
+    needed = {Guidance.clip: "--prompt"}.get(guidance, "--class") if guidance is not None else None
+    from_text = guidance is None and prompt is not None
+    if guidance is None and any(value is not None for value in (wish, scale)):
+        raise ValueError("--class and --scale are for --guidance; it is missing")
+    if guidance is None and prompt is None and w is not None:
+        raise ValueError("--w is for --prompt or --guidance cfg; both are missing")
+    if from_text and (sampler is not Sampler.ddim or eta):
+        raise ValueError("--prompt without --guidance draws with --sampler ddim and --eta 0")
+    if model is None and not from_text:
+        raise ValueError("--model is missing; only --prompt without --guidance has one of its own")
+    if needed is not None and asked.pop(needed) is None:
+        raise ValueError(f"--guidance {guidance.value} needs {needed}; it is missing")
+    if guidance is not None and any(value is not None for value in asked.values()):
+        raise ValueError(f"--guidance {guidance.value} takes {needed} and not {' or '.join(asked)}")
+    if guidance is Guidance.cfg and scale is not None:
+        raise ValueError("--guidance cfg takes --w and not --scale: w is the scale of other libraries - 1")
+    if guidance in (Guidance.classifier, Guidance.clip) and w is not None:
+        raise ValueError(f"--w is for --guidance cfg; --guidance {guidance.value} takes --scale")
 
 
 @app.command()

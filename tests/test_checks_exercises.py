@@ -398,6 +398,50 @@ def psnr_image_by_image(x, x_hat):
     return torch.stack([20 * math.log10(2) - 10 * error.log10() for error in errors])
 
 
+def word_weights_by_hand(q, k, mask):
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) * q.shape[3] ** -0.5
+    scores = torch.where(mask[:, None, None], scores, -torch.inf)
+    weights = (scores - scores.amax(3, keepdim=True)).exp()
+    return weights / weights.sum(3, keepdim=True)
+
+
+def word_weights_text_by_text(q, k, mask):
+    rows = []
+    for one, other, there in zip(q, k, mask, strict=True):
+        weights = torch.zeros(*one.shape[:2], len(there), dtype=q.dtype)
+        weights[..., there] = F.softmax(one @ other[:, there].mT / one.shape[-1] ** 0.5, dim=-1)
+        rows.append(weights)
+    return torch.stack(rows)
+
+
+def cross_attention_by_torch(x, context, w_q, w_k, w_v, heads, mask):
+    q, k, v = (
+        F.linear(h, w).view(len(h), -1, heads, len(w) // heads).permute(0, 2, 1, 3)
+        for h, w in ((x, w_q), (context, w_k), (context, w_v))
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    return mixed.permute(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+
+
+def cross_attention_head_by_head(x, context, w_q, w_k, w_v, heads, mask):
+    outputs = []
+    for rows in torch.arange(len(w_q)).chunk(heads):
+        q, k, v = torch.matmul(x, w_q[rows].T), context @ w_k[rows].T, context @ w_v[rows].T
+        scores = torch.baddbmm(
+            torch.where(mask, 0.0, -1e9).to(q.dtype)[:, None], q, k.mT, alpha=len(rows) ** -0.5
+        )
+        outputs.append(scores.softmax(2) @ v)
+    return torch.cat(outputs, dim=2)
+
+
+def word_maps_by_loops(weights, height, width):
+    maps = torch.zeros(len(weights), weights.shape[3], height, width, dtype=weights.dtype)
+    for place in range(height * width):
+        row, column = divmod(place, width)
+        maps[:, :, row, column] = weights[:, :, place].sum(dim=1) / weights.shape[1]
+    return maps
+
+
 REWRITINGS = [
     ("ddpm.linear_betas", lambda n: 1000 / n * torch.linspace(1e-4, 0.02, n, dtype=torch.float64)),
     ("ddpm.linear_betas", lambda n: (0.1 + 19.9 * torch.arange(n).double() / (n - 1)) / n),
@@ -575,6 +619,57 @@ REWRITINGS = [
     (
         "vae.latent_scale",
         lambda z: ((z.numel() - 1) / (z - z.mean()).square().sum()).sqrt(),
+    ),
+    (
+        "latent_diffusion.to_latents",
+        lambda mean, log_variance, noise, scale: (mean + log_variance.exp().sqrt() * noise) * scale,
+    ),
+    (
+        "latent_diffusion.to_latents",
+        lambda mean, log_variance, noise, scale: torch.addcmul(
+            scale * mean, scale * (0.5 * log_variance).exp(), noise
+        ),
+    ),
+    ("latent_diffusion.from_latents", lambda decode, latents, scale: decode(latents * (1 / scale))),
+    (
+        "latent_diffusion.from_latents",
+        lambda decode, latents, scale: torch.cat([decode(z[None].div(scale)) for z in latents]),
+    ),
+    ("latent_diffusion.word_weights", word_weights_by_hand),
+    ("latent_diffusion.word_weights", word_weights_text_by_text),
+    (
+        "latent_diffusion.word_weights",
+        lambda q, k, mask: (
+            q / math.sqrt(q.shape[-1]) @ k.mT + torch.where(mask, 0.0, -1e4)[:, None, None].to(q.dtype)
+        ).softmax(-1),
+    ),
+    ("latent_diffusion.cross_attention", cross_attention_by_torch),
+    ("latent_diffusion.cross_attention", cross_attention_head_by_head),
+    ("latent_diffusion.word_maps", word_maps_by_loops),
+    (
+        "latent_diffusion.word_maps",
+        lambda weights, height, width: (
+            torch.einsum("bhnm->bmn", weights).view(len(weights), -1, height, width) / weights.shape[1]
+        ),
+    ),
+    (
+        "latent_diffusion.word_maps",
+        lambda weights, height, width: (
+            weights.view(*weights.shape[:2], height, width, -1).mean(1).permute(0, 3, 1, 2)
+        ),
+    ),
+    (
+        "latent_diffusion.keep_known",
+        lambda z_t, known, is_known, abar, noise: (
+            is_known * (abar**0.5 * known + (1 - abar) ** 0.5 * noise) + ~is_known * z_t
+        ),
+    ),
+    (
+        "latent_diffusion.keep_known",
+        lambda z_t, known, is_known, abar, noise: z_t.masked_scatter(
+            is_known.expand_as(z_t),
+            (abar.sqrt() * known + (1 - abar).sqrt() * noise)[is_known.expand_as(z_t)],
+        ),
     ),
 ]
 

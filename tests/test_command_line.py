@@ -10,12 +10,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from tensors import perturbed
 from typer.testing import CliRunner
 
 from lecture26 import recipes
 from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
-from lecture26.kit.checkpoints import checkpoint_files
+from lecture26.kit.checkpoints import checkpoint_files, save_checkpoint
 from lecture26.recipes import ddpm
 
 TRAIN = ["train", "tiny_recipe", "--batch-size", "2"]
@@ -314,6 +316,95 @@ def test_a_conditional_denoiser_wants_a_class(data_folder, tiny_conditional, tmp
     assert not out.exists()
 
 
+@pytest.fixture
+def tiny_text(data_folder, monkeypatch):
+    """A text-to-image model 'tiny_text' and its VAE, of random weights, in place of the course's own."""
+    vae = dataclasses.replace(
+        recipes.find_recipe("vae_shapes64"), model={"base_channels": 8, "num_blocks": 1}
+    )
+    recipe = dataclasses.replace(
+        recipes.find_recipe("text_to_image_shapes64"),
+        vae="tiny_vae",
+        model={"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1},
+        text={"width": 8, "depth": 1},
+    )
+    for name, made in (("tiny_vae", vae), ("tiny_text", recipe)):
+        made = made.fitted_to(made.load("test"))
+        card = {"recipe": made.family, "settings": made.settings(), "command": "", "data": "", "steps": 0}
+        card |= {"seconds": 0, "metrics": {"latent_scale": 1.2}}
+        save_checkpoint(name, perturbed(made.build(), torch.float32).state_dict(), card)
+    monkeypatch.setattr("lecture26.__main__.TEXT_MODEL", "tiny_text")
+    yield
+    for name in ("tiny_vae", "tiny_text"):
+        for file in checkpoint_files(name):
+            file.unlink()
+
+
+def test_a_prompt_alone_draws_with_the_text_to_image_model(data_folder, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def grid(prompt, *options, out="samples.png"):
+        result = call("sample", "--prompt", prompt, "--steps", "3", "--count", "2", *options)
+        assert result.exit_code == 0, result.output
+        return Image.open(out).tobytes(), result.stdout
+
+    star, told = grid("a large yellow star on a striped background")
+    assert "2 images of tiny_text, a large yellow star on a striped background at w = 2, 3 ddim" in told
+    assert Image.open("samples.png").size == (2 * 66 + 2, 66 + 2)
+    assert star == grid("a large YELLOW star on a striped background", "--w", "2")[0]
+    assert star == grid("a large yellow star on a striped background", "--model", "tiny_text")[0]
+    for other in (
+        grid("a large yellow ring on a striped background"),
+        grid("a large yellow star on a striped background", "--w", "3"),
+        grid("a large yellow star on a striped background", "--seed", "1"),
+        grid("a large yellow star on a striped background", "--out", "other.png", out="other.png"),
+    ):
+        assert (other[0] == star) == ("other.png" in other[1])
+    assert grid("a star", "--w", "-1")[0] == grid("a ring", "--w", "-1")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a red stra"], "unknown word 'stra' in 'a red stra'; the words are: a, above, "),
+        (["--prompt", ""], "prompts must not be empty"),
+        (["--prompt", "a " * 30], "a text must have at most 18 words; got 30"),
+        (["--prompt", "a star", "--steps", "1001"], "--steps must be at most 1000 for 'tiny_text'; got 1001"),
+        (["--prompt", "a star", "--w", "nan"], "w must be a finite number; got nan"),
+        (["--prompt", "a star", "--model", "tiny_vae"], "model must be a denoiser; got 'tiny_vae', a vae"),
+        (
+            ["--model", "tiny_text", "--prompt", "a star", "--guidance", "cfg", "--class", "red star"],
+            "--guidance cfg takes --class and not --prompt",
+        ),
+        (["--model", "tiny_text"], "'tiny_text' draws what words say: give it --prompt, and no --guidance"),
+        (
+            ["--model", "tiny_text", "--guidance", "clip", "--prompt", "a star"],
+            "give it --prompt, and no --guidance",
+        ),
+    ],
+)
+def test_a_wrong_prompt_ends_in_one_clear_line(
+    data_folder, tiny_text, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    result = call("sample", *arguments)
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_text_to_image_of_images_without_captions_is_refused(data_folder):
+    result = call("train", "text_to_image_shapes64", "--data", "digits", "--name", "speechless")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "data must be 'shapes_and_scenes', which has captions; got 'digits'" in result.stderr
+
+
+def test_text_to_image_without_its_vae_is_refused_before_anything_else(data_folder):
+    result = call("train", "text_to_image_shapes64", "--name", "bodyless")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "there is no checkpoint 'vae_shapes64'" in result.stderr
+
+
 def test_a_start_that_does_not_fit_is_refused_in_one_line(data_folder, monkeypatch):
     recipe = dataclasses.replace(recipes.find_recipe("tiny_recipe"), name="tiny_started", start="tiny")
     monkeypatch.setitem(recipes._RECIPES, "tiny_started", recipe)
@@ -363,7 +454,7 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ),
         (["evaluate", "nothing"], "there is no checkpoint 'nothing'"),
         (["checkpoints", "nothing"], "there is no checkpoint 'nothing'"),
-        (["sample", "--out", "grid.png"], "--model"),
+        (["sample", "--out", "grid.png"], "--model is missing; only --prompt without --guidance has one"),
         ([*SAMPLE, "--model", "nothing"], "present: "),
         ([*SAMPLE, "--steps", "1001"], "--steps must be at most 1000 for 'tiny'; got 1001"),
         ([*SAMPLE, "--steps", "1"], "--steps"),
@@ -372,10 +463,22 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--sampler", "euler"], "--sampler"),
         ([*SAMPLE, "--eta", "1.5"], "--eta"),
         ([*SAMPLE, "--eta", "0.5", "--sampler", "ddpm"], "--eta is for --sampler ddim"),
-        ([*SAMPLE, "--class", "red star"], "--class, --prompt, --scale and --w are for --guidance"),
-        ([*SAMPLE, "--prompt", "a red star"], "--class, --prompt, --scale and --w are for --guidance"),
-        ([*SAMPLE, "--scale", "2"], "--class, --prompt, --scale and --w are for --guidance"),
-        ([*SAMPLE, "--w", "2"], "--class, --prompt, --scale and --w are for --guidance"),
+        ([*SAMPLE, "--class", "red star"], "--class and --scale are for --guidance; it is missing"),
+        ([*SAMPLE, "--scale", "2"], "--class and --scale are for --guidance; it is missing"),
+        ([*SAMPLE, "--prompt", "a", "--class", "b"], "--class and --scale are for --guidance; it is missing"),
+        ([*SAMPLE, "--prompt", "a", "--scale", "2"], "--class and --scale are for --guidance; it is missing"),
+        ([*SAMPLE, "--w", "2"], "--w is for --prompt or --guidance cfg; both are missing"),
+        (
+            [*SAMPLE, "--prompt", "a red star"],
+            "--prompt without --guidance needs a text-to-image model; 'tiny' is none",
+        ),
+        ([*SAMPLE, "--prompt", "a red star", "--sampler", "ddpm"], "draws with --sampler ddim and --eta 0"),
+        ([*SAMPLE, "--prompt", "a red star", "--eta", "0.5"], "draws with --sampler ddim and --eta 0"),
+        (
+            ["sample", "--prompt", "a red star"],
+            "there is no checkpoint 'text_to_image_shapes64'",
+        ),
+        (["sample", "--guidance", "clip", "--prompt", "a red star"], "--model is missing"),
         ([*SAMPLE, "--guidance", "cfg"], "--guidance cfg needs --class"),
         (
             [*SAMPLE, "--guidance", "cfg", "--class", "red star"],

@@ -1,24 +1,41 @@
 """Long measurements: what is measured, what is stored, and what wrong input gives."""
 
+import base64
+import io
 import json
 import math
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tensors import perturbed
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from lecture26 import recipes
 from lecture26.__main__ import EXIT_USER_ERROR, app
 from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided
 from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, sample
-from lecture26.kit.checkpoints import save_checkpoint
+from lecture26.kit.checkpoints import CheckpointError, save_checkpoint
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
+from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
-from lecture26.recipes import find_recipe, load_diffusion, load_model, measurements, sweeps
+from lecture26.kit.training import SampleDraws
+from lecture26.recipes import (
+    find_recipe,
+    latent,
+    load_diffusion,
+    load_model,
+    measurements,
+    sweeps,
+    text_studies,
+)
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -246,3 +263,243 @@ def test_a_classifier_free_sweep_asks_for_shape_and_colour(cfg_sweep):
         quality = sample_quality(load_model("judge"), x_0, images)
         first_batch = cfg_sweep["runs"][number]["first_batch"]
         assert first_batch["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-4)
+
+
+# Text to image
+
+
+@pytest.fixture(scope="module")
+def text_folder(data_folder):
+    """The data folder with a VAE 'tiny_vae', a text-to-image model 'tiny_text', and two readers as well."""
+    vae = replace(find_recipe("vae_shapes64"), model={"base_channels": 8, "num_blocks": 1})
+    text = replace(
+        find_recipe("text_to_image_shapes64"),
+        name="tiny_text",
+        vae="tiny_vae",
+        model={"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1},
+        attention={"head_dim": 4},
+        text={"width": 8, "depth": 1},
+        num_encoded=16,
+    )
+    made = [("tiny_vae", vae), ("tiny_text", text)]
+    made += [
+        (f"judge_{part}", replace(find_recipe(f"reader_{part}64"), model=READER))
+        for part in ("shapes", "scenes")
+    ]
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        for name, recipe in made:
+            recipe = recipe.fitted_to(recipe.load("test"))
+            card = {"recipe": recipe.family, "settings": recipe.settings(), "command": "", "data": ""}
+            card |= {"steps": 0, "seconds": 12, "metrics": {"latent_scale": 1.2}}
+            save_checkpoint(name, perturbed(recipe.build(), torch.float32).state_dict(), card)
+        patch.setitem(recipes._RECIPES, "tiny_text", text)
+        yield data_folder
+
+
+JUDGES = {"shapes": "judge_shapes", "scenes": "judge_scenes"}
+
+
+@pytest.fixture(scope="module")
+def evaluation(text_folder):
+    return text_studies.text_to_image_evaluation(
+        "tiny_text",
+        JUDGES,
+        weights=(0.0, text_studies.WEIGHT),
+        sweep_samples=8,
+        num_samples=16,
+        batch_size=8,
+        steps=2,
+    )
+
+
+def test_text_to_image_is_evaluated_by_weight_part_and_split(evaluation):
+    settings = [
+        tuple(run[name] for name in ("part", "split", "w", "num_samples")) for run in evaluation["runs"]
+    ]
+    w = text_studies.WEIGHT
+    assert settings == [
+        ("shapes", "test", 0.0, 8),
+        ("scenes", "test", 0.0, 8),
+        ("shapes", "test", w, 16),
+        ("scenes", "test", w, 16),
+        ("shapes", "held_out", w, 16),
+        ("scenes", "held_out", w, 16),
+    ]
+    assert (evaluation["w"], evaluation["steps"], evaluation["readers"]) == (w, 2, JUDGES)
+    distances = [run["frechet_distance"] for run in evaluation["runs"]]
+    assert len(set(distances)) == len(distances) and all(map(math.isfinite, distances))
+    for run in evaluation["runs"]:
+        assert run["seconds_per_image"] > 0
+        if run["part"] == "shapes":
+            assert {"accuracy_shape", "accuracy_background", "accuracy_all"} <= run.keys()
+            assert "outcomes" not in run
+        else:
+            assert sum(run["outcomes"].values()) == run["num_samples"]
+            assert run["accuracy_asked"] == run["outcomes"].get("right", 0) / run["num_samples"]
+    json.dumps(evaluation)
+
+
+@pytest.mark.parametrize(("number", "part", "split", "w"), [(0, 0, "test", 0.0), (5, 1, "held_out", None)])
+def test_an_evaluation_asks_for_captions_and_draws_as_a_notebook_does(evaluation, number, part, split, w):
+    """The images of two runs, drawn by hand: a seed for each, in the order of the data."""
+    run, w = evaluation["runs"][number], text_studies.WEIGHT if w is None else w
+    pipeline, images = latent.load_pipeline("tiny_text"), load("shapes_and_scenes", split).parts[part]
+    judge, count = load_model(f"judge_{run['part']}"), run["num_samples"]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    drawn = torch.cat(
+        [
+            pipeline.text_to_image(
+                images.captions(range(8 * n, 8 * n + 8)), w, 2, generators[8 * n : 8 * n + 8]
+            )
+            for n in range(count // 8)
+        ]
+    )
+    wanted = images.attributes(range(count))
+    for name, share in attribute_accuracy(judge, drawn, wanted).items():
+        assert run[f"accuracy_{name}"] == pytest.approx(share)
+    first = {name: values[:8] for name, values in wanted.items()}
+    for name, share in attribute_accuracy(judge, drawn[:8], first).items():
+        assert run["first_batch"][f"accuracy_{name}"] == pytest.approx(share)
+    quality = sample_quality(judge, drawn, images)
+    assert run["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-3)
+
+
+def test_objects_of_real_images_are_counted():
+    for part, count in zip(load("shapes_and_scenes", "test").parts, (1, 2), strict=True):
+        counted = text_studies.count_objects(part.batch(range(128))["image"])
+        assert counted.dtype == torch.int64
+        assert (counted == count).double().mean() > 0.98
+
+
+def test_objects_of_drawn_squares_are_counted():
+    images = torch.full((4, 3, 24, 24), -0.2)
+    images[1:, 0, 2:8, 2:8] = 1.0
+    images[2:, 2, 12:18, 12:18] = 1.0
+    images[3, 1, 8:12, 8:12] = 1.0  # which touches both, corner to corner
+    assert text_studies.count_objects(images).tolist() == [0, 1, 2, 1]
+    assert text_studies.count_objects(images, pixels=37).tolist() == [0, 0, 0, 1]
+    assert text_studies.count_objects(images, saturation=1.5).tolist() == [0, 0, 0, 0]
+
+
+SCENES = load("scenes", "test")
+WANTED = SCENES.attributes(range(200))
+
+
+def changed(**changes):
+    """The attributes of the scenes with some labels replaced by others' or by new values."""
+    return WANTED | {name: WANTED[new] if isinstance(new, str) else new for name, new in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("seen", "outcome"),
+    [
+        (WANTED, "right"),
+        (changed(size_1="size_2", size_2="size_1"), "right"),
+        (changed(background=(WANTED["background"] + 1) % 4), "right"),
+        (changed(relation=WANTED["relation"] ^ 1), "in each other's place"),
+        (changed(relation=(WANTED["relation"] + 2) % 4), "in each other's place"),
+        (changed(colour_1="colour_2", colour_2="colour_1"), "attributes swapped"),
+        (changed(shape_1=(WANTED["shape_1"] + 3) % 8), "other"),
+        (changed(colour_2=(WANTED["colour_2"] + 3) % 8), "other"),
+    ],
+)
+def test_outcomes_of_scenes_that_were_drawn_otherwise_than_asked(monkeypatch, seen, outcome):
+    """Real images of other attributes, and a reader that never errs."""
+    monkeypatch.setattr(
+        text_studies, "read", lambda reader, images: SimpleNamespace(predicted=canonical(seen))
+    )
+    outcomes = text_studies.scene_outcomes(None, SCENES.render(seen, range(200)), WANTED)
+    # where both objects have one colour or one shape, an exchange of colours may change nothing else
+    distinct = (WANTED["shape_1"] != WANTED["shape_2"]) & (WANTED["colour_1"] != WANTED["colour_2"])
+    found = [name for name, counts in zip(outcomes, distinct.tolist(), strict=True) if counts]
+    assert found.count(outcome) > 0.98 * len(found) > 100
+
+
+def test_outcomes_of_scenes_without_two_objects(monkeypatch):
+    other = changed(shape_1=(WANTED["shape_1"] + 3) % 8)
+    monkeypatch.setattr(
+        text_studies, "read", lambda reader, images: SimpleNamespace(predicted=canonical(other))
+    )
+    one_object = load("shapes", "test", 64).batch(range(200))["image"]
+    outcomes = text_studies.scene_outcomes(None, one_object, WANTED)
+    assert outcomes.count("not two objects") > 195
+
+
+@pytest.fixture(scope="module")
+def comparison(text_folder):
+    plain = {"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "attention_levels": ()}
+    return text_studies.pixel_against_latent(
+        "tiny_text",
+        JUDGES,
+        seconds=1e-3,
+        num_samples=8,
+        batch_size=4,
+        steps=2,
+        num_encoded=12,
+        pixel_models={"plain": plain, "folded": plain | {"patch_size": 4}},
+    )
+
+
+def test_pixels_and_latents_are_compared_in_cost_and_quality(comparison):
+    latents, plain, folded = comparison["models"]
+    assert [model["name"] for model in comparison["models"]] == ["latents", "plain", "folded"]
+    assert (comparison["num_images"], comparison["num_samples"], comparison["steps"]) == (12, 8, 2)
+    assert comparison["vae"]["name"] == "tiny_vae" and comparison["vae"]["seconds"] == 12
+    for model in comparison["models"]:
+        assert model["training_steps"] == 1 and model["training_seconds"] > 0
+        assert model["seconds_per_step"] > 0
+        for part in ("shapes", "scenes"):
+            assert model[f"{part}_sampling_seconds_per_image"] > 0
+            assert math.isfinite(model[f"{part}_frechet_distance"])
+            assert 0 <= model[f"{part}_accuracy_all"] <= 1
+            picture = Image.open(io.BytesIO(base64.b64decode(model[f"{part}_pictures"])))
+            assert picture.size == (8 * 66 + 2, 66 + 2)
+        assert sum(model["scenes_outcomes"].values()) == 8
+    assert latents["encoding_seconds"] > 0 == plain["encoding_seconds"] == folded["encoding_seconds"]
+    assert plain["gflops_per_step"] > 10 * folded["gflops_per_step"]
+    assert plain["activation_bytes"] > 10 * folded["activation_bytes"]
+    json.dumps(comparison)
+
+
+def test_parameters_and_operations_of_a_step_are_those_of_its_network(comparison):
+    """Counted a second time, on the network alone, forwards and backwards."""
+    recipe = find_recipe("tiny_text")
+    recipe = replace(recipe, batch_size=4).fitted_to(recipe.load("train"))
+    model = recipe.build()
+    latents = comparison["models"][0]
+    assert latents["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        output = model(torch.randn(4, 4, 16, 16), torch.arange(4), recipe.tokenizer(["a red star"] * 4))
+        output.sum().backward()
+    assert latents["gflops_per_step"] == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
+
+
+def test_the_pixel_model_draws_images_and_no_latents(text_folder):
+    recipe = find_recipe("tiny_text")
+    images = text_studies.KeptImages(recipe.load("train").images, "tiny_vae", 12)
+    settings = recipe.fitted_to(images).settings()
+    pixels = text_studies.PixelRecipe(**settings)
+    batch = pixels.draw(images, SampleDraws(0, torch.arange(6)))
+    indices = pixels.draw_indices(images, SampleDraws(0, torch.arange(6)))
+    assert torch.equal(batch["x_0"], images.batch(indices)["image"])
+    assert batch["noise"].shape == (6, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["text_to_image_evaluation", "pixel_against_latent"])
+def test_stored_measurements_are_of_models_that_have_a_recipe(name):
+    model, readers = measurements.MEASUREMENTS[name].args
+    assert {model, *readers.values()} <= set(recipes.recipe_names())
+    assert {part: find_recipe(reader).data for part, reader in readers.items()} == {
+        "shapes": "shapes",
+        "scenes": "scenes",
+    }
+
+
+def test_unknown_readers_and_models_end_before_anything_is_drawn(text_folder):
+    with pytest.raises(CheckpointError, match="there is no checkpoint 'absent'"):
+        text_studies.text_to_image_evaluation("absent", JUDGES)
+    with pytest.raises(CheckpointError, match="there is no checkpoint 'absent'"):
+        text_studies.text_to_image_evaluation("tiny_text", JUDGES | {"scenes": "absent"})
+    with pytest.raises(ValueError, match="model must be one of text to image; got 'drawer'"):
+        text_studies.text_to_image_evaluation("drawer", JUDGES)

@@ -189,6 +189,15 @@ SIGNATURES = {
     "vae.kl_to_standard_normal": "mean, log_variance",
     "vae.vae_loss": "x, x_hat, mean, log_variance, kl_weight",
     "vae.latent_scale": "latents",
+    "latent_diffusion.CrossAttention": "query_dim, context_dim, heads, head_dim",
+    "latent_diffusion.CrossAttention.forward": "self, x, context, mask=None",
+    "latent_diffusion.LatentDiffusion": "vae, denoiser, diffusion, latent_scale, text_encoder, image_size=64",
+    "latent_diffusion.LatentDiffusion.text_to_image": "self, prompts, w=2.0, steps=50, generator=None, "
+    "negative_prompt='', progress=True",
+    "latent_diffusion.LatentDiffusion.forward": "self, prompts, steps=50, w=2.0, negative_prompt='', "
+    "generator=None, output='pil'",
+    "latent_diffusion.LatentDiffusion.save": "self, folder",
+    "latent_diffusion.LatentDiffusion.load": "folder",
     "checks.check": "exercise, candidate",
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from lecture26.kit.validation import check_choice
 
@@ -56,3 +57,13 @@ def noisy_classifier(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor
 def image_tower(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The image tower of a noise-aware CLIP, (x_t, t) -> features (B, K), made like noisy_classifier."""
     return noisy_classifier(inward, speed, outward, x_t, t)
+
+
+@_kind
+def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
+    """A smooth decoder of latents (B, c, h, w) to images (B, C, 2 h, 2 w); samples are independent.
+
+    weight: (c, 4 C), from the latents of a place to its 2 x 2 pixels; bias: (4 C,).
+    """
+    patches = (latents.movedim(1, 3) @ weight).sin() + bias  # (B, h, w, 4 C)
+    return pixel_shuffle(patches.movedim(3, 1), 2)

@@ -13,6 +13,7 @@ from lecture26.recipes import load_diffusion, load_model, load_recipe
 from lecture26.recipes.classifiers import NoisyClassifierRecipe
 from lecture26.recipes.clip import CLIPRecipe
 from lecture26.recipes.conditional import ConditionalDDPM
+from lecture26.recipes.latent import LatentDiffusionRecipe
 from lecture26.recipes.recipe import Recipe
 
 
@@ -43,6 +44,31 @@ def parse_class(words: str, labels: Mapping[str, Sequence[str]]) -> dict[str, in
         if name not in found:
             raise ValueError(f"the class must name a {name} ({', '.join(classes)}); got {words!r}")
     return found
+
+
+def guided(
+    guidance: str, model: str, network: nn.Module, asked: str, strength: float, count: int
+) -> Callable:
+    """A checkpoint's denoiser, guided towards what is asked for.
+
+    Args:
+        guidance: "classifier", "clip" or "cfg".
+        model: the name of the denoiser's checkpoint.
+        network: its network, on the device where it shall draw.
+        asked: for "clip" any words, else the class (see `parse_class`).
+        strength: the gradient's scale, or w of "cfg".
+        count: the number of images drawn at once.
+
+    Returns:
+        The guided denoiser.
+
+    Raises:
+        ValueError: if there is no guide for this denoiser, or the words are not known.
+    """
+    if guidance == "clip":
+        return guided_by_clip(model, network, asked, strength)
+    by_class = {"classifier": guided_by_classifier, "cfg": guided_classifier_free}[guidance]
+    return by_class(model, network, asked, strength, count)
 
 
 def guided_by_classifier(model: str, network: nn.Module, wish: str, scale: float, count: int) -> Callable:
@@ -120,10 +146,19 @@ def check_guidance(guidance: str | None, model: str) -> None:
     """Raise ValueError unless a checkpoint's denoiser can be guided in this way.
 
     Args:
-        guidance: "classifier", "clip", "cfg", or None for none.
+        guidance: "classifier", "clip", "cfg", "text" for a prompt by itself, or None for none.
         model: the name of the denoiser's checkpoint.
     """
-    is_conditional = isinstance(load_recipe(model), ConditionalDDPM)
+    recipe = load_recipe(model)
+    is_from_text = isinstance(recipe, LatentDiffusionRecipe)
+    if is_from_text and guidance != "text":
+        raise ValueError(f"{model!r} draws what words say: give it --prompt, and no --guidance")
+    if guidance == "text" and not is_from_text:
+        raise ValueError(
+            f"--prompt without --guidance needs a text-to-image model; {model!r} is none. Steer it by words "
+            "with --guidance clip"
+        )
+    is_conditional = isinstance(recipe, ConditionalDDPM)
     if is_conditional and guidance != "cfg":
         raise ValueError(
             f"{model!r} was trained with labels: it draws with --guidance cfg --class (anything with --w -1)"

@@ -15,8 +15,10 @@ from lecture26.recipes.sweeps import (
     classifier_guidance_sweep,
     clip_guidance_sweep,
 )
+from lecture26.recipes.text_studies import pixel_against_latent, text_to_image_evaluation
 
 STEP_COUNTS = (10, 20, 50, 100, 250, 1000)
+READERS_64 = {"shapes": "reader_shapes64", "scenes": "reader_scenes64"}
 STEPS_NUM_SAMPLES = 128  # fewer than elsewhere: a thousand steps take seconds for each image
 
 
@@ -62,6 +64,8 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     "classifier_free_guidance_sweep": partial(
         classifier_free_guidance_sweep, "conditional_ddpm_shapes32", "reader_shapes32"
     ),
+    "text_to_image_evaluation": partial(text_to_image_evaluation, "text_to_image_shapes64", READERS_64),
+    "pixel_against_latent": partial(pixel_against_latent, "text_to_image_shapes64", READERS_64),
 }
 
 

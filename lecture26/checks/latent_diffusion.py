@@ -1,0 +1,1265 @@
+"""Exercises of chapter 07: the way into the latents and out of them, cross-attention, maps, inpainting."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lecture26 import latent_diffusion, vae
+from lecture26.ddpm import q_sample
+
+from .classifier_free_guidance import _detached, _in_place
+from .classifier_guidance import _by_reference, _transposed
+from .core import Case, Exercise, Misconception
+from .ddpm import schedule_mistakes
+from .draws import Draws
+from .fixtures import Fixture
+
+# Into the latent space
+
+
+def _to_latents_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, many, side = draws.integer(3, 4), draws.integer(5, 6), draws.integer(4, 5)
+
+    def case(note, *shape, scale, shift=0.0, silent=False, **kind):
+        mean, log_variance = draws.normal(*shape, **kind), draws.normal(*shape, **kind)
+        log_variance = log_variance + shift if shift else log_variance
+        noise = draws.normal(*shape, dtype=mean.dtype)
+        return Case(note, (mean, log_variance, torch.zeros_like(noise) if silent else noise, scale))
+
+    return [
+        case("latent images", few, 4, 3, 5, scale=0.7),
+        case("all axes of one length", side, side, side, side, scale=1.6),
+        case("the scale of Stable Diffusion's VAE", many, 4, 2, 2, scale=0.18215),
+        case("a single sample", 1, 4, 4, 4, scale=2.5),
+        case("a whole number as scale", few, 2, 3, 3, scale=3),
+        case("no noise, for the mean itself", few, 4, 2, 3, scale=0.4, silent=True),
+        case("small variances, as a VAE of images has them", many, 4, 3, 3, scale=1.3, shift=-8.0),
+        case("large variances", few, 4, 3, 2, scale=0.5, shift=2.0),
+        case("float32", few, 4, 5, 4, scale=0.8, dtype=torch.float32),
+        case("mean and log_variance with gradient", many, 2, 2, 3, scale=1.4, gradient=True),
+    ]
+
+
+def _latents_with(std: Callable[[Tensor], Tensor]) -> Callable:
+    """Scaled latents whose standard deviation is any function of log_variance, right or wrong."""
+    return lambda mean, log_variance, noise, scale: scale * (mean + std(log_variance) * noise)
+
+
+def _scaled_by(change: Callable[[Tensor, float], Tensor]) -> Callable:
+    """Latents to which the scale is applied in any way."""
+    return lambda mean, log_variance, noise, scale: change(
+        vae.reparameterize(mean, log_variance, noise), scale
+    )
+
+
+TO_LATENTS = Exercise(
+    "latent_diffusion.to_latents",
+    '"Into the latent space and out of it", equation (7.3)',
+    latent_diffusion.to_latents,
+    _to_latents_cases,
+    (
+        Misconception(
+            "divided by the scale",
+            _scaled_by(lambda z, scale: z / scale),
+            "The scale is one over the latents' standard deviation already: multiply on the way in, and "
+            "divide on the way out.",
+        ),
+        Misconception(
+            "scale forgotten",
+            _scaled_by(lambda z, scale: z),
+            "These are the latents as the VAE has them. The diffusion expects a standard deviation of 1.",
+        ),
+        Misconception(
+            "scale squared",
+            _scaled_by(lambda z, scale: scale**2 * z),
+            "The scale is applied twice.",
+        ),
+        Misconception(
+            "root of the scale",
+            _scaled_by(lambda z, scale: math.sqrt(scale) * z),
+            "The scale belongs to standard deviations, not to variances: it gets no root.",
+        ),
+        Misconception(
+            "only the mean scaled",
+            lambda mean, log_variance, noise, scale: vae.reparameterize(scale * mean, log_variance, noise),
+            "The noise is left on the VAE's own scale: the whole draw is scaled.",
+        ),
+        Misconception(
+            "only the noise scaled",
+            lambda mean, log_variance, noise, scale: vae.reparameterize(mean, log_variance, scale * noise),
+            "The mean is left on the VAE's own scale: the whole draw is scaled.",
+        ),
+        Misconception(
+            "mean without a draw",
+            lambda mean, log_variance, noise, scale: scale * mean,
+            "This is the encoder's mean. The latents are drawn around it, with the noise that is given.",
+        ),
+        Misconception(
+            "noise not stretched",
+            _latents_with(torch.ones_like),
+            "The noise has the standard deviation 1 here; each latent number has one of its own.",
+        ),
+        Misconception(
+            "variance for standard deviation",
+            _latents_with(torch.exp),
+            "exp(log_variance) is the variance: noise is multiplied by the standard deviation, its root.",
+        ),
+        Misconception(
+            "log-variance for standard deviation",
+            _latents_with(lambda log_variance: log_variance),
+            "The encoder gives a logarithm: undo it before you use it.",
+        ),
+        Misconception(
+            "log-variance halved, not undone",
+            _latents_with(lambda log_variance: log_variance / 2),
+            "Half the log-variance is the logarithm of the standard deviation: the exponential is missing.",
+        ),
+        Misconception(
+            "half of the variance",
+            _latents_with(lambda log_variance: log_variance.exp() / 2),
+            "The half belongs into the exponent, where it makes a root.",
+        ),
+        Misconception(
+            "sign of the log-variance",
+            _latents_with(lambda log_variance: (-log_variance / 2).exp()),
+            "This is one over the standard deviation: look at the sign in the exponent.",
+        ),
+        Misconception(
+            "noise taken away",
+            _latents_with(lambda log_variance: -(log_variance / 2).exp()),
+            "The noise is added to the mean.",
+        ),
+        Misconception(
+            "latents clamped",
+            lambda *arguments: latent_diffusion.to_latents(*arguments).clamp(-1, 1),
+            "Images lie in [-1, 1], latents do not: they have no bounds, and are not clamped.",
+        ),
+        Misconception(
+            "latents squashed",
+            lambda *arguments: latent_diffusion.to_latents(*arguments).tanh(),
+            "The decoder knows the latents as they are: they are scaled, not squashed.",
+        ),
+        Misconception(
+            "measured in each batch",
+            _scaled_by(lambda z, scale: z / z.std()),
+            "The scale is measured once and then given: a batch's own standard deviation changes from batch "
+            "to batch, and is not known when the latents have to be decoded.",
+        ),
+        Misconception(
+            "centred",
+            _scaled_by(lambda z, scale: scale * (z - z.mean())),
+            "The latents are multiplied by a number. Their mean stays where it is.",
+        ),
+        Misconception(
+            "fresh noise",
+            lambda mean, log_variance, noise, scale: latent_diffusion.to_latents(
+                mean, log_variance, torch.randn_like(noise), scale
+            ),
+            "The noise that is given is not used, but drawn anew: nothing can be repeated then.",
+        ),
+        Misconception(
+            "one draw for the whole batch",
+            _by_reference(latent_diffusion.to_latents, noise=lambda noise, **_: noise[:1].expand_as(noise)),
+            "The first sample's noise is used for all. Each sample has its own.",
+        ),
+        Misconception(
+            "first sample's variance for all",
+            _by_reference(
+                latent_diffusion.to_latents, log_variance=lambda log_variance, **_: log_variance[:1]
+            ),
+            "The first sample's log-variance is used for all. Each sample has its own.",
+        ),
+        Misconception(
+            "overwritten in place",
+            _in_place(latent_diffusion.to_latents),
+            "The mean still belongs to the caller: compute a new tensor.",
+        ),
+        Misconception(
+            "cut from the graph",
+            _detached(latent_diffusion.to_latents),
+            "The result must carry the gradient of its arguments on: no detach() here.",
+        ),
+    ),
+)
+
+
+# Out of the latent space
+
+
+def _from_latents_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, many, side = draws.integer(3, 4), draws.integer(5, 6), draws.integer(4, 5)
+
+    def case(note, *shape, scale, colours=3, mode="grad", **kind):
+        latents = draws.normal(*shape, **kind)
+        tensors = draws.normal(shape[1], 4 * colours), draws.normal(4 * colours)
+        decode = Fixture("decoder", tuple(tensor.to(latents.dtype) for tensor in tensors))
+        return Case(note, (decode, latents, scale), mode)
+
+    return [
+        case("latent images", few, 4, 3, 5, scale=0.7),
+        case("all axes of one length", side, side, side, side, scale=1.6),
+        case("the scale of Stable Diffusion's VAE", many, 4, 2, 2, scale=0.18215),
+        case("a single sample", 1, 4, 4, 4, scale=2.5),
+        case("a whole number as scale", few, 2, 3, 3, scale=3),
+        case("grey images", many, 4, 2, 3, scale=0.4, colours=1),
+        case("float32", few, 4, 5, 4, scale=0.8, dtype=torch.float32),
+        case("latents with gradient", many, 2, 2, 3, scale=1.4, gradient=True),
+        case("under no_grad, as in a sampler", few, 4, 3, 2, scale=0.5, mode="no_grad"),
+    ]
+
+
+def _decoded_at(change: Callable[[Tensor, float], Tensor]) -> Callable:
+    """What is decoded from any function of the latents and the scale."""
+    return lambda decode, latents, scale: decode(change(latents, scale))
+
+
+def _images_changed(change: Callable[[Tensor, float], Tensor]) -> Callable:
+    """Any function of the right images and the scale."""
+    return lambda decode, latents, scale: change(latent_diffusion.from_latents(decode, latents, scale), scale)
+
+
+def _decoded_without_gradient(decode, latents, scale):
+    with torch.no_grad():
+        return latent_diffusion.from_latents(decode, latents, scale)
+
+
+def _latents_in_place(decode, latents, scale):
+    with torch.no_grad():
+        latents /= scale
+    return decode(latents)
+
+
+FROM_LATENTS = Exercise(
+    "latent_diffusion.from_latents",
+    '"Into the latent space and out of it", equation (7.4)',
+    latent_diffusion.from_latents,
+    _from_latents_cases,
+    (
+        Misconception(
+            "multiplied by the scale",
+            _decoded_at(lambda z, scale: scale * z),
+            "The latents were multiplied by the scale on the way in. On the way out this is undone.",
+        ),
+        Misconception(
+            "scale forgotten",
+            _decoded_at(lambda z, scale: z),
+            "The decoder knows the latents as the encoder gave them: the scale has to be taken away first.",
+        ),
+        Misconception(
+            "images divided by the scale",
+            lambda decode, z, scale: decode(z) / scale,
+            "It is the latents that have a scale, not the images; a decoder is not linear.",
+        ),
+        Misconception(
+            "images multiplied by the scale",
+            lambda decode, z, scale: decode(z / scale) * scale,
+            "The images have their own range already: the scale belongs to the latents alone.",
+        ),
+        Misconception(
+            "divided by the scale, latents and images",
+            lambda decode, z, scale: decode(z / scale) / scale,
+            "The scale is taken away twice: it belongs to the latents alone.",
+        ),
+        Misconception(
+            "scale squared",
+            _decoded_at(lambda z, scale: z / scale**2),
+            "The scale was applied once on the way in, and is taken away twice here.",
+        ),
+        Misconception(
+            "root of the scale",
+            _decoded_at(lambda z, scale: z / math.sqrt(scale)),
+            "The scale belongs to standard deviations, not to variances: it gets no root.",
+        ),
+        Misconception(
+            "drawn once more",
+            _decoded_at(lambda z, scale: z / scale + torch.randn_like(z)),
+            "Noise is added before decoding. The draw was made on the way in; the decoder gets what the "
+            "diffusion has denoised, as it is.",
+        ),
+        Misconception(
+            "drawn once more, on the scale of the diffusion",
+            _decoded_at(lambda z, scale: (z + torch.randn_like(z)) / scale),
+            "Noise is added to the denoised latents. They are decoded as they are.",
+        ),
+        Misconception(
+            "latents clamped before they are divided",
+            _decoded_at(lambda z, scale: z.clamp(-1, 1) / scale),
+            "Images lie in [-1, 1], latents do not: they have no bounds, and are not clamped.",
+        ),
+        Misconception(
+            "latents clamped after they are divided",
+            _decoded_at(lambda z, scale: (z / scale).clamp(-1, 1)),
+            "Images lie in [-1, 1], latents do not, on neither scale: they are not clamped.",
+        ),
+        Misconception(
+            "images clamped",
+            _images_changed(lambda x, scale: x.clamp(-1, 1)),
+            "The images are clipped. That is for whoever shows them; here they are what the decoder gives.",
+        ),
+        Misconception(
+            "images in [0, 1]",
+            _images_changed(lambda x, scale: (x + 1) / 2),
+            "The images are moved to [0, 1]. That is for whoever shows them; here they are what the decoder "
+            "gives.",
+        ),
+        Misconception(
+            "not decoded",
+            lambda decode, z, scale: z / scale,
+            "These are the latents on the VAE's own scale: the decoder still has to make an image of them.",
+        ),
+        Misconception(
+            "measured in each batch",
+            _decoded_at(lambda z, scale: z / z.std()),
+            "The latents are divided by their own standard deviation, which is near 1 whatever the scale is.",
+        ),
+        Misconception(
+            "first sample for all",
+            _decoded_at(lambda z, scale: (z[:1] / scale).expand_as(z)),
+            "The first sample's latents are decoded for all.",
+        ),
+        Misconception(
+            "overwritten in place",
+            _latents_in_place,
+            "The latents still belong to the caller: compute a new tensor.",
+        ),
+        Misconception(
+            "cut from the graph",
+            _decoded_without_gradient,
+            "The images must carry the gradient of the latents on: guidance in pixels needs it.",
+        ),
+    ),
+)
+
+
+# Who looks at which word
+
+
+def _padding(draws: Draws, batch: int, tokens: int) -> Tensor:
+    """A mask (B, M) of texts of different lengths, at least one of them with padding; M >= 2."""
+    lengths = [1 + (draws.integer(0, tokens - 2) + place) % tokens for place in range(batch)]
+    lengths[0] = min(lengths[0], tokens - 1)
+    return torch.arange(tokens) < torch.tensor(lengths)[:, None]
+
+
+def _holes(draws: Draws, batch: int, tokens: int) -> Tensor:
+    """A mask (B, M) in no order, with one token at least in every row, and one less than all."""
+    mask = draws.uniform(batch, tokens) < 0.5
+    for row in mask:
+        row[draws.integer(0, tokens - 1)] = True
+        if row.all():
+            row[draws.integer(0, tokens - 1)] = False
+    return mask
+
+
+def _word_weights_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch, heads, d, side = draws.integer(2, 3), 4, draws.integer(5, 6), draws.integer(4, 5)
+    places, tokens = draws.integer(10, 12), draws.integer(7, 8)
+
+    def case(note, batch, heads, places, tokens, d, mask=None, stretch=1.0, **kind):
+        q, k = draws.normal(batch, heads, places, d, **kind), draws.normal(batch, heads, tokens, d, **kind)
+        q = q if stretch == 1 else stretch * q
+        return Case(note, (q, k, _padding(draws, batch, tokens) if mask is None else mask))
+
+    loud = case("padding with keys of its own, far out", batch, heads, places, tokens, d)
+    q, k, mask = loud.arguments
+    loud = Case(loud.note, (q, torch.where(mask[:, None, :, None], k, 30 * k), mask))
+    return [
+        # With axes of one length, a mistake about the axes raises no error.
+        case("all axes of one length", side, side, side, side, side),
+        case("texts of different lengths", batch, heads, places, tokens, d),
+        case("as many heads as samples", heads, heads, places, tokens, d),
+        case("as many places as tokens", batch, heads, tokens, tokens, d),
+        case("words left out anywhere", 3, heads, places, tokens, d, mask=_holes(draws, 3, tokens)),
+        case("nothing masked", 2, 2, places, tokens, d, mask=torch.ones(2, tokens, dtype=torch.bool)),
+        case("one head", batch, 1, places, tokens, d),
+        case("a single token", batch, 2, places, 1, d, mask=torch.ones(batch, 1, dtype=torch.bool)),
+        case("large scores", batch, heads, places, tokens, d, stretch=300.0),
+        loud,
+        case("float32", batch, heads, places, tokens, d, dtype=torch.float32),
+        case("with gradient", batch, heads, places, tokens, d, gradient=True),
+    ]
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / math.sqrt(q.shape[-1])
+
+
+def _softmax(scores: Tensor, mask: Tensor, axis: int = -1) -> Tensor:
+    """The softmax of any scores (B, heads, N, M), right or wrong, over the tokens of the mask."""
+    return scores.masked_fill(~mask[:, None, None], -math.inf).softmax(axis)
+
+
+def _with_factor(factor: Callable[[Tensor, Tensor], float]) -> Callable:
+    """Weights whose scores are multiplied by any function of q and k."""
+    return lambda q, k, mask: _softmax(q @ k.mT * factor(q, k), mask)
+
+
+def _changed_weights(change: Callable[[Tensor], Tensor]) -> Callable:
+    return lambda *arguments: change(latent_diffusion.word_weights(*arguments))
+
+
+WORD_WEIGHTS = Exercise(
+    "latent_diffusion.word_weights",
+    '"Who looks at which word", equation (7.5)',
+    latent_diffusion.word_weights,
+    _word_weights_cases,
+    (
+        Misconception(
+            "softmax over the places",
+            lambda q, k, mask: _softmax(_scores(q, k), mask, axis=-2),
+            "Here the places share out each word. It is the words that each place shares out its attention "
+            "over: the weights of one place add up to 1.",
+        ),
+        Misconception(
+            "softmax over the heads",
+            lambda q, k, mask: _softmax(_scores(q, k), mask, axis=1),
+            "Each head has weights of its own, which add up to 1 over the tokens.",
+        ),
+        Misconception(
+            "softmax over places and tokens",
+            lambda q, k, mask: (
+                _scores(q, k)
+                .masked_fill(~mask[:, None, None], -math.inf)
+                .flatten(2)
+                .softmax(-1)
+                .unflatten(2, (q.shape[2], -1))
+            ),
+            "All places together have a weight of 1 here; each of them has it.",
+        ),
+        Misconception(
+            "no softmax",
+            lambda q, k, mask: _scores(q, k) * mask[:, None, None],
+            "These are scores, of either sign; weights are positive and add up to 1.",
+        ),
+        Misconception(
+            "exponentials not normalised",
+            lambda q, k, mask: _scores(q, k).exp().masked_fill(~mask[:, None, None], 0.0),
+            "The exponentials are not divided by their sum over the tokens.",
+        ),
+        Misconception(
+            "sigmoid for softmax",
+            lambda q, k, mask: _scores(q, k).sigmoid() * mask[:, None, None],
+            "A sigmoid asks for each word by itself; the weights of one place have to add up to 1.",
+        ),
+        Misconception(
+            "logarithms",
+            _changed_weights(torch.log),
+            "These are the logarithms of the weights.",
+        ),
+        Misconception(
+            "best word only",
+            lambda q, k, mask: torch.zeros_like(q @ k.mT).scatter(
+                -1, latent_diffusion.word_weights(q, k, mask).argmax(-1, keepdim=True), 1.0
+            ),
+            "Each place looks at its best word alone. A softmax gives every word its share, and has a "
+            "gradient.",
+        ),
+        Misconception(
+            "scores not scaled",
+            _with_factor(lambda q, k: 1),
+            "The scores are not divided by sqrt(d): the longer the vectors, the harder the softmax.",
+        ),
+        Misconception(
+            "divided by d",
+            _with_factor(lambda q, k: 1 / q.shape[-1]),
+            "A sum of d products has the variance d: divide by its root, the standard deviation.",
+        ),
+        Misconception(
+            "multiplied by sqrt(d)",
+            _with_factor(lambda q, k: math.sqrt(q.shape[-1])),
+            "The scores are to become smaller, not larger: divide by the root.",
+        ),
+        Misconception(
+            "root of the width of all heads",
+            _with_factor(lambda q, k: 1 / math.sqrt(q.shape[1] * q.shape[-1])),
+            "A score is an inner product within one head: count the d features of a head, not those of all "
+            "heads together.",
+        ),
+        Misconception(
+            "root of the number of tokens",
+            _with_factor(lambda q, k: 1 / math.sqrt(k.shape[-2])),
+            "A score is a sum over the features of a head: their number counts, not that of the tokens.",
+        ),
+        Misconception(
+            "cosines for scores",
+            lambda q, k, mask: _softmax(normalize(q, dim=-1) @ normalize(k, dim=-1).mT, mask),
+            "These are cosines. Queries and keys keep their lengths: a loud word may draw more attention.",
+        ),
+        Misconception(
+            "mask ignored",
+            lambda q, k, mask: _scores(q, k).softmax(-1),
+            "Places look at padding, too: the mask is not used.",
+        ),
+        Misconception(
+            "mask inverted",
+            lambda q, k, mask: _softmax(_scores(q, k), ~mask),
+            "True stands for the tokens that are there; these are the ones to look at.",
+        ),
+        Misconception(
+            "masked scores set to 0",
+            lambda q, k, mask: (_scores(q, k) * mask[:, None, None]).softmax(-1),
+            "exp(0) is 1, not 0: padding keeps a weight. Think of the score whose exponential is 0.",
+        ),
+        Misconception(
+            "masked after the softmax",
+            lambda q, k, mask: _scores(q, k).softmax(-1) * mask[:, None, None],
+            "What the padding had is missing from the sum: mask the scores, before the softmax.",
+        ),
+        Misconception(
+            "mask added to the scores",
+            lambda q, k, mask: (_scores(q, k) + mask[:, None, None]).softmax(-1),
+            "This gives the tokens that are there 1 more, and takes nothing from the others.",
+        ),
+        Misconception(
+            "plus infinity",
+            lambda q, k, mask: _scores(q, k).masked_fill(~mask[:, None, None], math.inf).softmax(-1),
+            "exp(-infinity) is 0; plus infinity gives NaN.",
+        ),
+        Misconception(
+            "first text's mask for all",
+            lambda q, k, mask: latent_diffusion.word_weights(q, k, mask[:1].expand_as(mask)),
+            "The first text's mask is used for all. Each text has a length of its own.",
+        ),
+        Misconception(
+            "words masked that one text lacks",
+            lambda q, k, mask: _softmax(_scores(q, k), mask.all(0, keepdim=True).expand_as(mask)),
+            "A token is masked for all texts as soon as one of them lacks it. Each text has its own mask.",
+        ),
+        Misconception(
+            "mask along the heads",
+            lambda q, k, mask: _scores(q, k).masked_fill(~mask[:, None], -math.inf).softmax(-1),
+            "A mask of shape (B, 1, M) meets the heads, not the batch: it needs two axes of length 1, for "
+            "heads and places.",
+        ),
+        Misconception(
+            "mask along the places",
+            lambda q, k, mask: _scores(q, k).masked_fill(~mask[:, None, :, None], -math.inf).softmax(-1),
+            "The mask is about tokens, the last axis of the scores, not about the places.",
+        ),
+        Misconception(
+            "queries and keys swapped",
+            lambda q, k, mask: _softmax(_scores(k, q), mask),
+            "Rows of the scores are places, columns are tokens: queries times keys transposed.",
+        ),
+        Misconception(
+            "tokens before places",
+            _changed_weights(lambda weights: weights.mT),
+            "The weights are transposed: (B, heads, N, M), the tokens last.",
+        ),
+        Misconception(
+            "averaged over the heads",
+            _changed_weights(lambda weights: weights.mean(1, keepdim=True).expand_as(weights)),
+            "The heads are averaged. Each of them looks by itself.",
+        ),
+        Misconception(
+            "first head's weights for all",
+            _changed_weights(lambda weights: weights[:, :1].expand_as(weights)),
+            "The first head decides for all. Each of them looks by itself.",
+        ),
+        Misconception(
+            "cut from the graph",
+            _detached(latent_diffusion.word_weights),
+            "The result must carry the gradient of its arguments on: no detach() here.",
+        ),
+    ),
+)
+
+
+# Cross-attention
+
+
+def _cross_attention_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, places, tokens = draws.integer(2, 3), draws.integer(10, 12), draws.integer(6, 7)
+    width, text_width = draws.integer(9, 10), draws.integer(13, 14)
+
+    def case(note, batch, places, tokens, width, text_width, heads, d, mask=None, weights=False, **kind):
+        x, context = (
+            draws.normal(batch, places, width, **kind),
+            draws.normal(batch, tokens, text_width, **kind),
+        )
+        matrices = [
+            (draws.normal(heads * d, columns) / math.sqrt(columns)).to(x.dtype).requires_grad_(weights)
+            for columns in (width, text_width, text_width)
+        ]
+        mask = _padding(draws, batch, tokens) if mask is None else mask
+        return Case(note, (x, context, *matrices, heads, mask))
+
+    everything = torch.ones(few, tokens, dtype=torch.bool)
+    return [
+        # With axes of one length, a mistake about the axes raises no error.
+        case("all axes of one length", 4, 4, 4, 4, 4, 2, 2),
+        case("features of places, tokens and heads of one length", few, 8, 8, 12, 12, 3, 4),
+        case("texts of different lengths", few, places, tokens, width, text_width, 2, 5),
+        case("as many heads as features in each", few, places, tokens, width, text_width, 4, 4),
+        case("one head", few, places, tokens, width, text_width, 1, 6),
+        case("one feature per head", few, places, tokens, width, text_width, 5, 1),
+        case("words left out anywhere", 3, places, tokens, width, text_width, 2, 3, _holes(draws, 3, tokens)),
+        case("nothing masked", few, places, tokens, width, text_width, 3, 4, everything),
+        case("a single token", few, places, 1, width, text_width, 2, 4, everything[:, :1]),
+        case("a batch of one", 1, places, tokens, text_width, width, 2, 3),
+        case("float32", few, places, tokens, width, text_width, 2, 4, dtype=torch.float32),
+        case("x and context with gradient", few, places, tokens, width, text_width, 3, 2, gradient=True),
+        case("matrices with gradient", few, places, tokens, width, text_width, 2, 4, weights=True),
+    ]
+
+
+def _attention_of(
+    split: Callable[[Tensor, int], Tensor] | None = None,
+    mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    merge: Callable[[Tensor], Tensor] | None = None,
+) -> Callable:
+    """Cross-attention with any way to split heads, to mix values (q, k, v, mask), and to merge heads."""
+    split = split or latent_diffusion.split_heads
+    mix = mix or (lambda q, k, v, mask: latent_diffusion.word_weights(q, k, mask) @ v)
+    merge = merge or (lambda mixed: mixed.transpose(1, 2).flatten(2))
+
+    def wrong(x, context, w_q, w_k, w_v, heads, mask):
+        q, k, v = (split(h @ w.T, heads) for h, w in ((x, w_q), (context, w_k), (context, w_v)))
+        return merge(mix(q, k, v, mask))
+
+    return wrong
+
+
+def _projected(
+    queries: Callable[..., Tensor] | None = None,
+    keys: Callable[..., Tensor] | None = None,
+    values: Callable[..., Tensor] | None = None,
+) -> Callable:
+    """Cross-attention of any queries, keys and values: functions of (x, context, w_q, w_k, w_v)."""
+    queries = queries or (lambda x, c, w_q, w_k, w_v: x @ w_q.T)
+    keys = keys or (lambda x, c, w_q, w_k, w_v: c @ w_k.T)
+    values = values or (lambda x, c, w_q, w_k, w_v: c @ w_v.T)
+
+    def wrong(x, context, w_q, w_k, w_v, heads, mask):
+        given = x, context, w_q, w_k, w_v
+        q, k, v = (latent_diffusion.split_heads(make(*given), heads) for make in (queries, keys, values))
+        return (latent_diffusion.word_weights(q, k, mask) @ v).transpose(1, 2).flatten(2)
+
+    return wrong
+
+
+def _mixed(weights: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """Cross-attention with any weights, a function of (q, k, mask)."""
+    return _attention_of(mix=lambda q, k, v, mask: weights(q, k, mask) @ v)
+
+
+def _stretched(factor: Callable[..., float]) -> Callable:
+    """Cross-attention whose scores are multiplied by any function of the sizes, not by 1 / sqrt(d)."""
+
+    def wrong(x, context, w_q, w_k, w_v, heads, mask):
+        d = len(w_q) // heads
+        stretch = factor(d=d, heads=heads, width=x.shape[2], text_width=context.shape[2]) * math.sqrt(d)
+        return latent_diffusion.cross_attention(x, context, stretch * w_q, w_k, w_v, heads, mask)
+
+    return wrong
+
+
+CROSS_ATTENTION = Exercise(
+    "latent_diffusion.cross_attention",
+    '"Queries from the image, keys and values from the words", equation (7.6)',
+    latent_diffusion.cross_attention,
+    _cross_attention_cases,
+    (
+        Misconception(
+            "queries from the words",
+            lambda x, context, w_q, w_k, w_v, heads, mask: _attention_of(
+                mix=lambda q, k, v, mask: _scores(q, k).softmax(-1) @ v
+            )(context, x, w_q, w_k, w_v, heads, mask),
+            "Here the words ask and the image answers. It is each place of the image that asks: the queries "
+            "come from x, the keys and values from the context.",
+        ),
+        Misconception(
+            "queries and values from the words",
+            _projected(queries=lambda x, c, w_q, w_k, w_v: c @ w_q.T),
+            "The words look at the words: x is not used. The queries come from the image.",
+        ),
+        Misconception(
+            "keys from the image",
+            _projected(keys=lambda x, c, w_q, w_k, w_v: x @ w_k.T),
+            "The keys come from the image here. It is the words that are looked at.",
+        ),
+        Misconception(
+            "values from the image",
+            _projected(values=lambda x, c, w_q, w_k, w_v: x @ w_v.T),
+            "The values come from the image here. What is mixed is what the words have to say.",
+        ),
+        Misconception(
+            "self-attention of the image",
+            lambda x, context, w_q, w_k, w_v, heads, mask: _attention_of(
+                mix=lambda q, k, v, mask: _scores(q, k).softmax(-1) @ v
+            )(x, x, w_q, w_k, w_v, heads, mask),
+            "The image looks at itself: the context is not used. Keys and values come from the words.",
+        ),
+        Misconception(
+            "keys and values swapped",
+            _by_reference(
+                latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v, w_v=lambda w_k, **_: w_k
+            ),
+            "w_k and w_v have changed places: keys are compared with the queries, values are mixed.",
+        ),
+        Misconception(
+            "values are the keys",
+            _by_reference(latent_diffusion.cross_attention, w_v=lambda w_k, **_: w_k),
+            "The keys are mixed, and w_v is not used: what a word is found by is not what it says.",
+        ),
+        Misconception(
+            "keys are the values",
+            _by_reference(latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v),
+            "The queries are compared with the values, and w_k is not used.",
+        ),
+        Misconception(
+            "queries and keys with each other's matrix",
+            _projected(
+                queries=lambda x, c, w_q, w_k, w_v: x @ w_k.T, keys=lambda x, c, w_q, w_k, w_v: c @ w_q.T
+            ),
+            "w_q and w_k have changed places: w_q belongs to the image, w_k to the words.",
+        ),
+        Misconception(
+            "words not projected to values",
+            _projected(values=lambda x, c, w_q, w_k, w_v: c),
+            "The words' features are mixed as they are: w_v is not used.",
+        ),
+        Misconception(
+            "image not projected to queries",
+            _projected(queries=lambda x, c, w_q, w_k, w_v: x),
+            "The image's features ask as they are: w_q is not used.",
+        ),
+        Misconception(
+            "matrices transposed",
+            lambda x, context, w_q, w_k, w_v, heads, mask: latent_diffusion.cross_attention(
+                x, context, w_q.T, w_k.T, w_v.T, heads, mask
+            ),
+            "A matrix of nn.Linear has a row for each output: it is transposed before the product.",
+        ),
+        Misconception(
+            "scores not scaled",
+            _stretched(lambda **_: 1),
+            "The scores are not divided by the root of the features of a head.",
+        ),
+        Misconception(
+            "divided by d",
+            _stretched(lambda d, **_: 1 / d),
+            "The scores are divided by d: their standard deviation is sqrt(d).",
+        ),
+        Misconception(
+            "root of the width of all heads",
+            _stretched(lambda d, heads, **_: 1 / math.sqrt(d * heads)),
+            "The scores are divided by the root of the width of all heads together. A score is an inner "
+            "product within one head.",
+        ),
+        Misconception(
+            "root of the image's features",
+            _stretched(lambda width, **_: 1 / math.sqrt(width)),
+            "The scores are divided by the root of the features of a place. What counts are the features of "
+            "a query, in one head.",
+        ),
+        Misconception(
+            "root of the words' features",
+            _stretched(lambda text_width, **_: 1 / math.sqrt(text_width)),
+            "The scores are divided by the root of the features of a token. What counts are the features of "
+            "a key, in one head.",
+        ),
+        Misconception(
+            "one head",
+            _by_reference(latent_diffusion.cross_attention, heads=lambda **_: 1),
+            "All features are taken as one head. Each head asks with its own part of them.",
+        ),
+        Misconception(
+            "heads interleaved",
+            _attention_of(
+                split=lambda h, heads: h.unflatten(2, (-1, heads)).permute(0, 3, 1, 2),
+                merge=lambda mixed: mixed.permute(0, 2, 3, 1).flatten(2),
+            ),
+            "A head takes every so manieth feature here. Head i has the i-th block of d features.",
+        ),
+        Misconception(
+            "places cut into heads",
+            _attention_of(split=lambda h, heads: h.reshape(len(h), heads, h.shape[1], -1)),
+            "A reshape to (B, heads, N, d) puts places, not features, into the heads: cut the features into "
+            "(heads, d) first, then exchange the axes.",
+        ),
+        Misconception(
+            "heads not brought back",
+            _attention_of(merge=lambda mixed: mixed.reshape(len(mixed), mixed.shape[2], -1)),
+            "Before the heads are put side by side, their axis has to go behind that of the places: a "
+            "reshape alone mixes places up.",
+        ),
+        Misconception(
+            "features of the heads interleaved at the end",
+            _attention_of(merge=lambda mixed: mixed.permute(0, 2, 3, 1).flatten(2)),
+            "The heads are put side by side, each with all its d features, not one feature of each in turn.",
+        ),
+        Misconception(
+            "heads averaged",
+            _attention_of(merge=lambda mixed: mixed.mean(1)),
+            "The heads are averaged. They stand side by side, heads * d features in all.",
+        ),
+        Misconception(
+            "heads added up",
+            _attention_of(merge=lambda mixed: mixed.sum(1)),
+            "The heads are added up. They stand side by side, heads * d features in all.",
+        ),
+        Misconception(
+            "softmax over the places",
+            _mixed(lambda q, k, mask: _softmax(_scores(q, k), mask, axis=-2)),
+            "The places share out each word here. The weights of one place add up to 1 over the tokens.",
+        ),
+        Misconception(
+            "softmax over the heads",
+            _mixed(lambda q, k, mask: _softmax(_scores(q, k), mask, axis=1)),
+            "The heads share out each word here. The weights of one head add up to 1 over the tokens.",
+        ),
+        Misconception(
+            "no softmax",
+            _mixed(lambda q, k, mask: _scores(q, k) * mask[:, None, None]),
+            "The scores are used as weights as they are: the softmax is missing.",
+        ),
+        Misconception(
+            "all words alike",
+            _mixed(lambda q, k, mask: _softmax(torch.zeros_like(q @ k.mT), mask)),
+            "Every place gets the mean of the words: queries and keys do not matter here.",
+        ),
+        Misconception(
+            "mask ignored",
+            _mixed(lambda q, k, mask: _scores(q, k).softmax(-1)),
+            "Padding is looked at, too: the mask is not used.",
+        ),
+        Misconception(
+            "mask inverted",
+            _mixed(lambda q, k, mask: _softmax(_scores(q, k), ~mask)),
+            "True stands for the tokens that are there; these are the ones to look at.",
+        ),
+        Misconception(
+            "masked scores set to 0",
+            _mixed(lambda q, k, mask: (_scores(q, k) * mask[:, None, None]).softmax(-1)),
+            "exp(0) is 1, not 0: padding keeps a weight.",
+        ),
+        Misconception(
+            "masked after the softmax",
+            _mixed(lambda q, k, mask: _scores(q, k).softmax(-1) * mask[:, None, None]),
+            "What the padding had is missing from the sum: masked are the scores, before the softmax.",
+        ),
+        Misconception(
+            "masked words set to 0",
+            _by_reference(
+                latent_diffusion.cross_attention,
+                context=lambda context, mask, **_: context * mask[:, :, None],
+                mask=lambda mask, **_: torch.ones_like(mask),
+            ),
+            "A word of zeros is still a word: its score is 0, and exp(0) is 1. Mask the scores.",
+        ),
+        Misconception(
+            "first text's mask for all",
+            _by_reference(latent_diffusion.cross_attention, mask=lambda mask, **_: mask[:1].expand_as(mask)),
+            "The first text's mask is used for all. Each text has a length of its own.",
+        ),
+        Misconception(
+            "first text for all",
+            _by_reference(
+                latent_diffusion.cross_attention,
+                context=lambda context, **_: context[:1].expand_as(context),
+                mask=lambda mask, **_: mask[:1].expand_as(mask),
+            ),
+            "All images look at the first text. Each has its own.",
+        ),
+        Misconception(
+            "image added",
+            lambda x, *others: x + latent_diffusion.cross_attention(x, *others),
+            "What the words say is asked for; adding it to the image's features is the block's business.",
+        ),
+        Misconception(
+            "words cut from the graph",
+            _by_reference(latent_diffusion.cross_attention, context=lambda context, **_: context.detach()),
+            "The text encoder learns through the context: its gradient must not be cut.",
+        ),
+        Misconception(
+            "cut from the graph",
+            _detached(latent_diffusion.cross_attention),
+            "The result must carry the gradient of its arguments on: no detach() here.",
+        ),
+    ),
+)
+
+
+# Where each word is looked at from
+
+
+def _word_maps_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, heads, tokens = draws.integer(2, 3), draws.integer(4, 5), draws.integer(6, 7)
+    height, width = draws.integer(2, 3), draws.integer(4, 5)
+
+    def case(note, batch, heads, height, width, tokens, padding=0, **kind):
+        scores = draws.normal(batch, heads, height * width, tokens)
+        weights = torch.where(torch.arange(tokens) < tokens - padding, scores, -math.inf).softmax(-1)
+        weights = weights.to(kind.get("dtype", torch.float64)).requires_grad_(kind.get("gradient", False))
+        return Case(note, (weights, height, width))
+
+    return [
+        case("as many samples, heads, places and tokens", 4, 4, 2, 2, 4),
+        case("wide maps", few, heads, height, width, tokens),
+        case("high maps", few, heads, width, height, tokens, padding=2),
+        case("square maps", few, heads, 3, 3, tokens),
+        case("as many places as tokens", few, heads, height, width, height * width),
+        case("one head", few, 1, height, width, tokens),
+        case("a single sample", 1, heads, height, width, tokens),
+        case("a single token", few, heads, height, width, 1),
+        case("a single row", few, heads, 1, width, tokens),
+        case("float32", few, heads, height, width, tokens, dtype=torch.float32),
+        case("weights with gradient", few, heads, height, width, tokens, gradient=True),
+    ]
+
+
+def _maps_of(heads: Callable[[Tensor], Tensor]) -> Callable:
+    """Maps in which the heads (B, heads, N, M) become one (B, N, M) in any way."""
+    return lambda weights, height, width: heads(weights).mT.unflatten(2, (height, width))
+
+
+def _changed_maps(change: Callable[[Tensor], Tensor]) -> Callable:
+    return lambda *arguments: change(latent_diffusion.word_maps(*arguments))
+
+
+WORD_MAPS = Exercise(
+    "latent_diffusion.word_maps",
+    '"What each word does", equation (7.12)',
+    latent_diffusion.word_maps,
+    _word_maps_cases,
+    (
+        Misconception(
+            "sum over the heads",
+            _maps_of(lambda weights: weights.sum(1)),
+            "The heads are added up, so that the maps of all words add up to their number, not to 1.",
+        ),
+        Misconception(
+            "largest head",
+            _maps_of(lambda weights: weights.amax(1)),
+            "At each place the head that looks hardest decides. Asked for is the mean of all.",
+        ),
+        Misconception(
+            "first head only",
+            _maps_of(lambda weights: weights[:, 0]),
+            "This is what the first head looks at. Asked for is the mean of all.",
+        ),
+        Misconception(
+            "last head only",
+            _maps_of(lambda weights: weights[:, -1]),
+            "This is what the last head looks at. Asked for is the mean of all.",
+        ),
+        Misconception(
+            "median over the heads",
+            _maps_of(lambda weights: weights.quantile(0.5, dim=1)),
+            "This is the heads' median. Asked for is their mean.",
+        ),
+        Misconception(
+            "geometric mean of the heads",
+            _maps_of(lambda weights: weights.log().mean(1).exp()),
+            "The heads are multiplied and a root is taken. Asked for is the ordinary mean.",
+        ),
+        Misconception(
+            "heads kept",
+            lambda weights, height, width: weights.mT.unflatten(3, (height, width)),
+            "The heads' axis is still there: take the mean over it.",
+        ),
+        Misconception(
+            "mean over the samples",
+            _changed_maps(lambda maps: maps.mean(0, keepdim=True).expand_as(maps)),
+            "The samples are averaged. Each picture has maps of its own.",
+        ),
+        Misconception(
+            "first sample's maps for all",
+            _changed_maps(lambda maps: maps[:1].expand_as(maps)),
+            "The first sample's maps are returned for all.",
+        ),
+        Misconception(
+            "places and tokens not exchanged",
+            lambda weights, height, width: weights.mean(1).reshape(len(weights), -1, height, width),
+            "The numbers of different words are mixed up in one map: bring the token axis before that of the "
+            "places, before the places become rows and columns.",
+        ),
+        Misconception(
+            "tokens last",
+            lambda weights, height, width: weights.mean(1).unflatten(1, (height, width)),
+            "The tokens are the last axis here; a stack of maps has them before height and width.",
+        ),
+        Misconception(
+            "column by column",
+            lambda weights, height, width: weights.mean(1).mT.unflatten(2, (width, height)).mT,
+            "The places are numbered row by row; here the columns are filled first.",
+        ),
+        Misconception(
+            "height and width swapped",
+            lambda weights, height, width: latent_diffusion.word_maps(weights, width, height),
+            "Height and width have changed places.",
+        ),
+        Misconception(
+            "upside down",
+            _changed_maps(lambda maps: maps.flip(2)),
+            "The first row is the top one: the maps are upside down.",
+        ),
+        Misconception(
+            "mirrored",
+            _changed_maps(lambda maps: maps.flip(3)),
+            "Left and right have changed places.",
+        ),
+        Misconception(
+            "each map divided by its sum",
+            _changed_maps(lambda maps: maps / maps.sum((2, 3), keepdim=True)),
+            "Each map is divided by its sum: a word that nobody looks at would seem as important as any "
+            "other. Leave the weights as they are.",
+        ),
+        Misconception(
+            "each map divided by its largest value",
+            _changed_maps(lambda maps: maps / maps.amax((2, 3), keepdim=True)),
+            "Each map is stretched to a largest value of 1: words can then not be compared. Leave the "
+            "weights as they are.",
+        ),
+        Misconception(
+            "softmax once more",
+            _changed_maps(lambda maps: maps.softmax(1)),
+            "The weights have been through a softmax already; a second one makes them all alike.",
+        ),
+        Misconception(
+            "strongest word only",
+            _changed_maps(lambda maps: maps * (maps == maps.amax(1, keepdim=True))),
+            "Only the strongest word is kept at each place; every word has its share.",
+        ),
+        Misconception(
+            "compared with equal shares",
+            _changed_maps(lambda maps: maps * maps.shape[1]),
+            "The weights are multiplied by the number of tokens. Asked for are the weights themselves.",
+        ),
+        Misconception(
+            "cut from the graph",
+            _detached(latent_diffusion.word_maps),
+            "The result must carry the gradient of its arguments on: no detach() here.",
+        ),
+    ),
+)
+
+
+# Inpainting
+
+
+def _keep_known_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, many, side = draws.integer(2, 3), draws.integer(5, 6), draws.integer(4, 5)
+
+    def case(note, batch, channels, height, width, low=0.2, high=0.8, is_known=None, **kind):
+        shape = batch, channels, height, width
+        z_t, known = draws.normal(*shape, **kind), 1.3 * draws.normal(*shape, **kind)
+        noise = draws.normal(*shape, dtype=z_t.dtype)
+        if is_known is None:
+            is_known = _holes(draws, batch, height * width).view(batch, 1, height, width)
+        else:
+            is_known = torch.full((batch, 1, height, width), is_known)
+        alpha_bar = draws.uniform(batch, 1, 1, 1, low=low, high=high, dtype=z_t.dtype)
+        return Case(note, (z_t, known, is_known, alpha_bar, noise))
+
+    middle = case("latents that are not contiguous", few, 4, 3, 5)
+    z_t, known, *others = middle.arguments
+    return [
+        # With axes of one length, a mistake about the axes raises no error.
+        case("all axes of one length", side, side, side, side),
+        case("latents", few, 4, 4, 6),
+        case("as many samples as channels", 4, 4, 3, 5),
+        case("maps as wide as the batch is long", many, 4, 3, many),
+        case("a batch of one", 1, 4, 5, 4),
+        case("a single channel", many, 1, 4, 4),
+        case("everything known", few, 4, 3, 3, is_known=True),
+        case("nothing known", few, 4, 3, 3, is_known=False),
+        case("nearly pure noise", few, 4, 4, 3, low=1e-4, high=1e-2),
+        case("hardly any noise", few, 4, 3, 4, low=0.97, high=0.999),
+        case("float32", few, 4, 4, 5, dtype=torch.float32),
+        case("with gradient", few, 4, 3, 3, gradient=True),
+        Case(middle.note, (_transposed(z_t), _transposed(known), *others)),
+    ]
+
+
+def _kept(noisy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """The known part made noisy by any function of (known, alpha_bar, noise)."""
+    return lambda z_t, known, is_known, alpha_bar, noise: torch.where(
+        is_known, noisy(known, alpha_bar, noise), z_t
+    )
+
+
+def _joined(join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """The known part made noisy as it should be, and joined by any function of (is_known, noisy, z_t)."""
+    return lambda z_t, known, is_known, alpha_bar, noise: join(
+        is_known, q_sample(known, alpha_bar, noise), z_t
+    )
+
+
+def _with_mask(change: Callable[[Tensor], Tensor]) -> Callable:
+    return _by_reference(latent_diffusion.keep_known, is_known=lambda is_known, **_: change(is_known))
+
+
+KEEP_KNOWN = Exercise(
+    "latent_diffusion.keep_known",
+    '"Inpainting", equation (7.14)',
+    latent_diffusion.keep_known,
+    _keep_known_cases,
+    (
+        Misconception(
+            "mask inverted",
+            _with_mask(torch.logical_not),
+            "True stands for what is known and shall be kept; here the rest is replaced.",
+        ),
+        Misconception(
+            "known part left clean",
+            _kept(lambda known, alpha_bar, noise: known),
+            "The denoiser expects noise everywhere, as much as belongs to the step: the known part is put in "
+            "clean here.",
+        ),
+        Misconception(
+            "no roots",
+            _kept(lambda known, alpha_bar, noise: alpha_bar * known + (1 - alpha_bar) * noise),
+            "alpha_bar and 1 - alpha_bar are variances; the parts are multiplied by their roots.",
+        ),
+        Misconception(
+            "root of alpha_bar forgotten",
+            _kept(lambda known, alpha_bar, noise: alpha_bar * known + (1 - alpha_bar).sqrt() * noise),
+            "The noise has its root; the picture's factor needs one, too.",
+        ),
+        Misconception(
+            "root of 1 - alpha_bar forgotten",
+            _kept(lambda known, alpha_bar, noise: alpha_bar.sqrt() * known + (1 - alpha_bar) * noise),
+            "The picture has its root; the noise's factor needs one, too.",
+        ),
+        Misconception(
+            "1 - sqrt(alpha_bar)",
+            _kept(lambda known, alpha_bar, noise: alpha_bar.sqrt() * known + (1 - alpha_bar.sqrt()) * noise),
+            "The two factors' squares add up to 1, not the factors themselves.",
+        ),
+        Misconception(
+            "factors swapped",
+            _kept(lambda known, alpha_bar, noise: q_sample(known, 1 - alpha_bar, noise)),
+            "alpha_bar is what is left of the picture, 1 - alpha_bar what has become noise; here it is the "
+            "other way round.",
+        ),
+        Misconception(
+            "noise forgotten",
+            _kept(lambda known, alpha_bar, noise: alpha_bar.sqrt() * known),
+            "The known part is made fainter, but no noise is added to it.",
+        ),
+        Misconception(
+            "picture not made fainter",
+            _kept(lambda known, alpha_bar, noise: known + (1 - alpha_bar).sqrt() * noise),
+            "Noise is added, but the picture keeps its full strength: it has a factor, too.",
+        ),
+        Misconception(
+            "noise in full",
+            _kept(lambda known, alpha_bar, noise: alpha_bar.sqrt() * known + noise),
+            "The noise has its full standard deviation of 1 at every step; it is to have that of the step.",
+        ),
+        Misconception(
+            "noise taken away",
+            _kept(lambda known, alpha_bar, noise: q_sample(known, alpha_bar, -noise)),
+            "The noise is added, with the sign it has.",
+        ),
+        Misconception(
+            "pure noise in the known part",
+            _kept(lambda known, alpha_bar, noise: noise),
+            "The known part becomes pure noise: nothing of the picture is kept.",
+        ),
+        Misconception(
+            "picture noised everywhere",
+            _joined(lambda is_known, noisy, z_t: noisy),
+            "The noisy picture is returned as a whole: what has been drawn in the unknown part is lost.",
+        ),
+        Misconception(
+            "nothing kept",
+            _joined(lambda is_known, noisy, z_t: z_t.clone()),
+            "z_t comes back as it was.",
+        ),
+        Misconception(
+            "added, not replaced",
+            _joined(lambda is_known, noisy, z_t: z_t + is_known * noisy),
+            "In the known part the sum of both stands now: replace, do not add.",
+        ),
+        Misconception(
+            "averaged, not replaced",
+            _joined(lambda is_known, noisy, z_t: torch.where(is_known, (noisy + z_t) / 2, z_t)),
+            "The known part is mixed with what was drawn there: replace it.",
+        ),
+        Misconception(
+            "unknown part set to 0",
+            _joined(lambda is_known, noisy, z_t: is_known * noisy),
+            "The unknown part is 0 now. It keeps what z_t has there.",
+        ),
+        Misconception(
+            "unknown part drawn anew",
+            lambda z_t, known, is_known, alpha_bar, noise: torch.where(
+                is_known, q_sample(known, alpha_bar, noise), noise
+            ),
+            "The unknown part becomes noise again at every step. It keeps what z_t has there.",
+        ),
+        Misconception(
+            "unknown part noised again",
+            lambda z_t, known, is_known, alpha_bar, noise: q_sample(
+                torch.where(is_known, known, z_t), alpha_bar, noise
+            ),
+            "z_t is noisy already: only the known part, which is clean, gets noise.",
+        ),
+        Misconception(
+            "first picture's mask for all",
+            _with_mask(lambda is_known: is_known[:1]),
+            "The first picture's mask is used for all. Each has its own.",
+        ),
+        Misconception(
+            "channel axis lost",
+            _with_mask(lambda is_known: is_known[:, 0]),
+            "A mask of shape (B, h, w) meets the channels, not the batch: keep the axis of length 1.",
+        ),
+        Misconception(
+            "first channel only",
+            _joined(
+                lambda is_known, noisy, z_t: torch.where(
+                    is_known & (torch.arange(z_t.shape[1]) == 0)[:, None, None], noisy, z_t
+                )
+            ),
+            "Only the first channel is kept. A place that is known is known in all channels.",
+        ),
+        Misconception(
+            "mask mirrored",
+            _with_mask(lambda is_known: is_known.flip(3)),
+            "The mask is mirrored: it has the same rows and columns as the latents.",
+        ),
+        Misconception(
+            "same noise for all",
+            _by_reference(latent_diffusion.keep_known, noise=lambda noise, **_: noise[:1].expand_as(noise)),
+            "The first sample's noise is used for all. Each has its own.",
+        ),
+        Misconception(
+            "fresh noise",
+            _by_reference(latent_diffusion.keep_known, noise=lambda noise, **_: torch.randn_like(noise)),
+            "The noise that is given is not used, but drawn anew. The known part is to follow one path from "
+            "step to step.",
+        ),
+        Misconception(
+            "clamped",
+            lambda *arguments: latent_diffusion.keep_known(*arguments).clamp(-1, 1),
+            "Latents have no bounds, and noisy ones least of all: do not clamp.",
+        ),
+        *schedule_mistakes(latent_diffusion.keep_known, "alpha_bar"),
+        Misconception(
+            "overwritten in place",
+            _in_place(latent_diffusion.keep_known),
+            "z_t still belongs to the caller: make a new tensor.",
+        ),
+        Misconception(
+            "cut from the graph",
+            _detached(latent_diffusion.keep_known),
+            "The result must carry the gradient of its arguments on: no detach() here.",
+        ),
+    ),
+)
+
+
+EXERCISES = [TO_LATENTS, FROM_LATENTS, WORD_WEIGHTS, CROSS_ATTENTION, WORD_MAPS, KEEP_KNOWN]

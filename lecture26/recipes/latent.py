@@ -1,0 +1,359 @@
+"""Latent diffusion with text: a U-Net that draws a VAE's latents as a caption says (chapter 07)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lecture26.classifier_free_guidance import labels_after_dropout
+from lecture26.clip_guidance import Tokenizer
+from lecture26.ddpm import Diffusion
+from lecture26.kit.checkpoints import load_card
+from lecture26.kit.evaluation import attribute_accuracy
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.shapes import ShapesAndScenes
+from lecture26.kit.training import SampleDraws
+from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
+from lecture26.recipes.readers import find_reader
+from lecture26.recipes.recipe import Recipe
+
+EVALUATION_SEED = 2026
+EVALUATION_IMAGES = 1024  # for the test loss
+EVALUATION_BATCHES = 16
+EVALUATION_SAMPLES = 128  # of each kind
+EVALUATION_STEPS = 50  # of DDIM
+EVALUATION_WEIGHT = 2.0  # w of the evaluation's samples
+ENCODING_BATCH = 64
+WORDS_FROM = 4096  # captions, in which every word of the language occurs
+NUM_KEPT = 5  # parts that a caption may lose: size and colour of either object, and the background
+
+
+class EncodedImages(ImageSet):
+    """Captioned images whose latents are computed once, when they are first asked for, and kept in memory.
+
+    Attributes:
+        images: the captioned images.
+    """
+
+    labels: dict[str, tuple[str, ...]] = {}
+
+    def __init__(self, images: ShapesAndScenes, vae: str, count: int):
+        """Describe a set; nothing is encoded yet.
+
+        Args:
+            images: captioned images.
+            vae: the checkpoint of the VAE that encodes them.
+            count: how many of them, from the first on.
+        """
+        self.images, self._vae, self._count = images, vae, min(count, len(images))
+        self.channels, self.image_size = images.channels, images.image_size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        return self.images.batch(self._checked(indices))
+
+    def captions(self, indices: Tensor | Sequence[int]) -> list[str]:
+        """One sentence for each image of `indices`, which are those of `batch`."""
+        return self.images.captions(self._checked(indices))
+
+    def moments(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The mean and the log-variance of the latents of some images, (B, c, h, w) float32 each."""
+        mean, log_variance = self._moments
+        indices = self._checked(indices)
+        return mean[indices].float(), log_variance[indices].float()
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Of all images, in half precision: 4 kB for each of 64 pixels."""
+        from accelerate import PartialState  # takes a second to import
+
+        from lecture26.recipes import load_model  # not above, since that package imports this module
+
+        device = PartialState().device
+        vae = load_model(self._vae).to(device)
+        parts = []
+        with torch.no_grad():
+            for indices in tqdm(torch.arange(len(self)).split(ENCODING_BATCH), "encoding", unit="batch"):
+                moments = vae.encode(self.images.batch(indices)["image"].to(device))
+                parts.append(tuple(values.half().cpu() for values in moments))
+        mean, log_variance = map(torch.cat, zip(*parts, strict=True))
+        return mean, log_variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDiffusionRecipe(Recipe):
+    """A U-Net that denoises a VAE's latents given a caption, or the empty one.
+
+    Attributes:
+        vae: the checkpoint of the VAE; it is not trained.
+        latent_scale, vae_model: the scale of its latents, and its settings; taken from its card when training
+            begins.
+        num_encoded: how many training images there are; their latents are kept in memory.
+        scenes: the share of scenes in what the network is shown; the rest are single shapes.
+        words: of the captions; taken from the data when training begins.
+        length: of a row of tokens.
+        text, attention: keyword arguments of the text encoder and of the U-Net's TextAttention.
+        shorten: with this probability each, a caption loses the size or the colour of an object, or the
+            background.
+        drop: the probability with which a caption is replaced by the empty one.
+        schedule, diffusion_steps, prediction: of the diffusion.
+    """
+
+    family: ClassVar[str] = "latent_diffusion"
+
+    vae: str
+    latent_scale: float | None = None
+    vae_model: dict = field(default_factory=dict)
+    num_encoded: int = 100_000
+    scenes: float = 2 / 3
+    words: tuple[str, ...] = ()
+    length: int = 20
+    text: dict
+    attention: dict = field(default_factory=dict)
+    shorten: float = 0.1
+    drop: float = 0.1
+    schedule: str = "cosine"
+    diffusion_steps: int = 1000
+    prediction: str = "v"
+
+    def load(self, split: str) -> EncodedImages:
+        images = super().load(split)
+        if not isinstance(images, ShapesAndScenes):
+            raise ValueError(f"data must be 'shapes_and_scenes', which has captions; got {self.data!r}")
+        count = self.num_encoded if split == "train" else EVALUATION_IMAGES
+        return EncodedImages(images, self.vae, count)
+
+    def fitted_to(self, images: EncodedImages) -> "LatentDiffusionRecipe":
+        card = load_card(self.vae)
+        captions = images.images.captions(range(WORDS_FROM))
+        return replace(
+            super().fitted_to(images),
+            latent_scale=card["metrics"]["latent_scale"],
+            vae_model={"in_channels": card["settings"]["channels"]} | card["settings"]["model"],
+            words=tuple(sorted({word for caption in captions for word in caption.split()})),
+        )
+
+    def build(self) -> nn.Module:
+        pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
+        return in_channels_last(TextDenoiser(pipeline.denoiser, pipeline.text_encoder))
+
+    def pipeline_settings(self) -> dict:
+        """What `LatentDiffusion.from_settings` makes the untrained pipeline of."""
+        return {
+            "vae": self.vae_model,
+            "unet": self.model,
+            "attention": self.attention,
+            "text": self.text,
+            "words": list(self.words),
+            "length": self.length,
+            "schedule": self.schedule,
+            "diffusion_steps": self.diffusion_steps,
+            "prediction": self.prediction,
+            "latent_scale": self.latent_scale,
+            "image_size": self.image_size,
+        }
+
+    def pipeline(self, model: TextDenoiser) -> LatentDiffusion:
+        """The whole, of a trained model and the checkpoint of its VAE; frozen, in evaluation mode.
+
+        Raises:
+            ValueError: if that checkpoint is not the one whose latents the model was trained on.
+        """
+        if load_card(self.vae)["metrics"]["latent_scale"] != self.latent_scale:
+            raise ValueError(
+                f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
+            )
+        from lecture26.recipes import load_model  # not above, since that package imports this module
+
+        pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
+        pipeline.vae.load_state_dict(load_model(self.vae).state_dict())
+        pipeline.denoiser.load_state_dict(model.unet.state_dict())
+        pipeline.text_encoder.load_state_dict(model.text_encoder.state_dict())
+        return pipeline.to(next(model.parameters()).device).eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What turns captions into tokens."""
+        return Tokenizer(self.words, self.length)
+
+    @cached_property
+    def diffusion(self) -> Diffusion:
+        """The diffusion that the network is trained for."""
+        return Diffusion(SCHEDULES[self.schedule](self.diffusion_steps), prediction=self.prediction)
+
+    def draw(self, images: EncodedImages, random: SampleDraws) -> dict[str, Tensor]:
+        indices = self.draw_indices(images, random)
+        x_0 = self.draw_x_0(images, indices, random)
+        tokens = self.draw_tokens(images, indices, random)
+        empty = self.tokenizer([""])[0]  # (L,)
+        return {
+            "x_0": x_0,  # (B, c, h, w)
+            "tokens": labels_after_dropout(tokens, empty, random.uniform(), self.drop),  # (B, L)
+            "t": self.draw_steps(random),  # (B,)
+            "noise": random.normal(*x_0.shape[1:]),  # (B, c, h, w)
+        }
+
+    def draw_indices(self, images: EncodedImages, random: SampleDraws) -> Tensor:
+        """Numbers of images, (B,): even ones are single shapes, odd ones scenes."""
+        return 2 * random.integers(len(images) // 2) + (random.uniform() < self.scenes)
+
+    def draw_steps(self, random: SampleDraws) -> Tensor:
+        """Steps t, (B,) int64, most of them where the words decide (chapter 07, equation 7.11).
+
+        t / T is distributed as Beta(3, 2), like the third in order of four uniform numbers.
+        """
+        fractions = torch.stack([random.uniform() for _ in range(4)]).sort(dim=0).values[2]  # (B,)
+        return (fractions * self.diffusion_steps).long()
+
+    def draw_x_0(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> Tensor:
+        """Scaled latents of some images, (B, c, h, w), drawn anew each time."""
+        mean, log_variance = images.moments(indices)
+        return to_latents(mean, log_variance, random.normal(*mean.shape[1:]), self.latent_scale)
+
+    def draw_tokens(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> Tensor:
+        """The captions of some images as tokens (B, L), parts of them left out at random."""
+        kept = torch.stack([random.uniform() >= self.shorten for _ in range(NUM_KEPT)], dim=1)  # (B, 5)
+        captions = map(leave_out, images.captions(indices), kept.tolist())
+        return self.tokenizer(list(captions))
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        told = partial(model, tokens=batch["tokens"])
+        return self.diffusion.loss(told, batch["x_0"], batch["t"], batch["noise"])
+
+    def evaluate(self, model: nn.Module, images: EncodedImages) -> dict[str, float]:
+        """The test losses, and what readers say of samples, if the checkpoints have them for the data.
+
+        Args:
+            model: the trained network.
+            images: the data's test split; samples are asked for what its images show.
+
+        Returns:
+            "test_loss" given captions, "test_loss_unconditional" given the empty one; with readers "samples",
+            how many of each kind were drawn, "accuracy_PART_LABEL" and "accuracy_PART_all" for the parts
+            shapes and scenes, and "accuracy_shapes_held_out", "accuracy_scenes_held_out".
+        """
+        metrics = {
+            "test_loss": replace(self, drop=0.0)._test_loss(model, images),
+            "test_loss_unconditional": replace(self, drop=1.0)._test_loss(model, images),
+        }
+        pipeline, held_out = self.pipeline(model), self.load("held_out").images
+        for number, name in enumerate(("shapes", "scenes")):
+            reader = find_reader(name, images.image_size)
+            if reader is None:
+                continue
+            count = min(EVALUATION_SAMPLES, len(images))
+            metrics["samples"] = float(count)
+            of_part = {
+                split: s.parts[number] for split, s in (("test", images.images), ("held_out", held_out))
+            }
+            for split, part in of_part.items():
+                wanted = part.attributes(range(count))
+                drawn = draw_captions(
+                    pipeline, part.captions(range(count)), EVALUATION_WEIGHT, EVALUATION_STEPS
+                )
+                accuracy = attribute_accuracy(reader, drawn, wanted)
+                if split == "test":
+                    metrics |= {f"accuracy_{name}_{label}": share for label, share in accuracy.items()}
+                else:
+                    metrics[f"accuracy_{name}_held_out"] = accuracy["all"]
+        return metrics
+
+    @torch.no_grad()
+    def _test_loss(self, model: nn.Module, images: EncodedImages) -> float:
+        device = next(model.parameters()).device
+        losses = []
+        for n in torch.arange(EVALUATION_BATCHES * self.batch_size).split(self.batch_size):
+            batch = self.draw(images, SampleDraws(EVALUATION_SEED, n))
+            batch = {name: value.to(device) for name, value in batch.items()}
+            losses.append(self.loss(model, batch).item())
+        return sum(losses) / len(losses)
+
+
+def in_channels_last(model: nn.Module) -> nn.Module:
+    """The model with its convolutions' weights laid out channels last: up to a quarter faster on a CPU."""
+    return model.to(memory_format=torch.channels_last)
+
+
+def leave_out(caption: str, kept: Sequence[bool]) -> str:
+    """A caption of Shapes or Scenes without the parts that are not kept.
+
+    Args:
+        caption: of one object or two, whole.
+        kept: for size and colour of the first object, those of the second, and the background.
+    """
+    words = caption.split()
+    articles = [place for place, word in enumerate(words) if word == "a"]
+    *objects, background = (
+        articles  # 'a small red star to the left of a large blue ring on a dark background'
+    )
+    lost = set() if kept[4] else set(range(background - 1, len(words)))
+    for number, place in enumerate(objects):
+        lost |= {place + 1 + part for part in range(2) if not kept[2 * number + part]}
+    return " ".join(word for place, word in enumerate(words) if place not in lost)
+
+
+def draw_captions(
+    pipeline: LatentDiffusion,
+    captions: Sequence[str],
+    w: float,
+    steps: int,
+    batch_size: int = 64,
+    first_seed: int = 0,
+) -> Tensor:
+    """An image for each caption, (B, C, H, W) on the CPU, each from noise of its own.
+
+    Args:
+        pipeline: what draws.
+        captions: B texts.
+        w, steps: as `LatentDiffusion.text_to_image` takes them.
+        batch_size: images drawn at once.
+        first_seed: the seed of the first image's noise; the next one's is one more, and so on.
+    """
+    images = []
+    starts = range(0, len(captions), batch_size)
+    for start in tqdm(starts, "sampling", delay=2, leave=False):
+        part = list(captions[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(first_seed + start + place) for place in range(len(part))]
+        images.append(pipeline.text_to_image(part, w, steps, generators, progress=False).cpu())
+    return torch.cat(images)
+
+
+def load_pipeline(name: str) -> LatentDiffusion:
+    """The pipeline of a checkpoint: frozen, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: if it or its VAE is missing or damaged.
+        ValueError: if the checkpoint draws no images from text.
+    """
+    from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
+
+    recipe = load_recipe(name)
+    if not isinstance(recipe, LatentDiffusionRecipe):
+        raise ValueError(f"model must be one of text to image; got {name!r}, a {recipe.family}")
+    return recipe.pipeline(load_model(name))
+
+
+TEXT_TO_IMAGE = LatentDiffusionRecipe(
+    name="text_to_image_shapes64",
+    data="shapes_and_scenes",
+    image_size=64,
+    vae="vae_shapes64",
+    model={
+        "base_channels": 32,
+        "channel_multipliers": (1, 2, 4),
+        "num_blocks": 1,
+        "attention_levels": (0, 1, 2),
+    },
+    attention={"head_dim": 16, "self_attention_from": 64},
+    text={"width": 96, "depth": 2},
+    steps=8500,
+    learning_rate=1.5e-3,
+    warmup_steps=500,
+)
+RECIPES = (TEXT_TO_IMAGE,)
