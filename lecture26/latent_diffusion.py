@@ -475,7 +475,8 @@ class LatentDiffusion(nn.Module):
         diffusion = Diffusion(betas, prediction=settings["prediction"])
         pipeline = cls(vae, unet, diffusion, settings["latent_scale"], text_encoder, settings["image_size"])
         pipeline.settings = settings
-        return pipeline
+        # channels last in memory: convolutions are up to a quarter faster so
+        return pipeline.to(memory_format=torch.channels_last)
 
     def save(self, folder):
         """Write the pipeline into a folder: a safetensors file for each part, and pipeline.json.

@@ -141,7 +141,7 @@ class LatentDiffusionRecipe(Recipe):
 
     def build(self) -> nn.Module:
         pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
-        return in_channels_last(TextDenoiser(pipeline.denoiser, pipeline.text_encoder))
+        return TextDenoiser(pipeline.denoiser, pipeline.text_encoder)
 
     def pipeline_settings(self) -> dict:
         """What `LatentDiffusion.from_settings` makes the untrained pipeline of."""
@@ -273,11 +273,6 @@ class LatentDiffusionRecipe(Recipe):
             batch = {name: value.to(device) for name, value in batch.items()}
             losses.append(self.loss(model, batch).item())
         return sum(losses) / len(losses)
-
-
-def in_channels_last(model: nn.Module) -> nn.Module:
-    """The model with its convolutions' weights laid out channels last: up to a quarter faster on a CPU."""
-    return model.to(memory_format=torch.channels_last)
 
 
 def leave_out(caption: str, kept: Sequence[bool]) -> str:
