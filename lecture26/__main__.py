@@ -172,6 +172,7 @@ def sample(
         _check_wishes(model, sampler, eta, guidance, wish, prompt, scale, w)
         by = "text" if guidance is None and prompt is not None else guidance and guidance.value
         model = model or TEXT_MODEL
+        asked = prompt if wish is None else wish
         strength = next((given for given in (scale, w) if given is not None), STRENGTHS.get(by))
 
         import torch
@@ -191,17 +192,17 @@ def sample(
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
         if by == "text":
             pipeline = load_pipeline(model).to(device)
-            images = pipeline.text_to_image([prompt] * count, strength, steps, generator)
+            images = pipeline.text_to_image([prompt] * count, w=strength, steps=steps, generator=generator)
         else:
             denoiser = recipes.load_model(model).to(device)
             if by is not None:
-                denoiser = guided(by, model, denoiser, wish or prompt, strength, count)
+                denoiser = guided(by, model, denoiser, asked, strength, count)
             step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
             shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
             x_T = torch.randn(shape, generator=generator).to(device)
             images = ddpm.sample(diffusion.respace(steps), denoiser, shape, step, generator, x_T)
         save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
-    told = "" if by is None else f", {wish or prompt} {STEERED[by]} {strength:g}"
+    told = "" if by is None else f", {asked} {STEERED[by]} {strength:g}"
     typer.echo(f"{count} images of {model}{told}, {steps} {sampler.value} steps, seed {seed}: {out}")
 
 

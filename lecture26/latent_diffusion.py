@@ -116,7 +116,7 @@ def word_weights(q, k, mask):
 
     Source: Vaswani et al. 2017, section 3.2.1; Rombach et al. 2022, section 3.3.
     """
-    # W = softmax over the tokens of q k^T / sqrt(d), with the score -inf for tokens that are not there
+    # a = softmax over the tokens of q k^T / sqrt(d), with the score -inf for tokens that are not there
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
     return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(dim=-1)
 
@@ -145,7 +145,7 @@ def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
 
     Source: Rombach et al. 2022, section 3.3; Vaswani et al. 2017, section 3.2.2.
     """
-    # Q = x W_q^T, K = c W_k^T, V = c W_v^T; each head by itself: W V
+    # Q = x W_q^T, K = c W_k^T, V = c W_v^T; each head by itself: a V
     q = split_heads(x @ w_q.T, heads)  # (B, heads, N, d)
     k, v = (split_heads(context @ w.T, heads) for w in (w_k, w_v))  # (B, heads, M, d)
     mixed = word_weights(q, k, mask) @ v  # (B, heads, N, d)
@@ -397,7 +397,7 @@ class LatentDiffusion(nn.Module):
         return classifier_free_guided(self.denoiser, self.condition(prompts), self.condition(negative), w)
 
     @torch.no_grad()
-    def text_to_image(self, prompts, w=2.0, steps=50, generator=None, negative_prompt="", progress=True):
+    def text_to_image(self, prompts, *, w=2.0, steps=50, generator=None, negative_prompt="", progress=True):
         """Draw an image for each prompt, by DDIM.
 
         Args:
@@ -422,6 +422,7 @@ class LatentDiffusion(nn.Module):
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
         z_T = initial_noise(self.latent_shape(len(prompts)), generator, self.example())
+        # DDIM adds no noise; what is drawn for its steps all the same leaves the global generator alone
         z_0 = sample(diffusion, denoiser, z_T.shape, ddim_step, torch.Generator(), z_T, progress)
         return self.decode(z_0)
 
@@ -437,7 +438,7 @@ class LatentDiffusion(nn.Module):
         side = self.image_size // self.vae.factor
         return batch, self.vae.latent_channels, side, side
 
-    def forward(self, prompts, steps=50, w=2.0, negative_prompt="", generator=None, output="pil"):
+    def forward(self, prompts, *, steps=50, w=2.0, negative_prompt="", generator=None, output="pil"):
         """What calling the pipeline does: `text_to_image`, with the images in the form that is asked for.
 
         Args:
@@ -451,7 +452,9 @@ class LatentDiffusion(nn.Module):
             ValueError: if output is neither; and what `text_to_image` raises.
         """
         check_choice("output", output, ("pil", "tensor"))
-        images = self.text_to_image(prompts, w, steps, generator, negative_prompt)
+        images = self.text_to_image(
+            prompts, w=w, steps=steps, generator=generator, negative_prompt=negative_prompt
+        )
         return to_pil(images) if output == "pil" else images
 
     @classmethod
@@ -535,7 +538,8 @@ class LatentDiffusion(nn.Module):
         Args:
             images: (B, C, H, W) in [-1, 1].
             prompts: a str, or a list of B of them.
-            strength: the share of the steps that are taken, in [0, 1]; 0 returns the VAE's reconstruction.
+            strength: the share of the steps that are taken, in [0, 1], rounded to whole steps; none of them
+                returns the VAE's reconstruction.
             w, steps, generator, negative_prompt: as `text_to_image` takes them.
 
         Returns:
@@ -556,10 +560,10 @@ class LatentDiffusion(nn.Module):
         z_t = self.encode(images)
         noise = initial_noise(z_t.shape, generator, z_t)
         first = round(strength * steps)  # how many of the steps to take
+        if first:
+            z_t = diffusion.q_sample(z_t, torch.full((len(z_t),), first - 1, device=z_t.device), noise)
         for index in reversed(range(first)):
             t = torch.full((len(z_t),), index, device=z_t.device)
-            if index == first - 1:
-                z_t = diffusion.q_sample(z_t, t, noise)
             z_t = ddim_step(diffusion, denoiser, z_t, t, noise)  # which adds no noise
         return self.decode(z_t)
 
@@ -594,7 +598,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"is_unknown must be of shape {expected}; got {tuple(is_unknown.shape)}")
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
-        known = self.encode(images)
+        known = self.encode(images.masked_fill(is_unknown, 0))  # what is hidden, the encoder must not see
         z_T = initial_noise(known.shape, generator, known)
         # a latent is known only if all of its pixels are
         is_known = F.max_pool2d(is_unknown.to(known.dtype), self.vae.factor) == 0  # (B, 1, h, w)
@@ -603,6 +607,7 @@ class LatentDiffusion(nn.Module):
             z_t = keep_known(z_t, known, is_known, lookup(diffusion.alpha_bar, t, z_t), z_T)
             return ddim_step(diffusion, denoiser, z_t, t, noise)
 
+        # DDIM adds no noise; what is drawn for its steps all the same leaves the global generator alone
         z_0 = sample(diffusion, denoiser, z_T.shape, step, torch.Generator(), z_T)
         return torch.where(is_unknown, self.decode(z_0), images)
 
@@ -681,7 +686,7 @@ def word_maps(weights, height, width):
 
     Source: Hertz et al. 2023, section 3.
     """
-    # A_m(place) = mean over the heads of W(place, m)
+    # A_m(place) = mean over the heads of a(place, m)
     return weights.mean(dim=1).transpose(1, 2).unflatten(2, (height, width))
 
 

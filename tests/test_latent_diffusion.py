@@ -734,7 +734,8 @@ def test_known_latents_are_as_noisy_as_their_step_and_a_latent_is_known_if_all_i
     assert [t[0].item() for _, t, _ in denoiser.calls] == [32, 24, 16, 8, 0]
     for z_t, t, _ in denoiser.calls:
         kept = alpha_bar[t[0]]
-        noisy = kept.sqrt() * pipeline.encode(IMAGES) + (1 - kept).sqrt() * noise
+        given = pipeline.encode(IMAGES.masked_fill(is_unknown, 0))
+        noisy = kept.sqrt() * given + (1 - kept).sqrt() * noise
         agree(z_t[:, :, is_known], noisy[:, :, is_known], 1e-12)
     assert not torch.isclose(z_t[:, :, ~is_known], noisy[:, :, ~is_known]).any()
 
@@ -749,6 +750,14 @@ def test_inpainting_changes_with_what_is_around_and_with_the_prompt():
         draw(x, is_unknown, "a blue ring", generator=seeded()),
     ):
         assert not torch.isclose(other[:, :, 4:8, 4:8], images[:, :, 4:8, 4:8]).any()
+
+
+def test_inpainting_does_not_see_what_is_hidden():
+    pipeline, x = small_pipeline(), normal(1, 3, 16, 16)
+    is_unknown = hole(x, slice(4, 9), slice(3, 8))
+    other = torch.where(is_unknown, 1 - x, x)
+    draw = partial(pipeline.inpaint, is_unknown=is_unknown, prompts="a red star", w=1.0, steps=3)
+    assert torch.equal(draw(x, generator=seeded()), draw(other, generator=seeded()))
 
 
 def test_inpainting_does_not_depend_on_the_batch():
@@ -1220,13 +1229,14 @@ def test_scenes_have_the_share_given_of_what_is_shown(recipe, images, scenes):
         assert len(kind.unique()) in (0, 12)  # of either kind, each of the 24 images' twelve
 
 
-def test_steps_are_drawn_mostly_where_the_words_decide(recipe):
-    """By the distribution function of Beta(3, 2), u^3 (4 - 3 u)."""
+@pytest.mark.parametrize("words_first", [True, False])
+def test_steps_are_drawn_mostly_where_the_words_decide_or_evenly(recipe, words_first):
+    """By the distribution function of Beta(3, 2), u^3 (4 - 3 u), or of the uniform distribution."""
     count = 20_000
-    t = recipe.draw_steps(draws(count))
+    t = replace(recipe, words_first=words_first).draw_steps(draws(count))
     assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < recipe.diffusion_steps
     for u in (0.2, 0.4, 0.6, 0.8, 0.9):
-        expected = u**3 * (4 - 3 * u)
+        expected = u**3 * (4 - 3 * u) if words_first else u
         share = (t < 1000 * u).double().mean().item()
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
 
@@ -1258,7 +1268,7 @@ def test_images_for_captions_start_from_seeds_of_their_own(recipe):
     pipeline = recipe.pipeline(perturbed(recipe.build(), torch.float32))
     drawn = latent.draw_captions(pipeline, CAPTIONS, 1.0, 2, batch_size=2)
     for seed, caption in enumerate(CAPTIONS):
-        alone = pipeline.text_to_image(caption, 1.0, 2, torch.Generator().manual_seed(seed))
+        alone = pipeline.text_to_image(caption, w=1.0, steps=2, generator=seeded(seed))
         agree(drawn[seed : seed + 1], alone, 1e-3)
     agree(latent.draw_captions(pipeline, CAPTIONS[2:], 1.0, 2, first_seed=2), drawn[2:], 1e-3)
 
@@ -1313,7 +1323,8 @@ def test_the_pipeline_of_a_checkpoint(saved, recipe, tmp_path):
             agree(value, own.state_dict()[name].half().float(), 0.0)
     pipeline.save(tmp_path)
     images = [
-        each.text_to_image(CAPTIONS, 1.0, 2, seeded()) for each in (pipeline, LatentDiffusion.load(tmp_path))
+        each.text_to_image(CAPTIONS, w=1.0, steps=2, generator=seeded())
+        for each in (pipeline, LatentDiffusion.load(tmp_path))
     ]
     agree(*images, 0.0)
     assert images[0].shape == (3, 3, 64, 64)

@@ -121,7 +121,7 @@ TO_LATENTS = Exercise(
         Misconception(
             "half of the variance",
             _latents_with(lambda log_variance: log_variance.exp() / 2),
-            "The half belongs into the exponent, where it makes a root.",
+            "The half belongs in the exponent, where it makes a root.",
         ),
         Misconception(
             "sign of the log-variance",
@@ -777,7 +777,7 @@ CROSS_ATTENTION = Exercise(
                 split=lambda h, heads: h.unflatten(2, (-1, heads)).permute(0, 3, 1, 2),
                 merge=lambda mixed: mixed.permute(0, 2, 3, 1).flatten(2),
             ),
-            "A head takes every so manieth feature here. Head i has the i-th block of d features.",
+            "A head takes every h-th feature here. Head i has the i-th block of d features.",
         ),
         Misconception(
             "places cut into heads",
@@ -844,7 +844,7 @@ CROSS_ATTENTION = Exercise(
         Misconception(
             "masked after the softmax",
             _mixed(lambda q, k, mask: _scores(q, k).softmax(-1) * mask[:, None, None]),
-            "What the padding had is missing from the sum: masked are the scores, before the softmax.",
+            "What the padding had is missing from the sum: mask the scores, before the softmax.",
         ),
         Misconception(
             "masked words set to 0",
@@ -935,7 +935,7 @@ WORD_MAPS = Exercise(
         Misconception(
             "sum over the heads",
             _maps_of(lambda weights: weights.sum(1)),
-            "The heads are added up, so that the maps of all words add up to their number, not to 1.",
+            "The heads are added up, so that the maps of all words add up to the number of heads, not to 1.",
         ),
         Misconception(
             "largest head",

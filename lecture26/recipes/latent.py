@@ -80,7 +80,7 @@ class EncodedImages(ImageSet):
         parts = []
         with torch.no_grad():
             for indices in tqdm(torch.arange(len(self)).split(ENCODING_BATCH), "encoding", unit="batch"):
-                moments = vae.encode(self.images.batch(indices)["image"].to(device))
+                moments = vae.encode(self.batch(indices)["image"].to(device))
                 parts.append(tuple(values.half().cpu() for values in moments))
         mean, log_variance = map(torch.cat, zip(*parts, strict=True))
         return mean, log_variance
@@ -103,6 +103,8 @@ class LatentDiffusionRecipe(Recipe):
             background.
         drop: the probability with which a caption is replaced by the empty one.
         schedule, diffusion_steps, prediction: of the diffusion.
+        words_first: whether steps are drawn mostly where the words decide (chapter 07, equation 7.11); if
+            not, all alike.
     """
 
     family: ClassVar[str] = "latent_diffusion"
@@ -121,6 +123,7 @@ class LatentDiffusionRecipe(Recipe):
     schedule: str = "cosine"
     diffusion_steps: int = 1000
     prediction: str = "v"
+    words_first: bool = True
 
     def load(self, split: str) -> EncodedImages:
         images = super().load(split)
@@ -204,10 +207,10 @@ class LatentDiffusionRecipe(Recipe):
         return 2 * random.integers(len(images) // 2) + (random.uniform() < self.scenes)
 
     def draw_steps(self, random: SampleDraws) -> Tensor:
-        """Steps t, (B,) int64, most of them where the words decide (chapter 07, equation 7.11).
-
-        t / T is distributed as Beta(3, 2), like the third in order of four uniform numbers.
-        """
+        """Steps t, (B,) int64; with `words_first` t / T is distributed as Beta(3, 2)."""
+        if not self.words_first:
+            return random.integers(self.diffusion_steps)
+        # the third in order of four uniform numbers has that distribution
         fractions = torch.stack([random.uniform() for _ in range(4)]).sort(dim=0).values[2]  # (B,)
         return (fractions * self.diffusion_steps).long()
 
@@ -234,7 +237,8 @@ class LatentDiffusionRecipe(Recipe):
             images: the data's test split; samples are asked for what its images show.
 
         Returns:
-            "test_loss" given captions, "test_loss_unconditional" given the empty one; with readers "samples",
+            "test_loss" given captions, "test_loss_unconditional" given the empty one, both with steps and
+            captions drawn as in training; with readers "samples",
             how many of each kind were drawn, "accuracy_PART_LABEL" and "accuracy_PART_all" for the parts
             shapes and scenes, and "accuracy_shapes_held_out", "accuracy_scenes_held_out".
         """
@@ -284,9 +288,8 @@ def leave_out(caption: str, kept: Sequence[bool]) -> str:
     """
     words = caption.split()
     articles = [place for place, word in enumerate(words) if word == "a"]
-    *objects, background = (
-        articles  # 'a small red star to the left of a large blue ring on a dark background'
-    )
+    # 'a small red star to the left of a large blue ring on a dark background': the last is the background's
+    *objects, background = articles
     lost = set() if kept[4] else set(range(background - 1, len(words)))
     for number, place in enumerate(objects):
         lost |= {place + 1 + part for part in range(2) if not kept[2 * number + part]}
@@ -315,7 +318,8 @@ def draw_captions(
     for start in tqdm(starts, "sampling", delay=2, leave=False):
         part = list(captions[start : start + batch_size])
         generators = [torch.Generator().manual_seed(first_seed + start + place) for place in range(len(part))]
-        images.append(pipeline.text_to_image(part, w, steps, generators, progress=False).cpu())
+        drawn = pipeline.text_to_image(part, w=w, steps=steps, generator=generators, progress=False)
+        images.append(drawn.cpu())
     return torch.cat(images)
 
 

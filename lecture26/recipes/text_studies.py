@@ -38,7 +38,7 @@ PARTS = ("shapes", "scenes")
 RIGHT = "right"
 NOT_TWO = "not two objects"
 SWAPPED = "attributes swapped"
-MISPLACED = "in each other's place"
+MISPLACED = "placed otherwise"
 OTHER = "other"
 
 EQUAL_SECONDS = 480.0  # of training for each of the models compared
@@ -93,7 +93,8 @@ def text_to_image_evaluation(
         "split", "w", "num_samples", "seconds_per_image" (of the fastest batch), what `sample_quality` says,
         "accuracy_LABEL" and "accuracy_all" for each label; for scenes also "accuracy_asked", of both shapes,
         both colours and the relation together, and "outcomes", how many images have each of the outcomes of
-        `scene_outcomes`; and "first_batch": the accuracies of the first batch alone.
+        `scene_outcomes`; "first_batch": the accuracies of the first batch alone; and "sweep": what
+        `sample_quality` says of the first `sweep_samples`, so that weights can be compared.
     """
     from accelerate import PartialState  # takes a second to import
 
@@ -111,6 +112,7 @@ def text_to_image_evaluation(
         run = {"part": part, "split": split, "w": w, "num_samples": count}
         run |= {"seconds_per_image": seconds} | sample_quality(judges[part], drawn, images)
         run |= judged(judges[part], drawn, wanted)
+        run["sweep"] = sample_quality(judges[part], drawn[:sweep_samples], images)
         first = {name: values[:batch_size] for name, values in wanted.items()}
         runs.append(run | {"first_batch": judged(judges[part], drawn[:batch_size], first)})
     return {"model": model, "readers": dict(readers), "w": WEIGHT, "steps": steps, "runs": runs}
@@ -213,6 +215,9 @@ def count_objects(images: Tensor, saturation: float = 0.4, pixels: int = 24) -> 
 class KeptImages(EncodedImages):
     """Encoded images whose pixels are kept in memory as well, once they have been asked for."""
 
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        return {"image": self.kept(indices)}
+
     @cached_property
     def _pixels(self) -> Tensor:
         """Of all images, (N, C, H, W) uint8."""
@@ -220,7 +225,7 @@ class KeptImages(EncodedImages):
         rendered = [self.images.batch(indices)["image"] for indices in tqdm(parts, "rendering", unit="batch")]
         return torch.cat([((image + 1) * 127.5).round().to(torch.uint8) for image in rendered])
 
-    def kept(self, indices: Tensor) -> Tensor:
+    def kept(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Some of the images, (B, C, H, W) in [-1, 1]."""
         return self._pixels[self._checked(indices)].float() / 127.5 - 1
 
@@ -253,6 +258,8 @@ def pixel_against_latent(
 ) -> dict:
     """One text-to-image model of latents and two of pixels, trained for the same time: cost and quality.
 
+    All draw their steps evenly, since what (7.11) says of latents need not hold for pixels.
+
     Args:
         recipe: of text to image.
         readers: a reader's checkpoint for "shapes" and one for "scenes".
@@ -264,15 +271,17 @@ def pixel_against_latent(
         pixel_models: the arguments of the U-Nets of pixels, by their names here.
 
     Returns:
-        "recipe", "readers", "seconds", "w", "steps", "batch_size", "vae": name, seconds of training and
-        parameters of the VAE; and "models": for each a dict of "name", "parameters", "gflops_per_step",
-        "seconds_per_step" (the median of a few), "activation_bytes" that a step keeps for its backward pass,
-        "encoding_seconds", "training_steps", "training_seconds", and
-        for each part "PART_sampling_seconds_per_image", decoding included, "PART_NAME" for what `judged` and
+        "recipe", "readers", "seconds", "w", "steps", "batch_size", "num_samples" and "num_images"; "vae":
+        name, seconds of training and parameters of the VAE; and "models": for each a dict of "name",
+        "parameters", "gflops_per_step", "seconds_per_step" (the median of a few), "activation_bytes" that a
+        step keeps for its backward pass, "encoding_seconds", "training_steps", "training_seconds", and for
+        each part "PART_sampling_seconds_per_image", decoding included, "PART_NAME" for what `judged` and
         `sample_quality` say, and "PART_pictures", a PNG of the first samples in base64.
     """
-    base = replace(find_recipe(recipe), num_encoded=num_encoded, batch_size=batch_size)
+    base = find_recipe(recipe)
+    base = replace(base, num_encoded=num_encoded, batch_size=batch_size, words_first=False)
     images = KeptImages(base.load("train").images, base.vae, num_encoded)
+    images.kept([0])  # renders them all, which is no part of anybody's time
     unseen = base.load("test")
     base = base.fitted_to(images)
     settings = base.settings()
@@ -282,8 +291,8 @@ def pixel_against_latent(
     models = []
     for name, each in tqdm(recipes.items(), "models"):
         started = time.monotonic()
-        each.draw(images, SampleDraws(0, torch.arange(1)))  # encodes all images, or renders them
-        encoding = time.monotonic() - started if name == "latents" else 0.0
+        each.draw(images, SampleDraws(0, torch.arange(1)))  # encodes all images, for the model of latents
+        encoding = time.monotonic() - started if each is base else 0.0
         cost = step_cost(each, images)
         num_steps = max(1, int((seconds - encoding) / cost["seconds_per_step"]))
         model, training_seconds = trained(each, images, num_steps)
@@ -387,7 +396,7 @@ def drawer(recipe: LatentDiffusionRecipe, model: TextDenoiser, steps: int, batch
         pipeline = recipe.pipeline(model)
 
         def draw_batch(captions: Sequence[str], generator: torch.Generator) -> Tensor:
-            return pipeline.text_to_image(captions, WEIGHT, steps, generator)
+            return pipeline.text_to_image(captions, w=WEIGHT, steps=steps, generator=generator)
 
     else:
         diffusion = Diffusion(recipe.diffusion.betas, recipe.prediction, clip=True).respace(steps)
