@@ -1756,7 +1756,7 @@ torch.set_default_dtype(torch.float32)
 # draw their steps evenly, since what (7.11) says of latents need not hold for pixels; the learning rate is the latent
 # model's.
 #
-# This takes half an hour, so it is a stored result: `python -m lecture26 measure pixel_against_latent`.
+# This takes twenty minutes, so it is a stored result: `python -m lecture26 measure pixel_against_latent`.
 
 # %%
 compared = load_results("pixel_against_latent")

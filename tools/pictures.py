@@ -38,7 +38,7 @@ CHAPTERS = {  # number: title, column and row on the map, topic
     "08": ("Visual prompt\ntuning", 3, 3, "adapting a frozen model"),
     "09": ("The slides,\nchecked", 5, 1.5, "all of it together"),
 }
-ARROWS = "00-01 01-02 02-03 03-04 03-05 01-06 06-07 05-07 02-08 04-09 07-09 08-09"
+ARROWS = "00-01 01-02 02-03 03-04 03-05 01-06 06-07 04-07 05-07 02-08 04-09 07-09 08-09"
 TOPICS = dict.fromkeys(topic for *_, topic in CHAPTERS.values())
 COLOURS = dict(zip(TOPICS, PALETTE.values(), strict=False))
 
