@@ -32,7 +32,7 @@ STEPS = 50
 NUM_SAMPLES = 512
 WEIGHT = 2.0  # at which all NUM_SAMPLES are drawn, and held-out pairs asked for
 SWEEP_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
-SWEEP_SAMPLES = 128
+SWEEP_SAMPLES = 64
 PARTS = ("shapes", "scenes")
 
 RIGHT = "right"
@@ -41,7 +41,7 @@ SWAPPED = "attributes swapped"
 MISPLACED = "placed otherwise"
 OTHER = "other"
 
-EQUAL_SECONDS = 300.0  # of training for each of the models compared
+EQUAL_SECONDS = 240.0  # of training for each of the models compared
 EQUAL_SAMPLES = 128  # of each part
 EQUAL_STEPS = 25
 EQUAL_ENCODED = 10_000
