@@ -1393,6 +1393,31 @@ show(figure, "Two stacked bars: how many scenes are right, and in which way the 
 #
 # TODO(measured): which way is the commonest.
 #
+# ### Which one comes first
+#
+# Why should a model that draws both objects be so unsure which of them goes where? Look at what the places are told.
+# Here are two captions that differ in nothing but 'left' and 'right', and the features of their tokens:
+
+# %%
+told = [
+    pipeline.text_encoder(tokenizer([f"a small red star to the {side} of a large blue ring"]))["context"][0, :14]
+    for side in ("left", "right")
+]
+differs = [(one - other).abs().max().item() > 1e-4 for one, other in zip(*told)]
+pieces = ["(begin)", *"a small red star to the left/right of a large blue ring".split(), "(end)"]
+print("the same:", " ".join(piece for piece, d in zip(pieces, differs) if not d))
+print("differs: ", " ".join(piece for piece, d in zip(pieces, differs) if d))
+assert differs == [False] * 7 + [True] * 7
+
+# %% [markdown]
+# The transformer reads from left to right, as CLIP's does, so the vector of 'star' cannot know what comes after it: it
+# is the same whether the star is to be on the left or on the right. A place at the left that looks at 'star' learns
+# its colour and its size, but not whether the star belongs here. For that it has to look at 'left' as well, and then,
+# with what it has learned there, once more at the nouns: two looks, one behind the other. Nothing forbids two looks, since the U-Net has several
+# layers, but they have to be learned, and this training was too short for it. A transformer that reads in both
+# directions could put 'on the left' into the noun's own vector. That this is the cause is likely, not proved; it would
+# take a second training to prove it.
+#
 # ### Words that it never saw together
 #
 # No training image shows a blue star, or two objects that are alike, or three of them, and no training caption names
