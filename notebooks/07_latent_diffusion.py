@@ -1399,11 +1399,9 @@ show(figure, "Two stacked bars: how many scenes are right, and in which way the 
 # Here are two captions that differ in nothing but 'left' and 'right', and the features of their tokens:
 
 # %%
-told = [
-    pipeline.text_encoder(tokenizer([f"a small red star to the {side} of a large blue ring"]))["context"][0, :14]
-    for side in ("left", "right")
-]
-differs = [(one - other).abs().max().item() > 1e-4 for one, other in zip(*told)]
+wishes = [f"a small red star to the {side} of a large blue ring" for side in ("left", "right")]
+left, right = pipeline.text_encoder(tokenizer(wishes))["context"][:, :14]  # 12 words between begin and end
+differs = ((left - right).abs().amax(dim=1) > 1e-4).tolist()
 pieces = ["(begin)", *"a small red star to the left/right of a large blue ring".split(), "(end)"]
 print("the same:", " ".join(piece for piece, d in zip(pieces, differs) if not d))
 print("differs: ", " ".join(piece for piece, d in zip(pieces, differs) if d))
