@@ -946,10 +946,8 @@ def lookup(table, t, like):
     if t.shape != like.shape[:1]:
         raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
     t = t.cpu()
-    if t.numel():
-        first, last = map(int, t.aminmax())
-        if first < 0 or last >= len(table):
-            raise ValueError(f"t must lie in [0, {len(table)}); got values {first} to {last}")
+    if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < len(table):
+        raise ValueError(f"t must lie in [0, {len(table)}); got values {t.min()} to {t.max()}")
     values = table[t].to(like.dtype).to(like.device)
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -1481,8 +1479,7 @@ def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None,
     steps = range(diffusion.num_steps)[::-1]
     for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
         t = torch.full((len(x_t),), index, device=x_t.device)
-        noise = noise_like(x_t, generator) if index else torch.zeros_like(x_t)  # the last step adds none
-        x_t = step(diffusion, denoiser, x_t, t, noise)
+        x_t = step(diffusion, denoiser, x_t, t, noise_like(x_t, generator))
     return x_t
 
 
