@@ -262,7 +262,7 @@ def adapt(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 64,
     learning_rate: Annotated[
         list[float] | None,
-        typer.Option(help="Say it several times to choose by the validation images; else three are tried."),
+        typer.Option(help="Several times: the validation images choose. Else the method's own are tried."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, for the spread.")] = 1,
     precision: Annotated[Precision, typer.Option(help="bf16 is faster on GPUs.")] = Precision.fp32,

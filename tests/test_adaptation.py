@@ -445,19 +445,56 @@ def test_the_learning_rate_is_chosen_by_the_validation_images(monkeypatch):
     assert asked == [(0.1, 4), (0.2, 4), (0.2, 5), (0.2, 6)]
     assert run["learning_rate"] == 0.2
     assert run["validation"] == {"0.1": 0.5, "0.2": 0.75}
+    assert run["at_edge"]  # said, and no other rate tried: these were asked for
     assert run["accuracy"] == [0.25] * 3
     assert (run["seconds"], run["method"], run["num_prompts"]) == (2.0, "vpt-deep", 2)
-    asked.clear()
     monkeypatch.setattr(adaptation, "accuracy", lambda *arguments: 0.5)
     for method, known in METHODS.items():
-        Comparison(tiny_backbone(), splits, BUDGET, seeds=(0,)).run(method, 2)
-        assert [rate for rate, _ in asked[-3:]] == list(known.learning_rates)
+        asked.clear()
+        run = Comparison(tiny_backbone(), splits, BUDGET, seeds=(0,)).run(method, 2)
+        assert [rate for rate, _ in asked] == list(known.learning_rates)
+        assert run["learning_rate"] == sorted(known.learning_rates)[len(known.learning_rates) // 2]
 
 
-def test_prompts_cost_operations_and_other_methods_none():
+@pytest.mark.parametrize(
+    ("optimum", "beyond", "chosen", "at_edge"),
+    [
+        (0.03, [], 0.03, False),
+        (0.1, [0.3], 0.1, False),
+        (0.3, [0.3, 0.9], 0.3, False),
+        (0.0033, [0.0033, 0.0011], 0.0033, False),
+        (100.0, [0.3, 0.9, 2.7, 8.1], 8.1, True),  # seven rates are enough
+    ],
+)
+def test_rates_are_tried_beyond_an_end_that_does_best(
+    tmp_path, monkeypatch, optimum, beyond, chosen, at_edge
+):
+    """With an accuracy that falls on both sides of an optimum; what was tried on the way is cleared away."""
+    asked = []
+
+    def fit(model, images, learning_rate, budget, seed=0, **options):
+        asked.append((learning_rate, seed))
+        model.rate = learning_rate
+        return adaptation.History([1.0], 2.0)
+
+    monkeypatch.setattr(adaptation, "fit", fit)
+    monkeypatch.setattr(
+        adaptation, "accuracy", lambda model, *rest: 1 - abs(math.log(model.rate / optimum)) / 100
+    )
+    comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, seeds=(0, 1), folder=tmp_path)
+    run = comparison.run("vpt-deep", 2)
+    assert asked == [(rate, 0) for rate in (0.01, 0.03, 0.1, *beyond)] + [(chosen, 1)]
+    assert (run["learning_rate"], run["at_edge"]) == (chosen, at_edge)
+    assert [float(rate) for rate in run["validation"]] == sorted([0.01, 0.03, 0.1, *beyond])
+    assert [file.name for file in tmp_path.iterdir()] == ["vpt-deep.safetensors"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_prompts_cost_operations_and_other_methods_none(fused):
+    """Products inside the attention are counted whichever way it computes, and it is left as it was."""
     vit, x = tiny_backbone(), plain_splits()["test"]
     for block in vit.blocks:
-        block.attn.fused_attn = False
+        block.attn.fused_attn = fused
     counts = {
         method: adaptation.operations(adaptation.build(method, vit, 3, 4, 0), x)
         for method in ("linear", "bias", "full", "vpt-shallow", "vpt-deep")
@@ -467,6 +504,7 @@ def test_prompts_cost_operations_and_other_methods_none():
     tokens, d, L, n = 17, 8, 2, 4
     grown = [L * (12 * N * d**2 + 2 * N**2 * d) for N in (tokens, tokens + n)]
     assert counts["vpt-deep"] - counts["linear"] == 2 * (grown[1] - grown[0])
+    assert all(block.attn.fused_attn == fused for block in vit.blocks)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -474,18 +512,56 @@ def test_what_is_forgotten(method):
     """With the old head on the adapted weights: nothing by prompts, something by all that changes weights."""
     vit, upstream = tiny_backbone(), Plain(90, 7)
     before = copy.deepcopy(vit.state_dict())
-    comparison = Comparison(vit, plain_splits(), Budget(steps=20, batch_size=30), (0,), upstream)
+    comparison = Comparison(vit, plain_splits(), Budget(steps=20, batch_size=30), (0, 1), upstream)
     run = comparison.run(method, 4, (0.03,))
     x = upstream.batch(range(90))
     share = (vit(x["image"]).argmax(dim=1) == x["class"]).double().mean().item()
     assert run["upstream_before"] == pytest.approx(share)
     if method in ("linear", "vpt-shallow", "vpt-deep"):
-        assert run["upstream"] == run["upstream_before"]
-        assert ("upstream_prompted" in run) == (method != "linear")
+        assert run["upstream"] == [run["upstream_before"]] * 2
+        assert len(run.get("upstream_prompted", ())) == (0 if method == "linear" else 2)
     else:
-        assert run["upstream"] != run["upstream_before"]
+        assert run["upstream"][0] != run["upstream_before"] and len(run["upstream"]) == 2
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backbone_that_has_changed_is_noticed(monkeypatch, method):
+    vit = tiny_backbone()
+
+    def careless_fit(*arguments, **options):
+        with torch.no_grad():
+            vit.blocks[0].attn.qkv.bias[0] += 1e-3
+        return adaptation.History([1.0], 2.0)
+
+    monkeypatch.setattr(adaptation, "fit", careless_fit)
+    with pytest.raises(RuntimeError, match=f"'{method}' has changed the backbone"):
+        Comparison(vit, plain_splits(), BUDGET, (0,)).run(method, 2, (0.03,))
+
+
+def test_what_was_known_before_is_measured_before(monkeypatch):
+    """A method that spoils the backbone itself has something forgotten, and is not compared with itself."""
+    vit, upstream, shares = tiny_backbone(), Plain(90, 7), []
+    accuracy = adaptation.accuracy
+
+    def noted(model, images, batch_size):
+        share = accuracy(model, images, batch_size)
+        if images is upstream:
+            shares.append(share)
+        return share
+
+    def spoiling_fit(*arguments, **options):
+        assert len(shares) == 1
+        with torch.no_grad():
+            vit.head.weight.neg_()  # not a part of the fingerprint
+        return adaptation.History([1.0], 2.0)
+
+    monkeypatch.setattr(adaptation, "accuracy", noted)
+    monkeypatch.setattr(adaptation, "fit", spoiling_fit)
+    run = Comparison(vit, plain_splits(), BUDGET, (0,), upstream).run("vpt-deep", 2, (0.03,))
+    assert run["upstream_before"] == shares[0] and run["upstream"] == [shares[1]]
+    assert shares[0] != shares[1]
 
 
 def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
@@ -560,6 +636,33 @@ def study():
             learning_rates=(0.01,),
             state="tiny_study",
         )
+
+
+def test_a_study_goes_on_with_its_own_settings_alone(monkeypatch):
+    fit, calls = adaptation.fit, []
+
+    def stopped_fit(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    def compare(**changes):
+        options = {"budget": BUDGET, "seeds": (0, 1), "learning_rates": (0.01,), "state": "own_settings"}
+        with few_images():
+            return adaptation.adaptation(("tiny_vit",), ("counting",), ("linear",), **options | changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptation, "fit", stopped_fit)
+        with pytest.raises(KeyboardInterrupt):
+            compare()
+    with pytest.raises(ValueError, match="other settings"):
+        compare(upstream=None)
+    for name in ("WEIGHT_DECAY", "UPSTREAM_IMAGES"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="other settings"):
+            patch.setattr(adaptation, name, 7)
+            compare()
+    assert len(compare()["runs"][0]["accuracy"]) == 2
 
 
 def test_a_study_has_every_backbone_task_method_and_length(study, data_folder):

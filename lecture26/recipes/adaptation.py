@@ -3,7 +3,8 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ from lecture26.visual_prompt_tuning import (
 WEIGHT_DECAY = 1e-4
 EVALUATION_BATCH = 100
 UPSTREAM_IMAGES = 1000  # for what a network still knows of its first task
+RATE_STEP = 3.0  # between the learning rates beyond the ends of a method's own
+MOST_RATES = 7
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Method:
 
     Attributes:
         build: build(vit, num_classes, num_prompts) -> the model to train.
-        learning_rates: those to choose from.
+        learning_rates: those to choose from at first; more are tried beyond an end that does best.
     """
 
     build: Callable[[nn.Module, int, int], nn.Module]
@@ -63,7 +66,7 @@ METHODS = {
     "vpt-deep": Method(partial(VPT, deep=True), (1e-2, 3e-2, 1e-1)),
     "bias": Method(lambda vit, num_classes, num_prompts: bias_tuning(vit, num_classes), (1e-3, 3e-3, 1e-2)),
     "full": Method(
-        lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (1e-4, 3e-4, 1e-3)
+        lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     ),
 }
 
@@ -202,42 +205,65 @@ class Comparison:
     def run(self, method: str, num_prompts: int, learning_rates: Sequence[float] | None = None) -> dict:
         """Choose a method's learning rate by the validation images, and measure it on the test images.
 
+        Where an end of a method's own learning rates does best, a rate beyond it is tried, until the best
+        lies between others or MOST_RATES have been tried.
+
         Args:
             method: one of METHODS.
             num_prompts: n, for the methods that have prompts.
-            learning_rates: to choose from; None takes the method's own.
+            learning_rates: to choose from, these and no others; None begins with the method's own.
 
         Returns:
-            "method", "num_prompts"; "learning_rate", the one chosen, and "validation", the accuracy with
-            each; "accuracy", on the test images for each seed; "trained", the number of parameters that
-            train, and "bytes", that they take in float32; "seconds", the mean of a training run;
-            "operations", of an image's forward pass; with upstream images "upstream", the accuracy on these
-            with the adapted weights and the old head, "upstream_before", and for prompts "upstream_prompted",
-            with the prompts left in.
+            "method", "num_prompts"; "learning_rate", the one chosen, "at_edge", whether it is the lowest or
+            the highest that was tried, and "validation", the accuracy with each; "accuracy", on the test
+            images for each seed; "trained", the number of parameters that train, and "bytes", that they take
+            in float32; "seconds", the mean of a training run; "operations", of an image's forward pass; with
+            upstream images "upstream", for each seed the accuracy on these with the adapted weights and the
+            old head, "upstream_before", and for prompts "upstream_prompted", with the prompts left in.
+
+        Raises:
+            ValueError: on an unknown method.
+            RuntimeError: if the backbone itself has changed.
         """
         check_choice("method", method, tuple(METHODS))
         if method not in ("vpt-shallow", "vpt-deep"):
             num_prompts = 0
-        rates = METHODS[method].learning_rates if learning_rates is None else tuple(learning_rates)
-        first = {rate: self._measured(method, num_prompts, rate, self.seeds[0]) for rate in rates}
-        validation = {rate: run["validation"] for rate, run in first.items()}
-        best = max(rates, key=validation.get)
+        first = self._first_runs(method, num_prompts, learning_rates)
+        validation = {rate: first[rate]["validation"] for rate in sorted(first)}
+        best = best_rate(validation)
         if self.folder is not None and _is_main_process():
-            for rate in rates:
+            for rate in first:
                 file = self._file(method, rate)
                 if rate == best and file.exists():
                     file.replace(self.folder / f"{method}.safetensors")
                 file.unlink(missing_ok=True)
         runs = [first[best], *(self._measured(method, num_prompts, best, seed) for seed in self.seeds[1:])]
+        by_seed = ("accuracy", "upstream", "upstream_prompted")
         summary = {
             "method": method,
             "num_prompts": num_prompts,
             "learning_rate": best,
+            "at_edge": is_at_edge(best, first),
             "validation": {f"{rate:g}": share for rate, share in validation.items()},
-            "accuracy": [run["accuracy"] for run in runs],
             "seconds": sum(run["seconds"] for run in runs) / len(runs),
         }
+        summary |= {name: [run[name] for run in runs] for name in by_seed if name in runs[0]}
         return runs[0] | summary
+
+    def _first_runs(
+        self, method: str, num_prompts: int, learning_rates: Sequence[float] | None
+    ) -> dict[float, dict]:
+        """The first seed's run at each learning rate that is tried."""
+        rates = METHODS[method].learning_rates if learning_rates is None else learning_rates
+        first = {rate: self._measured(method, num_prompts, rate, self.seeds[0]) for rate in rates}
+        while learning_rates is None and len(first) < MOST_RATES:
+            best = best_rate({rate: run["validation"] for rate, run in first.items()})
+            if not is_at_edge(best, first):
+                break
+            beyond = best * RATE_STEP if best == max(first) else best / RATE_STEP
+            beyond = float(f"{beyond:.2g}")
+            first[beyond] = self._measured(method, num_prompts, beyond, self.seeds[0])
+        return first
 
     def _measured(self, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
         key = f"{self.name} {method} {num_prompts} {learning_rate:g} {seed}"
@@ -245,6 +271,7 @@ class Comparison:
 
     def _one_run(self, key: str, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
         num_classes = len(self.splits["train"].labels["class"])
+        before, fingerprint = self._upstream_before(), backbone_fingerprint(self.vit)
         model = build(method, self.vit, num_classes, num_prompts, seed)
         state = {"state_file": self.state_file, "state_every": self.state_every, "settings": {"run": key}}
         history = fit(model, self.splits["train"], learning_rate, self.budget, seed, **state)
@@ -263,27 +290,49 @@ class Comparison:
             "operations": operations(model, self.splits["test"]),
         }
         if self.upstream is not None:
-            measured |= self._remembered(model)
+            measured |= before | self._remembered(model)
         self.vit.to("cpu")
+        if backbone_fingerprint(self.vit) != fingerprint:
+            raise RuntimeError(f"the method {method!r} has changed the backbone, which must stay as it was")
         return measured
 
     def _file(self, method: str, learning_rate: float) -> Path:
         return self.folder / f".{method}_{learning_rate:g}.safetensors"
 
+    def _upstream_before(self) -> dict[str, float]:
+        """What the backbone knows of its own task before the training, on the same device."""
+        if self.upstream is None:
+            return {}
+        share = accuracy(self.vit.to(_device()).eval(), self.upstream, EVALUATION_BATCH)
+        self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
+        return {"upstream_before": share}
+
     def _remembered(self, model: nn.Module) -> dict[str, float]:
         """What the network still knows of its first task, by its old head."""
-        device = next(model.parameters()).device
-        vit = self.vit.to(device)
-        measured = {"upstream_before": accuracy(vit, self.upstream, EVALUATION_BATCH)}
         if isinstance(model, VPT):
-            measured["upstream"] = accuracy(model.vit, self.upstream, EVALUATION_BATCH)
+            measured = {"upstream": accuracy(model.vit, self.upstream, EVALUATION_BATCH)}
             if model.num_prompts:
                 measured["upstream_prompted"] = accuracy(_Prompted(model), self.upstream, EVALUATION_BATCH)
             return measured
-        changed = copy.deepcopy(vit)
+        changed = copy.deepcopy(self.vit).to(_device())
         weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("head")}
         changed.load_state_dict(weights, strict=False)
-        return measured | {"upstream": accuracy(changed, self.upstream, EVALUATION_BATCH)}
+        return {"upstream": accuracy(changed, self.upstream, EVALUATION_BATCH)}
+
+
+def best_rate(validation: dict[float, float]) -> float:
+    """The learning rate with the largest accuracy; of several the middle one.
+
+    Args:
+        validation: the accuracy with each rate; at least one.
+    """
+    equal = [rate for rate in sorted(validation) if validation[rate] == max(validation.values())]
+    return equal[len(equal) // 2]
+
+
+def is_at_edge(rate: float, rates: Iterable[float]) -> bool:
+    """Whether a learning rate is the lowest or the highest of those that were tried."""
+    return rate in (min(rates), max(rates))
 
 
 def save_trained(file: Path, model: nn.Module) -> None:
@@ -312,12 +361,32 @@ class _Prompted(nn.Module):
         return vit.head(pooled(vit, prompted_tokens(vit, x, self.model.prompts), self.model.num_prompts))
 
 
+@torch.no_grad()
 def operations(model: nn.Module, images: ImageSet) -> int:
     """The floating-point operations of the matrix products in an image's forward pass."""
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter:
+    with attention_by_products(model), FlopCounterMode(display=False) as counter:
         model(images.batch([0])["image"].to(device))
     return counter.get_total_flops()
+
+
+@contextmanager
+def attention_by_products(model: nn.Module) -> Iterator[None]:
+    """Let timm's attention multiply matrix by matrix: torch's counter misses the fused kernel of a CPU."""
+    fused = [layer for layer in model.modules() if getattr(layer, "fused_attn", False)]
+    for layer in fused:
+        layer.fused_attn = False
+    try:
+        yield
+    finally:
+        for layer in fused:
+            layer.fused_attn = True
+
+
+def _device() -> torch.device:
+    from accelerate import PartialState  # a second to import
+
+    return PartialState().device
 
 
 def _is_main_process() -> bool:
@@ -369,8 +438,11 @@ def adaptation(
     budget = Budget(precision="bf16") if budget is None else budget
     settings = {
         "budget": vars(budget),
+        "weight_decay": WEIGHT_DECAY,
         "tasks": [str(task) for task in tasks],
         "backbones": {name: load_card(name)["sha256"] for name in backbones},
+        "upstream": None if upstream is None else str(upstream),
+        "upstream_images": UPSTREAM_IMAGES,
     }
     progress = Progress(None if state is None else state_file(state), settings)
     runs = []
@@ -527,7 +599,8 @@ def compare_on(
         "images": {split: len(images) for split, images in splits.items()},
     }
     fingerprint = backbone_fingerprint(vit)  # the same name may come to mean another network
-    progress = Progress(state_file(name), settings | {"fingerprint": fingerprint})
+    unseen = {"fingerprint": fingerprint, "weight_decay": WEIGHT_DECAY}
+    progress = Progress(state_file(name), settings | unseen)
     comparison = Comparison(
         vit,
         splits,

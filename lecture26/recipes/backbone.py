@@ -77,7 +77,6 @@ class BackboneRecipe(Recipe):
         erased = is_erased & rows[:, :, None] & columns[:, None, :]  # (B, H, W)
         return x.masked_fill(erased[:, None], 0.0)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """The share of unseen images whose class it names: "accuracy"."""
         return {"accuracy": accuracy(model, images, self.batch_size)}
