@@ -446,7 +446,7 @@ def test_the_learning_rate_is_chosen_by_the_validation_images(monkeypatch):
     assert run["learning_rate"] == 0.2
     assert run["validation"] == {"0.1": 0.5, "0.2": 0.75}
     assert run["at_edge"]  # said, and no other rate tried: these were asked for
-    assert run["accuracy"] == [0.25] * 3
+    assert run["accuracy"] == [0.25] * 3 and run["tested"] == 60
     assert (run["seconds"], run["method"], run["num_prompts"]) == (2.0, "vpt-deep", 2)
     monkeypatch.setattr(adaptation, "accuracy", lambda *arguments: 0.5)
     for method, known in METHODS.items():
@@ -541,27 +541,21 @@ def test_a_backbone_that_has_changed_is_noticed(monkeypatch, method):
 
 
 def test_what_was_known_before_is_measured_before(monkeypatch):
-    """A method that spoils the backbone itself has something forgotten, and is not compared with itself."""
-    vit, upstream, shares = tiny_backbone(), Plain(90, 7), []
-    accuracy = adaptation.accuracy
+    """The backbone is not compared with itself as it is after the training."""
+    upstream, shares, seen = Plain(90, 7), iter((0.9, 0.2, 0.3)), []
 
-    def noted(model, images, batch_size):
-        share = accuracy(model, images, batch_size)
-        if images is upstream:
-            shares.append(share)
-        return share
+    def known_accuracy(model, images, batch_size):
+        seen.append(images is upstream)
+        return next(shares) if images is upstream else 0.5
 
-    def spoiling_fit(*arguments, **options):
-        assert len(shares) == 1
-        with torch.no_grad():
-            vit.head.weight.neg_()  # not a part of the fingerprint
+    def fit(*arguments, **options):
+        assert seen == [True]
         return adaptation.History([1.0], 2.0)
 
-    monkeypatch.setattr(adaptation, "accuracy", noted)
-    monkeypatch.setattr(adaptation, "fit", spoiling_fit)
-    run = Comparison(vit, plain_splits(), BUDGET, (0,), upstream).run("vpt-deep", 2, (0.03,))
-    assert run["upstream_before"] == shares[0] and run["upstream"] == [shares[1]]
-    assert shares[0] != shares[1]
+    monkeypatch.setattr(adaptation, "accuracy", known_accuracy)
+    monkeypatch.setattr(adaptation, "fit", fit)
+    run = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0,), upstream).run("vpt-deep", 2, (0.03,))
+    assert (run["upstream_before"], run["upstream"], run["upstream_prompted"]) == (0.9, [0.2], [0.3])
 
 
 def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):

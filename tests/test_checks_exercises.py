@@ -406,6 +406,8 @@ def own_head_by_one_hot(features, weights, biases, tasks):
     every = torch.einsum("bd,tkd->btk", features, weights) + biases  # (B, T, K)
     chosen = F.one_hot(tasks, len(weights)).to(features.dtype)
     return torch.einsum("btk,bt->bk", every, chosen)
+
+
 def standard_normal_kl_by_torch(mean, log_variance):
     code = torch.distributions.Normal(mean, log_variance.exp() ** 0.5)
     prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))

@@ -308,8 +308,8 @@ INSERT_PROMPTS = Exercise(
             lambda tokens, prompts, num_prefix: visual_prompt_tuning.insert_prompts(
                 tokens.detach(), prompts.detach(), num_prefix
             ),
-            "Frozen means that weights are not changed, not that no gradient passes: it has to reach the "
-            "prompts of earlier blocks through the tokens.",
+            "Frozen means that weights do not change: the gradient still has to pass, to the prompts and "
+            "through the tokens.",
         ),
     ),
 )
@@ -370,7 +370,7 @@ INITIAL_PROMPTS = Exercise(
         Misconception(
             "from -1 to 1",
             _spread(lambda u, values: 1.0),
-            "The bound v is missing: these prompts are many times larger than the patches' tokens.",
+            "The bound v is missing: u is only to be stretched to [-v, v].",
         ),
         Misconception(
             "0.02",
@@ -381,7 +381,7 @@ INITIAL_PROMPTS = Exercise(
         Misconception(
             "root forgotten",
             _spread(lambda u, values: _v(u, values) ** 2),
-            "v is the root of the fraction: its square would be a variance.",
+            "v is the root of the fraction; v^2 is three times the variance.",
         ),
         Misconception(
             "standard deviation taken for the bound",

@@ -216,10 +216,11 @@ class Comparison:
         Returns:
             "method", "num_prompts"; "learning_rate", the one chosen, "at_edge", whether it is the lowest or
             the highest that was tried, and "validation", the accuracy with each; "accuracy", on the test
-            images for each seed; "trained", the number of parameters that train, and "bytes", that they take
-            in float32; "seconds", the mean of a training run; "operations", of an image's forward pass; with
-            upstream images "upstream", for each seed the accuracy on these with the adapted weights and the
-            old head, "upstream_before", and for prompts "upstream_prompted", with the prompts left in.
+            images for each seed, and "tested", how many these are; "trained", the number of parameters that
+            train, and "bytes", that they take in float32; "seconds", the mean of a training run;
+            "operations", of an image's forward pass; with upstream images "upstream", for each seed the
+            accuracy on these with the adapted weights and the old head, "upstream_before", and for prompts
+            "upstream_prompted", with the prompts left in.
 
         Raises:
             ValueError: on an unknown method.
@@ -245,6 +246,7 @@ class Comparison:
             "learning_rate": best,
             "at_edge": is_at_edge(best, first),
             "validation": {f"{rate:g}": share for rate, share in validation.items()},
+            "tested": len(self.splits["test"]),
             "seconds": sum(run["seconds"] for run in runs) / len(runs),
         }
         summary |= {name: [run[name] for run in runs] for name in by_seed if name in runs[0]}
