@@ -200,7 +200,7 @@ def prompted_tokens(vit, x, prompts):
             f"x must be images of shape (B, {vit.in_chans}, {', '.join(map(str, size))}); "
             f"got {tuple(x.shape)}"
         )
-    vit.eval()
+    vit.eval()  # whatever somebody has set it to since
     tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, d)
     tokens = insert_prompts(tokens, prompts[0], vit.num_prefix_tokens)  # (B, N + n, d)
     for number, block in enumerate(vit.blocks):
@@ -405,7 +405,7 @@ def check_task_state(state, vit, fingerprint):
     backbone = getattr(state, "backbone", None)
     if backbone not in (None, fingerprint):
         raise ValueError(
-            "state must belong to this backbone; it was learned on another one of the same shape "
+            "state must belong to this backbone; it was learned on another one of the same depth and width "
             f"(fingerprint {backbone[:12]}, here {fingerprint[:12]})"
         )
 
@@ -567,8 +567,7 @@ def own_head(features, weights, biases, tasks):
     Source: this course, equation 8.17.
     """
     # y_b = W^(tau_b) f_b + c^(tau_b)
-    logits = torch.einsum("bd,tkd->btk", features, weights) + biases  # (B, T, K), by every head
-    return logits[torch.arange(len(tasks), device=tasks.device), tasks]
+    return torch.einsum("bd,bkd->bk", features, weights[tasks]) + biases[tasks]
 
 
 class PromptBank(nn.Module):
