@@ -1342,8 +1342,8 @@ def full_fine_tune(vit, num_classes):
 # and does not need the inputs $x$, which a weight's gradient does. (What softmax, GELU and LN need for gradients of
 # their own stays in memory all the same.) A bias adds the same vector to each token; a prompt, (8.11), moves token
 # $i$ by $\lambda_i(\bar p_i-o_i^{\,0})$, different for each. And a bias of the queries changes the ratio of (8.12),
-# which no prompt of the same block can: $\Delta b_q$ multiplies $a_{ij}/a_{im}$ by $\exp\bigl(\Delta
-# b_q\cdot(k_j-k_m)/\sqrt{d_h}\bigr)$.
+# which no prompt of the same block can: $\Delta b_q$ multiplies $a_{ij}/a_{im}$ by
+# $\exp\bigl(\Delta b_q\cdot(k_j-k_m)/\sqrt{d_h}\bigr)$.
 #
 # **Exercise 7.** Fill in `bias_gradient`.
 

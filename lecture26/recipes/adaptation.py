@@ -600,9 +600,9 @@ def compare_on(
         "budget": vars(budget),
         "images": {split: len(images) for split, images in splits.items()},
     }
-    fingerprint = backbone_fingerprint(vit)  # the same name may come to mean another network
-    unseen = {"fingerprint": fingerprint, "weight_decay": WEIGHT_DECAY}
-    progress = Progress(state_file(name), settings | unseen)
+    # The same name may come to mean another network.
+    assumed = {"fingerprint": backbone_fingerprint(vit), "weight_decay": WEIGHT_DECAY}
+    progress = Progress(state_file(name), settings | assumed)
     comparison = Comparison(
         vit,
         splits,
