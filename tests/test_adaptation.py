@@ -457,6 +457,19 @@ def test_the_learning_rate_is_chosen_by_the_validation_images(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("validation", "best"),
+    [
+        ({0.1: 0.5}, 0.1),
+        ({0.3: 0.2, 0.1: 0.9, 0.2: 0.5}, 0.1),
+        ({0.3: 0.5, 0.1: 0.5, 0.2: 0.5}, 0.2),
+        ({0.3: 0.5, 0.1: 0.2, 0.2: 0.5}, 0.3),
+    ],
+)
+def test_of_equally_good_rates_the_middle_one_is_best(validation, best):
+    assert adaptation.best_rate(validation) == best
+
+
+@pytest.mark.parametrize(
     ("optimum", "beyond", "chosen", "at_edge"),
     [
         (0.03, [], 0.03, False),

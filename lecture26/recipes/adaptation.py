@@ -323,17 +323,21 @@ class Comparison:
 
 
 def best_rate(validation: dict[float, float]) -> float:
-    """The learning rate with the largest accuracy; of several the middle one.
+    """The learning rate that does best.
 
     Args:
         validation: the accuracy with each rate; at least one.
+
+    Returns:
+        The rate with the largest accuracy; where several have it, the middle one of these (of an even number
+        the upper one of the middle two).
     """
     equal = [rate for rate in sorted(validation) if validation[rate] == max(validation.values())]
     return equal[len(equal) // 2]
 
 
 def is_at_edge(rate: float, rates: Iterable[float]) -> bool:
-    """Whether a learning rate is the lowest or the highest of those that were tried."""
+    """Whether a learning `rate` is the lowest or the highest of the `rates` that were tried."""
     return rate in (min(rates), max(rates))
 
 
@@ -374,7 +378,10 @@ def operations(model: nn.Module, images: ImageSet) -> int:
 
 @contextmanager
 def attention_by_products(model: nn.Module) -> Iterator[None]:
-    """Let timm's attention multiply matrix by matrix: torch's counter misses the fused kernel of a CPU."""
+    """Let the attention in a `model` multiply matrix by matrix, so that torch's counter sees every product.
+
+    It misses the fused kernel of a CPU. Afterwards each layer computes as it did before.
+    """
     fused = [layer for layer in model.modules() if getattr(layer, "fused_attn", False)]
     for layer in fused:
         layer.fused_attn = False
