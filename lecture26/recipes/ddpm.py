@@ -92,15 +92,8 @@ class DDPM(Recipe):
             metrics |= sample_quality(reader, samples, images)
         return metrics
 
-    @torch.no_grad()
     def _test_loss(self, model: nn.Module, images: ImageSet) -> float:
-        device = next(model.parameters()).device
-        losses = []
-        for n in torch.arange(EVALUATION_BATCHES * self.batch_size).split(self.batch_size):
-            batch = self.draw(images, SampleDraws(EVALUATION_SEED, n))
-            batch = {name: value.to(device) for name, value in batch.items()}
-            losses.append(self.loss(model, batch).item())
-        return sum(losses) / len(losses)
+        return self.mean_loss(model, images, EVALUATION_BATCHES, EVALUATION_SEED)
 
     def _draw_samples(
         self, denoiser_of: Callable[[Tensor], Callable], count: int, device: torch.device

@@ -268,15 +268,8 @@ class LatentDiffusionRecipe(Recipe):
                     metrics[f"accuracy_{name}_held_out"] = accuracy["all"]
         return metrics
 
-    @torch.no_grad()
     def _test_loss(self, model: nn.Module, images: EncodedImages) -> float:
-        device = next(model.parameters()).device
-        losses = []
-        for n in torch.arange(EVALUATION_BATCHES * self.batch_size).split(self.batch_size):
-            batch = self.draw(images, SampleDraws(EVALUATION_SEED, n))
-            batch = {name: value.to(device) for name, value in batch.items()}
-            losses.append(self.loss(model, batch).item())
-        return sum(losses) / len(losses)
+        return self.mean_loss(model, images, EVALUATION_BATCHES, EVALUATION_SEED)
 
 
 def leave_out(caption: str, kept: Sequence[bool]) -> str:

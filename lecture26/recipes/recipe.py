@@ -71,6 +71,17 @@ class Recipe(ABC):
     def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """Measure the trained network on images it has not seen: name to number."""
 
+    @torch.no_grad()
+    def mean_loss(self, model: nn.Module, images: ImageSet, num_batches: int, seed: int) -> float:
+        """The loss on images, the mean over some batches that a seed decides."""
+        device = next(model.parameters()).device
+        losses = []
+        for n in torch.arange(num_batches * self.batch_size).split(self.batch_size):
+            batch = self.draw(images, SampleDraws(seed, n))
+            batch = {name: value.to(device) for name, value in batch.items()}
+            losses.append(self.loss(model, batch).item())
+        return sum(losses) / len(losses)
+
     def load(self, split: str) -> ImageSet:
         """A split of the recipe's data."""
         return load(self.data, split=split, image_size=self.image_size)
