@@ -174,7 +174,7 @@ class TransformerBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Features of every token of a text, each knowing the tokens up to it.
+    """Features of every token of a text, each knowing the tokens that it may look at.
 
     Args:
         num_tokens: how many different tokens there are.
@@ -199,16 +199,29 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.places.weight, std=0.01)
 
-    def forward(self, tokens):
-        """Map tokens (B, L) to features (B, L, width); ValueError if L exceeds the length."""
+    def forward(self, tokens, mask=None):
+        """Map tokens to the features of each.
+
+        Args:
+            tokens: (B, L) integers.
+            mask: bool, broadcastable to (B, heads, L, L), True where token i may look at token j; None lets each
+                look at itself and those before it.
+
+        Returns:
+            (B, L, width).
+
+        Raises:
+            ValueError: if L exceeds the length.
+        """
         length = self.places.num_embeddings
         if tokens.ndim != 2 or tokens.shape[1] > length:
             raise ValueError(f"tokens must be of shape (B, L), L <= {length}; got {tuple(tokens.shape)}")
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        causal = place[:, None] >= place  # (L, L)
+        if mask is None:
+            mask = place[:, None] >= place  # (L, L), the causal one
         h = self.tokens(tokens) + self.places(place)  # (B, L, width)
         for block in self.blocks:
-            h = block(h, causal)
+            h = block(h, mask)
         return self.norm(h)
 
 

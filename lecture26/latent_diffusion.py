@@ -76,7 +76,7 @@ def from_latents(decode, latents, scale):
 
 
 class TextEncoder(nn.Module):
-    """Features of every token of a text, and which of the tokens are there.
+    """Features of every token of a text, each knowing the whole text, and which of the tokens are there.
 
     Args:
         tokenizer: callable, B texts -> tokens (B, L), with `num_tokens`, `length` and `padding`.
@@ -97,7 +97,10 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens):
         """Map tokens (B, L) to {"context": features (B, L, E), "mask": (B, L) bool, False for padding}."""
-        return {"context": self.transformer(tokens), "mask": tokens != self.tokenizer.padding}
+        there = tokens != self.tokenizer.padding  # (B, L)
+        # m_ij = there_j: every token looks at all that are there, before and after it
+        context = self.transformer(tokens, mask=there[:, None, None, :])
+        return {"context": context, "mask": there}
 
 
 # --- Who looks at which word ---
