@@ -235,8 +235,8 @@ def _check_processes(found: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if found != started:
         raise ValueError(
-            f"{started} processes were started, and Accelerate found {found}: on CPUs it takes the environment "
-            "variable ACCELERATE_USE_CPU=true"
+            f"{started} processes were started, and Accelerate found {found}: on CPUs it takes the "
+            "environment variable ACCELERATE_USE_CPU=true"
         )
 
 
