@@ -344,7 +344,7 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     },
     attention={"head_dim": 16, "self_attention_from": 64},
     text={"width": 96, "depth": 2},
-    # Goes on from its own weights, at first those of a run of 8,500 steps: what was learned is not thrown away.
+    # Goes on from its own weights, those of a run of 8,500 steps at first: nothing learned is thrown away.
     start="text_to_image_shapes64",
     steps=10_500,
     learning_rate=1.2e-3,
