@@ -104,8 +104,8 @@ def train(
 ):
     """Train a model, and save it as a checkpoint.
 
-    Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs or
-    processes: accelerate launch -m lecture26 train RECIPE.
+    Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs:
+    accelerate launch -m lecture26 train RECIPE.
     """
     import dataclasses
 

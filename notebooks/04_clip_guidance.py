@@ -664,8 +664,8 @@ class TextTransformer(nn.Module):
 
         Args:
             tokens: (B, L) integers.
-            mask: bool, broadcastable to (B, heads, L, L), True where token i may look at token j; None lets each
-                look at itself and those before it.
+            mask: bool, broadcastable to (B, heads, L, L), True where token i may look at token j; with None
+                each looks at itself and those before it.
 
         Returns:
             (B, L, width).

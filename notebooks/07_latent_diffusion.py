@@ -291,9 +291,14 @@ for caption in images.captions([0, 1]):
 # picture. So here **every** token's vector is handed on, and with them a mask that says which tokens are there:
 # begin, words and end are, padding is not.
 #
-# The transformer reads from left to right, so that the vector of 'star' in 'a small red star' knows 'small' and
-# 'red', while that of 'red' does not know what is red. It is trained together with the denoiser, from nothing.
-# (Stable Diffusion takes CLIP's text transformer, as it is.)
+# Which tokens may a token look at? In chapter 04 at none behind it, by the causal mask (4.16): only the end token was
+# used, and it comes last. Here the vector of 'star' itself is handed on, and in 'a red star to the left of a blue ring'
+# the star's side comes after the star. Knowing 'red' alone, the vector could tell a place what colour the star is, but
+# not whether the star belongs there. So here every token looks at all tokens that are there,
+# $m_{ij}=[\,\text{token }j\text{ is there}\,]$.
+#
+# The transformer is trained together with the denoiser. (Stable Diffusion takes CLIP's, as it is, and so a causal
+# one; Imagen takes T5's encoder, which looks in both directions: Saharia et al. 2022.)
 
 
 # %% tags=["export"]
@@ -331,6 +336,24 @@ text_encoder = TextEncoder(tokenizer, width=96)
 told = text_encoder(tokenizer(["a red star", images.captions([1])[0]]))
 print({name: tuple(tensor.shape) for name, tensor in told.items()})
 print("tokens that are there:", told["mask"].sum(dim=1).tolist())
+
+# %% [markdown]
+# What difference the mask makes can be seen without any training. Here are two captions that differ in one word, and
+# the tokens whose vectors differ, under chapter 04's mask and under this one:
+
+# %%
+either = tokenizer([f"a red star to the {side} of a blue ring" for side in ("left", "right")])
+pieces = "(begin) a red star to the left/right of a blue ring (end)".split()
+causal, both_ways = text_encoder.transformer(either), text_encoder(either)["context"]
+for name, (left, right) in {"looking back": causal, "both ways": both_ways}.items():
+    differs = ((left - right).abs().amax(dim=1) > 1e-5)[: len(pieces)].tolist()
+    print(f"{name:12}", " ".join(piece for piece, d in zip(pieces, differs) if d))
+    assert all(differs) or differs == [False] * 6 + [True] * 6
+
+# %% [markdown]
+# Looking back, begin, 'a red star' and 'to the' are the same for a star on the left and one on the right. A place
+# that looks at 'star' could not learn from it which of the two it is: it would have to look at 'left' first, and then,
+# in a later layer and with what it has learned, once more at the nouns.
 
 # %% [markdown]
 # ## Cross-attention

@@ -194,6 +194,19 @@ def test_a_token_changes_all_features_from_its_place_on():
     assert not torch.isclose(model(changed)[:, 1:], model(tokens)[:, 1:]).all(dim=2).any()
 
 
+def test_a_mask_decides_who_looks_at_whom():
+    model, tokens = perturbed(TextTransformer(8, 7, width=16)), TOKENIZER(["a red star", "a blue ring"])
+    place = torch.arange(tokens.shape[1])
+    agree(model(tokens, place[:, None] >= place), model(tokens), 0.0)
+    both_ways = torch.ones(2, 1, 1, len(place), dtype=torch.bool)
+    assert not torch.isclose(model(tokens, both_ways), model(tokens)).all(dim=2)[:, :-1].any()
+    alone = model(tokens, place[:, None] == place)
+    changed = tokens.clone()
+    changed[:, 2] = 5
+    rest = place != 2
+    agree(model(changed, place[:, None] == place)[:, rest], alone[:, rest], 1e-12)
+
+
 def test_padding_changes_nothing():
     clip = small_clip()
     longer = Tokenizer(WORDS, length=6)

@@ -265,8 +265,20 @@ def test_the_text_encoder_has_features_of_every_token_and_says_which_are_there()
     assert set(cond) == {"context", "mask"}
     assert cond["mask"].sum(1).tolist() == [5, 4, 3, 2]  # begin, the words, end
     assert isinstance(text_encoder.transformer, TextTransformer)
-    agree(cond["context"], text_encoder.transformer(tokens), 0.0)
     assert cond["context"].shape == (4, 7, 6)
+
+
+def test_every_token_knows_the_whole_text_and_no_padding():
+    text_encoder = encoder()
+    tokens = text_encoder.tokenizer(["a red star"])  # begin, three words, end, two of padding
+    features = text_encoder(tokens)["context"][:, :5]
+    for place in range(1, 5):
+        changed = tokens.clone()
+        changed[0, place] = text_encoder.tokenizer(["ring"])[0, 1]
+        others = text_encoder(changed)["context"][:, :5]
+        assert not torch.isclose(others, features).all(dim=2).any()
+    nn.init.normal_(text_encoder.transformer.tokens.weight[text_encoder.tokenizer.padding])
+    agree(text_encoder(tokens)["context"][:, :5], features, 0.0)
 
 
 def test_padding_changes_nothing_that_the_unet_draws():
@@ -1098,6 +1110,7 @@ def unfitted(data_folder):
         attention={"head_dim": 4},
         text={"width": 8, "depth": 1},
         num_encoded=24,
+        start=None,
         steps=5,
         batch_size=4,
         warmup_steps=2,
@@ -1330,7 +1343,7 @@ def test_the_pipeline_of_a_checkpoint(saved, recipe, tmp_path):
     assert images[0].shape == (3, 3, 64, 64)
 
 
-def test_what_is_no_text_to_image_model_is_refused():
+def test_what_is_no_text_to_image_model_is_refused(data_folder):
     with pytest.raises(ValueError, match="model must be one of text to image; got 'tiny_vae', a vae"):
         latent.load_pipeline("tiny_vae")
     with pytest.raises(CheckpointError, match="there is no checkpoint 'absent'"):

@@ -128,6 +128,13 @@ def tiny_run(model, **changes):
     return train(model, normal_batch, mean_squared_output, **settings)
 
 
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    tiny_run(nn.Linear(3, 1))  # Accelerate looks for other processes once
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and Accelerate found 1: .*USE_CPU"):
+        tiny_run(nn.Linear(3, 1))
+
+
 def test_finished_run_is_not_repeated(tmp_path):
     first, second = nn.Linear(3, 1), nn.Linear(3, 1)
     history = tiny_run(first, state_file=tmp_path / "state.pt")

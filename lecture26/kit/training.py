@@ -148,6 +148,7 @@ def train(
 
     Raises:
         ValueError, TypeError: on an argument out of range.
+        ValueError: if several processes were started that Accelerate does not see.
         StateError: if the state file is unreadable or belongs to a run with other settings.
         FloatingPointError: if the loss is no longer finite.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with the state written.
@@ -165,6 +166,7 @@ def train(
 
     # Autocast is our own, below: Accelerate's would stay in the model, and fixes one precision per process.
     accelerator = Accelerator(mixed_precision="no")
+    _check_processes(accelerator.num_processes)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -226,6 +228,16 @@ def train(
             if told_to_stop and not finished:
                 raise KeyboardInterrupt(f"training stopped after step {step}")
     return history
+
+
+def _check_processes(found: int) -> None:
+    """Refuse several processes that would each train a model of their own."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if found != started:
+        raise ValueError(
+            f"{started} processes were started, and Accelerate found {found}: on CPUs it takes the "
+            "environment variable ACCELERATE_USE_CPU=true"
+        )
 
 
 def _take_step(

@@ -344,10 +344,9 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     },
     attention={"head_dim": 16, "self_attention_from": 64},
     text={"width": 96, "depth": 2},
-    # goes on from its own weights, those of a first run of 8,500 steps: what it has learned is not thrown away
+    # Goes on from its own weights, those of a run of 8,500 steps at first: nothing learned is thrown away.
     start="text_to_image_shapes64",
-    steps=14_000,
-    batch_size=32,  # in each of two processes
+    steps=10_500,
     learning_rate=1.2e-3,
     warmup_steps=500,
 )
