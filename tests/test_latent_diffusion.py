@@ -325,6 +325,14 @@ def test_weights_are_recorded_layer_by_layer_while_the_block_runs():
     assert weights == []
 
 
+def test_weights_of_a_layer_that_is_called_by_keyword():
+    layer, x = CrossAttention(4, 5, heads=2, head_dim=3).double(), normal(3, 6, 4)
+    with recorded_weights(layer) as weights:
+        layer(x, CONTEXT, mask=MASK)
+    agree(weights[0], layer.weights(x, CONTEXT, MASK), 0.0)
+    assert not (weights[0] * ~MASK[:, None, None]).any()
+
+
 # Latents and their scale
 
 
@@ -1508,6 +1516,21 @@ LONG = "a red star a red star"
             r"negative_prompt must be one text, or one for each of 3 prompt\(s\); got 1",
         ),
         (lambda: PIPELINE(PROMPTS, negative_prompt="green"), ValueError, "unknown word 'green'"),
+        (
+            lambda: PIPELINE(PROMPTS, negative_prompt=None),
+            TypeError,
+            "negative_prompt must be a str or a list of str; got None",
+        ),
+        (
+            lambda: copy.deepcopy(PIPELINE).half()(PROMPTS),
+            TypeError,
+            "the parameters must be float32 or float64; got torch.float16",
+        ),
+        (
+            lambda: TextAttention(40, 5, head_dim=32, self_attention_from=64),
+            ValueError,
+            "channels must be a multiple of head_dim=32; got channels=40",
+        ),
         (lambda: PIPELINE(PROMPTS, negative_prompt=LONG), ValueError, "at most 5 words; got 6"),
         (lambda: PIPELINE(PROMPTS, steps=1), ValueError, r"steps must lie in \[2, 100\]; got .*1"),
         (lambda: PIPELINE(PROMPTS, steps=101), ValueError, r"steps must lie in \[2, 100\]; got .*101"),
