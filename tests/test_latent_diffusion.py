@@ -1,5 +1,6 @@
 """Chapter 07 against oracles: torch's attention, diffusers' networks and steps, an invertible VAE."""
 
+import copy
 import json
 import math
 import os
@@ -1496,6 +1497,11 @@ LONG = "a red star a red star"
             lambda: PIPELINE(["a green star"]),
             ValueError,
             "unknown word 'green' in 'a green star'; the words are: a, blue, red, ring, star",
+        ),
+        (
+            lambda: LatentDiffusion.from_settings(PIPELINE.settings | {"schedule": "sigmoid"}),
+            ValueError,
+            "schedule must be one of 'cosine', 'linear'; got 'sigmoid'",
         ),
         (lambda: PIPELINE([LONG]), ValueError, f"a text must have at most 5 words; got 6 in '{LONG}'"),
         (lambda: PIPELINE(""), ValueError, "prompts must not be empty"),
