@@ -239,8 +239,24 @@ class CrossAttention(nn.Module):
 # --- A U-Net that listens ---
 
 
+def coordinates(height, width, like):
+    """Where the places of a feature map are.
+
+    Args:
+        height, width: of the map.
+        like: a tensor with the dtype and the device that are wanted.
+
+    Returns:
+        (height * width, 2): row and column of each place, from -1 (top, left) to 1, row by row.
+    """
+    rows, columns = (
+        torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device) for size in (height, width)
+    )
+    return torch.cartesian_prod(rows, columns)
+
+
 class TextAttention(nn.Module):
-    """Every place looks at all places, then at the words; both are added to its features.
+    """Every place looks at all places, then, knowing where it is, at the words; both are added to its features.
 
     Made for UNet's `attention`: partial(TextAttention, context_dim=E) takes the channels.
 
@@ -264,6 +280,7 @@ class TextAttention(nn.Module):
             raise ValueError(f"channels must be a multiple of head_dim={head_dim}; got channels={channels}")
         self.places = SelfAttention(channels, head_dim) if channels >= self_attention_from else None
         self.norm = group_norm(channels)
+        self.where = nn.Linear(2, channels, bias=False)
         self.words = CrossAttention(channels, context_dim, channels // head_dim, head_dim)
         zero_init(self.words.to_out)
 
@@ -279,6 +296,7 @@ class TextAttention(nn.Module):
         if self.places is not None:
             x = self.places(x)
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        tokens = tokens + self.where(coordinates(*x.shape[2:], x))  # (H W, C), the same for all samples
         h = self.words(tokens, cond["context"], cond["mask"])  # (B, H W, C)
         return x + h.transpose(1, 2).reshape(x.shape)
 
