@@ -256,7 +256,7 @@ def coordinates(height, width, like):
 
 
 class TextAttention(nn.Module):
-    """Every place looks at all places, then, knowing where it is, at the words; both are added to its features.
+    """Every place looks at all places, then at the words, knowing where it is; both are added.
 
     Made for UNet's `attention`: partial(TextAttention, context_dim=E) takes the channels.
 

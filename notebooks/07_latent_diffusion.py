@@ -152,7 +152,7 @@ verify("7.1", measured, formula, atol=0)
 # \xrightarrow{\text{denoise, }c}\;\hat z\;\xrightarrow{/s,\;D}\;\hat x \tag{7.2, definition}$$
 #
 # In training there is no decoder, and in sampling no encoder. The scale is applied once in each direction, at these
-# two boundaries and nowhere else. Chapter 06 has fixed it, (6.18): one over the standard deviation of the VAE's
+# two boundaries and nowhere else. Chapter 06 has fixed it, (6.19): one over the standard deviation of the VAE's
 # latents, one number for all channels, with the variance taken over images, places and channels together:
 #
 # $$z=s\,(\mu+\sigma\epsilon),\qquad\operatorname{Var}[z]=s^2\bigl(\operatorname{Var}[\mu]+\mathbb E[\sigma^2]\bigr)=1
@@ -532,6 +532,11 @@ verify("7.6", cross_attention(x, context, *matrices, heads=4, mask=mask), by_tor
 #
 # With one vector for a whole caption, cross-attention is a bias: the same vector at every place, like the shift in
 # (2.6). It takes several tokens for different places to receive different things.
+#
+# *Places with the same features get the same answer.* By (7.5) and (7.6), $o_n$ depends on the place through $x_n$
+# alone: where $n$ lies does not enter. A caption that says 'to the left' is of no use to a place that does not know
+# whether it is on the left. Convolutions tell it little: they notice the border, by the zeros beyond it, and nothing
+# else of where they are.
 
 # %%
 order = torch.randperm(6, generator=generator)
@@ -651,8 +656,9 @@ else:
 #
 # Chapter 02's `UNet` takes its attention from a factory, and hands the condition on to it. So nothing has to be
 # changed in it: here is a block that does self-attention, so that the places can agree among themselves, then
-# cross-attention to the words. The last matrix of each branch begins at zero, as everywhere in this network: at first
-# the words say nothing.
+# cross-attention to the words. Before a place asks, it is told where it is: its row and its column, from $-1$ to 1,
+# through a matrix of their own, are added to its features. The last matrix of each branch begins at zero, as everywhere
+# in this network: at first the words say nothing.
 
 
 # %% tags=["export"]
@@ -673,7 +679,7 @@ def coordinates(height, width, like):
 
 
 class TextAttention(nn.Module):
-    """Every place looks at all places, then, knowing where it is, at the words; both are added to its features.
+    """Every place looks at all places, then at the words, knowing where it is; both are added.
 
     Made for UNet's `attention`: partial(TextAttention, context_dim=E) takes the channels.
 

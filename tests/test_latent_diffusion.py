@@ -27,7 +27,7 @@ from lecture26.ddpm import Diffusion, cosine_betas, linear_betas
 from lecture26.kit.checkpoints import CheckpointError, checkpoint_files, load_card, save_checkpoint
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy
-from lecture26.kit.readers import Reader
+from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.training import SampleDraws
 from lecture26.latent_diffusion import (
     CrossAttention,
@@ -38,6 +38,7 @@ from lecture26.latent_diffusion import (
     TextDenoiser,
     TextEncoder,
     TransformersText,
+    coordinates,
     cross_attention,
     from_latents,
     initial_noise,
@@ -196,6 +197,26 @@ TEXT = {"width": 6, "depth": 1, "heads": 2}
 COND = {"context": CONTEXT, "mask": MASK}
 
 
+# row and column of the places of a map of 2 by 3
+GRID = torch.tensor([[-1.0, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]], dtype=torch.float64)
+
+
+def test_coordinates_are_rows_and_columns_from_minus_1_to_1():
+    agree(coordinates(2, 3, GRID), GRID, 0.0)
+    agree(coordinates(1, 2, GRID.float()), torch.tensor([[-1.0, -1], [-1, 1]]), 0.0)
+
+
+def test_places_with_the_same_features_are_told_apart_by_where_they_are():
+    torch.manual_seed(0)
+    block = perturbed(TextAttention(8, 5, head_dim=4))
+    flat = normal(3, 8, 1, 1).expand(3, 8, 2, 3)
+    output = block(flat, COND).flatten(2)  # (3, 8, 6)
+    distances = torch.cdist(output.transpose(1, 2), output.transpose(1, 2))
+    assert (distances + torch.eye(6) > 1e-4).all()
+    nn.init.zeros_(block.where.weight)
+    agree(block(flat, COND), block(flat, COND)[:, :, :1, :1].expand_as(flat), 1e-12)
+
+
 def text_unet(channels=4, context_dim=5, dtype=torch.float64):
     torch.manual_seed(0)
     attention = partial(TextAttention, context_dim=context_dim)
@@ -212,7 +233,7 @@ def test_the_block_is_self_attention_then_cross_attention_each_added():
     block = perturbed(TextAttention(8, 5, head_dim=4))
     h = normal(3, 8, 2, 3)
     after_places = block.places(h)
-    places = block.norm(after_places).flatten(2).transpose(1, 2)
+    places = block.norm(after_places).flatten(2).transpose(1, 2) + block.where(GRID)
     said = block.words(places, CONTEXT, MASK)
     expected = after_places + said.transpose(1, 2).unflatten(2, (2, 3))
     agree(block(h, COND), expected, 1e-12)
@@ -226,7 +247,8 @@ def test_a_map_with_few_channels_looks_at_the_words_only(channels, looks_around)
     h = normal(3, channels, 2, 3)
     assert (block.places is not None) == looks_around
     before = block.places(h) if looks_around else h
-    said = block.words(block.norm(before).flatten(2).transpose(1, 2), CONTEXT, MASK)
+    places = block.norm(before).flatten(2).transpose(1, 2) + block.where(GRID)
+    said = block.words(places, CONTEXT, MASK)
     agree(block(h, COND), before + said.transpose(1, 2).unflatten(2, (2, 3)), 1e-12)
 
 
@@ -1236,9 +1258,32 @@ def test_captions_lose_words_at_the_rate_given(recipe, images):
     tokens = drawn.draw(images, draws(count))["tokens"]
     says_background = (tokens == recipe.tokenizer(["background"])[0, 1]).any(dim=1)
     assert abs(says_background.double().mean() - 0.7) < 4 * math.sqrt(0.3 * 0.7 / count)
-    whole = replace(drawn, shorten=0.0).draw(images, draws(9))
+    whole = replace(drawn, shorten=0.0, retell=0.0).draw(images, draws(9))
     indices = drawn.draw_indices(images, draws(9))
     agree(whole["tokens"], recipe.tokenizer(images.captions(indices)), 0)
+
+
+def test_captions_are_told_from_the_left_as_the_canonical_description_is():
+    shapes, scenes = load("shapes_and_scenes", "test").parts
+    attributes = scenes.attributes(range(200))
+    told = [latent.told_from_the_left(caption) for caption in scenes.describe(attributes)]
+    assert told == scenes.describe(canonical(attributes))
+    assert {"right", "below"}.isdisjoint(" ".join(told).split())
+    for caption in shapes.captions(range(20)):
+        assert latent.told_from_the_left(caption) == caption
+
+
+def test_captions_are_retold_at_the_rate_given(recipe, images):
+    count = 3000
+    drawn = replace(recipe, scenes=1.0, drop=0.0, shorten=0.0, retell=0.3)
+    indices = drawn.draw_indices(images, draws(count))
+    tokens = drawn.draw_tokens(images, indices, draws(count, seed=1))
+    right_or_below = torch.tensor([recipe.tokenizer([word])[0, 1] for word in ("right", "below")])
+    before = torch.isin(recipe.tokenizer(images.captions(indices)), right_or_below).any(dim=1)
+    after = torch.isin(tokens, right_or_below).any(dim=1)
+    assert not (after & ~before).any()
+    share = 1 - after.sum() / before.sum()
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / before.sum())
 
 
 @pytest.mark.parametrize("scenes", [0.0, 0.3, 1.0])

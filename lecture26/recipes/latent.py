@@ -99,8 +99,8 @@ class LatentDiffusionRecipe(Recipe):
         words: of the captions; taken from the data when training begins.
         length: of a row of tokens.
         text, attention: keyword arguments of the text encoder and of the U-Net's TextAttention.
-        retell: the share of the captions that begin with the object on the left, or above, whichever they began
-            with before.
+        retell: the share of the captions that are begun with the object on the left, or above, whatever they
+            began with before.
         shorten: with this probability each, a caption loses the size or the colour of an object, or the
             background.
         drop: the probability with which a caption is replaced by the empty one.
