@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -91,7 +91,7 @@ class EncodedImages(ImageSet):
 
 
 class TaughtDenoiser(TextDenoiser):
-    """A denoiser whose text encoder is also asked on which side each noun stands.
+    """A denoiser whose text encoder is also asked, while they are trained, on which side each noun stands.
 
     Args:
         unet, text_encoder: as TextDenoiser takes them.
@@ -101,9 +101,10 @@ class TaughtDenoiser(TextDenoiser):
         super().__init__(unet, text_encoder)
         self.side = nn.Linear(text_encoder.width, len(SIDES))
 
-    def sides(self, tokens: Tensor) -> Tensor:
-        """Logits (B, 4, L) of the sides of SIDES, for each of the tokens (B, L)."""
-        return self.side(self.text_encoder(tokens)["context"]).transpose(1, 2)
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What TextDenoiser gives, and logits (B, 4, L) of the sides of SIDES, for each of the tokens (B, L)."""
+        cond = self.text_encoder(tokens)
+        return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +260,16 @@ class LatentDiffusionRecipe(Recipe):
         return sides
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        told = partial(model, tokens=batch["tokens"])
+        logits = []
+
+        def told(x_t: Tensor, t: Tensor) -> Tensor:
+            output, sides = model(x_t, t, batch["tokens"])
+            logits.append(sides)
+            return output
+
         loss = self.diffusion.loss(told, batch["x_0"], batch["t"], batch["noise"])
-        # as a mean over all tokens, so that a batch without any noun that has a side counts nothing
-        wrong = cross_entropy(
-            model.sides(batch["tokens"]), batch["sides"], ignore_index=NO_SIDE, reduction="sum"
-        )
+        # a mean over all tokens, so that several processes count each noun as one process would
+        wrong = cross_entropy(logits[0], batch["sides"], ignore_index=NO_SIDE, reduction="sum")
         return loss + self.lesson * wrong / batch["sides"].numel()
 
     def evaluate(self, model: nn.Module, images: EncodedImages) -> dict[str, float]:
