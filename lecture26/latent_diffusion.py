@@ -301,26 +301,6 @@ class TextAttention(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
-class TextDenoiser(nn.Module):
-    """A denoiser and the text encoder that it is trained with: (x_t, t, tokens) -> output.
-
-    Args:
-        unet: called as (x_t, t, cond), cond being what the text encoder gives.
-        text_encoder: tokens (B, L) -> cond.
-
-    Attributes:
-        unet, text_encoder: as given.
-    """
-
-    def __init__(self, unet, text_encoder):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x_t, t, tokens):
-        """Map noisy latents x_t (B, c, h, w), steps t (B,) and tokens (B, L) to the raw output, like x_t."""
-        return self.unet(x_t, t, self.text_encoder(tokens))
-
-
 # --- The whole, assembled ---
 
 
@@ -712,6 +692,43 @@ PARTS = ("vae", "denoiser", "text_encoder")
 def settings_hash(settings):
     """The SHA-256 of a pipeline's settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+# --- Which one goes where ---
+
+
+class TextDenoiser(nn.Module):
+    """A denoiser, the text encoder that it is trained with, and a layer that asks each token for its side.
+
+    Args:
+        unet: called as (x_t, t, cond), cond being what the text encoder gives.
+        text_encoder: tokens (B, L) -> cond, with "context" of its `width`; see TextEncoder.
+        num_sides: how many sides there are to choose from.
+
+    Attributes:
+        unet, text_encoder: as given.
+        side: the layer, which is used in training only.
+    """
+
+    def __init__(self, unet, text_encoder, num_sides):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        self.side = nn.Linear(text_encoder.width, num_sides)
+
+    def forward(self, x_t, t, tokens):
+        """Denoise, and say where the nouns stand.
+
+        Args:
+            x_t: noisy latents, (B, c, h, w).
+            t: steps, (B,).
+            tokens: (B, L).
+
+        Returns:
+            output: the raw output, like x_t.
+            sides: logits of each token's side, (B, num_sides, L), as cross_entropy takes them.
+        """
+        cond = self.text_encoder(tokens)
+        return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
 
 
 # --- Where each word is looked at from ---

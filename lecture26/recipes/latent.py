@@ -90,23 +90,6 @@ class EncodedImages(ImageSet):
         return mean, log_variance
 
 
-class TaughtDenoiser(TextDenoiser):
-    """A denoiser whose text encoder is also asked, while they are trained, on which side each noun stands.
-
-    Args:
-        unet, text_encoder: as TextDenoiser takes them.
-    """
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
-        super().__init__(unet, text_encoder)
-        self.side = nn.Linear(text_encoder.width, len(SIDES))
-
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What TextDenoiser gives, and logits (B, 4, L) of the sides of SIDES, for each of the tokens (B, L)."""
-        cond = self.text_encoder(tokens)
-        return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LatentDiffusionRecipe(Recipe):
     """A U-Net that denoises a VAE's latents given a caption, or the empty one.
@@ -167,7 +150,7 @@ class LatentDiffusionRecipe(Recipe):
 
     def build(self) -> nn.Module:
         pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
-        return TaughtDenoiser(pipeline.denoiser, pipeline.text_encoder)
+        return TextDenoiser(pipeline.denoiser, pipeline.text_encoder, len(SIDES))
 
     def pipeline_settings(self) -> dict:
         """What `LatentDiffusion.from_settings` makes the untrained pipeline of."""
@@ -316,7 +299,7 @@ class LatentDiffusionRecipe(Recipe):
 
 
 def noun_sides(caption: str) -> list[int]:
-    """For each word of a caption of Shapes or Scenes: for a noun its side's number in SIDES, else NO_SIDE.
+    """For each word of a caption of Shapes or Scenes: a noun's side as its number in SIDES, else NO_SIDE.
 
     In 'a star to the left of a ring' the star is on the left, and the ring on the right. The only noun of a
     caption has no side.

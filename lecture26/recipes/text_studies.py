@@ -25,9 +25,9 @@ from lecture26.kit.training import SampleDraws, train
 from lecture26.latent_diffusion import LatentDiffusion, TextAttention, TextDenoiser, TextEncoder
 from lecture26.recipes import find_recipe, load_model, load_recipe
 from lecture26.recipes.latent import (
+    SIDES,
     EncodedImages,
     LatentDiffusionRecipe,
-    TaughtDenoiser,
     draw_captions,
     load_pipeline,
 )
@@ -246,7 +246,8 @@ class PixelRecipe(LatentDiffusionRecipe):
         text_encoder = TextEncoder(self.tokenizer, **self.text)
         attention = partial(TextAttention, context_dim=text_encoder.width, **self.attention)
         unet = UNet(self.channels, attention=attention, **self.model)
-        return TaughtDenoiser(unet, text_encoder).to(memory_format=torch.channels_last)  # as the pipeline is
+        model = TextDenoiser(unet, text_encoder, len(SIDES))
+        return model.to(memory_format=torch.channels_last)  # as the pipeline is
 
     def draw_x_0(self, images: KeptImages, indices: Tensor, random: SampleDraws) -> Tensor:
         return images.kept(indices)
