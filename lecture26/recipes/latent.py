@@ -387,7 +387,7 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     text={"width": 96, "depth": 2},
     # Goes on from its own weights: nothing that was learned before is thrown away.
     start="text_to_image_shapes64",
-    steps=3600,
+    steps=2900,
     learning_rate=1.2e-3,
     warmup_steps=200,
 )
