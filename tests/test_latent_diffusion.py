@@ -1487,22 +1487,23 @@ def test_shipped_model_is_small_and_its_card_says_what_the_chapter_promises(ship
     assert card["settings"]["latent_scale"] == load_card("vae_shapes64")["metrics"]["latent_scale"]
     metrics = card["metrics"]
     assert metrics["test_loss"] < metrics["test_loss_unconditional"]
-    # the targets are .98 of each label and .90 of held-out pairs; the card counts 128 images
+    # the targets are .98 of each label, .90 of held-out pairs and .80 of scenes; the card counts 128 images
     attributes = "shape", "colour", "size", "background"
-    assert min(metrics[f"accuracy_shapes_{name}"] for name in attributes) >= 0.96
+    assert min(metrics[f"accuracy_shapes_{name}"] for name in attributes) >= 0.98
     assert metrics["accuracy_shapes_held_out"] >= 0.9
-    # of scenes the model draws two objects along the right axis; it does not know yet which one comes first
-    assert min(metrics[f"accuracy_scenes_{name}"] for name in ("relation", "background")) >= 0.95
+    assert metrics["accuracy_scenes_all"] >= 0.8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "split", "least"), [(0, "test", 0.8), (0, "held_out", 0.8)])
+@pytest.mark.parametrize(
+    ("part", "split", "least"), [(0, "test", 0.9), (0, "held_out", 0.9), (1, "test", 0.6)]
+)
 def test_shipped_model_draws_what_is_asked_for(shipped, part, split, least):
     images = load("shapes_and_scenes", split).parts[part]
     drawn = latent.draw_captions(
         latent.load_pipeline("text_to_image_shapes64"), images.captions(range(32)), 2.0, 20, batch_size=32
     )
-    reader = recipes.load_model("reader_shapes64")
+    reader = recipes.load_model(("reader_shapes64", "reader_scenes64")[part])
     assert attribute_accuracy(reader, drawn, images.attributes(range(32)))["all"] >= least
 
 
