@@ -2314,6 +2314,8 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
 # - Cross-attention gives every place a mixture of the words' values, weighted by how its query meets their keys (7.5,
 #   7.6). It does not mind the order of the tokens, padding is inert, and a single token is a bias (7.7 to 7.9): which
 #   words belong together must come in through the features of the text transformer.
+# - A place does not know where it is unless it is told, and on which side a noun stands is an exclusive or, which
+#   pictures teach badly: hence the coordinates, and the lesson for the nouns.
 # - The empty caption is what makes classifier-free guidance possible (7.10).
 # - Words decide where noise has hidden what they say (7.11); training goes mostly there.
 # - Starting from a noised picture, or keeping a part of one in place, are changes of the sampler alone (7.13, 7.14);
