@@ -1245,9 +1245,9 @@ show(figure, "The loss falls within 150 steps of training.")
 # But no picture is needed for it: it is a question of words. So the noun's own vector is asked for it, by a linear layer
 # whose only use this is, and the cross entropy of the answers joins the loss,
 #
-# $$L=L_\text{diffusion}+\lambda\,\frac1{BL}\sum_{\text{nouns}}-\log p(\text{side of the noun}\mid c_m),$$
+# $$L_\text{both}=L_\text{diffusion}+\lambda\,\frac1{BM}\sum_{\text{nouns}}-\log p(\text{side of the noun}\mid c_m),$$
 #
-# a mean over all tokens in which only the nouns of scenes count. The grammar of 32 words fits into ten lines,
+# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with $\lambda=3$. The grammar of 32 words fits into ten lines,
 # `noun_sides`. Large models come by such knowledge otherwise: their text encoders have read very many sentences before
 # they meet a picture.
 #
@@ -1762,8 +1762,9 @@ show(figure, "A generated scene, and for nine of its caption's tokens a map of w
 # *Weights by token: the mean over steps, heads and the layers of 8 by 8 places; each map with its own brightness.*
 #
 # 'Small' and 'star' are looked at from where the star is, 'large' and 'ring' from where the ring is; 'dark' and the end
-# token from everywhere but the objects, most from the border. Colours are looked at from everywhere. And 'left' is
-# looked at from the ring, on the right: what it takes from there cannot be seen in a map.
+# token from everywhere but the objects, most from the border. Colours are looked at most from their objects, and from
+# elsewhere as well. And 'left' is looked at from the ring, on the right: what that place takes from it cannot be seen
+# in a map.
 
 # %% [markdown]
 # ## From a picture to a picture

@@ -199,15 +199,14 @@ class LatentDiffusionRecipe(Recipe):
     def draw(self, images: EncodedImages, random: SampleDraws) -> dict[str, Tensor]:
         indices = self.draw_indices(images, random)
         x_0 = self.draw_x_0(images, indices, random)
-        captions = self.draw_captions(images, indices, random)
+        captions = self.shortened_captions(images, indices, random)
         empty = self.tokenizer([""])[0]  # (L,)
         tokens = labels_after_dropout(self.tokenizer(captions), empty, random.uniform(), self.drop)
+        is_dropped = (tokens == empty).all(dim=1, keepdim=True)  # (B, 1)
         return {
             "x_0": x_0,  # (B, c, h, w)
             "tokens": tokens,  # (B, L)
-            "sides": self.sides_of(captions).masked_fill(
-                (tokens == empty).all(dim=1)[:, None], NO_SIDE
-            ),  # (B, L)
+            "sides": self.sides_of(captions).masked_fill(is_dropped, NO_SIDE),  # (B, L)
             "t": self.draw_steps(random),  # (B,)
             "noise": random.normal(*x_0.shape[1:]),  # (B, c, h, w)
         }
@@ -229,7 +228,7 @@ class LatentDiffusionRecipe(Recipe):
         mean, log_variance = images.moments(indices)
         return to_latents(mean, log_variance, random.normal(*mean.shape[1:]), self.latent_scale)
 
-    def draw_captions(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> list[str]:
+    def shortened_captions(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> list[str]:
         """The captions of some images, parts of them left out at random."""
         kept = torch.stack([random.uniform() >= self.shorten for _ in range(NUM_KEPT)], dim=1)  # (B, 5)
         return list(map(leave_out, images.captions(indices), kept.tolist()))
