@@ -371,8 +371,10 @@ def lookup(table, t, like):
     if t.shape != like.shape[:1]:
         raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
     t = t.cpu()
-    if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < len(table):
-        raise ValueError(f"t must lie in [0, {len(table)}); got values {t.min()} to {t.max()}")
+    if t.numel():
+        first, last = t.aminmax()
+        if first < 0 or last >= len(table):
+            raise ValueError(f"t must lie in [0, {len(table)}); got values {first} to {last}")
     values = table[t].to(like.dtype).to(like.device)
     return values.reshape(-1, *[1] * (like.ndim - 1))
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -238,8 +239,24 @@ class CrossAttention(nn.Module):
 # --- A U-Net that listens ---
 
 
+def coordinates(height, width, like):
+    """Where the places of a feature map are.
+
+    Args:
+        height, width: of the map.
+        like: a tensor with the dtype and the device that are wanted.
+
+    Returns:
+        (height * width, 2): row and column of each place, from -1 (top, left) to 1, row by row.
+    """
+    rows, columns = (
+        torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device) for size in (height, width)
+    )
+    return torch.cartesian_prod(rows, columns)
+
+
 class TextAttention(nn.Module):
-    """Every place looks at all places, then at the words; both are added to its features.
+    """Every place looks at all places, then at the words, knowing where it is; both are added.
 
     Made for UNet's `attention`: partial(TextAttention, context_dim=E) takes the channels.
 
@@ -253,14 +270,17 @@ class TextAttention(nn.Module):
     Raises:
         ValueError: if channels is above head_dim and no multiple of it.
 
-    Source: Rombach et al. 2022, appendix E.2.1 (self-attention, then cross-attention).
+    Source: Rombach et al. 2022, appendix E.2.1 (there with an MLP between the two attentions).
     """
 
     def __init__(self, channels, context_dim, head_dim=32, self_attention_from=0):
         super().__init__()
+        head_dim = min(head_dim, channels)
+        if channels % head_dim:
+            raise ValueError(f"channels must be a multiple of head_dim={head_dim}; got channels={channels}")
         self.places = SelfAttention(channels, head_dim) if channels >= self_attention_from else None
         self.norm = group_norm(channels)
-        head_dim = min(head_dim, channels)
+        self.where = nn.Linear(2, channels, bias=False)
         self.words = CrossAttention(channels, context_dim, channels // head_dim, head_dim)
         zero_init(self.words.to_out)
 
@@ -276,28 +296,9 @@ class TextAttention(nn.Module):
         if self.places is not None:
             x = self.places(x)
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        tokens = tokens + self.where(coordinates(*x.shape[2:], x))  # (H W, C), the same for all samples
         h = self.words(tokens, cond["context"], cond["mask"])  # (B, H W, C)
         return x + h.transpose(1, 2).reshape(x.shape)
-
-
-class TextDenoiser(nn.Module):
-    """A denoiser and the text encoder that it is trained with: (x_t, t, tokens) -> output.
-
-    Args:
-        unet: called as (x_t, t, cond), cond being what the text encoder gives.
-        text_encoder: tokens (B, L) -> cond.
-
-    Attributes:
-        unet, text_encoder: as given.
-    """
-
-    def __init__(self, unet, text_encoder):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x_t, t, tokens):
-        """Map noisy latents x_t (B, c, h, w), steps t (B,) and tokens (B, L) to the raw output, like x_t."""
-        return self.unet(x_t, t, self.text_encoder(tokens))
 
 
 # --- The whole, assembled ---
@@ -307,7 +308,8 @@ class LatentDiffusion(nn.Module):
     """Text to image: a text encoder, a denoiser of latents that is told the text, and a VAE around them.
 
     The VAE is frozen and put into evaluation mode, and stays so whatever `train` is called with. Parameters
-    are to be float32 or float64: half precision has no number for the little noise of the first steps.
+    must be float32 or float64 for drawing: in half precision the first alpha_bar rounds to 1, and the root of
+    1 - alpha_bar, by which DDIM divides, to 0.
 
     Args:
         vae: with `encode(x) -> (mean, log_variance)`, `decode(z)`, `in_channels`, `latent_channels` and
@@ -359,7 +361,10 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """Map scaled latents (B, c, h, w) to images (B, C, H, W), in [-1, 1] but for small overshoots."""
+        """Map scaled latents (B, c, h, w) to images (B, C, H, W), in [-1, 1] but for small overshoots.
+
+        Without a gradient; where one is wanted, call `from_latents` with `vae.decode`.
+        """
         return from_latents(self.vae.decode, latents, self.latent_scale)
 
     @torch.no_grad()
@@ -387,11 +392,17 @@ class LatentDiffusion(nn.Module):
             The guided denoiser.
 
         Raises:
+            TypeError: if the parameters are in half precision, or a negative prompt is no text.
             ValueError: if w is not finite, or there are not as many negative prompts as prompts.
         """
+        dtype = self.example().dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"the parameters must be float32 or float64; got {dtype}")
         if not math.isfinite(w):
             raise ValueError(f"w must be a finite number; got {w}")
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        if not isinstance(negative, list | tuple) or not all(isinstance(text, str) for text in negative):
+            raise TypeError(f"negative_prompt must be a str or a list of str; got {negative_prompt!r}")
         if len(negative) != len(prompts):
             raise ValueError(
                 f"negative_prompt must be one text, or one for each of {len(prompts)} prompt(s); "
@@ -415,7 +426,7 @@ class LatentDiffusion(nn.Module):
             (B, C, H, W), in [-1, 1] but for small overshoots.
 
         Raises:
-            TypeError: if prompts are no texts.
+            TypeError: if prompts or negative prompts are no texts, or the parameters in half precision.
             ValueError: if there is no prompt, or one is empty, too long or has an unknown word; if steps is
                 out of range, or there are not as many generators or negative prompts as prompts.
 
@@ -471,8 +482,13 @@ class LatentDiffusion(nn.Module):
                 and "image_size".
 
         Returns:
-            LatentDiffusion, which keeps the settings.
+            LatentDiffusion, which keeps a copy of the settings.
+
+        Raises:
+            KeyError: if one of them is missing.
+            ValueError: if there is no such schedule.
         """
+        check_choice("schedule", settings["schedule"], tuple(SCHEDULES))
         text_encoder = TextEncoder(Tokenizer(settings["words"], settings["length"]), **settings["text"])
         vae = KLVAE(**settings["vae"])
         attention = partial(TextAttention, context_dim=text_encoder.width, **settings["attention"])
@@ -480,8 +496,8 @@ class LatentDiffusion(nn.Module):
         betas = SCHEDULES[settings["schedule"]](settings["diffusion_steps"])
         diffusion = Diffusion(betas, prediction=settings["prediction"])
         pipeline = cls(vae, unet, diffusion, settings["latent_scale"], text_encoder, settings["image_size"])
-        pipeline.settings = settings
-        # channels last in memory: convolutions are up to a quarter faster so
+        pipeline.settings = deepcopy(settings)
+        # channels last in memory: convolutions are up to a quarter faster that way
         return pipeline.to(memory_format=torch.channels_last)
 
     def save(self, folder):
@@ -535,14 +551,16 @@ class LatentDiffusion(nn.Module):
     # --- From a picture to a picture ---
 
     @torch.no_grad()
-    def image_to_image(self, images, prompts, strength, w=2.0, steps=50, generator=None, negative_prompt=""):
+    def image_to_image(
+        self, images, prompts, strength, *, w=2.0, steps=50, generator=None, negative_prompt=""
+    ):
         """Draw each image anew, as its prompt says, from a noised version of its latents.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             prompts: a str, or a list of B of them.
-            strength: the share of the steps that are taken, in [0, 1], rounded to whole steps; none of them
-                returns the VAE's reconstruction.
+            strength: the share of the steps that are taken, in [0, 1], rounded to whole steps (halves to
+                even numbers); none of them returns the VAE's reconstruction.
             w, steps, generator, negative_prompt: as `text_to_image` takes them.
 
         Returns:
@@ -552,7 +570,7 @@ class LatentDiffusion(nn.Module):
             ValueError: if strength lies outside [0, 1], or there are not as many images as prompts; and what
                 `text_to_image` raises.
 
-        Source: Meng et al. 2022, section 3 (SDEdit).
+        Source: Meng et al. 2022, section 3 (SDEdit; of pixels and with a stochastic sampler there).
         """
         prompts = checked_prompts(prompts)
         if not 0 <= strength <= 1:
@@ -560,7 +578,7 @@ class LatentDiffusion(nn.Module):
         check_number_of_images(images, prompts)
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
-        z_t = self.encode(images)
+        z_t = self.encode(images.to(self.example()))
         noise = initial_noise(z_t.shape, generator, z_t)
         first = round(strength * steps)  # how many of the steps to take
         if first:
@@ -573,7 +591,7 @@ class LatentDiffusion(nn.Module):
     # --- Inpainting ---
 
     @torch.no_grad()
-    def inpaint(self, images, is_unknown, prompts, w=2.0, steps=50, generator=None, negative_prompt=""):
+    def inpaint(self, images, is_unknown, prompts, *, w=2.0, steps=50, generator=None, negative_prompt=""):
         """Draw a part of each image anew, as its prompt says, and keep the other pixels exactly.
 
         Args:
@@ -590,7 +608,7 @@ class LatentDiffusion(nn.Module):
             ValueError: if it has another shape, or there are not as many images as prompts; and what
                 `text_to_image` raises.
 
-        Source: Lugmayr et al. 2022, algorithm 1, without resampling.
+        Source: Lugmayr et al. 2022, algorithm 1; here without resampling, by DDIM, with one noise for all.
         """
         prompts = checked_prompts(prompts)
         check_number_of_images(images, prompts)
@@ -599,6 +617,8 @@ class LatentDiffusion(nn.Module):
         if is_unknown.shape != (len(images), 1, *images.shape[2:]):
             expected = (len(images), 1, *images.shape[2:])
             raise ValueError(f"is_unknown must be of shape {expected}; got {tuple(is_unknown.shape)}")
+        images = images.to(self.example())
+        is_unknown = is_unknown.to(images.device)
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
         known = self.encode(images.masked_fill(is_unknown, 0))  # what is hidden, the encoder must not see
@@ -628,7 +648,7 @@ def checked_prompts(prompts):
     if not prompts:
         raise ValueError("prompts must hold at least one text; got none")
     if not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"prompts must not be empty (w=-1 draws without a wish); got {prompts!r}")
+        raise ValueError(f"prompts must not be empty (to draw without one, take w=-1); got {prompts!r}")
     return list(prompts)
 
 
@@ -674,7 +694,44 @@ def settings_hash(settings):
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-# --- What each word does ---
+# --- Which one goes where ---
+
+
+class TextDenoiser(nn.Module):
+    """A denoiser, the text encoder that it is trained with, and a layer that asks each token for its side.
+
+    Args:
+        unet: called as (x_t, t, cond), cond being what the text encoder gives.
+        text_encoder: tokens (B, L) -> cond, with "context" of its `width`; see TextEncoder.
+        num_sides: how many sides there are to choose from.
+
+    Attributes:
+        unet, text_encoder: as given.
+        side: the layer, which is used in training only.
+    """
+
+    def __init__(self, unet, text_encoder, num_sides):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+        self.side = nn.Linear(text_encoder.width, num_sides)
+
+    def forward(self, x_t, t, tokens):
+        """Denoise, and say where the nouns stand.
+
+        Args:
+            x_t: noisy latents, (B, c, h, w).
+            t: steps, (B,).
+            tokens: (B, L).
+
+        Returns:
+            output: the raw output, like x_t.
+            sides: logits of each token's side, (B, num_sides, L), as cross_entropy takes them.
+        """
+        cond = self.text_encoder(tokens)
+        return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
+
+
+# --- Where each word is looked at from ---
 
 
 def word_maps(weights, height, width):
@@ -706,11 +763,11 @@ def recorded_weights(network):
     """
     recorded = []
 
-    def record(module, arguments, output):
-        recorded.append(module.weights(*arguments).detach())
+    def record(module, arguments, keywords, output):
+        recorded.append(module.weights(*arguments, **keywords).detach())
 
     layers = [module for module in network.modules() if callable(getattr(module, "weights", None))]
-    handles = [layer.register_forward_hook(record) for layer in layers]
+    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
         yield recorded
     finally:
@@ -746,7 +803,7 @@ def keep_known(z_t, known, is_known, alpha_bar, noise):
     Returns:
         Like z_t.
 
-    Source: Lugmayr et al. 2022, equation 8.
+    Source: Lugmayr et al. 2022, equation 8 (with fresh noise at each step there).
     """
     # z_t where nothing is known, sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps where it is
     return torch.where(is_known, q_sample(known, alpha_bar, noise), z_t)

@@ -97,7 +97,8 @@ def vae_loss(x, x_hat, mean, log_variance, kl_weight):
     Raises:
         ValueError: if x and x_hat are of different shapes.
 
-    Source: Kingma and Welling 2014, equation 10; Higgins et al. 2017, equation 4 (the weight).
+    Source: Kingma and Welling 2014, equation 10, times the variance of the decoder's noise; Higgins et al.
+        2017, equation 4, whose beta is kl_weight over that variance.
     """
     if x_hat.shape != x.shape:
         raise ValueError(f"x_hat must have the shape of x, {tuple(x.shape)}; got {tuple(x_hat.shape)}")
@@ -143,7 +144,14 @@ def psnr(x, x_hat):
     Returns:
         (B,): 10 log10 of the squared range of the values over the mean squared error of an image; infinite
         where both are equal.
+
+    Raises:
+        ValueError: if x and x_hat are of different shapes.
+
+    Source: equation 6.16 of the chapter.
     """
+    if x_hat.shape != x.shape:
+        raise ValueError(f"x_hat must have the shape of x, {tuple(x.shape)}; got {tuple(x_hat.shape)}")
     mean_squared_error = ((x - x_hat) ** 2).flatten(1).mean(dim=1)  # (B,)
     # 10 log10(range^2 / MSE); the range of [-1, 1] is 2
     return 10 * torch.log10(4 / mean_squared_error)
@@ -301,13 +309,13 @@ class KLVAE(nn.Module):
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, z):
-        """Map latents z (B, latent_channels, H, W) to images (B, C, factor H, factor W), not clipped.
+        """Map latents z (B, latent_channels, h, w) to images (B, C, factor h, factor w), not clipped.
 
         Raises:
-            ValueError: if z has another number of channels.
+            ValueError: if z is not of that shape.
         """
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(f"z must be of shape (B, {self.latent_channels}, H, W); got {tuple(z.shape)}")
+            raise ValueError(f"z must be of shape (B, {self.latent_channels}, h, w); got {tuple(z.shape)}")
         return unpatchify(self.decoder(z), self.patch_size)
 
     def forward(self, x, noise):
@@ -340,9 +348,9 @@ def latent_scale(latents):
 
     Returns:
         A scalar tensor, above 0: one over the standard deviation (with N - 1, as torch's std has it) of all
-        numbers of the batch together.
+        numbers of the batch together. Infinite for latents that are all the same.
 
-    Source: Rombach et al. 2022, appendix G.
+    Source: Rombach et al. 2022, appendix G (there with N, from the first batch).
     """
     # s = 1 / sigma, over samples, channels and places alike
     return 1 / latents.std()

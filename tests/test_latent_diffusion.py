@@ -1,5 +1,6 @@
 """Chapter 07 against oracles: torch's attention, diffusers' networks and steps, an invertible VAE."""
 
+import copy
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from lecture26.latent_diffusion import (
     TextDenoiser,
     TextEncoder,
     TransformersText,
+    coordinates,
     cross_attention,
     from_latents,
     initial_noise,
@@ -195,6 +197,26 @@ TEXT = {"width": 6, "depth": 1, "heads": 2}
 COND = {"context": CONTEXT, "mask": MASK}
 
 
+# row and column of the places of a map of 2 by 3
+GRID = torch.tensor([[-1.0, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]], dtype=torch.float64)
+
+
+def test_coordinates_are_rows_and_columns_from_minus_1_to_1():
+    agree(coordinates(2, 3, GRID), GRID, 0.0)
+    agree(coordinates(1, 2, GRID.float()), torch.tensor([[-1.0, -1], [-1, 1]]), 0.0)
+
+
+def test_places_with_the_same_features_are_told_apart_by_where_they_are():
+    torch.manual_seed(0)
+    block = perturbed(TextAttention(8, 5, head_dim=4))
+    flat = normal(3, 8, 1, 1).expand(3, 8, 2, 3)
+    output = block(flat, COND).flatten(2)  # (3, 8, 6)
+    distances = torch.cdist(output.transpose(1, 2), output.transpose(1, 2))
+    assert (distances + torch.eye(6) > 1e-4).all()
+    nn.init.zeros_(block.where.weight)
+    agree(block(flat, COND), block(flat, COND)[:, :, :1, :1].expand_as(flat), 1e-12)
+
+
 def text_unet(channels=4, context_dim=5, dtype=torch.float64):
     torch.manual_seed(0)
     attention = partial(TextAttention, context_dim=context_dim)
@@ -211,7 +233,7 @@ def test_the_block_is_self_attention_then_cross_attention_each_added():
     block = perturbed(TextAttention(8, 5, head_dim=4))
     h = normal(3, 8, 2, 3)
     after_places = block.places(h)
-    places = block.norm(after_places).flatten(2).transpose(1, 2)
+    places = block.norm(after_places).flatten(2).transpose(1, 2) + block.where(GRID)
     said = block.words(places, CONTEXT, MASK)
     expected = after_places + said.transpose(1, 2).unflatten(2, (2, 3))
     agree(block(h, COND), expected, 1e-12)
@@ -225,7 +247,8 @@ def test_a_map_with_few_channels_looks_at_the_words_only(channels, looks_around)
     h = normal(3, channels, 2, 3)
     assert (block.places is not None) == looks_around
     before = block.places(h) if looks_around else h
-    said = block.words(block.norm(before).flatten(2).transpose(1, 2), CONTEXT, MASK)
+    places = block.norm(before).flatten(2).transpose(1, 2) + block.where(GRID)
+    said = block.words(places, CONTEXT, MASK)
     agree(block(h, COND), before + said.transpose(1, 2).unflatten(2, (2, 3)), 1e-12)
 
 
@@ -292,12 +315,14 @@ def test_padding_changes_nothing_that_the_unet_draws():
 
 
 def test_denoiser_and_text_encoder_are_learned_together():
-    model = TextDenoiser(text_unet(context_dim=6), encoder())
+    model = TextDenoiser(text_unet(context_dim=6), encoder(), 4).double()
     tokens = model.text_encoder.tokenizer(["a red star blue ring", "a", ""])
     z_t, t = normal(3, 4, 4, 4), torch.tensor([3, 500, 999])
-    output = model(z_t, t, tokens)
-    agree(output, model.unet(z_t, t, model.text_encoder(tokens)), 0.0)
-    output.square().sum().backward()
+    output, sides = model(z_t, t, tokens)
+    cond = model.text_encoder(tokens)
+    agree(output, model.unet(z_t, t, cond), 0.0)
+    agree(sides[1, :, 2], model.side(cond["context"][1, 2]), 1e-12)
+    (output.square().sum() + sides.square().sum()).backward()
     unused = {name for name, parameter in model.named_parameters() if not parameter.grad.any()}
     assert unused == set()
     rows = model.text_encoder.transformer.tokens.weight.grad.abs().sum(1) > 0
@@ -323,6 +348,14 @@ def test_weights_are_recorded_layer_by_layer_while_the_block_runs():
         raise RuntimeError
     unet(z_t, t, COND)
     assert weights == []
+
+
+def test_weights_of_a_layer_that_is_called_by_keyword():
+    layer, x = CrossAttention(4, 5, heads=2, head_dim=3).double(), normal(3, 6, 4)
+    with recorded_weights(layer) as weights:
+        layer(x, CONTEXT, mask=MASK)
+    agree(weights[0], layer.weights(x, CONTEXT, MASK), 0.0)
+    assert not (weights[0] * ~MASK[:, None, None]).any()
 
 
 # Latents and their scale
@@ -427,12 +460,13 @@ def test_the_vae_is_bit_identical_after_training():
     pipeline = LatentDiffusion(MovingVAE(), text_unet(context_dim=6), DIFFUSION, 0.5, encoder(), 8)
     before = {name: value.clone() for name, value in pipeline.state_dict().items()}
     optimizer = torch.optim.AdamW(pipeline.train().parameters(), 1e-2, weight_decay=0.1)
-    model, t = TextDenoiser(pipeline.denoiser, pipeline.text_encoder), torch.tensor([3, 50, 99])
+    model, t = TextDenoiser(pipeline.denoiser, pipeline.text_encoder, 4), torch.tensor([3, 50, 99])
     tokens = pipeline.text_encoder.tokenizer(PROMPTS)
     for step in range(3):
         x_0 = pipeline.encode(IMAGES, normal(3, 4, 4, 4, seed=step))
         optimizer.zero_grad()
-        DIFFUSION.loss(partial(model, tokens=tokens), x_0, t, normal(3, 4, 4, 4, seed=7)).backward()
+        noise = normal(3, 4, 4, 4, seed=7)
+        DIFFUSION.loss(lambda z_t, t: model.double()(z_t, t, tokens)[0], x_0, t, noise).backward()
         optimizer.step()
     after = pipeline.state_dict()
     changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -1166,7 +1200,7 @@ def test_settings_make_the_recipe_again(recipe):
 
 def test_the_vae_is_no_part_of_what_is_trained(recipe):
     parts = {name.partition(".")[0] for name in recipe.build().state_dict()}
-    assert parts == {"unet", "text_encoder"}
+    assert parts == {"unet", "text_encoder", "side"}
     own = replace(recipes.find_recipe("text_to_image_shapes64"), vae_model={}, latent_scale=1.0)
     size = sum(parameter.numel() for parameter in replace(own, words=recipe.words).build().parameters())
     assert size <= 3.5e6
@@ -1227,9 +1261,39 @@ def test_captions_lose_words_at_the_rate_given(recipe, images):
     tokens = drawn.draw(images, draws(count))["tokens"]
     says_background = (tokens == recipe.tokenizer(["background"])[0, 1]).any(dim=1)
     assert abs(says_background.double().mean() - 0.7) < 4 * math.sqrt(0.3 * 0.7 / count)
-    whole = replace(drawn, shorten=0.0).draw(images, draws(9))
+    whole = replace(drawn, shorten=0.0, drop=0.0).draw(images, draws(9))
     indices = drawn.draw_indices(images, draws(9))
     agree(whole["tokens"], recipe.tokenizer(images.captions(indices)), 0)
+
+
+@pytest.mark.parametrize(
+    ("caption", "sides"),
+    [
+        ("a red star", {}),
+        ("", {}),
+        ("a star to the left of a small blue ring on a dark background", {"star": "left", "ring": "right"}),
+        ("a small star to the right of a ring", {"star": "right", "ring": "left"}),
+        ("a red star above a blue star", {2: "above", 6: "below"}),
+        ("a ring below a large star on a light background", {"ring": "below", "star": "above"}),
+    ],
+)
+def test_nouns_stand_where_the_caption_says(caption, sides):
+    words = caption.split()
+    expected = [latent.NO_SIDE] * len(words)
+    for noun, side in sides.items():
+        expected[noun if isinstance(noun, int) else words.index(noun)] = latent.SIDES.index(side)
+    assert latent.noun_sides(caption) == expected
+
+
+def test_sides_lie_at_the_nouns_of_what_is_told_and_nowhere_else(recipe, images):
+    batch = replace(recipe, drop=0.3, shorten=0.3, scenes=0.5).draw(images, draws(60))
+    empty = recipe.tokenizer([""])[0]
+    for tokens, sides in zip(batch["tokens"], batch["sides"], strict=True):
+        words = [recipe.tokenizer.words[token - 3] for token in tokens.tolist() if token > 2]
+        expected = torch.full_like(sides, latent.NO_SIDE)
+        expected[1 : 1 + len(words)] = torch.tensor(latent.noun_sides(" ".join(words)), dtype=torch.int64)
+        agree(sides, expected, 0)
+    assert (batch["tokens"] == empty).all(dim=1).any() and (batch["sides"] >= 0).any()
 
 
 @pytest.mark.parametrize("scenes", [0.0, 0.3, 1.0])
@@ -1274,7 +1338,13 @@ def test_loss_of_the_recipe_by_hand(recipe, images):
     z_t = kept.sqrt() * batch["x_0"] + (1 - kept).sqrt() * batch["noise"]
     v = kept.sqrt() * batch["noise"] - (1 - kept).sqrt() * batch["x_0"]
     cond = model.text_encoder(batch["tokens"])
-    agree(recipe.loss(model, batch), (model.unet(z_t, batch["t"], cond) - v).square().mean(), 1e-4)
+    error = (model.unet(z_t, batch["t"], cond) - v).square().mean()
+    agree(replace(recipe, lesson=0.0).loss(model, batch), error, 1e-4)
+    log_shares = model.side(cond["context"]).log_softmax(dim=2)  # (4, L, 4)
+    rows, places = (batch["sides"] >= 0).nonzero().T
+    assert len(rows) > 0
+    wrong = -log_shares[rows, places, batch["sides"][rows, places]].sum() / batch["sides"].numel()
+    agree(recipe.loss(model, batch), error + 3 * wrong, 1e-4)
 
 
 def test_images_for_captions_start_from_seeds_of_their_own(recipe):
@@ -1417,22 +1487,23 @@ def test_shipped_model_is_small_and_its_card_says_what_the_chapter_promises(ship
     assert card["settings"]["latent_scale"] == load_card("vae_shapes64")["metrics"]["latent_scale"]
     metrics = card["metrics"]
     assert metrics["test_loss"] < metrics["test_loss_unconditional"]
-    # the targets are .98 of each label and .90 of held-out pairs; the card counts 128 images
+    # the targets are .98 of each label, .90 of held-out pairs and .80 of scenes; the card counts 128 images
     attributes = "shape", "colour", "size", "background"
-    assert min(metrics[f"accuracy_shapes_{name}"] for name in attributes) >= 0.96
+    assert min(metrics[f"accuracy_shapes_{name}"] for name in attributes) >= 0.98
     assert metrics["accuracy_shapes_held_out"] >= 0.9
-    # of scenes the model draws two objects along the right axis; it does not know yet which one comes first
-    assert min(metrics[f"accuracy_scenes_{name}"] for name in ("relation", "background")) >= 0.95
+    assert metrics["accuracy_scenes_all"] >= 0.8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "split", "least"), [(0, "test", 0.8), (0, "held_out", 0.8)])
+@pytest.mark.parametrize(
+    ("part", "split", "least"), [(0, "test", 0.9), (0, "held_out", 0.9), (1, "test", 0.6)]
+)
 def test_shipped_model_draws_what_is_asked_for(shipped, part, split, least):
     images = load("shapes_and_scenes", split).parts[part]
     drawn = latent.draw_captions(
         latent.load_pipeline("text_to_image_shapes64"), images.captions(range(32)), 2.0, 20, batch_size=32
     )
-    reader = recipes.load_model("reader_shapes64")
+    reader = recipes.load_model(("reader_shapes64", "reader_scenes64")[part])
     assert attribute_accuracy(reader, drawn, images.attributes(range(32)))["all"] >= least
 
 
@@ -1489,6 +1560,11 @@ LONG = "a red star a red star"
             ValueError,
             "unknown word 'green' in 'a green star'; the words are: a, blue, red, ring, star",
         ),
+        (
+            lambda: LatentDiffusion.from_settings(PIPELINE.settings | {"schedule": "sigmoid"}),
+            ValueError,
+            "schedule must be one of 'cosine', 'linear'; got 'sigmoid'",
+        ),
         (lambda: PIPELINE([LONG]), ValueError, f"a text must have at most 5 words; got 6 in '{LONG}'"),
         (lambda: PIPELINE(""), ValueError, "prompts must not be empty"),
         (lambda: PIPELINE(["a star", "  "]), ValueError, "prompts must not be empty"),
@@ -1508,6 +1584,21 @@ LONG = "a red star a red star"
             r"negative_prompt must be one text, or one for each of 3 prompt\(s\); got 1",
         ),
         (lambda: PIPELINE(PROMPTS, negative_prompt="green"), ValueError, "unknown word 'green'"),
+        (
+            lambda: PIPELINE(PROMPTS, negative_prompt=None),
+            TypeError,
+            "negative_prompt must be a str or a list of str; got None",
+        ),
+        (
+            lambda: copy.deepcopy(PIPELINE).half()(PROMPTS),
+            TypeError,
+            "the parameters must be float32 or float64; got torch.float16",
+        ),
+        (
+            lambda: TextAttention(40, 5, head_dim=32, self_attention_from=64),
+            ValueError,
+            "channels must be a multiple of head_dim=32; got channels=40",
+        ),
         (lambda: PIPELINE(PROMPTS, negative_prompt=LONG), ValueError, "at most 5 words; got 6"),
         (lambda: PIPELINE(PROMPTS, steps=1), ValueError, r"steps must lie in \[2, 100\]; got .*1"),
         (lambda: PIPELINE(PROMPTS, steps=101), ValueError, r"steps must lie in \[2, 100\]; got .*101"),

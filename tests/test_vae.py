@@ -566,6 +566,11 @@ def test_a_small_vae_learns():
             r"x_hat must have the shape of x, \(2, 3, 4, 4\); got \(2, 1, 4, 4\)",
         ),
         (
+            lambda: psnr(normal(2, 3, 4, 4), normal(2, 1, 4, 4)),
+            ValueError,
+            r"x_hat must have the shape of x, \(2, 3, 4, 4\); got \(2, 1, 4, 4\)",
+        ),
+        (
             lambda: vae_loss(normal(2, 3), normal(1, 3), *code(2, 1), 1.0),
             ValueError,
             r"x_hat must have the shape of x, \(2, 3\); got \(1, 3\)",
@@ -591,7 +596,7 @@ def test_a_small_vae_learns():
         (
             lambda: small_vae().decode(normal(2, 3, 2, 2)),
             ValueError,
-            r"z must be of shape \(B, 2, H, W\); got \(2, 3, 2, 2\)",
+            r"z must be of shape \(B, 2, h, w\); got \(2, 3, 2, 2\)",
         ),
         (lambda: small_vae().decode(normal(2, 2, 2)), ValueError, r"z must be .*got \(2, 2, 2\)"),
     ],

@@ -928,7 +928,7 @@ def _changed_maps(change: Callable[[Tensor], Tensor]) -> Callable:
 
 WORD_MAPS = Exercise(
     "latent_diffusion.word_maps",
-    '"What each word does", equation (7.12)',
+    '"Where each word is looked at from", equation (7.12)',
     latent_diffusion.word_maps,
     _word_maps_cases,
     (

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lecture26.classifier_free_guidance import labels_after_dropout
@@ -15,7 +16,7 @@ from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.shapes import ShapesAndScenes
+from lecture26.kit.shapes import SHAPES, ShapesAndScenes
 from lecture26.kit.training import SampleDraws
 from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
 from lecture26.recipes.readers import find_reader
@@ -29,6 +30,9 @@ EVALUATION_STEPS = 50  # of DDIM
 EVALUATION_WEIGHT = 2.0  # w of the evaluation's samples
 ENCODING_BATCH = 64
 WORDS_FROM = 4096  # captions, in which every word of the language occurs
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+SIDES = tuple(OPPOSITE)
+NO_SIDE = -100  # what cross_entropy ignores
 NUM_KEPT = 5  # parts that a caption may lose: size and colour of either object, and the background
 
 
@@ -102,6 +106,7 @@ class LatentDiffusionRecipe(Recipe):
         shorten: with this probability each, a caption loses the size or the colour of an object, or the
             background.
         drop: the probability with which a caption is replaced by the empty one.
+        lesson: weight of the cross entropy with which the text encoder learns on which side a noun stands.
         schedule, diffusion_steps, prediction: of the diffusion.
         words_first: whether steps are drawn mostly where the words decide (chapter 07, equation 7.11); if
             not, all alike.
@@ -120,6 +125,7 @@ class LatentDiffusionRecipe(Recipe):
     attention: dict = field(default_factory=dict)
     shorten: float = 0.1
     drop: float = 0.1
+    lesson: float = 3.0
     schedule: str = "cosine"
     diffusion_steps: int = 1000
     prediction: str = "v"
@@ -144,7 +150,7 @@ class LatentDiffusionRecipe(Recipe):
 
     def build(self) -> nn.Module:
         pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
-        return TextDenoiser(pipeline.denoiser, pipeline.text_encoder)
+        return TextDenoiser(pipeline.denoiser, pipeline.text_encoder, len(SIDES))
 
     def pipeline_settings(self) -> dict:
         """What `LatentDiffusion.from_settings` makes the untrained pipeline of."""
@@ -193,11 +199,14 @@ class LatentDiffusionRecipe(Recipe):
     def draw(self, images: EncodedImages, random: SampleDraws) -> dict[str, Tensor]:
         indices = self.draw_indices(images, random)
         x_0 = self.draw_x_0(images, indices, random)
-        tokens = self.draw_tokens(images, indices, random)
+        captions = self.shortened_captions(images, indices, random)
         empty = self.tokenizer([""])[0]  # (L,)
+        tokens = labels_after_dropout(self.tokenizer(captions), empty, random.uniform(), self.drop)
+        is_dropped = (tokens == empty).all(dim=1, keepdim=True)  # (B, 1)
         return {
             "x_0": x_0,  # (B, c, h, w)
-            "tokens": labels_after_dropout(tokens, empty, random.uniform(), self.drop),  # (B, L)
+            "tokens": tokens,  # (B, L)
+            "sides": self.sides_of(captions).masked_fill(is_dropped, NO_SIDE),  # (B, L)
             "t": self.draw_steps(random),  # (B,)
             "noise": random.normal(*x_0.shape[1:]),  # (B, c, h, w)
         }
@@ -219,15 +228,31 @@ class LatentDiffusionRecipe(Recipe):
         mean, log_variance = images.moments(indices)
         return to_latents(mean, log_variance, random.normal(*mean.shape[1:]), self.latent_scale)
 
-    def draw_tokens(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> Tensor:
-        """The captions of some images as tokens (B, L), parts of them left out at random."""
+    def shortened_captions(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> list[str]:
+        """The captions of some images, parts of them left out at random."""
         kept = torch.stack([random.uniform() >= self.shorten for _ in range(NUM_KEPT)], dim=1)  # (B, 5)
-        captions = map(leave_out, images.captions(indices), kept.tolist())
-        return self.tokenizer(list(captions))
+        return list(map(leave_out, images.captions(indices), kept.tolist()))
+
+    def sides_of(self, captions: Sequence[str]) -> Tensor:
+        """For each token of B captions the number of its side in SIDES, or NO_SIDE: (B, L) int64."""
+        sides = torch.full((len(captions), self.length), NO_SIDE)
+        for row, caption in zip(sides, captions, strict=True):
+            of_words = noun_sides(caption)
+            row[1 : 1 + len(of_words)] = torch.tensor(of_words)  # the first token is 'begin'
+        return sides
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        told = partial(model, tokens=batch["tokens"])
-        return self.diffusion.loss(told, batch["x_0"], batch["t"], batch["noise"])
+        logits = []
+
+        def told(x_t: Tensor, t: Tensor) -> Tensor:
+            output, sides = model(x_t, t, batch["tokens"])
+            logits.append(sides)
+            return output
+
+        loss = self.diffusion.loss(told, batch["x_0"], batch["t"], batch["noise"])
+        # a mean over all tokens, so that several processes count each noun as one process would
+        wrong = cross_entropy(logits[0], batch["sides"], ignore_index=NO_SIDE, reduction="sum")
+        return loss + self.lesson * wrong / batch["sides"].numel()
 
     def evaluate(self, model: nn.Module, images: EncodedImages) -> dict[str, float]:
         """The test losses, and what readers say of samples, if the checkpoints have them for the data.
@@ -243,8 +268,8 @@ class LatentDiffusionRecipe(Recipe):
             shapes and scenes, and "accuracy_shapes_held_out", "accuracy_scenes_held_out".
         """
         metrics = {
-            "test_loss": replace(self, drop=0.0)._test_loss(model, images),
-            "test_loss_unconditional": replace(self, drop=1.0)._test_loss(model, images),
+            "test_loss": replace(self, drop=0.0, lesson=0.0)._test_loss(model, images),
+            "test_loss_unconditional": replace(self, drop=1.0, lesson=0.0)._test_loss(model, images),
         }
         pipeline, held_out = self.pipeline(model), self.load("held_out").images
         for number, name in enumerate(("shapes", "scenes")):
@@ -270,6 +295,21 @@ class LatentDiffusionRecipe(Recipe):
 
     def _test_loss(self, model: nn.Module, images: EncodedImages) -> float:
         return self.mean_loss(model, images, EVALUATION_BATCHES, EVALUATION_SEED)
+
+
+def noun_sides(caption: str) -> list[int]:
+    """For each word of a caption of Shapes or Scenes: a noun's side as its number in SIDES, else NO_SIDE.
+
+    In 'a star to the left of a ring' the star is on the left, and the ring on the right. The only noun of a
+    caption has no side.
+    """
+    words = caption.split()
+    sides = [NO_SIDE] * len(words)
+    said = [SIDES.index(word) for word in words if word in SIDES]
+    if said:
+        first, second = (place for place, word in enumerate(words) if word in SHAPES)
+        sides[first], sides[second] = said[0], SIDES.index(OPPOSITE[SIDES[said[0]]])
+    return sides
 
 
 def leave_out(caption: str, kept: Sequence[bool]) -> str:
@@ -344,10 +384,10 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     },
     attention={"head_dim": 16, "self_attention_from": 64},
     text={"width": 96, "depth": 2},
-    # Goes on from its own weights, those of a run of 8,500 steps at first: nothing learned is thrown away.
+    # Goes on from its own weights: nothing that was learned before is thrown away.
     start="text_to_image_shapes64",
-    steps=10_500,
+    steps=2900,
     learning_rate=1.2e-3,
-    warmup_steps=500,
+    warmup_steps=200,
 )
 RECIPES = (TEXT_TO_IMAGE,)

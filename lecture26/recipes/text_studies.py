@@ -24,7 +24,13 @@ from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.training import SampleDraws, train
 from lecture26.latent_diffusion import LatentDiffusion, TextAttention, TextDenoiser, TextEncoder
 from lecture26.recipes import find_recipe, load_model, load_recipe
-from lecture26.recipes.latent import EncodedImages, LatentDiffusionRecipe, draw_captions, load_pipeline
+from lecture26.recipes.latent import (
+    SIDES,
+    EncodedImages,
+    LatentDiffusionRecipe,
+    draw_captions,
+    load_pipeline,
+)
 from lecture26.unet import EMA, UNet
 
 BATCH_SIZE = 64  # also of the notebook's small version, which draws the first batch
@@ -240,7 +246,8 @@ class PixelRecipe(LatentDiffusionRecipe):
         text_encoder = TextEncoder(self.tokenizer, **self.text)
         attention = partial(TextAttention, context_dim=text_encoder.width, **self.attention)
         unet = UNet(self.channels, attention=attention, **self.model)
-        return TextDenoiser(unet, text_encoder).to(memory_format=torch.channels_last)  # as the pipeline is
+        model = TextDenoiser(unet, text_encoder, len(SIDES))
+        return model.to(memory_format=torch.channels_last)  # as the pipeline is
 
     def draw_x_0(self, images: KeptImages, indices: Tensor, random: SampleDraws) -> Tensor:
         return images.kept(indices)
