@@ -322,7 +322,8 @@ def test_denoiser_and_text_encoder_are_learned_together():
     cond = model.text_encoder(tokens)
     agree(output, model.unet(z_t, t, cond), 0.0)
     agree(sides[1, :, 2], model.side(cond["context"][1, 2]), 1e-12)
-    (output.square().sum() + sides.square().sum()).backward()
+    of_tokens = sides.transpose(1, 2)[cond["mask"]]  # padding is not asked
+    (output.square().sum() + of_tokens.square().sum()).backward()
     unused = {name for name, parameter in model.named_parameters() if not parameter.grad.any()}
     assert unused == set()
     rows = model.text_encoder.transformer.tokens.weight.grad.abs().sum(1) > 0
@@ -1222,7 +1223,7 @@ def test_images_are_encoded_once_and_kept(images, monkeypatch):
 def test_recipe_draws_by_the_numbers_of_the_samples(recipe, images):
     batch = recipe.draw(images, draws(40))
     again = recipe.draw(images, SampleDraws(0, torch.tensor([31, 6])))
-    assert set(batch) == {"x_0", "tokens", "t", "noise"}
+    assert set(batch) == {"x_0", "tokens", "sides", "t", "noise"}
     for name, value in batch.items():
         agree(again[name], value[[31, 6]], 0.0)
     assert batch["x_0"].shape == (40, 4, 16, 16) and batch["tokens"].shape == (40, recipe.length)
