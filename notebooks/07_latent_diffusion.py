@@ -1247,9 +1247,9 @@ show(figure, "The loss falls within 150 steps of training.")
 #
 # $$L_\text{both}=L_\text{diffusion}+\lambda\,\frac1{BM}\sum_{\text{nouns}}-\log p(\text{side of the noun}\mid c_m),$$
 #
-# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with $\lambda=3$. The grammar of 32 words fits into ten lines,
-# `noun_sides`. Large models come by such knowledge otherwise: their text encoders have read very many sentences before
-# they meet a picture.
+# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with $\lambda=3$. The grammar of 32
+# words fits into ten lines, `noun_sides`. Large models come by such knowledge otherwise: their text encoders have
+# read very many sentences before they meet a picture.
 #
 # How long does it take to learn, if it is asked for? Text encoder and linear layer alone, without any picture:
 
