@@ -461,13 +461,14 @@ def test_the_vae_is_bit_identical_after_training():
     pipeline = LatentDiffusion(MovingVAE(), text_unet(context_dim=6), DIFFUSION, 0.5, encoder(), 8)
     before = {name: value.clone() for name, value in pipeline.state_dict().items()}
     optimizer = torch.optim.AdamW(pipeline.train().parameters(), 1e-2, weight_decay=0.1)
-    model, t = TextDenoiser(pipeline.denoiser, pipeline.text_encoder, 4), torch.tensor([3, 50, 99])
+    model = TextDenoiser(pipeline.denoiser, pipeline.text_encoder, 4).double()
+    t = torch.tensor([3, 50, 99])
     tokens = pipeline.text_encoder.tokenizer(PROMPTS)
     for step in range(3):
         x_0 = pipeline.encode(IMAGES, normal(3, 4, 4, 4, seed=step))
         optimizer.zero_grad()
         noise = normal(3, 4, 4, 4, seed=7)
-        DIFFUSION.loss(lambda z_t, t: model.double()(z_t, t, tokens)[0], x_0, t, noise).backward()
+        DIFFUSION.loss(lambda z_t, t: model(z_t, t, tokens)[0], x_0, t, noise).backward()
         optimizer.step()
     after = pipeline.state_dict()
     changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}

@@ -16,6 +16,7 @@ from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.readers import OPPOSITE_RELATIONS
 from lecture26.kit.shapes import SHAPES, ShapesAndScenes
 from lecture26.kit.training import SampleDraws
 from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
@@ -30,8 +31,9 @@ EVALUATION_STEPS = 50  # of DDIM
 EVALUATION_WEIGHT = 2.0  # w of the evaluation's samples
 ENCODING_BATCH = 64
 WORDS_FROM = 4096  # captions, in which every word of the language occurs
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-SIDES = tuple(OPPOSITE)
+# in 'A left of B' A is on the left, and B on the other side
+OTHER_SIDE = {a.removesuffix(" of"): b.removesuffix(" of") for a, b in OPPOSITE_RELATIONS.items()}
+SIDES = tuple(OTHER_SIDE)
 NO_SIDE = -100  # what cross_entropy ignores
 NUM_KEPT = 5  # parts that a caption may lose: size and colour of either object, and the background
 
@@ -200,13 +202,11 @@ class LatentDiffusionRecipe(Recipe):
         indices = self.draw_indices(images, random)
         x_0 = self.draw_x_0(images, indices, random)
         captions = self.shortened_captions(images, indices, random)
-        empty = self.tokenizer([""])[0]  # (L,)
-        tokens = labels_after_dropout(self.tokenizer(captions), empty, random.uniform(), self.drop)
-        is_dropped = (tokens == empty).all(dim=1, keepdim=True)  # (B, 1)
+        empty, u = self.tokenizer([""])[0], random.uniform()  # (L,), (B,)
         return {
             "x_0": x_0,  # (B, c, h, w)
-            "tokens": tokens,  # (B, L)
-            "sides": self.sides_of(captions).masked_fill(is_dropped, NO_SIDE),  # (B, L)
+            "tokens": labels_after_dropout(self.tokenizer(captions), empty, u, self.drop),  # (B, L)
+            "sides": labels_after_dropout(self.sides_of(captions), torch.tensor(NO_SIDE), u, self.drop),
             "t": self.draw_steps(random),  # (B,)
             "noise": random.normal(*x_0.shape[1:]),  # (B, c, h, w)
         }
@@ -308,7 +308,7 @@ def noun_sides(caption: str) -> list[int]:
     said = [SIDES.index(word) for word in words if word in SIDES]
     if said:
         first, second = (place for place, word in enumerate(words) if word in SHAPES)
-        sides[first], sides[second] = said[0], SIDES.index(OPPOSITE[SIDES[said[0]]])
+        sides[first], sides[second] = said[0], SIDES.index(OTHER_SIDE[SIDES[said[0]]])
     return sides
 
 
