@@ -1,4 +1,4 @@
-"""The command line: python -m lecture26 train | sample | evaluate | measure | checkpoints.
+"""The command line: python -m lecture26 train | sample | adapt | evaluate | measure | checkpoints.
 
 What a command needs is imported inside it, so that --help answers at once.
 """
@@ -42,6 +42,17 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class AdaptationMethod(StrEnum):
+    """What of a backbone is trained for a new task; "compare" tries the four of the lecture."""
+
+    linear = "linear"
+    vpt_shallow = "vpt-shallow"
+    vpt_deep = "vpt-deep"
+    bias = "bias"
+    full = "full"
+    compare = "compare"
 
 
 class Sampler(StrEnum):
@@ -236,6 +247,95 @@ def _check_wishes(
         raise ValueError("--guidance cfg takes --w and not --scale: w is the scale of other libraries - 1")
     if guidance in (Guidance.classifier, Guidance.clip) and w is not None:
         raise ValueError(f"--w is for --guidance cfg; --guidance {guidance.value} takes --scale")
+
+
+@app.command()
+def adapt(
+    data: Annotated[str, typer.Option(help="A data set's name, or a folder of images by class.")],
+    backbone: Annotated[
+        str, typer.Option(help="A checkpoint, or timm's name, such as vit_base_patch16_224.augreg_in21k.")
+    ] = "vit_photos32",
+    method: Annotated[
+        AdaptationMethod, typer.Option(help="compare: linear, vpt-shallow, vpt-deep and full.")
+    ] = AdaptationMethod.vpt_deep,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts at each block that gets any.")] = 8,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 64,
+    learning_rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Several times: the validation images choose. Else the method's own are tried."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, for the spread.")] = 1,
+    precision: Annotated[Precision, typer.Option(help="bf16 is faster on GPUs.")] = Precision.fp32,
+    augment: Annotated[bool, typer.Option("--augment", help="Mirror and move training images.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Fetch no weights for a backbone of timm: to try out.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Of the results; else after backbone and data.")] = None,
+    state_every: Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")] = 60.0,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over the results of that name.")] = False,
+):
+    """Adapt a Vision Transformer to your own images, and store what was learned and how well it does.
+
+    Stop it whenever you like: the same command goes on. Numbers go to data/results/NAME.json, and what was
+    trained to data/tasks/NAME. To use several GPUs or processes: accelerate launch -m lecture26 adapt ...
+    """
+    with errors_in_one_line():
+        from accelerate import PartialState
+
+        from lecture26.kit.results import results_file, save_results
+        from lecture26.recipes import adaptation
+
+        options = {
+            "backbone": backbone,
+            "data": data,
+            "method": method.value,
+            "prompts": prompts,
+            "steps": steps,
+            "batch_size": batch_size,
+            "seeds": seeds,
+            "precision": precision.value,
+        }
+        words = [part for key, value in options.items() for part in (_option(key), str(value))]
+        words += [part for rate in learning_rate or [] for part in ("--learning-rate", f"{rate:g}")]
+        flags = {"--augment": augment, "--random-weights": random_weights, "--replace": replace}
+        words += [flag for flag, is_set in flags.items() if is_set]
+        if name is None:
+            name = adaptation.default_name(backbone, data, method.value)
+        else:
+            words += ["--name", name]
+        adaptation.check_name(name)
+        if results_file(name).exists() and not replace:
+            raise ValueError(f"results {name!r} exist: choose another --name, or write over with --replace")
+        compared = ("linear", "vpt-shallow", "vpt-deep", "full")
+        try:
+            results = adaptation.compare_on(
+                backbone,
+                data,
+                compared if method is AdaptationMethod.compare else (method.value,),
+                prompts,
+                adaptation.Budget(
+                    steps=steps, batch_size=batch_size, precision=precision.value, augment=augment
+                ),
+                seeds=range(seeds),
+                learning_rates=learning_rate,
+                pretrained=not random_weights,
+                name=name,
+                state_every=state_every,
+            )
+        except KeyboardInterrupt as stopped:
+            typer.echo("stopped: the same command goes on from the last saved state", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from stopped
+        if not PartialState().is_main_process:
+            return
+        save_results(name, shlex.join(["python", "-m", "lecture26", "adapt", *words]), results)
+    for run in results["runs"]:
+        mean = sum(run["accuracy"]) / len(run["accuracy"])
+        typer.echo(
+            f"{run['method']:12} accuracy {mean:.1%}, {run['trained']:,} trained parameters, "
+            f"{run['bytes'] / 1e3:,.0f} kB, learning rate {run['learning_rate']:g}"
+        )
+    typer.echo(f"stored: {results_file(name)} and {adaptation.tasks_dir(name)}")
 
 
 @app.command()

@@ -369,6 +369,45 @@ def dropped_by_assignment(y, null_label, u, p):
     return y
 
 
+def insert_by_split(tokens, prompts, num_prefix):
+    front, back = tokens.split([num_prefix, tokens.shape[1] - num_prefix], dim=1)
+    if prompts.ndim == 2:
+        prompts = prompts.repeat(len(tokens), 1, 1)
+    return torch.hstack([front, prompts, back])
+
+
+def insert_by_index(tokens, prompts, num_prefix):
+    """All tokens and prompts in one row, and the places that each comes from."""
+    n, count = prompts.shape[-2], tokens.shape[1]
+    places = [*range(num_prefix), *range(count, count + n), *range(num_prefix, count)]
+    prompts = torch.broadcast_to(prompts, (len(tokens), *prompts.shape[-2:]))
+    return torch.cat([tokens, prompts], dim=1)[:, places]
+
+
+def replace_by_where(tokens, prompts, num_prefix):
+    n, count = prompts.shape[-2], tokens.shape[1]
+    is_prompt = torch.tensor([num_prefix <= i < num_prefix + n for i in range(count)])
+    padded = F.pad(prompts, (0, 0, num_prefix, count - num_prefix - n))
+    return torch.where(is_prompt[:, None], padded, tokens)
+
+
+def replace_on_a_copy(tokens, prompts, num_prefix):
+    tokens = tokens.clone()
+    tokens[:, num_prefix : num_prefix + prompts.shape[-2]] = prompts
+    return tokens
+
+
+def own_head_by_loop(features, weights, biases, tasks):
+    rows = zip(features, tasks.tolist(), strict=True)
+    return torch.stack([F.linear(row, weights[task], biases[task]) for row, task in rows])
+
+
+def own_head_by_one_hot(features, weights, biases, tasks):
+    every = torch.einsum("bd,tkd->btk", features, weights) + biases  # (B, T, K)
+    chosen = F.one_hot(tasks, len(weights)).to(features.dtype)
+    return torch.einsum("btk,bt->bk", every, chosen)
+
+
 def standard_normal_kl_by_torch(mean, log_variance):
     code = torch.distributions.Normal(mean, log_variance.exp() ** 0.5)
     prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
@@ -589,6 +628,50 @@ REWRITINGS = [
     ),
     ("classifier_free_guidance.within_interval", within_interval_by_loop),
     ("classifier_free_guidance.within_interval", within_interval_by_mask),
+    ("visual_prompt_tuning.patches", lambda x, p: F.unfold(x, p, stride=p).mT),
+    (
+        "visual_prompt_tuning.patches",
+        lambda x, p: F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2),
+    ),
+    (
+        "visual_prompt_tuning.patches",
+        lambda x, p: x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2),
+    ),
+    ("visual_prompt_tuning.insert_prompts", insert_by_split),
+    ("visual_prompt_tuning.insert_prompts", insert_by_index),
+    (
+        "visual_prompt_tuning.initial_prompts",
+        lambda u, values: math.sqrt(24 / (values + u.shape[-1])) * (u - 0.5),
+    ),
+    (
+        "visual_prompt_tuning.initial_prompts",
+        lambda u, values: torch.lerp(u * 0 - 1, u * 0 + 1, u) * (6 / (u.size(-1) + values)) ** 0.5,
+    ),
+    ("visual_prompt_tuning.replace_prompts", replace_by_where),
+    ("visual_prompt_tuning.replace_prompts", replace_on_a_copy),
+    (
+        "visual_prompt_tuning.attention_to_prompts",
+        lambda weights, first, n: weights.narrow(-1, first, n).sum(-1),
+    ),
+    (
+        "visual_prompt_tuning.attention_to_prompts",
+        lambda weights, first, n: (
+            weights
+            @ torch.tensor([first <= i < first + n for i in range(weights.shape[-1])], dtype=weights.dtype)
+        ),
+    ),
+    (
+        "visual_prompt_tuning.storage_ratio",
+        lambda backbone, depth, n, d, classes: backbone / (d * (depth * n + classes) + classes),
+    ),
+    (
+        "visual_prompt_tuning.storage_ratio",
+        lambda backbone, depth, n, d, classes: 1 / (depth * n * d / backbone + (d + 1) * classes / backbone),
+    ),
+    ("visual_prompt_tuning.bias_gradient", lambda g: g.sum(dim=tuple(range(g.ndim - 1)))),
+    ("visual_prompt_tuning.bias_gradient", lambda g: torch.einsum("...d->d", g)),
+    ("visual_prompt_tuning.own_head", own_head_by_loop),
+    ("visual_prompt_tuning.own_head", own_head_by_one_hot),
     ("vae.kl_to_standard_normal", standard_normal_kl_by_torch),
     (
         "vae.kl_to_standard_normal",

@@ -539,7 +539,9 @@ def test_error_as_a_user_sees_it(data_folder):
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["checkpoints"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["sample"], ["adapt"], ["evaluate"], ["measure"], ["checkpoints"]]
+)
 def test_help(command):
     result = call(*command, "--help")
     assert result.exit_code == 0

@@ -9,7 +9,7 @@ from torch import nn
 from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import load_card, load_state
 from lecture26.kit.validation import check_choice
-from lecture26.recipes import classifiers, clip, conditional, ddpm, latent, readers, vae
+from lecture26.recipes import backbone, classifiers, clip, conditional, ddpm, latent, readers, vae
 from lecture26.recipes.recipe import Recipe, run
 
 __all__ = ["Recipe", "find_recipe", "load_diffusion", "load_model", "load_recipe", "recipe_names", "run"]
@@ -22,13 +22,14 @@ _FAMILIES = {
         classifiers.NoisyClassifierRecipe,
         clip.CLIPRecipe,
         readers.ReaderRecipe,
+        backbone.BackboneRecipe,
         vae.VAERecipe,
         latent.LatentDiffusionRecipe,
     )
 }
 _RECIPES = {
     recipe.name: recipe
-    for module in (ddpm, conditional, classifiers, clip, readers, vae, latent)
+    for module in (ddpm, conditional, classifiers, clip, readers, vae, latent, backbone)
     for recipe in module.RECIPES
 }
 

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
+from lecture26.recipes.adaptation import PROMPT_COUNTS, adaptation
 from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -66,6 +67,24 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     ),
     "text_to_image_evaluation": partial(text_to_image_evaluation, "text_to_image_shapes64", READERS_64),
     "pixel_against_latent": partial(pixel_against_latent, "text_to_image_shapes64", READERS_64),
+    "adaptation": partial(adaptation, state="adaptation"),
+    "adaptation_mnist": partial(adaptation, tasks=("./mnist",), state="adaptation_mnist"),
+    "adaptation_prompts": partial(
+        adaptation,
+        tasks=("digits",),
+        methods=("vpt-shallow", "vpt-deep"),
+        prompt_counts=PROMPT_COUNTS,
+        upstream=None,
+        state="adaptation_prompts",
+    ),
+    "adaptation_widths": partial(
+        adaptation,
+        backbones=("vit_photos32_64", "vit_photos32_96"),
+        tasks=("digits", "line_drawings"),
+        methods=("linear", "vpt-shallow", "vpt-deep", "full"),
+        upstream=None,
+        state="adaptation_widths",
+    ),
 }
 
 

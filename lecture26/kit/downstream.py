@@ -1,0 +1,220 @@
+"""Small tasks for a backbone to be adapted to (chapter 08): coloured images with the label "class".
+
+Four are made by code, each image a pure function of (split, index): drawings in line, things to count,
+textures, and pictures in the dark. Any other data set of the course, such as digits, is cut to the same size.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from lecture26.kit.counter_random import choice, random_bits, uniform
+from lecture26.kit.data import SPLITS, load
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.shapes import COLOUR_RGB, SHAPES, SPLIT_STARTS, Shapes
+from lecture26.kit.training import SampleDraws
+from lecture26.kit.validation import check_choice
+
+IMAGE_SIZE = 32
+COUNTS = {"train": 800, "validation": 400, "test": 1000}  # images at most, in each split of each task
+NOISE_SEED = 8
+
+LIGHT = 0.12  # of the light that a picture in the dark has left
+READ_NOISE = 0.03
+
+MOST_THINGS = 6
+CELLS = 3  # things to count lie in different cells of a grid of 3 x 3
+
+TEXTURES = ("horizontal", "vertical", "rising", "falling", "checks", "dots", "rings", "waves")
+
+
+class MadeByCode(ImageSet):
+    """What the tasks made by code have in common.
+
+    Args:
+        split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: an unknown split.
+    """
+
+    channels = 3
+    image_size = IMAGE_SIZE
+
+    def __init__(self, split: str = "train"):
+        check_choice("split", split, SPLITS)
+        self.split = split
+
+    def __len__(self) -> int:
+        return COUNTS[self.split]
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        image, target = self._make(self._checked(indices))
+        return {"image": image.clamp(0, 1).mul(255).round().div(127.5).sub(1), "class": target}
+
+    @abstractmethod
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), of which [0, 1] can be seen, and classes (B,)."""
+
+    def _bits(self, indices: Tensor, seed: int, num_draws: int) -> Tensor:
+        return random_bits(seed, SPLIT_STARTS[self.split] + indices, num_draws)
+
+
+class LineDrawings(MadeByCode):
+    """The outlines of Shapes, black on white; the class is the shape."""
+
+    labels = {"class": SHAPES}
+
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = Shapes(self.split, self.image_size)
+        attributes = shapes.attributes(indices)
+        inside = shapes.coverage(attributes, indices)  # (B, 1, H, W)
+        outline = max_pool2d(inside, kernel_size=3, stride=1, padding=1) - inside
+        return (1 - outline).expand(-1, 3, -1, -1), attributes["shape"]
+
+
+class LowLight(MadeByCode):
+    """Shapes in the dark, photographed by a noisy camera; the class is the shape."""
+
+    labels = {"class": SHAPES}
+
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        batch = Shapes(self.split, self.image_size).batch(indices)
+        light = LIGHT * (batch["image"] + 1) / 2  # (B, 3, H, W)
+        noise = SampleDraws(NOISE_SEED, SPLIT_STARTS[self.split] + indices).normal(*light.shape[1:])
+        return light + READ_NOISE * noise, batch["shape"]
+
+
+class Counting(MadeByCode):
+    """One to six coloured discs on grey; the class is their number."""
+
+    labels = {"class": tuple(str(count) for count in range(1, MOST_THINGS + 1))}
+
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        cells = CELLS**2
+        bits = self._bits(indices, seed=1, num_draws=2 + 5 * cells)
+        target = choice(bits[:, 0], MOST_THINGS)  # (B,), one less than the number of discs
+        rank, x, y, size, colour = bits[:, 2:].view(-1, 5, cells).unbind(dim=1)  # (B, cells) each
+        is_there = rank.argsort(dim=1).argsort(dim=1) <= target[:, None]  # as many of the cells, at random
+        radius = 0.05 + 0.055 * uniform(size)  # of the image's width
+        column, row = torch.arange(cells) % CELLS, torch.arange(cells) // CELLS
+        room = 1 / CELLS - 2 * radius  # where the centre may lie within its cell
+        x = column / CELLS + radius + room * uniform(x)
+        y = row / CELLS + radius + room * uniform(y)
+
+        image = (0.15 + 0.7 * uniform(bits[:, 1]))[:, None, None, None].expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        pixel = (torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
+        for k in range(cells):
+            squares = (pixel - x[:, k, None])[:, None, :] ** 2 + (pixel - y[:, k, None])[:, :, None] ** 2
+            outside = squares.sqrt() - radius[:, k, None, None]  # (B, H, W)
+            covered = (0.5 - IMAGE_SIZE * outside).clamp(0, 1) * is_there[:, k, None, None]
+            rgb = COLOUR_RGB[choice(colour[:, k], len(COLOUR_RGB))]  # (B, 3)
+            image = torch.lerp(image, rgb[:, :, None, None], covered[:, None])
+        return image, target
+
+
+class Textures(MadeByCode):
+    """Patterns of two colours, of any phase and a range of widths, with noise; the class is the pattern."""
+
+    labels = {"class": TEXTURES}
+
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        bits = self._bits(indices, seed=2, num_draws=8)
+        target = choice(bits[:, 0], len(TEXTURES))
+        frequency = 2 * math.pi * (3 + 3 * uniform(bits[:, 1]))[:, None, None]  # per width of the image
+        phase_x, phase_y = (2 * math.pi * uniform(bits[:, draw])[:, None, None] for draw in (2, 3))
+        centre_x, centre_y = (uniform(bits[:, draw])[:, None, None] for draw in (4, 5))
+        y, x = torch.meshgrid(*[(torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE] * 2, indexing="ij")  # y down
+        across, down = (frequency * x + phase_x).sin(), (frequency * y + phase_y).sin()  # (B, H, W)
+        patterns = {
+            "horizontal": down,
+            "vertical": across,
+            "rising": (frequency * (x + y) / math.sqrt(2) + phase_x).sin(),
+            "falling": (frequency * (x - y) / math.sqrt(2) + phase_x).sin(),
+            "checks": 2 * across * down,
+            "dots": 4 * across.clamp(min=0) * down.clamp(min=0) - 1,
+            "rings": (frequency * torch.hypot(x - centre_x, y - centre_y) + phase_x).sin(),
+            "waves": (frequency * y + phase_y + 1.5 * (4 * math.pi * x + phase_x).sin()).sin(),
+        }
+        pattern = torch.stack([patterns[name] for name in TEXTURES], dim=1)  # (B, 8, H, W)
+        pattern = pattern[torch.arange(len(target)), target]
+        share = torch.sigmoid(4 * pattern)[:, None]  # (B, 1, H, W)
+        first = choice(bits[:, 6], len(COLOUR_RGB))
+        second = (first + 1 + choice(bits[:, 7], len(COLOUR_RGB) - 1)) % len(COLOUR_RGB)
+        one, other = (COLOUR_RGB[colour][:, :, None, None] for colour in (first, second))
+        noise = SampleDraws(NOISE_SEED, SPLIT_STARTS[self.split] + indices).normal(3, IMAGE_SIZE, IMAGE_SIZE)
+        return torch.lerp(one, other, share) + 0.15 * noise, target
+
+
+class Coloured(ImageSet):
+    """The first images of a set with classes, with three channels.
+
+    Args:
+        images: the set.
+        count: how many at most; None takes all.
+
+    Raises:
+        ValueError: if the images have no classes.
+    """
+
+    channels = 3
+
+    def __init__(self, images: ImageSet, count: int | None = None):
+        if "class" not in images.labels:
+            raise ValueError(
+                f"images must have classes; their labels are {', '.join(images.labels) or 'none'}"
+            )
+        self._images, self.image_size, self.labels = (
+            images,
+            images.image_size,
+            {"class": images.labels["class"]},
+        )
+        self._order = torch.arange(len(images))
+        if count is not None and count < len(images):
+            # Spread over the set, which may come sorted by class.
+            self._order = torch.linspace(0, len(images) - 1, count).round().long()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        batch = self._images.batch(self._order[self._checked(indices)])
+        return {"image": batch["image"].expand(-1, 3, -1, -1), "class": batch["class"]}
+
+
+TASKS = {
+    "line_drawings": LineDrawings,
+    "counting": Counting,
+    "textures": Textures,
+    "low_light": LowLight,
+}
+
+
+def downstream(name: str | Path, split: str = "train", image_size: int = IMAGE_SIZE) -> ImageSet:
+    """Open one split of a task, of at most as many images as COUNTS says.
+
+    Args:
+        name: one of TASKS; or what `lecture26.kit.data.load` takes, such as "digits", "mnist" or a folder.
+        split: "train", "validation" or "test".
+        image_size: in pixels; the tasks made by code have 32.
+
+    Returns:
+        Images with three channels and the label "class".
+
+    Raises:
+        ValueError: an unknown name, split or size, or images without classes.
+        FileNotFoundError, DataError: as `load` does.
+    """
+    check_choice("split", split, SPLITS)
+    if name not in TASKS:
+        return Coloured(load(name, split, image_size), COUNTS[split])
+    if image_size != IMAGE_SIZE:
+        raise ValueError(
+            f"image_size must be {IMAGE_SIZE} for {name!r}, which is made by code; got {image_size}"
+        )
+    return TASKS[name](split)

@@ -1,0 +1,142 @@
+"""The backbone of chapter 08: a small Vision Transformer that has learned to name photographs."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.training import SampleDraws
+from lecture26.recipes.recipe import Recipe
+
+GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 has them
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRecipe(Recipe):
+    """A VisionTransformer of timm that learns the classes of an image folder.
+
+    It sees no image twice in the same way: each is mirrored, moved, tinted and blotted out in part.
+
+    Attributes:
+        num_classes: of the data; taken from them when training begins.
+        smoothing: the share of probability that the targets spread over all classes.
+        erase: the share of images that lose a square.
+        tint: how far brightness, contrast and saturation may depart from 1.
+    """
+
+    family: ClassVar[str] = "backbone"
+
+    num_classes: int = 0
+    smoothing: float = 0.1
+    erase: float = 0.25
+    tint: float = 0.3
+
+    def fitted_to(self, images: ImageSet) -> "BackboneRecipe":
+        if "class" not in images.labels:
+            raise ValueError(f"data must be images in one folder per class; {self.data!r} has no classes")
+        return replace(super().fitted_to(images), num_classes=len(images.labels["class"]))
+
+    def build(self) -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer  # a second to import
+
+        size = {"img_size": self.image_size, "in_chans": self.channels, "num_classes": self.num_classes}
+        model = VisionTransformer(**size, **self.model)
+        for block in model.blocks:
+            block.attn.fused_attn = False  # its backward pass is slow in bfloat16 on a CPU
+        return model
+
+    def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
+        batch = images.batch(random.integers(len(images)))
+        return {"image": self.vary(batch["image"], random), "class": batch["class"]}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(batch["image"]).float()  # (B, K)
+        return cross_entropy(logits, batch["class"], label_smoothing=self.smoothing)
+
+    def vary(self, x: Tensor, random: SampleDraws) -> Tensor:
+        """Mirror, move, tint and blot out images (B, C, H, W), each by draws of its own."""
+        x = mirror_and_move(x, random)
+
+        def factor() -> Tensor:
+            return (1 + self.tint * (2 * random.uniform() - 1))[:, None, None, None]
+
+        light = (x + 1) * factor() - 1
+        contrasted = torch.lerp(light.mean(dim=(1, 2, 3), keepdim=True), light, factor())
+        x = torch.lerp(grey(contrasted), contrasted, factor()).clamp(-1, 1)
+
+        # A square of a quarter to a half of the image's width, anywhere, also partly outside.
+        pixels = torch.arange(x.shape[-1])
+        half_width = (len(pixels) * (0.125 + 0.125 * random.uniform()))[:, None]  # (B, 1)
+        rows, columns = (
+            (pixels - len(pixels) * random.uniform()[:, None]).abs() < half_width for _ in range(2)
+        )
+        is_erased = (random.uniform() < self.erase)[:, None, None]
+        erased = is_erased & rows[:, :, None] & columns[:, None, :]  # (B, H, W)
+        return x.masked_fill(erased[:, None], 0.0)
+
+    def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
+        """The share of unseen images whose class it names: "accuracy"."""
+        return {"accuracy": accuracy(model, images, self.batch_size)}
+
+
+def mirror_and_move(x: Tensor, random: SampleDraws) -> Tensor:
+    """Mirror half of the images (B, C, H, W), H = W, and move each by up to an eighth of its width."""
+    size = x.shape[-1]
+    shift = size // 8
+    is_mirrored = (random.uniform() < 0.5)[:, None]
+    columns = torch.arange(size).expand(len(x), size)  # (B, W)
+    columns = torch.where(is_mirrored, columns.flip(1), columns) + random.integers(2 * shift + 1)[:, None]
+    rows = torch.arange(size) + random.integers(2 * shift + 1)[:, None]  # (B, H)
+    moved = pad(x, (shift,) * 4, mode="reflect")  # (B, C, H + 2 shift, W + 2 shift)
+    batch = torch.arange(len(x))[:, None, None]
+    return moved[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def grey(x: Tensor) -> Tensor:
+    """The brightness (B, 1, H, W) of images (B, C, H, W)."""
+    if x.shape[1] == 1:
+        return x
+    return (x * x.new_tensor(GREY_WEIGHTS)[:, None, None]).sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageSet, batch_size: int) -> float:
+    """The share of images whose class has the largest logit.
+
+    Args:
+        model: model(images (B, C, H, W)) -> logits (B, K).
+        images: images with the label "class".
+        batch_size: images per forward pass.
+
+    Returns:
+        A number in [0, 1].
+    """
+    device = next(model.parameters()).device
+    right = []
+    for indices in torch.arange(len(images)).split(batch_size):
+        batch = images.batch(indices)
+        right.append(model(batch["image"].to(device)).argmax(dim=1).cpu() == batch["class"])
+    return torch.cat(right).double().mean().item()
+
+
+PHOTOS_32 = BackboneRecipe(
+    name="vit_photos32",
+    data="cifar10",
+    image_size=32,
+    model={"patch_size": 4, "embed_dim": 160, "depth": 6, "num_heads": 5},
+    steps=20_000,
+    batch_size=64,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    warmup_steps=500,
+    precision="bf16",
+)
+RECIPES = (
+    PHOTOS_32,
+    # Narrower ones, for the question what prompts gain on backbones of other sizes.
+    replace(PHOTOS_32, name="vit_photos32_96", model=PHOTOS_32.model | {"embed_dim": 96, "num_heads": 3}),
+    replace(PHOTOS_32, name="vit_photos32_64", model=PHOTOS_32.model | {"embed_dim": 64, "num_heads": 2}),
+)

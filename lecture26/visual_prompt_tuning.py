@@ -1,0 +1,687 @@
+"""Visual prompt tuning: many tasks, one backbone.
+
+Generated from notebooks/08_visual_prompt_tuning.py, which derives and checks it: edit there, then run `make
+package`.
+"""
+
+import hashlib
+from collections import OrderedDict
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from lecture26.kit.files import replace_when_complete
+from lecture26.kit.validation import check_int, check_positive_int
+
+# --- A picture as a sequence ---
+
+
+def patches(x, patch_size):
+    """Cut images into square patches, each written as one vector.
+
+    Args:
+        x: images, (B, C, H, W).
+        patch_size: p, the side of a patch in pixels.
+
+    Returns:
+        (B, P, C p^2) with P = (H / p)(W / p): patches by rows of the image; in each the channel changes
+        slowest, then the row, then the column.
+
+    Raises:
+        ValueError: if the height or the width is no multiple of p.
+
+    Source: Dosovitskiy et al. 2021, section 3.1.
+    """
+    batch, channels, height, width = x.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"x must have a height and a width that are multiples of {patch_size}; got {tuple(x.shape)}"
+        )
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    x = x.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, p)
+    return x.reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def attention_weights(attn, tokens):
+    """The attention weights of one of timm's attention layers.
+
+    Args:
+        attn: a timm Attention, such as `vit.blocks[0].attn`.
+        tokens: what it is called with, normalised already by the block's `norm1`, (B, N, d).
+
+    Returns:
+        (B, heads, N, N): how much token i (third axis) takes from token j (fourth); each row sums to 1.
+
+    Source: Dosovitskiy et al. 2021, appendix A, equations 5 to 8.
+    """
+    batch, length, _ = tokens.shape
+    qkv = attn.qkv(tokens).reshape(batch, length, 3, attn.num_heads, attn.head_dim)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d_h) each
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    # a_ij = softmax_j(q_i . k_j / sqrt(d_h))
+    return (q @ k.mT * attn.scale).softmax(dim=-1)
+
+
+# --- Prompts ---
+
+
+def insert_prompts(tokens, prompts, num_prefix):
+    """Put prompts between the prefix tokens and the patches.
+
+    Args:
+        tokens: a sequence for each image, (B, N, d): num_prefix tokens (class token, registers), then
+            patches.
+        prompts: (n, d), the same for all images, or (B, n, d).
+        num_prefix: the number of tokens before the first patch, at least 0.
+
+    Returns:
+        (B, N + n, d).
+
+    Source: Jia et al. 2022, section 3.2 (VPT-shallow).
+    """
+    prompts = prompts.expand(len(tokens), *prompts.shape[-2:])  # (B, n, d)
+    return torch.cat([tokens[:, :num_prefix], prompts, tokens[:, num_prefix:]], dim=1)
+
+
+# --- How large a prompt begins ---
+
+
+def initial_prompts(u, patch_values):
+    """Stretch uniform draws to the range in which prompts begin.
+
+    Args:
+        u: uniform on [0, 1), (..., d).
+        patch_values: how many numbers a patch has: 3 p^2 for p x p pixels of three channels.
+
+    Returns:
+        Like u, uniform on [-v, v).
+
+    Source: the code of Jia et al. 2022; Glorot and Bengio 2010, equation 16.
+    """
+    # v = sqrt(6 / (3 p^2 + d))
+    v = (6 / (patch_values + u.shape[-1])) ** 0.5
+    return v * (2 * u - 1)
+
+
+# --- Deep prompts ---
+
+
+def replace_prompts(tokens, prompts, num_prefix):
+    """Put fresh prompts into the places of those that a block has let out.
+
+    Args:
+        tokens: what a block returns, (B, N, d): num_prefix tokens, n prompts, then patches.
+        prompts: the fresh ones, (n, d) or (B, n, d).
+        num_prefix: the number of tokens before the first prompt.
+
+    Returns:
+        (B, N, d), a new tensor.
+
+    Source: Jia et al. 2022, section 3.2 (VPT-deep).
+    """
+    num_prompts = prompts.shape[-2]
+    rest = torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + num_prompts :]], dim=1)
+    return insert_prompts(rest, prompts, num_prefix)
+
+
+# --- What a prompt can do ---
+
+
+def attention_to_prompts(weights, num_prefix, num_prompts):
+    """The share of each token's attention that goes to the prompts.
+
+    Args:
+        weights: (B, heads, N, N) as `attention_weights` gives them; each row (last axis) has sum 1.
+        num_prefix: the number of tokens before the first prompt.
+        num_prompts: n.
+
+    Returns:
+        lambda, (B, heads, N) in [0, 1].
+
+    Source: this course, equation 8.10.
+    """
+    # lambda_i = sum over prompts j of a_ij
+    return weights[..., num_prefix : num_prefix + num_prompts].sum(dim=-1)
+
+
+# --- The network with prompts ---
+
+
+def check_backbone(vit):
+    """Raise unless a model is a VisionTransformer of timm that prompts can be put into.
+
+    Args:
+        vit: the model.
+
+    Raises:
+        TypeError: if it is no timm VisionTransformer.
+        ValueError: if it computes its features in a way of its own, or does not pool them.
+    """
+    from timm.models.vision_transformer import VisionTransformer  # takes a second to import
+
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f"vit must be a timm VisionTransformer; got a {type(vit).__name__}")
+    if type(vit).forward_features is not VisionTransformer.forward_features:
+        raise ValueError(
+            f"vit must compute its features as timm's VisionTransformer does; {type(vit).__name__} has a "
+            "forward_features of its own"
+        )
+    if vit.global_pool == "" and vit.attn_pool is None:
+        raise ValueError("vit must pool its tokens into one vector; got global_pool ''")
+
+
+def prompted_tokens(vit, x, prompts):
+    """What leaves a backbone, after its final normalisation, when prompts stand beside the patches.
+
+    The backbone is put into evaluation mode: nothing in it is random.
+
+    Args:
+        vit: a timm VisionTransformer.
+        x: images, (B, C, H, W).
+        prompts: one set, which goes in at the first block only, or one for each block: (1 or L, n, d), or
+            (1 or L, B, n, d) with prompts of its own for each image.
+
+    Returns:
+        (B, N + n, d): prefix tokens, prompts, patches.
+
+    Raises:
+        ValueError: if the images do not have the shape that the backbone takes.
+
+    Source: Jia et al. 2022, section 3.2.
+    """
+    size = tuple(x.shape[2:]) if vit.dynamic_img_size else tuple(vit.patch_embed.img_size)
+    if x.ndim != 4 or tuple(x.shape[1:]) != (vit.in_chans, *size):
+        raise ValueError(
+            f"x must be images of shape (B, {vit.in_chans}, {', '.join(map(str, size))}); "
+            f"got {tuple(x.shape)}"
+        )
+    vit.eval()  # whatever somebody has set it to since
+    tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, d)
+    tokens = insert_prompts(tokens, prompts[0], vit.num_prefix_tokens)  # (B, N + n, d)
+    for number, block in enumerate(vit.blocks):
+        if 0 < number < len(prompts):
+            tokens = replace_prompts(tokens, prompts[number], vit.num_prefix_tokens)
+        tokens = block(tokens)
+    return vit.norm(tokens)
+
+
+def pooled(vit, tokens, num_prompts):
+    """The features of images: what the backbone's own head would read, with the prompts taken out.
+
+    Args:
+        vit: a timm VisionTransformer in evaluation mode.
+        tokens: what `prompted_tokens` returns, (B, N + n, d).
+        num_prompts: n.
+
+    Returns:
+        (B, d): the class token, or as the backbone pools.
+    """
+    first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
+    tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
+    return vit.forward_head(tokens, pre_logits=True)
+
+
+# --- Frozen ---
+
+
+class VPT(nn.Module):
+    """A frozen Vision Transformer with learned prompts and a new linear head.
+
+    The backbone is shared, not copied; its parameters are frozen in place, and it stays in evaluation mode
+    whatever `train()` is called. Without prompts this is a linear probe.
+
+    Args:
+        vit: a VisionTransformer of timm, with or without a head of its own, which is not used.
+        num_classes: K, of the new task.
+        num_prompts: n, for each block that gets any.
+        deep: whether every block gets prompts of its own (VPT-deep), or only the first one (VPT-shallow).
+        prompt_dropout: the probability, in training, with which a number of a prompt is set to zero.
+
+    Attributes:
+        vit: the backbone.
+        prompts: (1 or L, n, d), trained.
+        head: nn.Linear(d, K), trained.
+
+    Raises:
+        TypeError, ValueError: if an argument is out of range, or the backbone is not supported.
+
+    Source: Jia et al. 2022, section 3.2.
+    """
+
+    def __init__(self, vit, num_classes, num_prompts, deep=False, prompt_dropout=0.0):
+        super().__init__()
+        check_backbone(vit)
+        check_positive_int("num_classes", num_classes)
+        check_int("num_prompts", num_prompts)
+        if num_prompts < 0:
+            raise ValueError(f"num_prompts must be at least 0; got {num_prompts}")
+        if not 0 <= prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout must be in [0, 1); got {prompt_dropout}")
+        weight = next(vit.parameters())
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.vit = vit.requires_grad_(False).eval()
+        self.num_prompts, self.deep = num_prompts, bool(deep)
+        u = torch.rand(len(vit.blocks) if deep else 1, num_prompts, vit.embed_dim, **like)
+        height, width = vit.patch_embed.patch_size
+        prompts = initial_prompts(u, vit.in_chans * height * width)  # (1 or L, n, d)
+        # Without prompts there is nothing to differentiate the backbone for.
+        self.prompts = nn.Parameter(prompts, requires_grad=num_prompts > 0)
+        self.prompt_dropout = nn.Dropout(prompt_dropout)
+        self.head = nn.Linear(vit.embed_dim, num_classes, **like)
+
+    def train(self, mode=True):
+        """Set the mode of the prompts' dropout; the backbone stays in evaluation mode. Returns the model."""
+        super().train(mode)
+        self.vit.eval()  # no dropout and no stochastic depth in what is frozen
+        return self
+
+    def forward_features(self, x):
+        """The tokens (B, N + n, d) of images x (B, C, H, W) after the final norm, prompts included."""
+        prompts = self.prompts[:, None].expand(-1, len(x), -1, -1)  # (1 or L, B, n, d)
+        return prompted_tokens(self.vit, x, self.prompt_dropout(prompts))
+
+    def forward(self, x):
+        """Logits (B, K) of images x (B, C, H, W)."""
+        return self.head(pooled(self.vit, self.forward_features(x), self.num_prompts))
+
+    # --- A file for a task ---
+
+    def task_state_dict(self):
+        """What this task has learned: copies on the CPU of the trained tensors, by parameter's name.
+
+        Returns:
+            An OrderedDict of "prompts", "head.weight" and "head.bias", whose attribute `backbone` is the
+            fingerprint of the backbone that they belong to.
+        """
+        own = {"prompts": self.prompts, "head.weight": self.head.weight, "head.bias": self.head.bias}
+        state = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in own.items())
+        state.backbone = backbone_fingerprint(self.vit)
+        return state
+
+    def load_task_state_dict(self, state):
+        """Take over what another model has learned on the same backbone; nothing changes if it is refused.
+
+        Args:
+            state: what `task_state_dict` or `load_task` returns. A plain dict carries no fingerprint, and is
+                judged by its shapes alone.
+
+        Raises:
+            ValueError: if it belongs to another backbone, or to prompts or a head of other sizes.
+        """
+        own = {"prompts": self.prompts, "head.weight": self.head.weight, "head.bias": self.head.bias}
+        check_task_state(state, self.vit, backbone_fingerprint(self.vit))
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"state must fit the model; it has {name} of shape {tuple(state[name].shape)}, and the "
+                    f"model {tuple(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+
+# --- The count ---
+
+
+def trainable_parameters(model):
+    """The parameters of a model that train, as a list: what an optimiser is to be given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
+    """How many times less a task stores as prompts and a head than as a copy of the backbone.
+
+    Args:
+        backbone: the backbone's number of parameters without its head, floating point, (M,).
+        depth: the number of blocks that get prompts: 1 for VPT-shallow, all for VPT-deep; (M,).
+        num_prompts: n, for each of them; (M,) or a number.
+        dim: d, the width; (M,).
+        num_classes: K, a number; 0 leaves the head out of the count.
+
+    Returns:
+        (M,), in the dtype of `backbone`.
+
+    Source: Jia et al. 2022, section 3.2.
+    """
+    # M / (L' n d + (d + 1) K)
+    return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
+
+
+# --- A file for a task ---
+
+
+def backbone_fingerprint(vit):
+    """A text that tells backbones apart: a hash of all weights but those of the heads.
+
+    Args:
+        vit: a timm VisionTransformer, on any device. Precision does not count, as far as it holds float32.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vit.state_dict().items()):
+        if not name.startswith(("head.", "head_dist.")):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+            digest.update(_bytes(tensor.float()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor):
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check_task_state(state, vit, fingerprint):
+    """Raise unless a task's state is whole and belongs to a backbone.
+
+    Args:
+        state: what `VPT.task_state_dict` returns.
+        vit: a timm VisionTransformer.
+        fingerprint: its `backbone_fingerprint`.
+
+    Raises:
+        ValueError: if tensors are missing or too many, or do not fit each other or the backbone.
+    """
+    expected = {"prompts", "head.weight", "head.bias"}
+    if set(state) != expected:
+        raise ValueError(f"state must have the tensors {sorted(expected)}; got {sorted(state)}")
+    prompts, weight, bias = state["prompts"], state["head.weight"], state["head.bias"]
+    if prompts.ndim != 3 or weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        raise ValueError(
+            f"state must have prompts (1 or L, n, d), weights (K, d) and biases (K,); got {shapes}"
+        )
+    if {prompts.shape[2], weight.shape[1]} != {vit.embed_dim} or prompts.shape[0] not in (1, len(vit.blocks)):
+        raise ValueError(
+            f"state must belong to a backbone of {len(vit.blocks)} blocks of width {vit.embed_dim}; its "
+            f"prompts have shape {tuple(prompts.shape)}, its head {tuple(weight.shape)}"
+        )
+    backbone = getattr(state, "backbone", None)
+    if backbone not in (None, fingerprint):
+        raise ValueError(
+            "state must belong to this backbone; it was learned on another one of the same depth and width "
+            f"(fingerprint {backbone[:12]}, here {fingerprint[:12]})"
+        )
+
+
+TASK_FORMAT = "lecture26 task"
+
+
+def save_task(file, state):
+    """Write what a task has learned into a file of a few kilobytes.
+
+    Args:
+        file: the path; a file that is there is replaced as a whole.
+        state: what `VPT.task_state_dict` returns.
+
+    Raises:
+        ValueError: if the state does not say what backbone it belongs to.
+    """
+    if getattr(state, "backbone", None) is None:
+        raise ValueError(
+            "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    metadata = {"format": TASK_FORMAT, "backbone": state.backbone, "checksum": _checksum(tensors)}
+    with replace_when_complete(file) as temporary:
+        temporary.write_bytes(save(tensors, metadata))
+
+
+def load_task(file):
+    """Read what `save_task` has written.
+
+    Args:
+        file: the path.
+
+    Returns:
+        An OrderedDict like that of `VPT.task_state_dict`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or no task's file.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no task file {file}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = OrderedDict((name, opened.get_tensor(name)) for name in opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged, or no task file ({error})") from error
+    if metadata.get("format") != TASK_FORMAT or "backbone" not in metadata:
+        raise ValueError(f"{file} is a safetensors file, but not a task's")
+    if metadata.get("checksum") != _checksum(state):
+        raise ValueError(f"{file} is damaged: its checksum is wrong")
+    state.backbone = metadata["backbone"]
+    return state
+
+
+def _checksum(tensors):
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+# --- The alternatives ---
+
+
+def linear_probe(vit, num_classes):
+    """A frozen backbone with a new linear head: a `VPT` without prompts, with all that belongs to it.
+
+    Args:
+        vit: a VisionTransformer of timm; shared, and frozen in place.
+        num_classes: K.
+
+    Returns:
+        A VPT with num_prompts = 0.
+
+    Raises:
+        TypeError, ValueError: as `VPT` does.
+    """
+    return VPT(vit, num_classes, num_prompts=0)
+
+
+def full_fine_tune(vit, num_classes):
+    """A copy of a backbone with a new head, all of which trains.
+
+    Args:
+        vit: a VisionTransformer of timm; it stays as it is, frozen or not.
+        num_classes: K.
+
+    Returns:
+        A VisionTransformer: model(x (B, C, H, W)) -> logits (B, K).
+
+    Raises:
+        TypeError, ValueError: as `VPT` does.
+    """
+    check_backbone(vit)
+    check_positive_int("num_classes", num_classes)
+    model = deepcopy(vit).requires_grad_(True)
+    model.reset_classifier(num_classes)
+    return model
+
+
+# --- Only the biases ---
+
+
+def bias_gradient(grad_output):
+    """The gradient of a bias that has been added to every token of every image.
+
+    Args:
+        grad_output: the gradient with respect to what the layer returned, (..., d).
+
+    Returns:
+        The gradient with respect to its bias, (d,).
+
+    Source: this course, equation 8.16.
+    """
+    # dL/db = sum over images and tokens of dL/dz
+    return grad_output.flatten(end_dim=-2).sum(dim=0)
+
+
+def bias_tuning(vit, num_classes):
+    """A copy of a backbone with a new head, of which the biases and the head train.
+
+    Args:
+        vit: a VisionTransformer of timm; it stays as it is, frozen or not.
+        num_classes: K.
+
+    Returns:
+        A VisionTransformer: model(x (B, C, H, W)) -> logits (B, K).
+
+    Raises:
+        TypeError, ValueError: as `VPT` does.
+
+    Source: Zaken, Goldberg and Ravfogel 2022, section 3.
+    """
+    model = full_fine_tune(vit, num_classes)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".bias") or name.startswith(("head.", "head_dist.")))
+    return model
+
+
+# --- Many tasks, one backbone ---
+
+
+def own_head(features, weights, biases, tasks):
+    """The logits of each sample by the head of its own task.
+
+    Args:
+        features: (B, d).
+        weights: of T heads with K classes each, (T, K, d).
+        biases: (T, K).
+        tasks: the number of each sample's task, (B,) int64 in [0, T).
+
+    Returns:
+        (B, K).
+
+    Source: this course, equation 8.17.
+    """
+    # y_b = W^(tau_b) f_b + c^(tau_b)
+    return torch.einsum("bd,bkd->bk", features, weights[tasks]) + biases[tasks]
+
+
+class PromptBank(nn.Module):
+    """One backbone and many tasks, served together.
+
+    All tasks of a bank have the same number of prompts, at the same blocks; their heads may differ in size.
+
+    Args:
+        vit: a VisionTransformer of timm; shared, frozen in place and kept in evaluation mode.
+
+    Raises:
+        TypeError, ValueError: if the backbone is not supported.
+
+    Source: Lester et al. 2021, figure 2 (several tasks in one batch).
+    """
+
+    def __init__(self, vit):
+        super().__init__()
+        check_backbone(vit)
+        self.vit = vit.requires_grad_(False).eval()
+        self._fingerprint = backbone_fingerprint(vit)
+        self._states = {}  # by name, each as VPT.task_state_dict gives it
+
+    @property
+    def names(self):
+        """The names of the tasks, in the order in which they came."""
+        return tuple(self._states)
+
+    def __len__(self):
+        return len(self._states)
+
+    def __contains__(self, name):
+        return name in self._states
+
+    def add(self, name, task):
+        """Take in a task.
+
+        Args:
+            name: a text that no other task here has.
+            task: a VPT on this backbone, or its state, see `VPT.task_state_dict` and `load_task`.
+
+        Raises:
+            ValueError: if the name is taken, the task belongs to another backbone, or its prompts are not as
+                many as those of the tasks that are here already.
+        """
+        if name in self:
+            raise ValueError(f"name must be new; there is a task {name!r} already: remove it first")
+        state = task.task_state_dict() if isinstance(task, nn.Module) else task
+        check_task_state(state, self.vit, self._fingerprint)
+        sizes = state["prompts"].shape[:2]
+        for other, present in self._states.items():
+            if present["prompts"].shape[:2] != sizes:
+                raise ValueError(
+                    f"task must have prompts like the others; {name!r} has {_prompt_sizes(state)}, and "
+                    f"{other!r} {_prompt_sizes(present)}: they need a bank of their own"
+                )
+        self._states[name] = deepcopy(state)
+
+    def remove(self, name):
+        """Forget the task of that name. ValueError if there is none."""
+        self._check_known([name])
+        del self._states[name]
+
+    def save(self, name, file):
+        """Write the task of that name into a file, see `save_task`. ValueError if there is none."""
+        self._check_known([name])
+        save_task(file, self._states[name])
+
+    def load(self, name, file):
+        """Take in a task from a file under a new name; raises what `load_task` and `add` raise."""
+        self.add(name, load_task(file))
+
+    def forward(self, x, names):
+        """Classify images, each by a task of its own, in one pass through the backbone.
+
+        Args:
+            x: images, (B, C, H, W).
+            names: B names of tasks.
+
+        Returns:
+            A list of B tensors, the logits (K,) of each image; K is that of its task.
+
+        Raises:
+            ValueError: if a name is unknown, or there are not as many as images.
+        """
+        if isinstance(names, str) or len(names) != len(x):
+            raise ValueError(f"names must be a list of {len(x)} names, one for each image; got {names!r}")
+        self._check_known(names)
+        if not names:
+            return []
+        present = list(dict.fromkeys(names))  # each task of the batch once
+        states = [self._states[name] for name in present]
+        order = [present.index(name) for name in names]
+        tasks = torch.tensor(order).to(x.device)  # (B,)
+        prompts = torch.stack([state["prompts"] for state in states], dim=1).to(x)  # (1 or L, T, n, d)
+        features = pooled(self.vit, prompted_tokens(self.vit, x, prompts[:, tasks]), prompts.shape[2])
+
+        heads = [(state["head.weight"], state["head.bias"]) for state in states]
+        sizes = [len(bias) for _, bias in heads]
+        weights = features.new_zeros(len(heads), max(sizes), features.shape[1])  # (T, largest K, d)
+        biases = features.new_zeros(len(heads), max(sizes))
+        for number, (weight, bias) in enumerate(heads):
+            weights[number, : sizes[number]], biases[number, : sizes[number]] = weight, bias
+        logits = own_head(features, weights, biases, tasks)  # (B, largest K)
+        return [row[: sizes[task]] for row, task in zip(logits, order, strict=True)]
+
+    def _check_known(self, names):
+        for name in names:
+            if name not in self:
+                raise ValueError(
+                    f"unknown task {name!r}; there are {', '.join(map(repr, self.names)) or 'none'}"
+                )
+
+
+def _prompt_sizes(state):
+    layers, num_prompts, _ = state["prompts"].shape
+    return f"{num_prompts} at {'the first block' if layers == 1 else 'each block'}"

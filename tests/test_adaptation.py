@@ -1,0 +1,1010 @@
+"""The backbone's recipe, the tasks it is adapted to, the comparison of methods, and the command `adapt`."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import tarfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from scipy import ndimage
+from tensors import agree, normal, perturbed, seeded
+from timm.models import VisionTransformer
+from typer.testing import CliRunner
+
+from lecture26 import recipes
+from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.kit.checkpoints import list_checkpoints, load_card, save_checkpoint
+from lecture26.kit.data import SPLITS, load
+from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.results import load_results
+from lecture26.kit.shapes import Shapes
+from lecture26.kit.training import SampleDraws
+from lecture26.recipes import adaptation, measurements
+from lecture26.recipes.adaptation import METHODS, Budget, Comparison, Progress
+from lecture26.recipes.backbone import accuracy
+from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, load_task, save_task
+
+TINY = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
+BUDGET = Budget(steps=2, batch_size=4)
+COURSE_DATA = os.environ.get("LECTURE26_DATA")
+SHIPPED = [name for name in list_checkpoints() if load_card(name)["recipe"] == "backbone"]
+
+
+def write_images(folder, splits, classes, size=(12, 12), seed=0):
+    """Random pictures in one folder per split and class."""
+    generator = seeded(seed)
+    for split, count in splits.items():
+        for class_name in classes:
+            (folder / split / class_name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / split / class_name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of random pictures of 3 classes, 8 of each to train and 4 to test."""
+    folder = tmp_path_factory.mktemp("photographs")
+    return write_images(folder, {"train": 8, "test": 4}, ("bird", "cat", "ship"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_folder(tmp_path_factory, photographs):
+    """A data folder with two hardly trained backbones, 'tiny_vit' and 'other_vit', and a reader."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LECTURE26_DATA", str(folder))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("TQDM_DISABLE", "1")
+        for seed, name in enumerate(("tiny_vit", "other_vit")):
+            recipe = small_recipe(photographs, 32, name=name, seed=seed, model=TINY)
+            recipes.run(recipe, "a command")
+        reader = recipes.find_recipe("reader_digits").settings()
+        card = {"recipe": "reader", "settings": reader, "command": "", "data": "", "steps": 0, "seconds": 0}
+        save_checkpoint("a_reader", {"weight": torch.zeros(1)}, card | {"metrics": {}})
+        yield folder
+
+
+def small_recipe(folder, image_size=12, **changes):
+    """The backbone's recipe for a moment's training on a folder."""
+    recipe = dataclasses.replace(
+        recipes.find_recipe("vit_photos32"),
+        data=str(folder),
+        image_size=image_size,
+        **{"model": TINY | {"patch_size": 4}, "steps": 2, "batch_size": 4, "precision": "fp32"} | changes,
+    )
+    return recipe.fitted_to(recipe.load("train"))
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="python -m lecture26")
+
+
+# The backbone's recipe
+
+
+def test_a_sample_is_drawn_by_its_number_alone(photographs):
+    recipe = small_recipe(photographs)
+    images = recipe.load("train")
+    whole = recipe.draw(images, SampleDraws(3, torch.arange(10)))
+    parts = [recipe.draw(images, SampleDraws(3, n)) for n in (torch.arange(4), torch.arange(4, 10))]
+    assert whole.keys() == parts[0].keys() == {"image", "class"} and whole["image"].shape == (10, 3, 12, 12)
+    for name, batch in whole.items():
+        agree(batch, torch.cat([part[name] for part in parts]), 1e-6)
+    other = recipe.draw(images, SampleDraws(4, torch.arange(10)))
+    assert not torch.isclose(other["image"], whole["image"]).flatten(1).all(dim=1).any()
+    numbers = SampleDraws(3, torch.arange(10)).integers(len(images))
+    assert torch.equal(whole["class"], images.batch(numbers)["class"])
+
+
+@pytest.mark.parametrize("size", [12, 32])
+def test_images_are_mirrored_and_moved(photographs, size):
+    """Every image drawn is one of the pictures that can come out, and all kinds do."""
+    recipe, shift = small_recipe(photographs, tint=0.0, erase=0.0), size // 8
+    x = normal(1, 3, size, size, dtype=torch.float32).clamp(-1, 1)
+    views, places = [], 2 * shift + 1
+    for mirrored in (x, x.flip(3)):
+        padded = F.pad(mirrored, (shift,) * 4, mode="reflect")
+        views += [padded[0, :, i : i + size, j : j + size] for i in range(places) for j in range(places)]
+    drawn = recipe.vary(x.expand(300, -1, -1, -1), SampleDraws(0, torch.arange(300)))
+    gaps = torch.stack([(row - torch.stack(views)).abs().amax(dim=(1, 2, 3)) for row in drawn])
+    nearest = gaps.argmin(dim=1)
+    assert gaps.amin(dim=1).max() < 1e-5
+    assert abs((nearest < places**2).double().mean() - 0.5) < 4 * math.sqrt(0.25 / 300)
+    assert len((nearest % places**2 // places).unique()) == len((nearest % places).unique()) == places
+
+
+def test_images_lose_squares_and_get_tints(photographs):
+    x = torch.full((400, 3, 12, 12), 0.5)
+    x[:, 0] = -0.5
+    recipe = small_recipe(photographs, tint=0.0)
+    drawn = recipe.vary(x, SampleDraws(0, torch.arange(400)))
+    lost = (drawn == 0).all(dim=1).flatten(1)  # (400, 144)
+    assert (torch.isclose(drawn, x).all(dim=1).flatten(1) | lost).all()
+    assert 0.15 < lost.any(dim=1).double().mean() < recipe.erase + 4 * math.sqrt(0.19 / 400)
+    assert lost.sum(dim=1).max() <= 49  # half the width, and a pixel for the grid
+    tinted = small_recipe(photographs, erase=0.0).vary(x, SampleDraws(0, torch.arange(400)))
+    assert tinted.abs().max() <= 1 and tinted.std(dim=(2, 3)).max() < 1e-5
+    assert len(tinted[:, :, 0, 0].unique(dim=0)) > 390
+
+
+def test_the_loss_has_smoothed_targets(photographs):
+    recipe = small_recipe(photographs)
+    batch = recipe.draw(recipe.load("train"), SampleDraws(0, torch.arange(20)))
+    table = normal(3 * 12 * 12, 3, dtype=torch.float32)
+    targets = (1 - recipe.smoothing) * F.one_hot(batch["class"], 3) + recipe.smoothing / 3
+    log_probs = (batch["image"].flatten(1) @ table).log_softmax(dim=1)
+    agree(recipe.loss(lambda x: x.flatten(1) @ table, batch), -(targets * log_probs).sum(dim=1).mean(), 1e-5)
+
+
+def test_a_backbone_is_read_again_as_it_was_trained():
+    card, model = recipes.load_recipe("tiny_vit"), recipes.load_model("tiny_vit")
+    assert type(model) is VisionTransformer
+    assert (model.num_classes, model.embed_dim, len(model.blocks)) == (3, 8, 2)
+    assert model.patch_embed.img_size == (32, 32) and not model.training
+    batch = card.load("test").batch(range(12))
+    share = (model(batch["image"]).argmax(dim=1) == batch["class"]).double().mean().item()
+    assert card.evaluate(model, card.load("test")) == {"accuracy": pytest.approx(share)}
+
+
+def test_a_backbone_is_trained_by_the_documented_command(photographs):
+    options = ["--steps", "1", "--batch-size", "2", "--precision", "fp32", "--name", "from_a_folder"]
+    result = call("train", "vit_photos32", "--data", photographs, *options)
+    assert result.exit_code == 0, result.output
+    card, vit = load_card("from_a_folder"), recipes.load_model("from_a_folder")
+    width = recipes.find_recipe("vit_photos32").model["embed_dim"]
+    assert (card["recipe"], card["settings"]["num_classes"], vit.embed_dim) == ("backbone", 3, width)
+    assert card["command"].startswith(
+        f"python -m lecture26 train vit_photos32 --name from_a_folder --data {photographs}"
+    )
+
+
+def test_a_backbone_needs_classes(tmp_path):
+    for number in range(20):
+        Image.new("RGB", (12, 12)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match="data must be images in one folder per class"):
+        small_recipe(tmp_path)
+
+
+# Those that the course brings
+
+
+@pytest.fixture
+def course_data(monkeypatch):
+    """The course's own checkpoints and results."""
+    if COURSE_DATA is None:
+        monkeypatch.delenv("LECTURE26_DATA")
+    else:
+        monkeypatch.setenv("LECTURE26_DATA", COURSE_DATA)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_backbones_are_what_their_cards_say(course_data, tmp_path, name):
+    card, vit = load_card(name), recipes.load_model(name)
+    assert sum(parameter.numel() for parameter in vit.parameters()) == card["parameters"]
+    model = VPT(vit, 10, 8, deep=True)
+    x = normal(2, 3, 32, 32, dtype=torch.float32)
+    agree(VPT(vit, 10, 0).forward_features(x), vit.forward_features(x), 0.0)
+    save_task(tmp_path / "task", model.task_state_dict())
+    assert (tmp_path / "task").stat().st_size < 100_000
+
+
+@pytest.mark.skipif("vit_photos32" not in SHIPPED, reason="there is no vit_photos32 yet")
+def test_the_shipped_backbone_names_three_of_four_photographs(course_data, tmp_path):
+    card = load_card("vit_photos32")
+    assert card["metrics"]["accuracy"] >= 0.75
+    folder = Path(
+        os.environ.get("LECTURE26_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+    )
+    archive = folder / "cifar10_jpeg.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}; set LECTURE26_REAL_DATA to its folder")
+    with tarfile.open(archive) as files:
+        for member in files:
+            if member.name.startswith(("test/", "./test/")) or member.name.endswith("/0000.jpg"):
+                files.extract(member, tmp_path, filter="data")
+    images = Coloured(load(tmp_path, "test", 32), 500)
+    share = accuracy(recipes.load_model("vit_photos32"), images, 100)
+    expected = card["metrics"]["accuracy"]
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 500)
+
+
+# The tasks
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_a_function_of_split_and_index(name, split):
+    images = downstream(name, split)
+    assert (images.channels, images.image_size, len(images)) == (3, 32, COUNTS[split])
+    whole = images.batch(range(40))
+    some = downstream(name, split).batch([39, 3, 3])
+    for key in ("image", "class"):
+        assert torch.equal(some[key], whole[key][[39, 3, 3]])
+    x = whole["image"]
+    assert x.shape == (40, 3, 32, 32) and x.dtype == torch.float32 and x.abs().max() <= 1
+    agree(((x + 1) * 127.5).round() / 127.5 - 1, x, 1e-6)  # eight bits for each channel
+    assert len(x.flatten(1).unique(dim=0)) == 40
+    for other in set(SPLITS) - {split}:
+        theirs = downstream(name, other).batch(range(40))["image"]
+        assert len(torch.cat([x, theirs]).flatten(1).unique(dim=0)) == 80
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_classes_of_a_task_are_about_equally_common(name):
+    images = downstream(name, "train")
+    counts = images.batch(range(len(images)))["class"].bincount()
+    p = 1 / len(images.labels["class"])
+    assert len(counts) == len(images.labels["class"])
+    spread = math.sqrt(len(images) * p * (1 - p))
+    assert (counts - len(images) * p).abs().max() < 4.5 * spread + len(images) * 0.02
+
+
+def test_line_drawings_are_outlines_of_shapes():
+    x = (downstream("line_drawings", "test").batch(range(100))["image"] + 1) / 2
+    attributes = Shapes("test", 32).attributes(range(100))
+    assert torch.equal(downstream("line_drawings", "test").batch(range(100))["class"], attributes["shape"])
+    ink = 1 - x[:, 0]
+    assert torch.equal(x[:, 0], x[:, 2])
+    inside = Shapes("test", 32).coverage(attributes, torch.arange(100))[:, 0]
+    assert (ink * (inside > 0.99)).max() < 0.02  # the inside is left white
+    drawn, area = ink.sum(dim=(1, 2)), inside.sum(dim=(1, 2))
+    assert (drawn > 20).all() and (ink.mean(dim=(1, 2)) < 0.3).all()
+    assert (drawn.square() > 4 * math.pi * area * 0.5).all()  # a closed line around an area
+
+
+def test_what_is_counted_can_be_counted():
+    """The connected blobs are as many as the class says, but where two touch or one is hard to see."""
+    images = downstream("counting", "test")
+    batch = images.batch(range(200))
+    x, counted = batch["image"], []
+    for image in x:
+        ground = image.flatten(1).mode(dim=1).values
+        counted.append(ndimage.label(((image - ground[:, None, None]).abs().amax(dim=0) > 0.25).numpy())[1])
+    expected = batch["class"] + 1
+    counted = torch.tensor(counted)
+    assert (counted <= expected).double().mean() > 0.97
+    assert (counted == expected).double().mean() > 0.85
+    assert [images.labels["class"][number - 1] for number in (1, 6)] == ["1", "6"]
+    # the area does not tell the number: the discs' sizes overlap
+    areas = torch.tensor(
+        [
+            (image - image.flatten(1).mode(dim=1).values[:, None, None]).abs().gt(0.1).any(0).sum()
+            for image in x
+        ]
+    )
+    assert areas[expected == 3].max() > areas[expected == 4].min()
+
+
+def test_textures_run_the_way_their_names_say():
+    images = downstream("textures", "test")
+    batch = images.batch(range(400))
+    grey = batch["image"].mean(dim=1)
+    flat = F.avg_pool2d(grey[:, None], 3, 1)[:, 0]
+    across, down = flat[:, 1:-1, 2:] - flat[:, 1:-1, :-2], flat[:, 2:, 1:-1] - flat[:, :-2, 1:-1]
+    energy = [part.square().mean(dim=(1, 2)) for part in (across, down)]
+    slant = (across * down).mean(dim=(1, 2)) / (energy[0] * energy[1]).sqrt()
+    kinds = {name: batch["class"] == number for number, name in enumerate(images.labels["class"])}
+    assert (energy[0] < energy[1])[kinds["horizontal"]].double().mean() > 0.95
+    assert (energy[0] > energy[1])[kinds["vertical"]].double().mean() > 0.95
+    # lines x + y = const rise to the right, where y counts downwards
+    assert (slant > 0)[kinds["rising"]].double().mean() > 0.95
+    assert (slant < 0)[kinds["falling"]].double().mean() > 0.95
+
+
+def test_low_light_shows_the_same_shapes_in_the_dark():
+    images = downstream("low_light", "test")
+    batch, bright = images.batch(range(50)), Shapes("test", 32).batch(range(50))
+    assert torch.equal(batch["class"], bright["shape"])
+    dark = (batch["image"] + 1) / 2
+    assert dark.mean() < 0.12 and dark.amax() < 0.35
+    correlation = torch.corrcoef(torch.stack([dark.flatten(), bright["image"].flatten()]))[0, 1]
+    assert 0.3 < correlation < 0.98
+
+
+def test_other_sets_are_coloured_cut_and_spread():
+    images = downstream("digits", "train")
+    assert (images.channels, images.image_size, len(images)) == (3, 32, 800)
+    batch = images.batch(range(800))
+    assert torch.equal(batch["image"][:, 0], batch["image"][:, 2])
+    assert len(batch["class"].unique()) == 10
+    whole = load("digits", "train", 32)
+    assert len(Coloured(whole)) == len(whole)
+    agree(images.batch([0, 799])["image"][:, :1], whole.batch([0, len(whole) - 1])["image"], 0.0)
+
+
+def test_sorted_sets_lose_no_class(tmp_path):
+    folder = write_images(tmp_path, {"train": 30, "test": 2}, ("a", "b", "c", "d"))
+    images = Coloured(load(folder, "train", 8), 20)
+    assert images.batch(range(20))["class"].bincount().tolist() == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("nothing",), ValueError, "got 'nothing'"),
+        (("counting", "held_out"), ValueError, "split must be one of .*got 'held_out'"),
+        (("counting", "test", 64), ValueError, "image_size must be 32 for 'counting'.*got 64"),
+        (("shapes",), ValueError, "images must have classes; their labels are shape"),
+        (("./nowhere",), FileNotFoundError, "there is no folder nowhere"),
+    ],
+)
+def test_tasks_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        downstream(*arguments)
+
+
+# One method after another
+
+
+class Plain(ImageSet):
+    """Single colours; the class is which of three channels is brightest. A linear probe can learn it."""
+
+    channels, image_size, labels = 3, 32, {"class": ("red", "green", "blue")}
+
+    def __init__(self, count, seed):
+        self._targets = torch.arange(count) % 3
+        self._colours = 2 * F.one_hot(self._targets, 3) - 1 + 0.1 * normal(count, 3, seed=seed).float()
+
+    def __len__(self):
+        return len(self._targets)
+
+    def batch(self, indices):
+        indices = self._checked(indices)
+        image = self._colours[indices][:, :, None, None].expand(-1, -1, 32, 32)
+        return {"image": image, "class": self._targets[indices]}
+
+
+SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
+
+
+def plain_splits():
+    return {split: Plain(60, seed) for split, seed in SPLIT_SEEDS.items()}
+
+
+def tiny_backbone():
+    """Random weights, and an old head whose answers depend on the image."""
+    torch.manual_seed(0)
+    vit = perturbed(VisionTransformer(img_size=32, num_classes=3, **TINY), torch.float32).eval()
+    with torch.no_grad():
+        vit.patch_embed.proj.weight *= 3
+        vit.head.weight *= 10
+        vit.head.bias.zero_()
+    return vit
+
+
+def test_every_method_trains_what_it_says():
+    vit, L, d, K, n = tiny_backbone(), 2, 8, 5, 3
+    numbers = {
+        method: sum(p.numel() for p in adaptation.build(method, vit, K, n, 0).parameters() if p.requires_grad)
+        for method in METHODS
+    }
+    everything = sum(p.numel() for p in vit.parameters()) - (d + 1) * 3
+    head = (d + 1) * K
+    biases = sum(p.numel() for name, p in vit.named_parameters() if name.endswith("bias")) - 3
+    assert numbers == {
+        "linear": head,
+        "vpt-shallow": n * d + head,
+        "vpt-deep": L * n * d + head,
+        "bias": biases + head,
+        "full": everything + head,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_begins_by_its_seed(method):
+    vit, x = tiny_backbone(), normal(2, 3, 32, 32, dtype=torch.float32)
+    before = torch.get_rng_state()
+    models = [adaptation.build(method, vit, 5, 3, seed).eval() for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    agree(models[0](x), models[1](x), 0.0)
+    assert not torch.isclose(models[0](x), models[2](x)).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method):
+    comparison = Comparison(tiny_backbone(), plain_splits(), Budget(steps=60, batch_size=30), seeds=(0,))
+    run = comparison.run(method, 2, (0.03,))
+    assert run["accuracy"][0] > 0.9 and len(run["accuracy"]) == 1
+
+
+def test_the_learning_rate_is_chosen_by_the_validation_images(monkeypatch):
+    """By these alone, and only by the first seed; what is measured is the test images' share."""
+    asked = []
+
+    def fit(model, images, learning_rate, budget, seed=0, **options):
+        asked.append((learning_rate, seed))
+        model.rate = learning_rate
+        return adaptation.History([1.0], 2.0)
+
+    shares = {("validation", 0.1): 0.5, ("validation", 0.2): 0.75, ("test", 0.1): 0.9, ("test", 0.2): 0.25}
+    splits = plain_splits()
+
+    def known_accuracy(model, images, batch_size):
+        (split,) = (name for name, known in splits.items() if known is images)
+        return shares[split, model.rate]
+
+    monkeypatch.setattr(adaptation, "fit", fit)
+    monkeypatch.setattr(adaptation, "accuracy", known_accuracy)
+    run = Comparison(tiny_backbone(), splits, BUDGET, seeds=(4, 5, 6)).run("vpt-deep", 2, (0.1, 0.2))
+    assert asked == [(0.1, 4), (0.2, 4), (0.2, 5), (0.2, 6)]
+    assert run["learning_rate"] == 0.2
+    assert run["validation"] == {"0.1": 0.5, "0.2": 0.75}
+    assert run["at_edge"]  # said, and no other rate tried: these were asked for
+    assert run["accuracy"] == [0.25] * 3 and run["tested"] == 60
+    assert (run["seconds"], run["method"], run["num_prompts"]) == (2.0, "vpt-deep", 2)
+    monkeypatch.setattr(adaptation, "accuracy", lambda *arguments: 0.5)
+    for method, known in METHODS.items():
+        asked.clear()
+        run = Comparison(tiny_backbone(), splits, BUDGET, seeds=(0,)).run(method, 2)
+        assert [rate for rate, _ in asked] == list(known.learning_rates)
+        assert run["learning_rate"] == sorted(known.learning_rates)[len(known.learning_rates) // 2]
+
+
+@pytest.mark.parametrize(
+    ("validation", "best"),
+    [
+        ({0.1: 0.5}, 0.1),
+        ({0.3: 0.2, 0.1: 0.9, 0.2: 0.5}, 0.1),
+        ({0.3: 0.5, 0.1: 0.5, 0.2: 0.5}, 0.2),
+        ({0.3: 0.5, 0.1: 0.2, 0.2: 0.5}, 0.3),
+    ],
+)
+def test_of_equally_good_rates_the_middle_one_is_best(validation, best):
+    assert adaptation.best_rate(validation) == best
+
+
+@pytest.mark.parametrize(
+    ("optimum", "beyond", "chosen", "at_edge"),
+    [
+        (0.03, [], 0.03, False),
+        (0.1, [0.3], 0.1, False),
+        (0.3, [0.3, 0.9], 0.3, False),
+        (0.0033, [0.0033, 0.0011], 0.0033, False),
+        (100.0, [0.3, 0.9, 2.7, 8.1], 8.1, True),  # seven rates are enough
+    ],
+)
+def test_rates_are_tried_beyond_an_end_that_does_best(
+    tmp_path, monkeypatch, optimum, beyond, chosen, at_edge
+):
+    """With an accuracy that falls on both sides of an optimum; what was tried on the way is cleared away."""
+    asked = []
+
+    def fit(model, images, learning_rate, budget, seed=0, **options):
+        asked.append((learning_rate, seed))
+        model.rate = learning_rate
+        return adaptation.History([1.0], 2.0)
+
+    monkeypatch.setattr(adaptation, "fit", fit)
+    monkeypatch.setattr(
+        adaptation, "accuracy", lambda model, *rest: 1 - abs(math.log(model.rate / optimum)) / 100
+    )
+    comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, seeds=(0, 1), folder=tmp_path)
+    run = comparison.run("vpt-deep", 2)
+    assert asked == [(rate, 0) for rate in (0.01, 0.03, 0.1, *beyond)] + [(chosen, 1)]
+    assert (run["learning_rate"], run["at_edge"]) == (chosen, at_edge)
+    assert [float(rate) for rate in run["validation"]] == sorted([0.01, 0.03, 0.1, *beyond])
+    assert [file.name for file in tmp_path.iterdir()] == ["vpt-deep.safetensors"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_prompts_cost_operations_and_other_methods_none(fused):
+    """Products inside the attention are counted whichever way it computes, and it is left as it was."""
+    vit, x = tiny_backbone(), plain_splits()["test"]
+    for block in vit.blocks:
+        block.attn.fused_attn = fused
+    counts = {
+        method: adaptation.operations(adaptation.build(method, vit, 3, 4, 0), x)
+        for method in ("linear", "bias", "full", "vpt-shallow", "vpt-deep")
+    }
+    assert counts["linear"] == counts["bias"] == counts["full"]
+    assert counts["vpt-shallow"] == counts["vpt-deep"]
+    tokens, d, L, n = 17, 8, 2, 4
+    grown = [L * (12 * N * d**2 + 2 * N**2 * d) for N in (tokens, tokens + n)]
+    assert counts["vpt-deep"] - counts["linear"] == 2 * (grown[1] - grown[0])
+    assert all(block.attn.fused_attn == fused for block in vit.blocks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_forgotten(method):
+    """With the old head on the adapted weights: nothing by prompts, something by all that changes weights."""
+    vit, upstream = tiny_backbone(), Plain(90, 7)
+    before = copy.deepcopy(vit.state_dict())
+    comparison = Comparison(vit, plain_splits(), Budget(steps=20, batch_size=30), (0, 1), upstream)
+    run = comparison.run(method, 4, (0.03,))
+    x = upstream.batch(range(90))
+    share = (vit(x["image"]).argmax(dim=1) == x["class"]).double().mean().item()
+    assert run["upstream_before"] == pytest.approx(share)
+    if method in ("linear", "vpt-shallow", "vpt-deep"):
+        assert run["upstream"] == [run["upstream_before"]] * 2
+        assert len(run.get("upstream_prompted", ())) == (0 if method == "linear" else 2)
+    else:
+        assert run["upstream"][0] != run["upstream_before"] and len(run["upstream"]) == 2
+    for name, tensor in vit.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backbone_that_has_changed_is_noticed(monkeypatch, method):
+    vit = tiny_backbone()
+
+    def careless_fit(*arguments, **options):
+        with torch.no_grad():
+            vit.blocks[0].attn.qkv.bias[0] += 1e-3
+        return adaptation.History([1.0], 2.0)
+
+    monkeypatch.setattr(adaptation, "fit", careless_fit)
+    with pytest.raises(RuntimeError, match=f"'{method}' has changed the backbone"):
+        Comparison(vit, plain_splits(), BUDGET, (0,)).run(method, 2, (0.03,))
+
+
+def test_what_was_known_before_is_measured_before(monkeypatch):
+    """The backbone is not compared with itself as it is after the training."""
+    upstream, shares, seen = Plain(90, 7), iter((0.9, 0.2, 0.3)), []
+
+    def known_accuracy(model, images, batch_size):
+        seen.append(images is upstream)
+        return next(shares) if images is upstream else 0.5
+
+    def fit(*arguments, **options):
+        assert seen == [True]
+        return adaptation.History([1.0], 2.0)
+
+    monkeypatch.setattr(adaptation, "accuracy", known_accuracy)
+    monkeypatch.setattr(adaptation, "fit", fit)
+    run = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0,), upstream).run("vpt-deep", 2, (0.03,))
+    assert (run["upstream_before"], run["upstream"], run["upstream_prompted"]) == (0.9, [0.2], [0.3])
+
+
+def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
+    """Finished runs are not made again, and the outcome is that of a comparison that was not stopped."""
+    fit, calls = adaptation.fit, []
+
+    def counted_fit(*arguments, **options):
+        calls.append(arguments[2])
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(adaptation, "fit", counted_fit)
+
+    def compare(file):
+        progress = Progress(file, {"study": 1})
+        comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0, 1), None, progress)
+        runs = [comparison.run(method, 2, (0.01, 0.03)) for method in ("linear", "vpt-deep")]
+        progress.finish()
+        return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
+
+    stop_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path / "state.json")
+    assert (tmp_path / "state.json").exists()
+    stop_at, calls[:] = None, []
+    went_on = compare(tmp_path / "state.json")
+    assert len(calls) == 2  # of six, four had been made
+    assert not (tmp_path / "state.json").exists()
+    assert went_on == compare(None)
+
+
+def test_progress_of_another_study_is_refused(tmp_path):
+    file = tmp_path / "state.json"
+    Progress(file, {"steps": 1}).once("a run", lambda: {"accuracy": 0.5})
+    assert Progress(file, {"steps": 1}).once("a run", lambda: pytest.fail("made again")) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="state.json belongs to a study with other settings: delete it"):
+        Progress(file, {"steps": 2})
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(ValueError, match="state.json is damaged"):
+        Progress(file, {"steps": 1})
+
+
+def test_an_unknown_method_is_refused():
+    comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET)
+    with pytest.raises(ValueError, match="method must be one of 'linear'.*got 'lora'"):
+        comparison.run("lora", 2)
+
+
+# The stored study
+
+
+@contextmanager
+def few_images():
+    """Tasks of a few dozen images."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split, count in (("train", 60), ("validation", 30), ("test", 50)):
+            patch.setitem(COUNTS, split, count)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study():
+    with few_images():
+        return adaptation.adaptation(
+            ("tiny_vit", "other_vit"),
+            ("digits", "counting"),
+            ("linear", "vpt-deep", "full"),
+            prompt_counts=(2, 3),
+            budget=BUDGET,
+            seeds=(0, 1),
+            learning_rates=(0.01,),
+            state="tiny_study",
+        )
+
+
+def test_a_study_goes_on_with_its_own_settings_alone(monkeypatch):
+    fit, calls = adaptation.fit, []
+
+    def stopped_fit(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    def compare(**changes):
+        options = {"budget": BUDGET, "seeds": (0, 1), "learning_rates": (0.01,), "state": "own_settings"}
+        with few_images():
+            return adaptation.adaptation(("tiny_vit",), ("counting",), ("linear",), **options | changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptation, "fit", stopped_fit)
+        with pytest.raises(KeyboardInterrupt):
+            compare()
+    with pytest.raises(ValueError, match="other settings"):
+        compare(upstream=None)
+    for name in ("WEIGHT_DECAY", "UPSTREAM_IMAGES"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="other settings"):
+            patch.setattr(adaptation, name, 7)
+            compare()
+    assert len(compare()["runs"][0]["accuracy"]) == 2
+
+
+def test_a_study_has_every_backbone_task_method_and_length(study, data_folder):
+    settings = [(run["backbone"], run["task"], run["method"], run["num_prompts"]) for run in study["runs"]]
+    assert settings == [
+        (backbone, task, method, n)
+        for backbone in ("tiny_vit", "other_vit")
+        for task in ("digits", "counting")
+        for method, n in (("linear", 0), ("vpt-deep", 2), ("vpt-deep", 3), ("full", 0))
+    ]
+    for run in study["runs"]:
+        assert len(run["accuracy"]) == 2 and all(0 <= share <= 1 for share in run["accuracy"])
+        assert run["seconds"] > 0 and run["bytes"] == 4 * run["trained"]
+        assert {"upstream", "upstream_before", "operations", "validation"} <= run.keys()
+    assert study["seeds"] == [0, 1] and study["budget"]["steps"] == 2
+    assert not [file for file in (data_folder / "states").iterdir() if "tiny_study" in file.name]
+    json.dumps(study)
+
+
+def test_a_run_of_a_study_is_what_a_notebook_trains(study):
+    """Built, trained and measured by hand as the chapter's live comparison does it."""
+    with few_images():
+        splits = {split: downstream("digits", split) for split in SPLITS}
+    (run,) = (
+        run
+        for run in study["runs"]
+        if (run["backbone"], run["task"], run["num_prompts"]) == ("tiny_vit", "digits", 2)
+    )
+    vit = recipes.load_model("tiny_vit")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = VPT(vit, 10, 2, deep=True)
+        adaptation.fit(model, splits["train"], 0.01, BUDGET, seed)
+        model.eval()
+        batch = splits["test"].batch(range(len(splits["test"])))
+        share = (model(batch["image"]).argmax(dim=1) == batch["class"]).double().mean().item()
+        assert run["accuracy"][seed] == pytest.approx(share)
+
+
+def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
+    for name in ("adaptation", "adaptation_mnist", "adaptation_prompts", "adaptation_widths"):
+        options = measurements.MEASUREMENTS[name].keywords
+        for backbone in options.get("backbones", ("vit_photos32",)):
+            assert recipes.find_recipe(backbone).family == "backbone"
+        assert set(options.get("methods", METHODS)) <= set(METHODS)
+        for task in options.get("tasks", adaptation.SMALL_TASKS):
+            assert task in TASKS or task in ("digits", "./mnist")
+
+
+# The command `adapt`
+
+
+QUICK = ["--steps", "2", "--batch-size", "4", "--learning-rate", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory):
+    """A folder laid out like a medical data set: grey pictures by split and diagnosis, of any size."""
+    folder = tmp_path_factory.mktemp("lesions")
+    for split, count in (("train", 6), ("val", 3), ("test", 4)):
+        for shade, diagnosis in ((60, "benign"), (200, "malignant")):
+            (folder / split / diagnosis).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (40, 52), shade + number).save(folder / split / diagnosis / f"{number}.jpeg")
+    return folder
+
+
+def test_adapting_to_a_folder_of_medical_images(data_folder, lesions):
+    result = call("adapt", "--backbone", "tiny_vit", "--data", lesions, "--name", "lesions", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "vpt-deep" in result.stdout and "accuracy" in result.stdout
+    stored = load_results("lesions")
+    assert stored["images"] == {"train": 12, "validation": 6, "test": 8}
+    assert stored["command"].startswith(f"python -m lecture26 adapt --backbone tiny_vit --data {lesions}")
+    assert {"machine", "versions", "backbone"} <= stored.keys()
+    (run,) = stored["runs"]
+    assert (run["method"], run["num_prompts"], run["trained"]) == ("vpt-deep", 8, 2 * 8 * 8 + 9 * 2)
+    assert len(run["accuracy"]) == 1
+
+    vit = recipes.load_model("tiny_vit")
+    state = load_task(data_folder / "tasks" / "lesions" / "vpt-deep.safetensors")
+    assert state.backbone == backbone_fingerprint(vit)
+    assert (data_folder / "tasks" / "lesions" / "vpt-deep.safetensors").stat().st_size < 2000
+    model = VPT(vit, 2, 8, deep=True)
+    model.load_task_state_dict(state)
+    batch = Coloured(load(lesions, "test", 32)).batch(range(8))
+    share = (model.eval()(batch["image"]).argmax(dim=1) == batch["class"]).double().mean().item()
+    assert run["accuracy"] == [pytest.approx(share)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_what_it_has_trained(data_folder, lesions, method):
+    name = f"by_{method}"
+    options = [
+        "--backbone",
+        "tiny_vit",
+        "--data",
+        lesions,
+        "--method",
+        method,
+        "--prompts",
+        3,
+        "--name",
+        name,
+    ]
+    result = call("adapt", *options, *QUICK)
+    assert result.exit_code == 0, result.output
+    (run,) = load_results(name)["runs"]
+    file = data_folder / "tasks" / name / f"{method}.safetensors"
+    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+    assert run["bytes"] <= file.stat().st_size < run["bytes"] + 6000
+
+
+def aircraft_folder(folder, per_variant=2):
+    """Pictures in FGVC-Aircraft's layout, as torchvision reads it, with a banner at the bottom."""
+    data = folder / "downloads" / "FGVCAircraft" / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    variants = ("707-320", "A320", "DH-82")
+    (data / "variants.txt").write_text("".join(f"{variant}\n" for variant in variants))
+    number = 1_000_000
+    for split in ("train", "val", "test"):
+        lines = []
+        for place, variant in enumerate(variants):
+            for _ in range(per_variant):
+                pixels = torch.full((60, 80, 3), 60 * (place + 1), dtype=torch.uint8)
+                pixels[-20:] = 255
+                Image.fromarray(pixels.numpy()).save(data / "images" / f"{number}.jpg")
+                lines.append(f"{number} {variant}\n")
+                number += 1
+        (data / f"images_variant_{split}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def aircraft(tmp_path, monkeypatch, data_folder):
+    """A data folder with FGVC-Aircraft in miniature beside the tiny backbones."""
+    monkeypatch.setenv("LECTURE26_DATA", str(tmp_path))
+    shutil.copytree(data_folder / "checkpoints", tmp_path / "checkpoints")
+    return aircraft_folder(tmp_path)
+
+
+def tiny_timm(monkeypatch):
+    """timm.create_model makes everything as small as it comes; what was asked for."""
+    import timm
+
+    create, asked = timm.create_model, []
+
+    def small(name, pretrained=False, **options):
+        asked.append((name, pretrained))
+        if pretrained:
+            raise OSError("We couldn't connect to 'https://huggingface.co' to load the weights")
+        return create(name, pretrained=False, img_size=32, embed_dim=24, depth=2, num_heads=2, **options)
+
+    monkeypatch.setattr(timm, "create_model", small)
+    return asked
+
+
+def test_the_documented_comparison_on_aircraft(aircraft, monkeypatch):
+    """Random weights, pictures in FGVC-Aircraft's layout; the command is otherwise the documented one."""
+    asked = tiny_timm(monkeypatch)
+    backbone = ["--backbone", "vit_base_patch16_224.augreg_in21k", "--random-weights"]
+    result = call(
+        "adapt", *backbone, "--data", "fgvc_aircraft", "--method", "compare", "--prompts", 10, *QUICK
+    )
+    assert result.exit_code == 0, result.output
+    assert asked == [("vit_base_patch16_224.augreg_in21k", False)]
+    (file,) = (aircraft / "results").glob("*.json")
+    stored = json.loads(file.read_text())
+    assert [run["method"] for run in stored["runs"]] == ["linear", "vpt-shallow", "vpt-deep", "full"]
+    assert stored["images"] == {"train": 6, "validation": 6, "test": 6}
+    head = (24 + 1) * 3
+    assert [run["trained"] for run in stored["runs"]][:3] == [head, 240 + head, 2 * 240 + head]
+    assert file.stem.isidentifier() and "aircraft" in file.stem.lower()
+
+
+def documented_commands():
+    """What chapter 08 and the README say of `adapt`, as words, each once."""
+    root = Path(__file__).parents[1]
+    texts = [
+        re.sub(r"^# ?", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
+        for file in (root / "notebooks" / "08_visual_prompt_tuning.py", root / "README.md")
+    ]
+    lines = re.findall(r"^ *python -m lecture26 (adapt --[^#\n]*)", "\n".join(texts), flags=re.MULTILINE)
+    return list(dict.fromkeys(tuple(shlex.split(line)) for line in lines))
+
+
+@pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
+def test_documented_commands_run(aircraft, lesions, monkeypatch, command):
+    """As they are written, but for a moment, with random weights, and on other images than ./chest."""
+    tiny_timm(monkeypatch)
+    words = [str(lesions) if word.startswith("./") else word for word in command]
+    result = call(*words, "--random-weights", "--seeds", "1", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert len(list((aircraft / "results").glob("*.json"))) == 1
+
+
+def test_the_documented_commands_are_found():
+    found = [" ".join(command) for command in documented_commands()]
+    assert any("--data fgvc_aircraft" in line and "--method compare" in line for line in found)
+    assert any("--data ./" in line for line in found)
+
+
+def test_without_a_network_the_error_says_what_to_do(aircraft, monkeypatch):
+    tiny_timm(monkeypatch)
+    options = ["--backbone", "vit_base_patch16_224.augreg_in21k", "--data", "fgvc_aircraft"]
+    result = call("adapt", *options, "--method", "vpt-deep", "--prompts", "10", *QUICK)
+    assert result.exit_code == EXIT_USER_ERROR
+    last = result.stderr.splitlines()[-1]
+    assert "the weights of 'vit_base_patch16_224.augreg_in21k' could not be fetched" in last
+    assert "Connect to the network" in last
+    assert not (aircraft / "results").exists() and not (aircraft / "tasks").exists()
+
+
+def test_pictures_are_normalised_as_the_backbone_was_trained(lesions):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = adaptation.Normalised(load(lesions, "test", 32), mean, std)
+    raw = load(lesions, "test", 32).batch(range(8))
+    batch = images.batch(range(8))
+    for channel in range(3):
+        expected = ((raw["image"][:, 0] + 1) / 2 - mean[channel]) / std[channel]
+        agree(batch["image"][:, channel], expected, 1e-5)
+    assert torch.equal(batch["class"], raw["class"]) and len(images) == 8
+
+
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        ("tiny_vit", 0.5),  # the course's own take images in [-1, 1]
+        ("vit_base_patch16_224.augreg_in21k", 0.5),
+        ("deit3_small_patch16_224.fb_in1k", 0.485),
+    ],
+)
+def test_the_mean_is_the_backbones_own(aircraft, monkeypatch, backbone, expected):
+    tiny_timm(monkeypatch)
+    means = []
+    normalised = adaptation.Normalised
+
+    def watched(images, mean, std):
+        means.append(mean)
+        return normalised(images, mean, std)
+
+    monkeypatch.setattr(adaptation, "Normalised", watched)
+    options = ["--backbone", backbone, "--random-weights", "--method", "linear", *QUICK]
+    result = call("adapt", "--data", "fgvc_aircraft", *options)
+    assert result.exit_code == 0, result.output
+    assert {round(mean[0], 3) for mean in means} == {expected}
+
+
+def test_stopped_adapting_goes_on(data_folder, lesions, monkeypatch):
+    arguments = ["adapt", "--backbone", "tiny_vit", "--data", lesions, "--name", "stopped", *QUICK]
+    arguments += ["--learning-rate", "0.03", "--method", "compare", "--state-every", "0"]
+    draws, integers = [], SampleDraws.integers
+
+    def interrupted(self, high):
+        draws.append(high)
+        if len(draws) == 7:  # in the second method's second training run
+            os.kill(os.getpid(), signal.SIGINT)
+        return integers(self, high)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleDraws, "integers", interrupted)
+        stopped = call(*arguments)
+    assert stopped.exit_code == EXIT_INTERRUPTED, stopped.output
+    assert "the same command goes on" in stopped.stderr
+    states = [file.name for file in (data_folder / "states").iterdir() if file.name.startswith("stopped")]
+    assert len(states) == 2
+
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    assert not [file for file in (data_folder / "states").iterdir() if file.name.startswith("stopped")]
+    whole = call(*[("whole" if part == "stopped" else part) for part in arguments])
+    assert whole.exit_code == 0, whole.output
+    runs = [load_results(name)["runs"] for name in ("stopped", "whole")]
+    for run, other in zip(*runs, strict=True):
+        assert {k: v for k, v in run.items() if k != "seconds"} == {
+            k: v for k, v in other.items() if k != "seconds"
+        }
+    for method in ("vpt-deep", "full"):
+        one, other = (
+            load_file(data_folder / "tasks" / name / f"{method}.safetensors") for name in ("stopped", "whole")
+        )
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_results_are_spared_unless_told_otherwise(data_folder, lesions):
+    arguments = ["adapt", "--backbone", "tiny_vit", "--data", lesions, "--name", "spared", *QUICK]
+    assert call(*arguments).exit_code == 0
+    before = (data_folder / "results" / "spared.json").read_bytes()
+    refused = call(*arguments, "--prompts", "3")
+    assert refused.exit_code == EXIT_USER_ERROR and "results 'spared' exist" in refused.stderr
+    assert (data_folder / "results" / "spared.json").read_bytes() == before
+    result = call(*arguments, "--prompts", "3", "--replace")
+    assert result.exit_code == 0, result.output
+    (run,) = load_results("spared")["runs"]
+    assert run["num_prompts"] == 3
+
+
+def test_seeds_give_a_spread(data_folder, lesions):
+    arguments = ["adapt", "--backbone", "tiny_vit", "--data", lesions, "--name", "spread", "--seeds", "3"]
+    result = call(*arguments, *QUICK)
+    assert result.exit_code == 0, result.output
+    (run,) = load_results("spread")["runs"]
+    assert len(run["accuracy"]) == 3
+    assert f"accuracy {statistics.fmean(run['accuracy']):.1%}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--data"),
+        (["--data", "nothing"], "got 'nothing'"),
+        (["--data", "no/such/folder"], "there is no folder no/such/folder"),
+        (["--data", "shapes"], "images must have classes"),
+        (["--data", "digits", "--backbone", "nothing"], "backbone must be a model of timm or a checkpoint"),
+        (["--data", "digits", "--backbone", "resnet18", "--random-weights"], "cannot be prompted.*ResNet"),
+        (["--data", "digits", "--backbone", "a_reader"], "the checkpoint 'a_reader' is none"),
+        (["--data", "digits", "--method", "lora"], "--method"),
+        (["--data", "digits", "--prompts", "0"], "--prompts"),
+        (["--data", "digits", "--steps", "0"], "--steps"),
+        (["--data", "digits", "--seeds", "0"], "--seeds"),
+        (["--data", "digits", "--learning-rate", "-1"], "learning_rate must be above 0; got -1"),
+        (["--data", "digits", "--precision", "fp8"], "--precision"),
+        (["--data", "digits", "--name", "../tiny"], "got '../tiny'"),
+    ],
+)
+def test_wrong_input_ends_in_one_clear_line(data_folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    backbone = [] if "--backbone" in options else ["--backbone", "tiny_vit"]
+    before = sorted(data_folder.rglob("*"))
+    result = call("adapt", *backbone, "--steps", "2", *options)
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert isinstance(result.exception, SystemExit)
+    last = result.stderr.splitlines()[-1]
+    assert re.search(message, last), last
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    left = [path for path in sorted(data_folder.rglob("*")) if path not in before and path.is_file()]
+    assert left == []
