@@ -59,6 +59,9 @@ class Recipe(ABC):
     def build(self) -> nn.Module:
         """The untrained network."""
 
+    def regularise(self, model: nn.Module) -> None:  # noqa: B027 - most recipes need nothing
+        """Give a network, in place, what acts in training only and is no part of what `build` makes."""
+
     @abstractmethod
     def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
         """Draw a training batch; see `train`."""
@@ -169,6 +172,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = recipe.build()
+    recipe.regularise(model)
     if recipe.start is not None:
         begin_with(model, recipe.start)
     average = EMA(model, recipe.ema_decay)
