@@ -187,10 +187,10 @@ def sample(
         strength = next((given for given in (scale, w) if given is not None), STRENGTHS.get(by))
 
         import torch
-        from accelerate import PartialState
         from torchvision.utils import save_image
 
         from lecture26 import ddpm, recipes
+        from lecture26.kit.processes import process_state
         from lecture26.recipes.guidance import check_guidance, guided
         from lecture26.recipes.latent import load_pipeline
 
@@ -199,7 +199,7 @@ def sample(
         if steps > diffusion.num_steps:
             raise ValueError(f"--steps must be at most {diffusion.num_steps} for {model!r}; got {steps}")
         check_guidance(by, model)
-        device = PartialState().device
+        device = process_state().device
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
         if by == "text":
             pipeline = load_pipeline(model).to(device)
@@ -281,8 +281,7 @@ def adapt(
     trained to data/tasks/NAME. To use several GPUs or processes: accelerate launch -m lecture26 adapt ...
     """
     with errors_in_one_line():
-        from accelerate import PartialState
-
+        from lecture26.kit.processes import process_state
         from lecture26.kit.results import results_file, save_results
         from lecture26.recipes import adaptation
 
@@ -326,7 +325,7 @@ def adapt(
         except KeyboardInterrupt as stopped:
             typer.echo("stopped: the same command goes on from the last saved state", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from stopped
-        if not PartialState().is_main_process:
+        if not process_state().is_main_process:
             return
         save_results(name, shlex.join(["python", "-m", "lecture26", "adapt", *words]), results)
     for run in results["runs"]:
@@ -342,11 +341,10 @@ def adapt(
 def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
     """Measure a checkpoint anew, and print its metrics as JSON."""
     with errors_in_one_line():
-        from accelerate import PartialState
-
         from lecture26 import recipes
+        from lecture26.kit.processes import process_state
 
-        network = recipes.load_model(model).to(PartialState().device)
+        network = recipes.load_model(model).to(process_state().device)
         recipe = recipes.load_recipe(model)
         metrics = recipe.evaluate(network, recipe.load("test"))
     typer.echo(json.dumps(metrics, indent=2))

@@ -1409,7 +1409,7 @@ print("the weight beside it has no gradient:", layer.weight.grad is None)
 #
 # Which of these methods is the best depends on how they are compared, and prompts suffer most from a careless one:
 # the learning rates to be tried for them lie far above those for full fine-tuning. So the rules are: the same images,
-# the same number of steps of the same batch size, the same linear head. Each method tries three to five learning
+# the same number of steps of the same batch size, the same linear head. Each method tries three learning
 # rates of its own, and where an end of these does best, others beyond it, at most seven in all. The *validation*
 # images choose one; the *test* images take no part in the choice, and say how good it is. Three seeds draw prompts,
 # heads and the order of the images.

@@ -710,7 +710,8 @@ def test_a_run_of_a_study_is_what_a_notebook_trains(study):
 
 
 def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
-    for name in ("adaptation", "adaptation_mnist", "adaptation_prompts", "adaptation_widths"):
+    of_tasks = [f"adaptation_{task}" for task in adaptation.SMALL_TASKS]
+    for name in (*of_tasks, "adaptation_mnist", "adaptation_prompts", "adaptation_widths"):
         options = measurements.MEASUREMENTS[name].keywords
         for backbone in options.get("backbones", ("vit_photos32",)):
             assert recipes.find_recipe(backbone).family == "backbone"

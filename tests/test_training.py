@@ -89,9 +89,11 @@ def start_two(state_file, out, delay):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch was built without gloo")
+    if not torch.accelerator.is_available():
+        monkeypatch.delenv("ACCELERATE_USE_CPU")  # needed only where there is something else to use
     state_file, out = tmp_path / "two.pt", tmp_path / "two"
 
     # Stopped through one of them, both finish the same step and write one state; and both go on from it.

@@ -10,6 +10,7 @@ import time
 import torch
 from torch import nn
 
+from lecture26.kit.processes import process_state
 from lecture26.kit.training import train
 from lecture26.unet import EMA
 
@@ -56,14 +57,13 @@ def main(state_file, out_file, batch_size, dropout, delay):
         time.sleep(float(delay))
 
     torch.set_num_threads(1)
+    is_main = process_state().is_main_process  # asked before training, as a recipe does
     try:
         result = run(state_file, int(batch_size), float(dropout), before_step)
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
 
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
+    if is_main:
         torch.save(result, out_file)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import TqdmWarning, tqdm
 
 from lecture26.kit.files import replace_when_complete
+from lecture26.kit.processes import stays_on_cpu
 from lecture26.kit.validation import check_choice, check_positive_int
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def train(
         from accelerate import Accelerator  # takes a second to import, and only training needs it
 
     # Autocast is our own, below: Accelerate's would stay in the model, and fixes one precision per process.
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(cpu=stays_on_cpu(), mixed_precision="no")
     _check_processes(accelerator.num_processes)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
@@ -231,12 +232,12 @@ def train(
 
 
 def _check_processes(found: int) -> None:
-    """Refuse several processes that would each train a model of their own."""
+    """Refuse several processes that would each train a model of their own, as on an Apple chip."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if found != started:
         raise ValueError(
-            f"{started} processes were started, and Accelerate found {found}: on CPUs it takes the "
-            "environment variable ACCELERATE_USE_CPU=true"
+            f"{started} processes were started, and Accelerate found {found}: the environment "
+            "variable ACCELERATE_USE_CPU=true keeps them on the CPU, where they find each other"
         )
 
 

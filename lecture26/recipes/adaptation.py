@@ -22,6 +22,7 @@ from lecture26.kit.downstream import Coloured, downstream
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
+from lecture26.kit.processes import process_state
 from lecture26.kit.training import History, SampleDraws, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import accuracy, mirror_and_move
@@ -66,7 +67,7 @@ METHODS = {
     "vpt-deep": Method(partial(VPT, deep=True), (1e-2, 3e-2, 1e-1)),
     "bias": Method(lambda vit, num_classes, num_prompts: bias_tuning(vit, num_classes), (1e-3, 3e-3, 1e-2)),
     "full": Method(
-        lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+        lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (1e-4, 3e-4, 1e-3)
     ),
 }
 
@@ -393,15 +394,13 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
 
 
 def _device() -> torch.device:
-    from accelerate import PartialState  # a second to import
 
-    return PartialState().device
+    return process_state().device
 
 
 def _is_main_process() -> bool:
-    from accelerate import PartialState  # a second to import
 
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 def open_task(data: str | Path, image_size: int = 32) -> dict[str, ImageSet]:
@@ -410,6 +409,7 @@ def open_task(data: str | Path, image_size: int = 32) -> dict[str, ImageSet]:
 
 
 SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
+SMALL_BUDGET = Budget(steps=200, batch_size=32)
 NUM_PROMPTS = 8
 PROMPT_COUNTS = (1, 4, 16, 32)  # beside NUM_PROMPTS
 
@@ -419,7 +419,7 @@ def adaptation(
     tasks: Sequence[str] = SMALL_TASKS,
     methods: Sequence[str] = tuple(METHODS),
     prompt_counts: Sequence[int] = (NUM_PROMPTS,),
-    budget: Budget | None = None,
+    budget: Budget = SMALL_BUDGET,
     seeds: Sequence[int] = (0, 1, 2),
     learning_rates: Sequence[float] | None = None,
     upstream: str | Path | None = "",
@@ -432,7 +432,7 @@ def adaptation(
         tasks: what `open_task` takes.
         methods: of METHODS.
         prompt_counts: n, each tried with the methods that have prompts; the others run once.
-        budget: of each training run; None takes Budget().
+        budget: of each training run.
         seeds, learning_rates: as `Comparison` has them.
         upstream: the images of the backbones' own task; "" takes those of the checkpoint's card, None leaves
             out what is forgotten.
@@ -444,7 +444,6 @@ def adaptation(
     """
     from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
 
-    budget = Budget(precision="bf16") if budget is None else budget
     settings = {
         "budget": vars(budget),
         "weight_decay": WEIGHT_DECAY,
@@ -580,14 +579,13 @@ def compare_on(
         KeyboardInterrupt: when stopped, with the state written.
     """
     import timm
-    from accelerate import PartialState
 
     from lecture26.kit.data import load
 
     methods = list(methods)
     for method in methods:
         check_choice("method", method, tuple(METHODS))
-    with PartialState().main_process_first():  # it may have to download
+    with process_state().main_process_first():  # it may have to download
         vit = load_backbone(backbone, pretrained)
         config = timm.data.resolve_model_data_config(vit)
         if vit.in_chans != 3:

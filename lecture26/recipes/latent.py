@@ -16,6 +16,7 @@ from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.processes import process_state
 from lecture26.kit.readers import OPPOSITE_RELATIONS
 from lecture26.kit.shapes import SHAPES, ShapesAndScenes
 from lecture26.kit.training import SampleDraws
@@ -77,11 +78,10 @@ class EncodedImages(ImageSet):
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Of all images, in half precision: 4 kB for each of 64 pixels."""
-        from accelerate import PartialState  # takes a second to import
 
         from lecture26.recipes import load_model  # not above, since that package imports this module
 
-        device = PartialState().device
+        device = process_state().device
         vae = load_model(self._vae).to(device)
         parts = []
         with torch.no_grad():

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
-from lecture26.recipes.adaptation import PROMPT_COUNTS, adaptation
+from lecture26.recipes.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -67,7 +67,10 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     ),
     "text_to_image_evaluation": partial(text_to_image_evaluation, "text_to_image_shapes64", READERS_64),
     "pixel_against_latent": partial(pixel_against_latent, "text_to_image_shapes64", READERS_64),
-    "adaptation": partial(adaptation, state="adaptation"),
+    **{
+        f"adaptation_{task}": partial(adaptation, tasks=(task,), state=f"adaptation_{task}")
+        for task in SMALL_TASKS
+    },
     "adaptation_mnist": partial(adaptation, tasks=("./mnist",), state="adaptation_mnist"),
     "adaptation_prompts": partial(
         adaptation,

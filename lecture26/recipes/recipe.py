@@ -14,6 +14,7 @@ from lecture26.kit.checkpoints import load_state, save_checkpoint
 from lecture26.kit.data import load
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
+from lecture26.kit.processes import process_state
 from lecture26.kit.training import History, SampleDraws, train
 from lecture26.unet import EMA
 
@@ -164,9 +165,8 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
     Returns:
         dict: the checkpoint's card; None in all but the main one of several processes.
     """
-    from accelerate import PartialState  # takes a second to import, and only training needs it
 
-    with PartialState().main_process_first():  # it may have to download
+    with process_state().main_process_first():  # it may have to download
         images, unseen = recipe.load("train"), recipe.load("test")
     recipe = recipe.fitted_to(images)
     with torch.random.fork_rng():
@@ -195,7 +195,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
         state_every=state_every,
         settings=settings,
     )
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return None
     card = save_checkpoint(
         recipe.name,
@@ -206,7 +206,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
             "command": command,
             "data": f"{recipe.data}, {len(images)} images of {images.image_size} pixels",
             "steps": recipe.steps,
-            "processes": PartialState().num_processes,
+            "processes": process_state().num_processes,
             "seconds": round(history.seconds),
             "metrics": recipe.evaluate(average.model, unseen),
             "loss_curve": loss_curve(history),

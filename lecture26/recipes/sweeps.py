@@ -13,6 +13,7 @@ from lecture26.classifier_guidance import classifier_guided, classifier_mean_shi
 from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, ddpm_step, sample
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
+from lecture26.kit.processes import process_state
 from lecture26.recipes import load_diffusion, load_model, load_recipe
 from lecture26.recipes.clip import shortened
 
@@ -52,9 +53,8 @@ class Study:
     """
 
     def __init__(self, model: str, reader: str, batch_size: int = BATCH_SIZE):
-        from accelerate import PartialState  # takes a second to import
 
-        self.device = PartialState().device
+        self.device = process_state().device
         self.network = load_model(model).to(self.device)
         self.diffusion = load_diffusion(model)
         self._judge = load_model(reader).to(self.device)

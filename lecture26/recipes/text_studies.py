@@ -20,6 +20,7 @@ from lecture26.ddpm import Diffusion, ddim_step, sample
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy, read, sample_quality
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.processes import process_state
 from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.training import SampleDraws, train
 from lecture26.latent_diffusion import LatentDiffusion, TextAttention, TextDenoiser, TextEncoder
@@ -102,11 +103,10 @@ def text_to_image_evaluation(
         `scene_outcomes`; "first_batch": the accuracies of the first batch alone; and "sweep": what
         `sample_quality` says of the first `sweep_samples`, so that weights can be compared.
     """
-    from accelerate import PartialState  # takes a second to import
 
-    pipeline = load_pipeline(model).to(PartialState().device)
+    pipeline = load_pipeline(model).to(process_state().device)
     recipe = load_recipe(model)
-    judges = {part: load_model(name).to(PartialState().device) for part, name in readers.items()}
+    judges = {part: load_model(name).to(process_state().device) for part, name in readers.items()}
     sets = {split: recipe.load(split).images.parts for split in ("test", "held_out")}
     settings = [(part, "test", w, sweep_samples) for w in weights if w != WEIGHT for part in PARTS]
     settings += [(part, split, WEIGHT, num_samples) for split in sets for part in PARTS]
