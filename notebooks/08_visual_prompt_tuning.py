@@ -33,13 +33,12 @@
 import copy
 import math
 import tempfile
+import warnings
 
 import matplotlib.pyplot as plt
-import timm
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import TqdmWarning
 
 from lecture26.checks import check
 from lecture26.kit.checkpoints import load_card
@@ -54,6 +53,16 @@ from lecture26.recipes.backbone import accuracy
 
 use_style()
 colours = list(PALETTE.values())
+
+# %% [markdown]
+# The Vision Transformer is that of timm (*PyTorch Image Models*), the library from which most people take theirs.
+
+# %%
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # that bars will be plain text: there are none here
+    import timm
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
 
 # %% [markdown]
 # Cells like the next one become the module `lecture26.visual_prompt_tuning`; the others stay in the notebook.
