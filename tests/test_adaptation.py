@@ -152,6 +152,21 @@ def test_the_loss_has_smoothed_targets(photographs):
     agree(recipe.loss(lambda x: x.flatten(1) @ table, batch), -(targets * log_probs).sum(dim=1).mean(), 1e-5)
 
 
+def test_patches_are_left_out_in_training_alone(photographs, monkeypatch):
+    recipe, lengths = small_recipe(photographs, 32, name="dropping", model=TINY), []
+    vit = recipe.build()
+    recipe.regularise(vit)
+    vit.blocks[0].register_forward_pre_hook(lambda block, inputs: lengths.append(inputs[0].shape[1]))
+    for mode in (vit.train, vit.eval):
+        mode()(torch.zeros(2, 3, 32, 32))
+    assert lengths == [1 + 8, 1 + 16]  # the class token, and patches
+
+    seen = []
+    monkeypatch.setattr(type(recipe), "regularise", lambda recipe, model: seen.append(model))
+    recipes.run(recipe, "a command")
+    assert len(seen) == 1 and isinstance(recipes.load_model("dropping").patch_drop, torch.nn.Identity)
+
+
 def test_a_backbone_is_read_again_as_it_was_trained():
     card, model = recipes.load_recipe("tiny_vit"), recipes.load_model("tiny_vit")
     assert type(model) is VisionTransformer

@@ -18,15 +18,15 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 
 class BackboneRecipe(Recipe):
     """A VisionTransformer of timm that learns the classes of an image folder.
 
-    It sees no image twice in the same way: each is mirrored, moved, tinted and blotted out in part.
+    It sees no image twice in the same way: each is mirrored, moved, tinted, and hidden in part.
 
     Attributes:
         num_classes: of the data; taken from them when training begins.
         smoothing: the share of probability that the targets spread over all classes.
         erase: the share of images that lose a square.
         tint: how far brightness, contrast and saturation may depart from 1.
-        patch_drop: the share of patches that training leaves out, others for each image: a step costs little
-            more than half as much, and no image is seen whole twice (Liu et al. 2022, section 3.1).
+        patch_drop: the share of patches that training leaves out, others for each image and step: a step
+            takes little more than half the time (Liu et al. 2022, *PatchDropout*).
     """
 
     family: ClassVar[str] = "backbone"
