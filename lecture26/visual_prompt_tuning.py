@@ -28,7 +28,7 @@ def patches(x, patch_size):
         patch_size: p, the side of a patch in pixels.
 
     Returns:
-        (B, P, C p^2) with P = (H / p)(W / p): patches by rows of the image; in each the channel changes
+        (B, N_p, C p^2) with N_p = (H / p)(W / p): patches by rows of the image; in each the channel changes
         slowest, then the row, then the column.
 
     Raises:
@@ -190,10 +190,13 @@ def prompted_tokens(vit, x, prompts):
         (B, N + n, d): prefix tokens, prompts, patches.
 
     Raises:
-        ValueError: if the images do not have the shape that the backbone takes.
+        ValueError: if the images do not have the shape that the backbone takes, or there are sets of prompts
+            for some blocks and not for others.
 
     Source: Jia et al. 2022, section 3.2.
     """
+    if len(prompts) not in (1, len(vit.blocks)):
+        raise ValueError(f"prompts must be for 1 block or for all {len(vit.blocks)}; got {len(prompts)} sets")
     size = tuple(x.shape[2:]) if vit.dynamic_img_size else tuple(vit.patch_embed.img_size)
     if x.ndim != 4 or tuple(x.shape[1:]) != (vit.in_chans, *size):
         raise ValueError(
@@ -244,6 +247,7 @@ class VPT(nn.Module):
 
     Attributes:
         vit: the backbone.
+        num_prompts, deep, prompt_dropout: as given, the last as a layer nn.Dropout.
         prompts: (1 or L, n, d), trained.
         head: nn.Linear(d, K), trained.
 
@@ -360,7 +364,8 @@ def backbone_fingerprint(vit):
     """A text that tells backbones apart: a hash of all weights but those of the heads.
 
     Args:
-        vit: a timm VisionTransformer, on any device. Precision does not count, as far as it holds float32.
+        vit: a timm VisionTransformer, on any device. The precision does not count: a copy in float64 of
+            weights in float32 has the same fingerprint. Neither do settings that are no weights.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -414,7 +419,7 @@ TASK_FORMAT = "lecture26 task"
 
 
 def save_task(file, state):
-    """Write what a task has learned into a file of a few kilobytes.
+    """Write what a task has learned into a safetensors file.
 
     Args:
         file: the path; a file that is there is replaced as a whole.
@@ -610,9 +615,12 @@ class PromptBank(nn.Module):
             task: a VPT on this backbone, or its state, see `VPT.task_state_dict` and `load_task`.
 
         Raises:
+            TypeError: if the task is a model of another kind.
             ValueError: if the name is taken, the task belongs to another backbone, or its prompts are not as
                 many as those of the tasks that are here already.
         """
+        if isinstance(task, nn.Module) and not isinstance(task, VPT):
+            raise TypeError(f"task must be a VPT or the state of one; got a {type(task).__name__}")
         if name in self:
             raise ValueError(f"name must be new; there is a task {name!r} already: remove it first")
         state = task.task_state_dict() if isinstance(task, nn.Module) else task

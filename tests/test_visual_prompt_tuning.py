@@ -938,6 +938,16 @@ VIT = small_vit()
             ValueError,
             r"shape \(B, 3, 16, 16\); got \(3, 1, 16, 16\)",
         ),
+        (
+            lambda: prompted_tokens(VIT, images(), torch.zeros(2, 4, 24)),
+            ValueError,
+            "prompts must be for 1 block or for all 3; got 2 sets",
+        ),
+        (
+            lambda: PromptBank(VIT).add("new", bias_tuning(VIT, 3)),
+            TypeError,
+            "task must be a VPT or the state of one; got a VisionTransformer",
+        ),
         (lambda: VPT(VIT, 3, 2)(images()[0]), ValueError, r"shape \(B, 3, 16, 16\); got \(3, 16, 16\)"),
     ],
 )

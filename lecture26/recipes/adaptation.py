@@ -409,7 +409,7 @@ def open_task(data: str | Path, image_size: int = 32) -> dict[str, ImageSet]:
 
 
 SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
-SMALL_BUDGET = Budget(steps=200, batch_size=32)
+SMALL_BUDGET = Budget(steps=100, batch_size=32)
 NUM_PROMPTS = 8
 PROMPT_COUNTS = (1, 4, 16, 32)  # beside NUM_PROMPTS
 
