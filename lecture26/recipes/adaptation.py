@@ -368,9 +368,11 @@ class _Prompted(nn.Module):
         return vit.head(pooled(vit, prompted_tokens(vit, x, self.model.prompts), self.model.num_prompts))
 
 
-@torch.no_grad()
 def operations(model: nn.Module, images: ImageSet) -> int:
-    """The floating-point operations of the matrix products in an image's forward pass."""
+    """The floating-point operations of the matrix products in an image's forward pass.
+
+    Not under torch.no_grad(), where torch's counter stumbles over a view of a parameter.
+    """
     device = next(model.parameters()).device
     with attention_by_products(model), FlopCounterMode(display=False) as counter:
         model(images.batch([0])["image"].to(device))
