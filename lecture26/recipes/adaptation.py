@@ -41,7 +41,7 @@ from lecture26.visual_prompt_tuning import (
 
 WEIGHT_DECAY = 1e-4
 EVALUATION_BATCH = 100
-UPSTREAM_IMAGES = 1000  # for what a network still knows of its first task
+UPSTREAM_IMAGES = 500  # for what a network still knows of its first task
 RATE_STEP = 3.0  # between the learning rates beyond the ends of a method's own
 MOST_RATES = 7
 
