@@ -306,12 +306,11 @@ def adapt(
         adaptation.check_name(name)
         if results_file(name).exists() and not replace:
             raise ValueError(f"results {name!r} exist: choose another --name, or write over with --replace")
-        compared = ("linear", "vpt-shallow", "vpt-deep", "full")
         try:
             results = adaptation.compare_on(
                 backbone,
                 data,
-                compared if method is AdaptationMethod.compare else (method.value,),
+                adaptation.COMPARED if method is AdaptationMethod.compare else (method.value,),
                 prompts,
                 adaptation.Budget(
                     steps=steps, batch_size=batch_size, precision=precision.value, augment=augment

@@ -412,6 +412,7 @@ def open_task(data: str | Path, image_size: int = 32) -> dict[str, ImageSet]:
 
 SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
 SMALL_BUDGET = Budget(steps=100, batch_size=32)
+COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
 NUM_PROMPTS = 8
 PROMPT_COUNTS = (1, 4, 16, 32)  # beside NUM_PROMPTS
 
@@ -419,7 +420,7 @@ PROMPT_COUNTS = (1, 4, 16, 32)  # beside NUM_PROMPTS
 def adaptation(
     backbones: Sequence[str] = ("vit_photos32",),
     tasks: Sequence[str] = SMALL_TASKS,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = COMPARED,
     prompt_counts: Sequence[int] = (NUM_PROMPTS,),
     budget: Budget = SMALL_BUDGET,
     seeds: Sequence[int] = (0, 1, 2),

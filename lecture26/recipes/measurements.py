@@ -84,7 +84,6 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         adaptation,
         backbones=("vit_photos32_64", "vit_photos32_96"),
         tasks=("digits", "line_drawings"),
-        methods=("linear", "vpt-shallow", "vpt-deep", "full"),
         upstream=None,
         state="adaptation_widths",
     ),
