@@ -1643,9 +1643,9 @@ for method in COMPARED:
           f" {run['operations'] / whole['operations']:11.2f}x")  # fmt: skip
 
 # %% [markdown]
-# *Times less: than full fine-tuning. Training: the time of a step relative to full fine-tuning, both timed in turn by
-# `benchmarks/adaptation.py`. Kept: the memory of what a forward pass of 64 images keeps for the backward pass. Forward
-# pass: its matrix products relative to those of full fine-tuning. The linear probe trains in less time,
+# *Times less: than full fine-tuning. Training: the time of a step relative to full fine-tuning, both timed in turn
+# by `benchmarks/adaptation.py`. Kept: the memory of what a forward pass of 64 images keeps for the backward pass.
+# Forward pass: its matrix products relative to those of full fine-tuning. The linear probe trains in less time,
 # since nothing has to come back through the blocks (and less still if the features are computed once).*
 #
 # ## What the prompts have learned
