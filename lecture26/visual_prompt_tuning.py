@@ -619,7 +619,7 @@ class PromptBank(nn.Module):
             ValueError: if the name is taken, the task belongs to another backbone, or its prompts are not as
                 many as those of the tasks that are here already.
         """
-        if isinstance(task, nn.Module) and not isinstance(task, VPT):
+        if isinstance(task, nn.Module) and not hasattr(task, "task_state_dict"):
             raise TypeError(f"task must be a VPT or the state of one; got a {type(task).__name__}")
         if name in self:
             raise ValueError(f"name must be new; there is a task {name!r} already: remove it first")
