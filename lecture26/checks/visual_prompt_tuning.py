@@ -1,6 +1,7 @@
 """Exercises of chapter 08: patches, prompts (in, size, replaced, looked at), storage, biases, heads."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -152,16 +153,17 @@ PATCHES = Exercise(
 )
 
 
+def _prompt_case(draws: Draws, note, batch, count, n, d, num_prefix, each=False, **kind) -> Case:
+    """Tokens (batch, count, d) and n prompts: the same for all images, or `each` with its own."""
+    lead = (batch,) if each else ()
+    return Case(note, (draws.normal(batch, count, d, **kind), draws.normal(*lead, n, d, **kind), num_prefix))
+
+
 def _insert_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     batch, count, n, d = draws.integer(3, 4), draws.integer(7, 8), draws.integer(1, 2), draws.integer(5, 6)
     side = draws.integer(3, 4)
-
-    def case(note, batch, count, n, d, num_prefix, each=False, **kind):
-        lead = (batch,) if each else ()
-        return Case(
-            note, (draws.normal(batch, count, d, **kind), draws.normal(*lead, n, d, **kind), num_prefix)
-        )
+    case = partial(_prompt_case, draws)
 
     return [
         case("all axes of one length", side, side, side, side, 1),
@@ -437,12 +439,7 @@ def _replace_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     batch, count, n, d = draws.integer(3, 4), draws.integer(9, 10), draws.integer(1, 2), draws.integer(5, 6)
     side = draws.integer(4, 5)
-
-    def case(note, batch, count, n, d, num_prefix, each=False, **kind):
-        lead = (batch,) if each else ()
-        return Case(
-            note, (draws.normal(batch, count, d, **kind), draws.normal(*lead, n, d, **kind), num_prefix)
-        )
+    case = partial(_prompt_case, draws)
 
     return [
         case("all axes but the prompts' of one length", side, side, 2, side, 1),
