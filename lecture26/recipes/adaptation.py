@@ -164,14 +164,14 @@ class Progress:
         """What `compute` returned under this key, now or before the study was stopped."""
         if key not in self._done:
             self._done[key] = json.loads(json.dumps(compute()))
-            if self._file is not None and _is_main_process():
+            if self._file is not None and process_state().is_main_process:
                 with replace_when_complete(self._file) as temporary:
                     temporary.write_text(json.dumps({"settings": self._settings, "done": self._done}))
         return self._done[key]
 
     def finish(self) -> None:
         """Delete the file."""
-        if self._file is not None and _is_main_process():
+        if self._file is not None and process_state().is_main_process:
             self._file.unlink(missing_ok=True)
 
 
@@ -233,7 +233,7 @@ class Comparison:
         first = self._first_runs(method, num_prompts, learning_rates)
         validation = {rate: first[rate]["validation"] for rate in sorted(first)}
         best = best_rate(validation)
-        if self.folder is not None and _is_main_process():
+        if self.folder is not None and process_state().is_main_process:
             for rate in first:
                 file = self._file(method, rate)
                 if rate == best and file.exists():
@@ -278,10 +278,10 @@ class Comparison:
         model = build(method, self.vit, num_classes, num_prompts, seed)
         state = {"state_file": self.state_file, "state_every": self.state_every, "settings": {"run": key}}
         history = fit(model, self.splits["train"], learning_rate, self.budget, seed, **state)
-        if self.state_file is not None and _is_main_process():
+        if self.state_file is not None and process_state().is_main_process:
             self.state_file.unlink(missing_ok=True)
         model.eval()
-        if self.folder is not None and seed == self.seeds[0] and _is_main_process():
+        if self.folder is not None and seed == self.seeds[0] and process_state().is_main_process:
             save_trained(self._file(method, learning_rate), model)
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
         measured = {
@@ -306,7 +306,7 @@ class Comparison:
         """What the backbone knows of its own task before the training, on the same device."""
         if self.upstream is None:
             return {}
-        share = accuracy(self.vit.to(_device()).eval(), self.upstream, EVALUATION_BATCH)
+        share = accuracy(self.vit.to(process_state().device).eval(), self.upstream, EVALUATION_BATCH)
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
         return {"upstream_before": share}
 
@@ -317,7 +317,7 @@ class Comparison:
             if model.num_prompts:
                 measured["upstream_prompted"] = accuracy(_Prompted(model), self.upstream, EVALUATION_BATCH)
             return measured
-        changed = copy.deepcopy(self.vit).to(_device())
+        changed = copy.deepcopy(self.vit).to(process_state().device)
         weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("head")}
         changed.load_state_dict(weights, strict=False)
         return {"upstream": accuracy(changed, self.upstream, EVALUATION_BATCH)}
@@ -393,16 +393,6 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in fused:
             layer.fused_attn = True
-
-
-def _device() -> torch.device:
-
-    return process_state().device
-
-
-def _is_main_process() -> bool:
-
-    return process_state().is_main_process
 
 
 def open_task(data: str | Path, image_size: int = 32) -> dict[str, ImageSet]:
