@@ -299,11 +299,10 @@ class VPT(nn.Module):
         """What this task has learned: copies on the CPU of the trained tensors, by parameter's name.
 
         Returns:
-            An OrderedDict of "prompts", "head.weight" and "head.bias", whose attribute `backbone` is the
-            fingerprint of the backbone that they belong to.
+            An OrderedDict of TASK_TENSORS, whose attribute `backbone` is the fingerprint of the backbone
+            that they belong to.
         """
-        own = {"prompts": self.prompts, "head.weight": self.head.weight, "head.bias": self.head.bias}
-        state = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in own.items())
+        state = OrderedDict((name, self.get_parameter(name).detach().cpu().clone()) for name in TASK_TENSORS)
         state.backbone = backbone_fingerprint(self.vit)
         return state
 
@@ -317,8 +316,8 @@ class VPT(nn.Module):
         Raises:
             ValueError: if it belongs to another backbone, or to prompts or a head of other sizes.
         """
-        own = {"prompts": self.prompts, "head.weight": self.head.weight, "head.bias": self.head.bias}
         check_task_state(state, self.vit, backbone_fingerprint(self.vit))
+        own = {name: self.get_parameter(name) for name in TASK_TENSORS}
         for name, tensor in own.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(
@@ -382,6 +381,9 @@ def _bytes(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+TASK_TENSORS = ("prompts", "head.weight", "head.bias")  # all that is trained and stored
+
+
 def check_task_state(state, vit, fingerprint):
     """Raise unless a task's state is whole and belongs to a backbone.
 
@@ -393,10 +395,9 @@ def check_task_state(state, vit, fingerprint):
     Raises:
         ValueError: if tensors are missing or too many, or do not fit each other or the backbone.
     """
-    expected = {"prompts", "head.weight", "head.bias"}
-    if set(state) != expected:
-        raise ValueError(f"state must have the tensors {sorted(expected)}; got {sorted(state)}")
-    prompts, weight, bias = state["prompts"], state["head.weight"], state["head.bias"]
+    if set(state) != set(TASK_TENSORS):
+        raise ValueError(f"state must have the tensors {', '.join(TASK_TENSORS)}; got {', '.join(state)}")
+    prompts, weight, bias = (state[name] for name in TASK_TENSORS)
     if prompts.ndim != 3 or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         raise ValueError(

@@ -83,7 +83,7 @@ def data_folder(tmp_path_factory, photographs):
 def small_recipe(folder, image_size=12, **changes):
     """The backbone's recipe for a moment's training on a folder."""
     recipe = dataclasses.replace(
-        recipes.find_recipe("vit_photos32"),
+        recipes.find_recipe("vit_photos32_masked"),
         data=str(folder),
         image_size=image_size,
         **{"model": TINY | {"patch_size": 4}, "steps": 2, "batch_size": 4, "precision": "fp32"} | changes,
@@ -177,10 +177,13 @@ def test_a_backbone_is_read_again_as_it_was_trained():
     assert card.evaluate(model, card.load("test")) == {"accuracy": pytest.approx(share)}
 
 
-def test_a_backbone_is_trained_by_the_documented_command(photographs):
-    options = ["--steps", "1", "--batch-size", "2", "--precision", "fp32", "--name", "from_a_folder"]
-    result = call("train", "vit_photos32", "--data", photographs, *options)
-    assert result.exit_code == 0, result.output
+def test_a_backbone_is_trained_by_the_documented_commands(photographs):
+    options = ["--data", photographs, "--steps", "1", "--batch-size", "2", "--precision", "fp32"]
+    too_early = call("train", "vit_photos32", "--name", "from_a_folder", *options)
+    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_masked" in too_early.output
+    for arguments in (["vit_photos32_masked"], ["vit_photos32", "--name", "from_a_folder"]):
+        result = call("train", *arguments, *options)
+        assert result.exit_code == 0, result.output
     card, vit = load_card("from_a_folder"), recipes.load_model("from_a_folder")
     width = recipes.find_recipe("vit_photos32").model["embed_dim"]
     assert (card["recipe"], card["settings"]["num_classes"], vit.embed_dim) == ("backbone", 3, width)
