@@ -1467,10 +1467,11 @@ print("the weight beside it has no gradient:", layer.weight.grad is None)
 #
 # Which of these methods is the best depends on how they are compared. One learning rate for all would be unfair:
 # those that suit prompts and heads lie far above those for full fine-tuning. So the rules are: the same images, the
-# same number of steps of the same batch size, the same linear head. Each method tries three learning rates of its
-# own, and where an end of these does best, others beyond it, at most seven in all. The *validation* images choose one
-# of them, by the runs of the first seed; the *test* images take no part in the choice, and say how good it is. Three
-# seeds, the first among them, draw prompts, heads and the order of the images.
+# same number of steps of the same batch size, the same linear head. Each method begins with two learning rates of
+# its own, and goes on beyond the better one, by factors of three, until the best lies between two others (at most
+# seven are tried). The *validation* images choose, by the runs of the first seed; the *test* images take no part in
+# the choice, and say how good it is. Three seeds, the first among them, draw prompts, heads and the order of the
+# images.
 #
 # Equal steps are a choice, too. A step costs more by one method than by another, and a method that has not settled
 # after these steps might gain by more.

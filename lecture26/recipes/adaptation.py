@@ -52,23 +52,19 @@ class Method:
 
     Attributes:
         build: build(vit, num_classes, num_prompts) -> the model to train.
-        learning_rates: those to choose from at first; more are tried beyond an end that does best.
+        learning_rates: the two to begin with; others are tried beyond the better one.
     """
 
     build: Callable[[nn.Module, int, int], nn.Module]
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, float]
 
 
 METHODS = {
-    "linear": Method(
-        lambda vit, num_classes, num_prompts: linear_probe(vit, num_classes), (1e-3, 1e-2, 5e-2)
-    ),
-    "vpt-shallow": Method(VPT, (1e-2, 3e-2, 1e-1)),
-    "vpt-deep": Method(partial(VPT, deep=True), (1e-2, 3e-2, 1e-1)),
-    "bias": Method(lambda vit, num_classes, num_prompts: bias_tuning(vit, num_classes), (1e-3, 3e-3, 1e-2)),
-    "full": Method(
-        lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (1e-4, 3e-4, 1e-3)
-    ),
+    "linear": Method(lambda vit, num_classes, num_prompts: linear_probe(vit, num_classes), (0.05, 0.15)),
+    "vpt-shallow": Method(VPT, (0.03, 0.1)),
+    "vpt-deep": Method(partial(VPT, deep=True), (0.03, 0.1)),
+    "bias": Method(lambda vit, num_classes, num_prompts: bias_tuning(vit, num_classes), (3e-3, 1e-2)),
+    "full": Method(lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (3e-4, 1e-3)),
 }
 
 
@@ -206,8 +202,8 @@ class Comparison:
     def run(self, method: str, num_prompts: int, learning_rates: Sequence[float] | None = None) -> dict:
         """Choose a method's learning rate by the validation images, and measure it on the test images.
 
-        Where an end of a method's own learning rates does best, a rate beyond it is tried, until the best
-        lies between others or MOST_RATES have been tried.
+        A method begins with two learning rates of its own. As long as an end of those tried does best, one
+        beyond it is tried, until the best lies between others or there are MOST_RATES.
 
         Args:
             method: one of METHODS.
