@@ -85,6 +85,16 @@ def errors_in_one_line():
         raise typer.Exit(EXIT_USER_ERROR) from error
 
 
+@contextmanager
+def stopped_in_one_line():
+    """Tell whoever stops a call that keeps its state how to go on, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        typer.echo("stopped: the same command goes on from the last saved state", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from stopped
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Such as ddpm_shapes32, or ddpm for your own images.")],
@@ -130,12 +140,8 @@ def train(
                 f"a checkpoint {chosen.name!r} exists: choose another --name, or write over it with --replace"
             )
         options = [part for key, value in changes.items() for part in (_option(key), str(value))]
-        command = shlex.join(["python", "-m", "lecture26", "train", recipe, *options])
-        try:
-            card = recipes.run(chosen, command, state_every)
-        except KeyboardInterrupt as stopped:
-            typer.echo("stopped: the same command goes on from the last saved state", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from stopped
+        with stopped_in_one_line():
+            card = recipes.run(chosen, _command("train", recipe, *options), state_every)
     if card is not None:
         typer.echo(json.dumps({"name": card["name"], "seconds": card["seconds"], "metrics": card["metrics"]}))
 
@@ -306,7 +312,7 @@ def adapt(
         adaptation.check_name(name)
         if results_file(name).exists() and not replace:
             raise ValueError(f"results {name!r} exist: choose another --name, or write over with --replace")
-        try:
+        with stopped_in_one_line():
             results = adaptation.compare_on(
                 backbone,
                 data,
@@ -321,12 +327,10 @@ def adapt(
                 name=name,
                 state_every=state_every,
             )
-        except KeyboardInterrupt as stopped:
-            typer.echo("stopped: the same command goes on from the last saved state", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from stopped
         if not process_state().is_main_process:
             return
-        save_results(name, shlex.join(["python", "-m", "lecture26", "adapt", *words]), results)
+        save_results(name, _command("adapt", *words), results)
+        adaptation.forget_progress(name)
     for run in results["runs"]:
         mean = sum(run["accuracy"]) / len(run["accuracy"])
         typer.echo(
@@ -362,8 +366,7 @@ def measure(
         if results_file(name).exists() and not replace:
             raise ValueError(f"results {name!r} exist: write over them with --replace")
         options = ["--replace"] if replace else []
-        command = shlex.join(["python", "-m", "lecture26", "measure", name, *options])
-        measurements.measure(name, command)
+        measurements.measure(name, _command("measure", name, *options))
     typer.echo(f"stored: {results_file(name)}")
 
 
@@ -386,6 +389,15 @@ def checkpoints(
                 f"{card['bytes'] / 2**20:.1f} MiB, "
                 f"{card['steps']} steps in {card['seconds'] / 60:.0f} min on {card['data']}; {metrics}"
             )
+
+
+def _command(*words: str) -> str:
+    """The command line of a call, with as many processes as there are now."""
+    from lecture26.kit.processes import process_state
+
+    count = process_state().num_processes
+    start = ["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]
+    return shlex.join([*start, "-m", "lecture26", *words])
 
 
 def _option(argument: str) -> str:

@@ -6,6 +6,7 @@ package`.
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
@@ -197,12 +198,7 @@ def prompted_tokens(vit, x, prompts):
     """
     if len(prompts) not in (1, len(vit.blocks)):
         raise ValueError(f"prompts must be for 1 block or for all {len(vit.blocks)}; got {len(prompts)} sets")
-    size = tuple(x.shape[2:]) if vit.dynamic_img_size else tuple(vit.patch_embed.img_size)
-    if x.ndim != 4 or tuple(x.shape[1:]) != (vit.in_chans, *size):
-        raise ValueError(
-            f"x must be images of shape (B, {vit.in_chans}, {', '.join(map(str, size))}); "
-            f"got {tuple(x.shape)}"
-        )
+    _check_images(x, vit)
     vit.eval()  # whatever somebody has set it to since
     tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, d)
     tokens = insert_prompts(tokens, prompts[0], vit.num_prefix_tokens)  # (B, N + n, d)
@@ -211,6 +207,21 @@ def prompted_tokens(vit, x, prompts):
             tokens = replace_prompts(tokens, prompts[number], vit.num_prefix_tokens)
         tokens = block(tokens)
     return vit.norm(tokens)
+
+
+def _check_images(x, vit):
+    height, width = vit.patch_embed.patch_size if vit.dynamic_img_size else vit.patch_embed.img_size
+    fits = x.ndim == 4 and x.shape[1] == vit.in_chans
+    if vit.dynamic_img_size:
+        wanted = f"H a multiple of {height}, W of {width}"
+        fits = fits and (vit.patch_embed.dynamic_img_pad or not (x.shape[2] % height or x.shape[3] % width))
+    else:
+        wanted = f"H = {height}, W = {width}"
+        fits = fits and tuple(x.shape[2:]) == (height, width)
+    if not fits:
+        raise ValueError(
+            f"x must be images of shape (B, {vit.in_chans}, H, W) with {wanted}; got {tuple(x.shape)}"
+        )
 
 
 def pooled(vit, tokens, num_prompts):
@@ -363,8 +374,9 @@ def backbone_fingerprint(vit):
     """A text that tells backbones apart: a hash of all weights but those of the heads.
 
     Args:
-        vit: a timm VisionTransformer, on any device. The precision does not count: a copy in float64 of
-            weights in float32 has the same fingerprint. Neither do settings that are no weights.
+        vit: a timm VisionTransformer, on any device. A copy in float64 of weights in float32 has the same
+            fingerprint, one that was rounded to half precision another. Settings that are no weights do not
+            count.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -411,8 +423,8 @@ def check_task_state(state, vit, fingerprint):
     backbone = getattr(state, "backbone", None)
     if backbone not in (None, fingerprint):
         raise ValueError(
-            "state must belong to this backbone; it was learned on another one of the same depth and width "
-            f"(fingerprint {backbone[:12]}, here {fingerprint[:12]})"
+            "state must belong to this backbone; it was learned on another one of the same depth and width, or "
+            f"before the weights were rounded (fingerprint {backbone[:12]}, here {fingerprint[:12]})"
         )
 
 
@@ -616,15 +628,17 @@ class PromptBank(nn.Module):
             task: a VPT on this backbone, or its state, see `VPT.task_state_dict` and `load_task`.
 
         Raises:
-            TypeError: if the task is a model of another kind.
+            TypeError: if the task is something else.
             ValueError: if the name is taken, the task belongs to another backbone, or its prompts are not as
                 many as those of the tasks that are here already.
         """
-        if isinstance(task, nn.Module) and not hasattr(task, "task_state_dict"):
-            raise TypeError(f"task must be a VPT or the state of one; got a {type(task).__name__}")
+        if not (isinstance(task, Mapping) or hasattr(task, "task_state_dict")):
+            raise TypeError(
+                f"task must be a VPT or the state of one, and files are for load; got a {type(task).__name__}"
+            )
         if name in self:
             raise ValueError(f"name must be new; there is a task {name!r} already: remove it first")
-        state = task.task_state_dict() if isinstance(task, nn.Module) else task
+        state = task if isinstance(task, Mapping) else task.task_state_dict()
         check_task_state(state, self.vit, self._fingerprint)
         sizes = state["prompts"].shape[:2]
         for other, present in self._states.items():

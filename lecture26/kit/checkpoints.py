@@ -171,7 +171,7 @@ def describe_machine() -> dict:
 
 def describe_versions() -> dict[str, str]:
     """The versions that decide what a training run computes: dict of name to version."""
-    packages = ("lecture26", "torch", "numpy", "accelerate", "safetensors")
+    packages = ("lecture26", "torch", "timm", "numpy", "accelerate", "safetensors")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 

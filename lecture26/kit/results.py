@@ -43,7 +43,10 @@ def load_results(name: str) -> dict:
         ValueError: if there is none of that name, or its file is damaged.
     """
     file = results_file(name)
-    how_to_mend = f"Make it anew with `python -m lecture26 measure {name} --replace`."
+    how_to_mend = (
+        f"If it is one of the course's, fetch it again with `git checkout -- {file}`. Measurements are made anew "
+        f"by `python -m lecture26 measure {name} --replace`, benchmarks by the programs in benchmarks/."
+    )
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in results_dir().glob("*.json"))) or "none"
         raise ValueError(

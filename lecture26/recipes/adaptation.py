@@ -1,6 +1,7 @@
 """A backbone adapted to new tasks by every method of chapter 08, and the comparison of these."""
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lecture26.kit.checkpoints import list_checkpoints, load_card
-from lecture26.kit.data import DataError
+from lecture26.kit.data import SPLITS, DataError
 from lecture26.kit.downstream import Coloured, downstream
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
@@ -26,6 +27,7 @@ from lecture26.kit.processes import process_state
 from lecture26.kit.training import History, SampleDraws, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import accuracy, mirror_and_move
+from lecture26.recipes.recipe import seeded, state_file
 from lecture26.visual_prompt_tuning import (
     VPT,
     backbone_fingerprint,
@@ -53,16 +55,18 @@ class Method:
     Attributes:
         build: build(vit, num_classes, num_prompts) -> the model to train.
         learning_rates: the two to begin with; others are tried beyond the better one.
+        has_prompts: whether their number counts.
     """
 
     build: Callable[[nn.Module, int, int], nn.Module]
     learning_rates: tuple[float, float]
+    has_prompts: bool = False
 
 
 METHODS = {
     "linear": Method(lambda vit, num_classes, num_prompts: linear_probe(vit, num_classes), (0.05, 0.15)),
-    "vpt-shallow": Method(VPT, (0.03, 0.1)),
-    "vpt-deep": Method(partial(VPT, deep=True), (0.03, 0.1)),
+    "vpt-shallow": Method(VPT, (0.03, 0.1), has_prompts=True),
+    "vpt-deep": Method(partial(VPT, deep=True), (0.03, 0.1), has_prompts=True),
     "bias": Method(lambda vit, num_classes, num_prompts: bias_tuning(vit, num_classes), (3e-3, 1e-2)),
     "full": Method(lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (3e-4, 1e-3)),
 }
@@ -127,10 +131,9 @@ def fit(
 
 
 def build(method: str, vit: nn.Module, num_classes: int, num_prompts: int, seed: int) -> nn.Module:
-    """The untrained model of one of METHODS, with prompts and head drawn from a seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return METHODS[method].build(vit, num_classes, num_prompts)
+    """The untrained model of one of METHODS, prompts and head drawn from a seed; ValueError for others."""
+    check_choice("method", method, tuple(METHODS))
+    return seeded(seed, lambda: METHODS[method].build(vit, num_classes, num_prompts))
 
 
 class Progress:
@@ -157,18 +160,19 @@ class Progress:
             raise ValueError(f"{file} belongs to a study with other settings: delete it to start anew")
 
     def once(self, key: str, compute: Callable[[], dict]) -> dict:
-        """What `compute` returned under this key, now or before the study was stopped."""
+        """What `compute` returned under this key, now or before the study was stopped.
+
+        Of several processes all get what the main one has computed: what to do next is decided by it.
+        """
         if key not in self._done:
-            self._done[key] = json.loads(json.dumps(compute()))
+            from accelerate.utils import broadcast_object_list  # takes a second to import
+
+            measured = json.loads(json.dumps(compute()))
+            (self._done[key],) = broadcast_object_list([measured])
             if self._file is not None and process_state().is_main_process:
                 with replace_when_complete(self._file) as temporary:
                     temporary.write_text(json.dumps({"settings": self._settings, "done": self._done}))
         return self._done[key]
-
-    def finish(self) -> None:
-        """Delete the file."""
-        if self._file is not None and process_state().is_main_process:
-            self._file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -182,7 +186,8 @@ class Comparison:
         seeds: of the repetitions; the first one's runs choose the learning rate.
         upstream: images of the backbone's own task, to see what is forgotten; None leaves that out.
         progress: where finished runs are kept.
-        state_file: where the state of the running one is kept; None keeps none.
+        state_file: where the state of the running one is kept, with a sign of its own in the name; None
+            keeps none.
         state_every: seconds between two such states.
         name: what tells this comparison from others in `progress`.
         folder: where to keep what was trained, in METHOD.safetensors; None keeps none.
@@ -224,7 +229,7 @@ class Comparison:
             RuntimeError: if the backbone itself has changed.
         """
         check_choice("method", method, tuple(METHODS))
-        if method not in ("vpt-shallow", "vpt-deep"):
+        if not METHODS[method].has_prompts:
             num_prompts = 0
         first = self._first_runs(method, num_prompts, learning_rates)
         validation = {rate: first[rate]["validation"] for rate in sorted(first)}
@@ -266,16 +271,25 @@ class Comparison:
 
     def _measured(self, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
         key = f"{self.name} {method} {num_prompts} {learning_rate:g} {seed}"
-        return self.progress.once(key, lambda: self._one_run(key, method, num_prompts, learning_rate, seed))
+        state = {}
+        if self.state_file is not None:
+            sign = hashlib.sha256(key.encode()).hexdigest()[:8]
+            file = self.state_file.with_stem(f"{self.state_file.stem}_{sign}")
+            state = {"state_file": file, "state_every": self.state_every, "settings": {"run": key}}
+        measured = self.progress.once(
+            key, lambda: self._one_run(method, num_prompts, learning_rate, seed, state)
+        )
+        if state and process_state().is_main_process:
+            file.unlink(
+                missing_ok=True
+            )  # not earlier: what was trained is worth nothing until it is measured
+        return measured
 
-    def _one_run(self, key: str, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
+    def _one_run(self, method: str, num_prompts: int, learning_rate: float, seed: int, state: dict) -> dict:
         num_classes = len(self.splits["train"].labels["class"])
         before, fingerprint = self._upstream_before(), backbone_fingerprint(self.vit)
         model = build(method, self.vit, num_classes, num_prompts, seed)
-        state = {"state_file": self.state_file, "state_every": self.state_every, "settings": {"run": key}}
         history = fit(model, self.splits["train"], learning_rate, self.budget, seed, **state)
-        if self.state_file is not None and process_state().is_main_process:
-            self.state_file.unlink(missing_ok=True)
         model.eval()
         if self.folder is not None and seed == self.seeds[0] and process_state().is_main_process:
             save_trained(self._file(method, learning_rate), model)
@@ -391,9 +405,9 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
             layer.fused_attn = True
 
 
-def open_task(data: str | Path, image_size: int = 32) -> dict[str, ImageSet]:
+def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:
     """The three splits of a task, see `lecture26.kit.downstream.downstream`."""
-    return {split: downstream(data, split, image_size) for split in ("train", "validation", "test")}
+    return {split: downstream(data, split, image_size) for split in SPLITS}
 
 
 SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
@@ -411,7 +425,7 @@ def adaptation(
     budget: Budget = SMALL_BUDGET,
     seeds: Sequence[int] = (0, 1, 2),
     learning_rates: Sequence[float] | None = None,
-    upstream: str | Path | None = "",
+    upstream: bool = True,
     state: str | None = None,
 ) -> dict:
     """Compare methods on several tasks, backbones and numbers of prompts.
@@ -423,9 +437,8 @@ def adaptation(
         prompt_counts: n, each tried with the methods that have prompts; the others run once.
         budget: of each training run.
         seeds, learning_rates: as `Comparison` has them.
-        upstream: the images of the backbones' own task; "" takes those of the checkpoint's card, None leaves
-            out what is forgotten.
-        state: a name under which finished runs are kept until all are; None keeps none.
+        upstream: whether to measure on the data of the backbones' cards what is forgotten.
+        state: a name under which finished runs are kept, until `forget_progress`; None keeps none.
 
     Returns:
         "budget", "seeds", and "runs": for each backbone, task, number of prompts and method a dict of
@@ -438,42 +451,43 @@ def adaptation(
         "weight_decay": WEIGHT_DECAY,
         "tasks": [str(task) for task in tasks],
         "backbones": {name: load_card(name)["sha256"] for name in backbones},
-        "upstream": None if upstream is None else str(upstream),
-        "upstream_images": UPSTREAM_IMAGES,
+        "upstream_images": UPSTREAM_IMAGES if upstream else 0,
     }
-    progress = Progress(None if state is None else state_file(state), settings)
+    progress = Progress(None if state is None else progress_file(state), settings)
     runs = []
     jobs = [
         (backbone, task, method, count)
         for backbone in backbones
         for task in tasks
         for method in methods
-        for count in (prompt_counts if method.startswith("vpt") else prompt_counts[:1])
+        for count in (prompt_counts if METHODS[method].has_prompts else prompt_counts[:1])
     ]
     for backbone, task, method, count in tqdm(jobs, "adapting", unit="method"):
         recipe = load_recipe(backbone)
-        of_its_own = None
-        if upstream is not None:
-            of_its_own = Coloured(downstream(upstream or recipe.data, "test"), UPSTREAM_IMAGES)
+        of_its_own = Coloured(recipe.load("test"), UPSTREAM_IMAGES) if upstream else None
         comparison = Comparison(
             load_model(backbone),
-            open_task(task),
+            open_task(task, recipe.image_size),
             budget,
             seeds,
             of_its_own,
             progress,
-            None if state is None else state_file(f"{state}_run", "pt"),
+            None if state is None else state_file(state),
             name=f"{backbone} {task}",
         )
         run = comparison.run(method, count, learning_rates)
         runs.append({"backbone": backbone, "task": str(task)} | run)
-    progress.finish()
     return {"budget": vars(budget), "seeds": list(seeds), "runs": runs}
 
 
-def state_file(name: str, suffix: str = "json") -> Path:
+def progress_file(name: str) -> Path:
     """Where what an unfinished comparison has found is kept."""
-    return data_dir() / "states" / f"{name}.{suffix}"
+    return state_file(name).with_suffix(".json")
+
+
+def forget_progress(name: str) -> None:
+    """Delete what a comparison has found on its way, once its results are stored."""
+    progress_file(name).unlink(missing_ok=True)
 
 
 def load_backbone(name: str, pretrained: bool = True) -> nn.Module:
@@ -481,10 +495,12 @@ def load_backbone(name: str, pretrained: bool = True) -> nn.Module:
 
     Args:
         name: a checkpoint of the family "backbone", or such as "vit_base_patch16_224.augreg_in21k".
-        pretrained: whether timm shall fetch its trained weights; else they are random, for trying things out.
+        pretrained: whether timm shall fetch its trained weights; else they are random, for trying things
+            out. A checkpoint is always trained.
 
     Raises:
-        ValueError: if there is no model of that name, or prompts cannot be put into it.
+        ValueError: if there is no model of that name, prompts cannot be put into it, or a checkpoint is
+            asked for with random weights.
         DataError: if the weights cannot be fetched.
     """
     import timm
@@ -494,6 +510,8 @@ def load_backbone(name: str, pretrained: bool = True) -> nn.Module:
     if name in list_checkpoints():
         if load_recipe(name).family != "backbone":
             raise ValueError(f"backbone must be a Vision Transformer; the checkpoint {name!r} is none")
+        if not pretrained:
+            raise ValueError(f"random weights are for backbones of timm; got the checkpoint {name!r}")
         return load_model(name)
     if not timm.is_model(name.split(".")[0]):
         own = ", ".join(list_checkpoints())
@@ -557,7 +575,7 @@ def compare_on(
         data: a data set's name or a folder, as `lecture26.kit.data.load` takes it; all of its images count.
         methods: of METHODS.
         num_prompts, budget, seeds, learning_rates: as `Comparison` has them.
-        name: under which the states are kept.
+        name: under which the states are kept, and what was found until `forget_progress`.
         state_every: seconds between two states.
 
     Returns:
@@ -596,7 +614,8 @@ def compare_on(
     }
     # The same name may come to mean another network.
     assumed = {"fingerprint": backbone_fingerprint(vit), "weight_decay": WEIGHT_DECAY}
-    progress = Progress(state_file(name), settings | assumed)
+    progress = Progress(progress_file(name), settings | assumed)
+    process_state().wait_for_everyone()  # a main process that has nothing left to do may delete the file
     comparison = Comparison(
         vit,
         splits,
@@ -604,13 +623,12 @@ def compare_on(
         seeds,
         None,
         progress,
-        state_file(f"{name}_run", "pt"),
+        state_file(name),
         state_every,
         name,
         tasks_dir(name),
     )
     runs = [comparison.run(method, num_prompts, learning_rates) for method in methods]
-    progress.finish()
     return settings | {"seeds": list(seeds), "runs": runs}
 
 

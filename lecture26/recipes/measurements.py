@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
-from lecture26.recipes.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
+from lecture26.recipes.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation, forget_progress
 from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -77,14 +77,14 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         tasks=("digits",),
         methods=("vpt-shallow", "vpt-deep"),
         prompt_counts=PROMPT_COUNTS,
-        upstream=None,
+        upstream=False,
         state="adaptation_prompts",
     ),
     "adaptation_widths": partial(
         adaptation,
         backbones=("vit_photos32_64", "vit_photos32_96"),
         tasks=("digits", "line_drawings"),
-        upstream=None,
+        upstream=False,
         state="adaptation_widths",
     ),
 }
@@ -105,4 +105,6 @@ def measure(name: str, command: str) -> dict:
         CheckpointError: if a checkpoint that it needs is missing or damaged.
     """
     check_choice("measurement", name, tuple(MEASUREMENTS))
-    return save_results(name, command, MEASUREMENTS[name]())
+    stored = save_results(name, command, MEASUREMENTS[name]())
+    forget_progress(name)
+    return stored

@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -149,6 +150,13 @@ def begin_with(model: nn.Module, checkpoint: str) -> None:
     model.load_state_dict(weights, strict=False)
 
 
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes on the CPU with this seed; random numbers drawn elsewhere stay what they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
 def state_file(name: str) -> Path:
     """Where the state of an unfinished training run is kept."""
     return data_dir() / "states" / f"{name}.pt"
@@ -165,13 +173,10 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
     Returns:
         dict: the checkpoint's card; None in all but the main one of several processes.
     """
-
     with process_state().main_process_first():  # it may have to download
         images, unseen = recipe.load("train"), recipe.load("test")
     recipe = recipe.fitted_to(images)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        model = recipe.build()
+    model = seeded(recipe.seed, recipe.build)
     recipe.regularise(model)
     if recipe.start is not None:
         begin_with(model, recipe.start)

@@ -32,6 +32,7 @@ from lecture26.recipes.latent import (
     draw_captions,
     load_pipeline,
 )
+from lecture26.recipes.recipe import seeded
 from lecture26.unet import EMA, UNet
 
 BATCH_SIZE = 64  # also of the notebook's small version, which draws the first batch
@@ -336,9 +337,8 @@ def pixel_against_latent(
 
 def step_cost(recipe: LatentDiffusionRecipe, images: ImageSet) -> dict:
     """What a training step costs: "parameters", "gflops_per_step", "seconds_per_step", "activation_bytes"."""
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        model = recipe.build()
+    device = process_state().device  # that of the training, whose steps these are to foretell
+    model = seeded(recipe.seed, recipe.build).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}  # bytes of each storage that the backward pass needs
@@ -352,11 +352,14 @@ def step_cost(recipe: LatentDiffusionRecipe, images: ImageSet) -> dict:
     def step(number: int) -> float:
         started = time.monotonic()
         batch = recipe.draw(images, SampleDraws(number, torch.arange(recipe.batch_size)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             loss = recipe.loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.monotonic() - started
 
     with (
@@ -374,9 +377,7 @@ def step_cost(recipe: LatentDiffusionRecipe, images: ImageSet) -> dict:
 
 def trained(recipe: LatentDiffusionRecipe, images: ImageSet, steps: int) -> tuple[nn.Module, float]:
     """The averaged network of a recipe after so many steps, frozen; and the seconds of its training."""
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        model = recipe.build()
+    model = seeded(recipe.seed, recipe.build)
     average = EMA(model, recipe.ema_decay)
     history = train(
         model,
