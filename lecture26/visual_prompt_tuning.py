@@ -423,8 +423,8 @@ def check_task_state(state, vit, fingerprint):
     backbone = getattr(state, "backbone", None)
     if backbone not in (None, fingerprint):
         raise ValueError(
-            "state must belong to this backbone; it was learned on another one of the same depth and width, or "
-            f"before the weights were rounded (fingerprint {backbone[:12]}, here {fingerprint[:12]})"
+            "state must belong to this backbone; it was learned on another one of the same depth and width, "
+            f"or before the weights were rounded (fingerprint {backbone[:12]}, here {fingerprint[:12]})"
         )
 
 

@@ -46,7 +46,7 @@ use_style()
 # ## The map
 #
 # ![Map of the course: 00, 01 and 02 in a row; 02 leads to guidance (03, then 04 and 05) and to visual prompt
-# tuning (08); 01 leads to the VAE (06); 04, 05 and 06 lead to latent diffusion (07); all lead to 09](../docs/map.png)
+# tuning (08); 02 leads to the VAE (06); 04, 05 and 06 lead to latent diffusion (07); all lead to 09](../docs/map.png)
 #
 # *An arrow leads to a chapter from what it builds on. Filled boxes are here today; dashed ones are planned.*
 #
@@ -60,7 +60,7 @@ use_style()
 # | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 60 s | 1.2 GB |
 # | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 38 s | 1.0 GB |
 # | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 29 s | 1.1 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 | 56 s | 1.1 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 (04 to compare) | 56 s | 1.1 GB |
 # | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 46 s | 1.3 GB |
 # | [07 Latent diffusion](07_latent_diffusion.ipynb) | into the latent space and out of it, cross-attention, text to image, where each word is looked at from, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 123 s | 1.4 GB |
 # | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer taken apart, and what is wrong with a wrapper that runs; prompts for a frozen one, shallow and deep, beside a linear probe, biases and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | 101 s | 1.5 GB |

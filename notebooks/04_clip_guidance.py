@@ -315,8 +315,8 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 # $$I-(\ln N-L_f)=\mathrm{KL}(M\,\|\,Q)+\mathbb E\bigl[\mathrm{KL}(\pi\,\|\,p_f)\bigr]\ \ge\ 0 \tag{4.12}$$
 #
 # So $\ln N-L$ is a **lower bound of the mutual information**, whatever the critic. It holds for either direction, and
-# for the mean of both. And it is known what is lost: the first divergence says how hard it is to see that *any*
-# caption belongs to the picture (less, the larger $N$), the second how far the critic is from the best one. Since
+# for the mean of both. And it is known what is lost: the first divergence says how easy it is to see that *any*
+# of the captions belongs to the picture (the larger $N$, the less easy), the second how far the critic is from the best one. Since
 # $L\ge0$, the bound never exceeds $\ln N$: a small batch cannot show much information.
 #
 # ### On a pair whose information is known
@@ -1680,7 +1680,7 @@ show(figure, "Eight prompts in columns; rows without guidance, and with both kin
 
 # %% [markdown]
 # *The same noise in each column. Unguided, the network draws what it likes. Through the noisy images ($x_t$) all
-# eight colours come right, and nearly all sizes and backgrounds; the heart has become a square, and small shapes lose
+# eight colours come right, most sizes, and six of eight backgrounds (striped became checkered); the heart has become a square, and small shapes lose
 # their corners or gain some. Through $\hat x_0$, with the clean CLIP, the shapes follow sooner than the colours: a
 # cyan star, a red heart. The colour is decided early on, when $\hat x_0$ is a blur that the clean CLIP has never seen
 # the like of.*

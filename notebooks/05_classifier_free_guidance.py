@@ -24,7 +24,7 @@
 # - choose between classifier, CLIP and classifier-free guidance by what each needs, costs and gives.
 #
 # **What it needs**: chapter 01 (scores, both samplers, the Gaussian mixture), chapter 02 (the U-Net and its label
-# tables) and chapter 03 (Bayes' rule on scores). **What it takes**: about a minute on two cores. All data are
+# tables), chapter 03 (Bayes' rule on scores), and for the comparison chapter 04. **What it takes**: about a minute on two cores. All data are
 # embedded.
 
 # %%
@@ -846,9 +846,9 @@ for kind, row in contrasts.items():
 # %% [markdown]
 # ## Only where it helps
 #
-# At which noise levels is guidance needed? At the noisiest, $x_t$ says little about the class, and the mixture of the
-# two scores pushes everything into one direction, away from the mean of all, before anything is there: that costs
-# variety. At the cleanest, the class is certain, the difference of the two answers is zero, and asking twice is a
+# At which noise levels is guidance needed? At noisy ones, $x_t$ says little about the class, and the mixture of the two
+# scores pushes everything into one direction, away from the mean of all, before anything is there: that costs variety.
+# At the cleanest, the class is certain, the difference of the two answers is zero, and asking twice is a
 # waste. Kynkäänniemi et al. therefore guide only in an **interval** of noise levels:
 #
 # $$\tilde\epsilon=\begin{cases}(1+w)\,\epsilon_c-w\,\epsilon_u&\text{if first}\le t\le\text{last}\\
@@ -1387,8 +1387,8 @@ show(
 # so it has the higher $q(y\mid x_t)$, and guidance goes there. The less typical sort is gone, as in the lab of the two
 # sorts. Contrast is the lesser part of it: rescaling brings it back from 0.41 to 0.37, and the shapes stay large.
 #
-# The interval does what it did in the lab, too. Size is decided while $x_t$ is nearly noise; leave out the noisiest 300
-# steps, and both sizes are back, at the same weight.
+# The interval helps here more than in the lab, where the steps in between took the variety. Size is decided while $x_t$
+# is nearly noise; leave out the noisiest 300 steps, and both sizes are back, at the same weight.
 #
 # ### Rescaled, at intervals, against something
 #
@@ -1451,7 +1451,7 @@ show(figure, "The eight pairs that no training image showed, drawn with w = 1.")
 # ## Three guidances side by side
 #
 # Unguided, by a classifier, by CLIP, classifier-free: what must be trained, how long that takes, what an image costs,
-# and what one gets. All numbers are stored ones: training minutes from the checkpoints' cards (two cores), the cost
+# and what one gets. All numbers are stored ones: training minutes from the checkpoints' cards (one thread), the cost
 # from `benchmarks/guidance_cost.py`, the rest from the sweeps of chapters 03, 04 and this one, 512 samples each, 50
 # ancestral steps. 'Best' is the setting with the lowest Fréchet distance among those within a percentage point of the
 # highest accuracy. The conditional model by itself, at $w=0$, is no guidance, and gets a row of its own.
@@ -1557,12 +1557,13 @@ show(figure, "Eight wishes in columns, drawn unguided and by the three guidances
 #
 # What each is good for:
 #
-# - **Unguided**, one picture in 64 would be right by chance.
+# - **Unguided**, one picture in 56 would be right by chance.
 # - **A classifier** steers a finished model by a small network, trained in minutes, at 1.4 times the cost. It reaches nine
 #   in ten, and the pictures pay for it: the gradient of a small network on noisy images is a rough one.
 # - **CLIP** needs no classes, and takes any words of its language: the only one of the three that can be asked for
 #   'something on a striped background' without having been made for it. In cost and quality it is like the classifier.
-# - **Classifier-free guidance** must be trained in from the start, and each step costs two. It draws what is asked for
+# - **Classifier-free guidance** has to be trained into the denoiser, here in half an hour from the unconditional
+#   weights on, and each step costs two. It draws what is asked for
 #   every time, and in variety and distance from real pictures it is well ahead of both.
 # - **The conditional model without guidance** is best of all here, at the cost of the unguided one. Not the guidance
 #   makes the large difference in this table, but the training with labels. It is so because shapes are a small world,
@@ -1581,12 +1582,12 @@ show(figure, "Eight wishes in columns, drawn unguided and by the three guidances
 # - *It balances conditional and unconditional outputs.* For $w>0$ it does not balance, it extrapolates: the weights
 #   are $1+w$ and $-w$, and the result lies outside of what both say. A balance it is between -1 and 0 only.
 # - *It eliminates the need for a separate classifier by training a single model.* True. What it needs instead is a
-#   model that was trained with labels and with dropped ones, so it cannot steer a finished unconditional model, as
-#   the other two do. And each step asks the network twice.
+#   model that was trained with labels and with dropped ones, so it cannot steer a finished unconditional model
+#   without further training, as the other two do. And each step asks the network twice.
 # - *It simplifies the workflow, but needs careful tuning of the weight.* It does; and so do the other two. Ho and
 #   Salimans, on ImageNet at 64 pixels with $p=0.1$: FID 1.80 at $w=0$, 1.55 at $w=0.1$, 12.6 at $w=1$, 26.22 at
 #   $w=4$, while the Inception score rises from 53.71 to 260.2. By the one measure the best weight is 0.1, by the
-#   other there is none. Here: the Fréchet distance rises from 16 at $w=0$ to 82, 140, 227 and 253 at 0.5, 1, 2 and 4, while
+#   other there is none. Here: the Fréchet distance rises from 16 at $w=0$ to 81, 140, 227 and 252 at 0.5, 1, 2 and 4, while
 #   the accuracy has nothing left to gain. The trade-off is the papers' own, and the best weight is at its very end.
 #
 # ## Summary
@@ -1598,8 +1599,8 @@ show(figure, "Eight wishes in columns, drawn unguided and by the three guidances
 # - One network gives both answers if labels are dropped in training: the minimiser is the pair of expectations, for
 #   every $p$ (5.10). All labels of a sample go together, in training only.
 # - A weight above 0 draws something beyond the class (5.8), with too much contrast (5.11), and drops the less typical
-#   sorts of a class: of the small shapes, one in twenty was left at $w=4$. Rescaling takes the contrast back, in the space in which it is applied (5.13); an interval keeps
-#   the sorts, and saves time.
+#   sorts of a class: at $w=4$ one picture in twenty showed a small shape, in the place of every second. Rescaling takes
+#   the contrast back, in the space in which it is applied (5.13); an interval keeps the sorts, and saves time.
 # - A negative prompt is a direction, (5.15), and not the logical 'not', (5.16).
 #
 # Chapter 07 uses it for sentences, in a latent space.

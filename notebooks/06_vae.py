@@ -1392,7 +1392,7 @@ for name, version in versions.items():
 # together: the outline of a star runs through many places, and independent numbers cannot know that. Hence the
 # **second stage**: a diffusion model of the codes. It needs no new theory, since codes are
 # pictures. The autoencoder brings the size down and the details back; the diffusion learns what there is. Chapter 07
-# does it, and shows its samples beside these.
+# does it.
 #
 # ### Between two images
 #
@@ -1415,8 +1415,7 @@ show(
 #
 # It is a cross-fade, hardly more. The code is a small picture, so a mixture of two codes is a picture of a mixture:
 # one object fades, another appears, and halfway there is no object of the data, but a hole. Smooth walks through
-# *meaning*, as on the digits, need a code that is much smaller, or a second stage: chapter 07 walks there through the
-# noise and the words instead.
+# *meaning*, as on the digits, need a code that is much smaller, or a second stage.
 
 # %% [markdown]
 # ## The latents' scale

@@ -1247,7 +1247,8 @@ show(figure, "The loss falls within 150 steps of training.")
 #
 # $$L_\text{both}=L_\text{diffusion}+\lambda\,\frac1{BM}\sum_{\text{nouns}}-\log p(\text{side of the noun}\mid c_m),$$
 #
-# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with $\lambda=3$. The grammar of 32
+# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with $\lambda=3$ (a weight, and no signal-to-noise
+# ratio). The grammar of 32
 # words fits into ten lines, `noun_sides`. Large models come by such knowledge otherwise: their text encoders have
 # read very many sentences before they meet a picture.
 #
@@ -1549,7 +1550,8 @@ show(figure, "Left: accuracy over the weight, for single shapes and scenes. Righ
 # other real set shows, by chance, other things.*
 #
 # Without guidance, at $w=0$, more than half of the scenes are wrong; from $w=1$ on most are right, and $w=8$ harms
-# again. The Fréchet distance is least at about 1: as in chapter 05, some guidance helps, much of it harms. ($w=2$
+# again. The Fréchet distance is least at about 1: some guidance helps here, unlike in chapter 05, where $w=0$
+# was nearest; much of it harms in both. ($w=2$
 # counts 512 images at the left, the others 64; one in 64 is 1.6 %.)
 
 # %%
@@ -2067,7 +2069,7 @@ show(figure, "Four bar charts of the costs of three models, in units of those of
 # coordinates and the training its lesson, which add less than 0.1 % to the parameters of all three.)*
 #
 # Against the plain model of pixels the latents save a factor of 5 in operations, nearly 5 in the time of a training
-# step, and about 6 in the memory that it keeps and in the time of sampling. Against the one that folds $2\times2$
+# step, about 6 in the memory that it keeps, and nearly 7 in the time of sampling. Against the one that folds $2\times2$
 # pixels into channels it is about 2 or less. The folding needs no autoencoder and no training of its own. What each
 # of the three would reach in the end was not measured. How much latents save depends on what they are compared with.
 

@@ -33,12 +33,12 @@ CHAPTERS = {  # number: title, column and row on the map, topic
     "03": ("Classifier\nguidance", 3, 2, "guidance"),
     "04": ("CLIP\nguidance", 4, 2, "guidance"),
     "05": ("Classifier-\nfree guidance", 3, 1, "guidance"),
-    "06": ("VAE", 3, 0, "a smaller space"),
+    "06": ("VAE", 2, 0, "a smaller space"),
     "07": ("Latent\ndiffusion", 4, 0, "a smaller space"),
     "08": ("Visual prompt\ntuning", 3, 3, "adapting a frozen model"),
     "09": ("The slides,\nchecked", 5, 1.5, "all of it together"),
 }
-ARROWS = "00-01 01-02 02-03 03-04 03-05 01-06 06-07 04-07 05-07 02-08 04-09 07-09 08-09"
+ARROWS = "00-01 01-02 02-03 03-04 03-05 02-06 06-07 04-07 05-07 02-08 04-09 07-09 08-09"
 TOPICS = dict.fromkeys(topic for *_, topic in CHAPTERS.values())
 COLOURS = dict(zip(TOPICS, PALETTE.values(), strict=False))
 

@@ -44,8 +44,8 @@ def load_results(name: str) -> dict:
     """
     file = results_file(name)
     how_to_mend = (
-        f"If it is one of the course's, fetch it again with `git checkout -- {file}`. Measurements are made anew "
-        f"by `python -m lecture26 measure {name} --replace`, benchmarks by the programs in benchmarks/."
+        f"If it is one of the course's, fetch it again with `git checkout -- {file}`. Measurements are made "
+        f"anew by `python -m lecture26 measure {name} --replace`, benchmarks by the programs in benchmarks/."
     )
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in results_dir().glob("*.json"))) or "none"
