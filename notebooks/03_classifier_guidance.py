@@ -628,7 +628,9 @@ assert all(errors[50][i] > 3 * errors[200][i] > 9 * errors[1000][i] for i in ran
 #
 # $$\mu_{\text{guided}}-\mu=s\,\frac{\beta_t}{\sqrt{\alpha_t}}\,\nabla_{x_t}\log q(y\mid x_t) \tag{3.12}$$
 #
-# at any $s$, as long as nothing is clipped. To see it, insert the shift of the noise into (1.15) by way of (1.19): the weight of $x_0$ in the mean,
+# at any $s$, as long as nothing is clipped. (Where $\hat x_0$ is clipped to $[-1,1]$, this course does so after the
+# guidance, in `p_mean_variance`; the code that Dhariwal and Nichol have published clips it before, and in DDIM not
+# again.) To see it, insert the shift of the noise into (1.15) by way of (1.19): the weight of $x_0$ in the mean,
 # $\sqrt{\bar\alpha_{t-1}}\,\beta_t/(1-\bar\alpha_t)$, times the shift of $x_0$, which is
 # $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\cdot g$.
 
