@@ -1671,6 +1671,37 @@ for method in COMPARED:
 # since nothing has to come back through the blocks (and less still if the features are computed once). That
 # full fine-tuning does not come out at 1.00 shows how far the times can be trusted.*
 #
+# ### How many prompts
+
+# %%
+of_length = load_results("adaptation_prompts")
+print(of_length["command"])
+lengths = {
+    method: sorted(
+        [result("digits", method), *(run for run in of_length["runs"] if run["method"] == method)],
+        key=lambda run: run["num_prompts"],
+    )
+    for method in ("vpt-shallow", "vpt-deep")
+}
+figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+for (method, runs), marker, colour in zip(lengths.items(), "os", colours[1:]):
+    counts, shares = [run["num_prompts"] for run in runs], [run["accuracy"] for run in runs]
+    axis.semilogx(counts, [mean(values) for values in shares], marker + "-", color=colour, label=method)
+    axis.fill_between(counts, [min(v) for v in shares], [max(v) for v in shares], color=colour, alpha=0.2)
+for method, style in (("linear", ":"), ("full", "--")):
+    axis.axhline(mean(result("digits", method)["accuracy"]), color="grey", linestyle=style, label=method)
+axis.set_xticks(counts, counts)
+axis.minorticks_off()
+axis.set(xlabel="prompts n", ylabel="test accuracy, digits")
+axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+show(figure, "Accuracy on digits against the number of prompts, shallow and deep, between two lines.")
+
+# %% [markdown]
+# *Means and ranges of three seeds, against the linear probe (dotted) and full fine-tuning (dashed). Every length has
+# its own learning rate.*
+#
+# NUMBERS-LENGTHS
+#
 # ## What the prompts have learned
 #
 # By (8.11) a prompt acts by $\lambda_i(\bar p_i-o_i^{\,0})$, and the share of attention $\lambda_i$ is easy to look

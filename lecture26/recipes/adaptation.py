@@ -414,7 +414,7 @@ SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
 SMALL_BUDGET = Budget(steps=100, batch_size=32)
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
 NUM_PROMPTS = 8
-PROMPT_COUNTS = (1, 4, 16, 32)  # beside NUM_PROMPTS
+PROMPT_COUNTS = (1, 4, 32)  # beside NUM_PROMPTS
 
 
 def adaptation(
