@@ -51,7 +51,7 @@ from lecture26.recipes import load_model
 from lecture26.recipes.adaptation import (
     COMPARED,
     NUM_PROMPTS,
-    SMALL_BUDGET,
+    SHORT_BUDGET,
     attention_by_products,
     build,
     fit,
@@ -1481,9 +1481,9 @@ print("the weight beside it has no gradient:", layer.weight.grad is None)
 # those that suit prompts and heads lie far above those for full fine-tuning. So the rules are: the same images, the
 # same number of steps of the same batch size, the same linear head. Each method begins with two learning rates of
 # its own, and goes on beyond the better one, by factors of three, until the best lies between two others (at most
-# seven are tried). The *validation* images choose, by the runs of the first seed; the *test* images take no part in
-# the choice, and say how good it is. Three seeds, the first among them, draw prompts, heads and the order of the
-# images.
+# seven are tried). The *validation* images choose, by shorter runs of the first seed, 100 steps in the place of 300;
+# the *test* images take no part in the choice, and say how good it is. Three seeds draw prompts, heads and the order of
+# the images.
 #
 # Equal steps are a choice, too. A step costs more by one method than by another, and a method that has not settled
 # after these steps might gain by more.
@@ -1504,13 +1504,14 @@ for task, images in sets.items():
 # *The tasks: handwritten digits (real ones, from scikit-learn), line drawings, the number of discs, textures, and
 # shapes in the dark. Those in the last row are not black: an eighth of the light is left, under noise.*
 #
-# All five have been compared in full, and MNIST's digits as well, which are not embedded; the results are stored.
-# (MNIST came as a folder, made from its 10,000 official test images as `data/README.md` says. Of every folder without
+# The first of them has been compared in full, and MNIST's digits, which are not embedded; the results are stored.
+# (`python -m lecture26 measure adaptation_textures` does the same for another one, in less than an hour on one core.
+# MNIST came as a folder, made from its 10,000 official test images as `data/README.md` says. Of every folder without
 # splits a tenth is set aside to validate and another tenth to test. Of each split at most as many images are used as
 # above.)
 
 # %%
-compared = ("digits", "mnist", *TASKS)
+compared = ("digits", "mnist")
 stored = {task: load_results(f"adaptation_{task}") for task in compared}
 for comparison in stored.values():
     print(comparison["command"])
@@ -1528,8 +1529,8 @@ def mean(values):
 
 
 # %% [markdown]
-# First the digits live: three of the methods, 100 steps of 32 images each, at the learning rates that the stored
-# comparison has chosen.
+# First the digits live: three of the methods at the learning rates that the stored comparison has chosen, for a third
+# of its steps, 100 of 32 images each.
 
 # %%
 vit = load_model("vit_photos32")
@@ -1541,7 +1542,7 @@ def adapt_live(method):
     """Train a method on the digits, at the learning rate that the stored comparison has chosen."""
     models[method] = build(method, vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
     rate = result("digits", method)["learning_rate"]
-    curves[method] = fit(models[method], sets["digits"], rate, SMALL_BUDGET, progress=False).losses
+    curves[method] = fit(models[method], sets["digits"], rate, SHORT_BUDGET, progress=False).losses
     models[method].eval().cpu()  # wherever it was trained
 
 
@@ -1567,8 +1568,8 @@ show(figure, "The training loss of the linear probe, deep prompts and full fine-
 # %%
 live = {method: accuracy(model, tests, 100) for method, model in models.items()}
 for method, share in live.items():
-    agrees = abs(share - result("digits", method)["accuracy"][0]) < 0.1
-    print(f"{method:9} within 10 points of the stored run with the same seed: {agrees}")
+    agrees = abs(share - result("digits", method)["accuracy"][0]) < 0.15
+    print(f"{method:9} within 15 points of the stored, longer run with the same seed: {agrees}")
     assert agrees
 model = models["vpt-deep"]
 fresh = load_model("vit_photos32").state_dict()
@@ -1605,7 +1606,7 @@ at_edge = [f"{task}, {method}" for task in compared for method in COMPARED if re
 print("at an end of those tried:", "; ".join(at_edge) or "none")
 
 # %%
-figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
 for k, (method, colour) in enumerate(zip(COMPARED, colours)):
     shares = [result(task, method)["accuracy"] for task in compared]
     places = [t + 0.18 * (k - 1.5) for t in range(len(compared))]
@@ -1615,7 +1616,7 @@ for k, (method, colour) in enumerate(zip(COMPARED, colours)):
 axis.set(ylabel="test accuracy", ylim=(0, 1.02))
 axis.set_xticks(range(len(compared)), compared)
 axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.16))
-show(figure, "Bars of test accuracy for six tasks and four methods, with a dot for each seed.")
+show(figure, "Bars of test accuracy for two tasks and four methods, with a dot for each seed.")
 
 # %% [markdown]
 # *Bars: means of three seeds; dots: the seeds. All seeds are tested on the same images, so the dots do not show how
@@ -1636,13 +1637,35 @@ for task in compared:
           f"full fine-tuning over deep prompts {100 * gaps[task]:+5.1f}")  # fmt: skip
 
 # %% [markdown]
-# On the digits deep prompts gain nearly six points over the linear probe, and shallow ones less than four. On the
-# line drawings both gain between two and four points, shallow ones no less than deep ones. Full fine-tuning is twelve
-# points ahead of deep prompts on the digits, and four on the line drawings.
+# NUMBERS-GAINS
 #
-# Why so far? (8.12) and the small number of parameters may be reasons, and so may two weaknesses of this comparison:
-# 100 steps are few, and our backbone is a weak one, so that prompts have little to call up. We have not told these
-# apart. The published comparisons use backbones pretrained on millions of images; this is ours:
+# ### A third of the steps
+#
+# How far does this depend on the budget? The same comparison with 100 steps:
+
+# %%
+shorter = load_results("adaptation_short")
+print(shorter["command"])
+points = {}  # of deep prompts over the linear probe, by task and steps
+for task, name in {"digits": "digits", "mnist": "./mnist"}.items():
+    of_task = {run["method"]: run for run in shorter["runs"] if run["task"] == name}
+    for method in COMPARED:
+        print(f"{task:8} {method:12} 100 steps {with_spread(of_task[method])}   "
+              f"300 steps {with_spread(result(task, method))}")  # fmt: skip
+    shares = [mean(of_task[method]["accuracy"]) for method in ("vpt-deep", "linear")]
+    points[task] = shares[0] - shares[1], gains[task]
+
+# %%
+for task, (few, many) in points.items():
+    print(f"{task:8} deep prompts over the linear probe {100 * few:+.1f} points, after 300 steps {100 * many:+.1f}")
+    assert many > few
+
+# %% [markdown]
+# NUMBERS-LONGER
+#
+# What is left between prompts and full fine-tuning may come from (8.12), from the small number of parameters, or from
+# our backbone, which is a weak one, so that prompts have little to call up. We have not told these apart. The
+# published comparisons use backbones pretrained on millions of images; this is ours:
 
 # %%
 card = load_card("vit_photos32")
@@ -1670,37 +1693,6 @@ for method in COMPARED:
 # Forward pass: its matrix products relative to those of full fine-tuning. The linear probe trains in less time,
 # since nothing has to come back through the blocks (and less still if the features are computed once). That
 # full fine-tuning does not come out at 1.00 shows how far the times can be trusted.*
-#
-# ### How many prompts
-
-# %%
-of_length = load_results("adaptation_prompts")
-print(of_length["command"])
-lengths = {
-    method: sorted(
-        [result("digits", method), *(run for run in of_length["runs"] if run["method"] == method)],
-        key=lambda run: run["num_prompts"],
-    )
-    for method in ("vpt-shallow", "vpt-deep")
-}
-figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-for (method, runs), marker, colour in zip(lengths.items(), "os", colours[1:]):
-    counts, shares = [run["num_prompts"] for run in runs], [run["accuracy"] for run in runs]
-    axis.semilogx(counts, [mean(values) for values in shares], marker + "-", color=colour, label=method)
-    axis.fill_between(counts, [min(v) for v in shares], [max(v) for v in shares], color=colour, alpha=0.2)
-for method, style in (("linear", ":"), ("full", "--")):
-    axis.axhline(mean(result("digits", method)["accuracy"]), color="grey", linestyle=style, label=method)
-axis.set_xticks(counts, counts)
-axis.minorticks_off()
-axis.set(xlabel="prompts n", ylabel="test accuracy, digits")
-axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-show(figure, "Accuracy on digits against the number of prompts, shallow and deep, between two lines.")
-
-# %% [markdown]
-# *Means and ranges of three seeds, against the linear probe (dotted) and full fine-tuning (dashed). Every length has
-# its own learning rate.*
-#
-# NUMBERS-LENGTHS
 #
 # ## What the prompts have learned
 #

@@ -473,6 +473,29 @@ def test_the_learning_rate_is_chosen_by_the_validation_images(monkeypatch):
         assert run["learning_rate"] == upper  # the middle one of three that do equally well
 
 
+def test_shorter_runs_may_choose_the_learning_rate(monkeypatch):
+    """They see the validation images alone, and none of them is measured otherwise."""
+    asked, looked_at, splits = [], [], plain_splits()
+    names = {id(images): split for split, images in splits.items()}
+
+    def fit(model, images, learning_rate, budget, seed=0, **options):
+        asked.append((learning_rate, seed, budget.steps))
+        model.rate = learning_rate
+        return adaptation.History([1.0], 2.0)
+
+    def known_accuracy(model, images, batch_size):
+        looked_at.append(names[id(images)])
+        return 0.9 if model.rate == 0.1 else 0.5
+
+    monkeypatch.setattr(adaptation, "fit", fit)
+    monkeypatch.setattr(adaptation, "accuracy", known_accuracy)
+    comparison = Comparison(tiny_backbone(), splits, Budget(steps=30), seeds=(4, 5), search=Budget(steps=10))
+    run = comparison.run("vpt-deep", 2, (0.1, 0.2))
+    assert asked == [(0.1, 4, 10), (0.2, 4, 10), (0.1, 4, 30), (0.1, 5, 30)]
+    assert looked_at[:2] == ["validation"] * 2 and looked_at.count("test") == 2
+    assert run["validation"] == {"0.1": 0.9, "0.2": 0.5} and run["accuracy"] == [0.9, 0.9]
+
+
 @pytest.mark.parametrize(
     ("validation", "best"),
     [
@@ -655,6 +678,7 @@ def study():
             ("linear", "vpt-deep", "full"),
             prompt_counts=(2, 3),
             budget=BUDGET,
+            search=None,
             seeds=(0, 1),
             learning_rates=(0.01,),
             state="tiny_study",
@@ -671,7 +695,8 @@ def test_a_study_goes_on_with_its_own_settings_alone(monkeypatch):
         return fit(*arguments, **options)
 
     def compare(**changes):
-        options = {"budget": BUDGET, "seeds": (0, 1), "learning_rates": (0.01,), "state": "own_settings"}
+        options = {"budget": BUDGET, "search": None, "seeds": (0, 1), "learning_rates": (0.01,)}
+        options["state"] = "own_settings"
         with few_images():
             return adaptation.adaptation(("tiny_vit",), ("counting",), ("linear",), **options | changes)
 
@@ -730,7 +755,8 @@ def test_a_run_of_a_study_is_what_a_notebook_trains(study):
 
 def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
     of_tasks = [f"adaptation_{task}" for task in adaptation.SMALL_TASKS]
-    for name in (*of_tasks, "adaptation_mnist", "adaptation_prompts", "adaptation_widths"):
+    others = ("adaptation_mnist", "adaptation_short", "adaptation_prompts", "adaptation_widths")
+    for name in (*of_tasks, *others):
         options = measurements.MEASUREMENTS[name].keywords
         for backbone in options.get("backbones", ("vit_photos32",)):
             assert recipes.find_recipe(backbone).family == "backbone"

@@ -191,6 +191,7 @@ class Comparison:
         state_every: seconds between two such states.
         name: what tells this comparison from others in `progress`.
         folder: where to keep what was trained, in METHOD.safetensors; None keeps none.
+        search: what the runs get that choose the learning rate; None gives them as much as the others.
     """
 
     vit: nn.Module
@@ -203,6 +204,7 @@ class Comparison:
     state_every: float = 60.0
     name: str = ""
     folder: Path | None = None
+    search: Budget | None = None
 
     def run(self, method: str, num_prompts: int, learning_rates: Sequence[float] | None = None) -> dict:
         """Choose a method's learning rate by the validation images, and measure it on the test images.
@@ -231,43 +233,57 @@ class Comparison:
         check_choice("method", method, tuple(METHODS))
         if not METHODS[method].has_prompts:
             num_prompts = 0
-        first = self._first_runs(method, num_prompts, learning_rates)
-        validation = {rate: first[rate]["validation"] for rate in sorted(first)}
+        validation = self._validation(method, num_prompts, learning_rates)
         best = best_rate(validation)
+        runs = [self._measured(method, num_prompts, best, seed) for seed in self.seeds]
         if self.folder is not None and process_state().is_main_process:
-            for rate in first:
+            for rate in validation:
                 file = self._file(method, rate)
                 if rate == best and file.exists():
                     file.replace(self.folder / f"{method}.safetensors")
                 file.unlink(missing_ok=True)
-        runs = [first[best], *(self._measured(method, num_prompts, best, seed) for seed in self.seeds[1:])]
         by_seed = ("accuracy", "upstream", "upstream_prompted")
         summary = {
             "method": method,
             "num_prompts": num_prompts,
             "learning_rate": best,
-            "at_edge": is_at_edge(best, first),
-            "validation": {f"{rate:g}": share for rate, share in validation.items()},
+            "at_edge": is_at_edge(best, validation),
+            "validation": {f"{rate:g}": validation[rate] for rate in sorted(validation)},
             "tested": len(self.splits["test"]),
             "seconds": sum(run["seconds"] for run in runs) / len(runs),
         }
         summary |= {name: [run[name] for run in runs] for name in by_seed if name in runs[0]}
         return runs[0] | summary
 
-    def _first_runs(
+    def _validation(
         self, method: str, num_prompts: int, learning_rates: Sequence[float] | None
-    ) -> dict[float, dict]:
-        """The first seed's run at each learning rate that is tried."""
+    ) -> dict[float, float]:
+        """The first seed's accuracy on the validation images at each learning rate that is tried."""
+
+        def share(rate: float) -> float:
+            run = self._measured if self.search is None else self._searched
+            return run(method, num_prompts, rate, self.seeds[0])["validation"]
+
         rates = METHODS[method].learning_rates if learning_rates is None else learning_rates
-        first = {rate: self._measured(method, num_prompts, rate, self.seeds[0]) for rate in rates}
-        while learning_rates is None and len(first) < MOST_RATES:
-            best = best_rate({rate: run["validation"] for rate, run in first.items()})
-            if not is_at_edge(best, first):
+        shares = {rate: share(rate) for rate in rates}
+        while learning_rates is None and len(shares) < MOST_RATES:
+            best = best_rate(shares)
+            if not is_at_edge(best, shares):
                 break
-            beyond = best * RATE_STEP if best == max(first) else best / RATE_STEP
+            beyond = best * RATE_STEP if best == max(shares) else best / RATE_STEP
             beyond = float(f"{beyond:.2g}")
-            first[beyond] = self._measured(method, num_prompts, beyond, self.seeds[0])
-        return first
+            shares[beyond] = share(beyond)
+        return shares
+
+    def _searched(self, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
+        """A run that helps to choose the learning rate, and is measured on the validation images alone."""
+
+        def compute() -> dict:
+            model, _ = self._trained(method, num_prompts, learning_rate, seed, self.search)
+            return {"validation": accuracy(model, self.splits["validation"], EVALUATION_BATCH)}
+
+        key = f"search {self.name} {method} {num_prompts} {learning_rate:g} {seed}"
+        return self.progress.once(key, compute)
 
     def _measured(self, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
         key = f"{self.name} {method} {num_prompts} {learning_rate:g} {seed}"
@@ -286,11 +302,8 @@ class Comparison:
         return measured
 
     def _one_run(self, method: str, num_prompts: int, learning_rate: float, seed: int, state: dict) -> dict:
-        num_classes = len(self.splits["train"].labels["class"])
         before, fingerprint = self._upstream_before(), backbone_fingerprint(self.vit)
-        model = build(method, self.vit, num_classes, num_prompts, seed)
-        history = fit(model, self.splits["train"], learning_rate, self.budget, seed, **state)
-        model.eval()
+        model, history = self._trained(method, num_prompts, learning_rate, seed, self.budget, **state)
         if self.folder is not None and seed == self.seeds[0] and process_state().is_main_process:
             save_trained(self._file(method, learning_rate), model)
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
@@ -309,6 +322,16 @@ class Comparison:
             raise RuntimeError(f"the method {method!r} has changed the backbone, which must stay as it was")
         return measured
 
+    def _trained(
+        self, method: str, num_prompts: int, learning_rate: float, seed: int, budget: Budget, **state
+    ) -> tuple[nn.Module, History]:
+        """A model after its training, in evaluation mode, and the history of this."""
+        self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
+        num_classes = len(self.splits["train"].labels["class"])
+        model = build(method, self.vit, num_classes, num_prompts, seed)
+        history = fit(model, self.splits["train"], learning_rate, budget, seed, **state)
+        return model.eval(), history
+
     def _file(self, method: str, learning_rate: float) -> Path:
         return self.folder / f".{method}_{learning_rate:g}.safetensors"
 
@@ -316,9 +339,8 @@ class Comparison:
         """What the backbone knows of its own task before the training, on the same device."""
         if self.upstream is None:
             return {}
-        share = accuracy(self.vit.to(process_state().device).eval(), self.upstream, EVALUATION_BATCH)
-        self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
-        return {"upstream_before": share}
+        vit = self.vit.to(process_state().device).eval()
+        return {"upstream_before": accuracy(vit, self.upstream, EVALUATION_BATCH)}
 
     def _remembered(self, model: nn.Module) -> dict[str, float]:
         """What the network still knows of its first task, by its old head."""
@@ -411,7 +433,8 @@ def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:
 
 
 SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
-SMALL_BUDGET = Budget(steps=100, batch_size=32)
+SMALL_BUDGET = Budget(steps=300, batch_size=32)
+SHORT_BUDGET = Budget(steps=100, batch_size=32)  # for choosing a learning rate, and for a notebook
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
 NUM_PROMPTS = 8
 PROMPT_COUNTS = (1, 4, 32)  # beside NUM_PROMPTS
@@ -423,6 +446,7 @@ def adaptation(
     methods: Sequence[str] = COMPARED,
     prompt_counts: Sequence[int] = (NUM_PROMPTS,),
     budget: Budget = SMALL_BUDGET,
+    search: Budget | None = SHORT_BUDGET,
     seeds: Sequence[int] = (0, 1, 2),
     learning_rates: Sequence[float] | None = None,
     upstream: bool = True,
@@ -436,18 +460,19 @@ def adaptation(
         methods: of METHODS.
         prompt_counts: n, each tried with the methods that have prompts; the others run once.
         budget: of each training run.
-        seeds, learning_rates: as `Comparison` has them.
+        search, seeds, learning_rates: as `Comparison` has them.
         upstream: whether to measure on the data of the backbones' cards what is forgotten.
         state: a name under which finished runs are kept, until `forget_progress`; None keeps none.
 
     Returns:
-        "budget", "seeds", and "runs": for each backbone, task, number of prompts and method a dict of
-        "backbone", "task" and what `Comparison.run` says.
+        "budget", "search", "seeds", and "runs": for each backbone, task, number of prompts and method a dict
+        of "backbone", "task" and what `Comparison.run` says.
     """
     from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
 
     settings = {
         "budget": vars(budget),
+        "search": search and vars(search),
         "weight_decay": WEIGHT_DECAY,
         "tasks": [str(task) for task in tasks],
         "backbones": {name: load_card(name)["sha256"] for name in backbones},
@@ -474,10 +499,11 @@ def adaptation(
             progress,
             None if state is None else state_file(state),
             name=f"{backbone} {task}",
+            search=search,
         )
         run = comparison.run(method, count, learning_rates)
         runs.append({"backbone": backbone, "task": str(task)} | run)
-    return {"budget": vars(budget), "seeds": list(seeds), "runs": runs}
+    return {"budget": vars(budget), "search": search and vars(search), "seeds": list(seeds), "runs": runs}
 
 
 def progress_file(name: str) -> Path:

@@ -7,7 +7,13 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
-from lecture26.recipes.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation, forget_progress
+from lecture26.recipes.adaptation import (
+    PROMPT_COUNTS,
+    SHORT_BUDGET,
+    SMALL_TASKS,
+    adaptation,
+    forget_progress,
+)
 from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -72,6 +78,13 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         for task in SMALL_TASKS
     },
     "adaptation_mnist": partial(adaptation, tasks=("./mnist",), state="adaptation_mnist"),
+    "adaptation_short": partial(
+        adaptation,
+        tasks=("digits", "./mnist"),
+        budget=SHORT_BUDGET,
+        search=None,
+        state="adaptation_short",
+    ),
     "adaptation_prompts": partial(
         adaptation,
         tasks=("digits",),
