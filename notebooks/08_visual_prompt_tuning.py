@@ -1482,8 +1482,8 @@ print("the weight beside it has no gradient:", layer.weight.grad is None)
 # same number of steps of the same batch size, the same linear head. Each method begins with two learning rates of
 # its own, and goes on beyond the better one, by factors of three, until the best lies between two others (at most
 # seven are tried). The *validation* images choose, by shorter runs of the first seed, 100 steps in the place of 300;
-# the *test* images take no part in the choice, and say how good it is. Three seeds draw prompts, heads and the order of
-# the images.
+# the *test* images take no part in the choice, and say how good it is. Three seeds draw prompts, heads and the order
+# of the images.
 #
 # Equal steps are a choice, too. A step costs more by one method than by another, and a method that has not settled
 # after these steps might gain by more.
@@ -1637,7 +1637,9 @@ for task in compared:
           f"full fine-tuning over deep prompts {100 * gaps[task]:+5.1f}")  # fmt: skip
 
 # %% [markdown]
-# NUMBERS-GAINS
+# On MNIST deep prompts gain seven points over the linear probe, and shallow ones five. On scikit-learn's digits they
+# gain less than one, which 304 test images cannot tell from nothing. Full fine-tuning is far ahead of deep prompts
+# on both, by fourteen points and by nine.
 #
 # ### A third of the steps
 #
@@ -1657,15 +1659,19 @@ for task, name in {"digits": "digits", "mnist": "./mnist"}.items():
 
 # %%
 for task, (few, many) in points.items():
-    print(f"{task:8} deep prompts over the linear probe {100 * few:+.1f} points, after 300 steps {100 * many:+.1f}")
-    assert many > few
+    print(f"{task:8} deep prompts over the linear probe: {100 * few:+.1f} points with 100 steps, "
+          f"{100 * many:+.1f} with 300")  # fmt: skip
+assert points["mnist"][0] < points["mnist"][1]
 
 # %% [markdown]
-# NUMBERS-LONGER
+# Every method gains by more steps, and none has settled after 300. On MNIST the lead of the deep prompts more than
+# doubles; on the digits the linear probe catches up. So how much prompts gain depends on the task and on the budget,
+# and a comparison has to name both. (The learning rates are those found with 100 steps. They may be too high for
+# 300, for all methods alike.)
 #
-# What is left between prompts and full fine-tuning may come from (8.12), from the small number of parameters, or from
-# our backbone, which is a weak one, so that prompts have little to call up. We have not told these apart. The
-# published comparisons use backbones pretrained on millions of images; this is ours:
+# What is left between prompts and full fine-tuning may come from (8.12), from the small number of parameters, from too
+# few steps, or from our backbone, which is a weak one, so that prompts have little to call up. We have not told these
+# apart. The published comparisons use backbones pretrained on millions of images; this is ours:
 
 # %%
 card = load_card("vit_photos32")
@@ -1814,8 +1820,9 @@ for task in compared:
 # With prompts taken out nothing at all is forgotten, to the last bit (each of these runs compared the backbone's
 # fingerprint before and after): that is no merit of the training, it is how the thing is made. The same holds for a
 # linear probe, and for everybody who keeps a copy of the old weights. What prompts give is that the copy need not be
-# kept *for each task*. With the prompts left in, the network is another one: it names about half of the photographs
-# right, and so does a fully fine-tuned one with its old head.
+# kept *for each task*. With the prompts left in, the network is another one: it names six in ten of the photographs
+# right. A fully fine-tuned one with its old head names more than half after MNIST, and a fifth after the digits,
+# which it learned at the higher rate.
 
 # %% [markdown]
 # ## Many tasks, one backbone
@@ -2116,8 +2123,9 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 #   ViT-B/16 pretrained on ImageNet-21k, as quoted by secondary sources: a mean of 89.1 against 88.5 on the five tasks
 #   above (from 88.5 against 87.3 on CUB to 83.6 against 84.5 on Cars, where full fine-tuning is ahead), and better on
 #   20 of 24 tasks.
-#   On our two tasks deep prompts are six and two points above the linear probe, and twelve and four below full
-#   fine-tuning: the first half of the sentence holds, and the second does not, with this backbone and 100 steps.
+#   On our two tasks deep prompts are seven points and one above the linear probe, and fourteen and nine below full
+#   fine-tuning: the first half of the sentence holds on one of the two, and the second on neither, with this backbone
+#   and 300 steps.
 # - *Only prompts are stored, 0.1% of the parameters*, and *100 to 1000 times less storage.* Holds for shallow prompts
 #   and for short deep ones; long deep prompts and large heads leave the range, as the table of (8.14) shows.
 # - *Prevents catastrophic forgetting.* True by construction, with the prompts taken out.
