@@ -213,15 +213,13 @@ def _check_images(x, vit):
     height, width = vit.patch_embed.patch_size if vit.dynamic_img_size else vit.patch_embed.img_size
     fits = x.ndim == 4 and x.shape[1] == vit.in_chans
     if vit.dynamic_img_size:
-        wanted = f"H a multiple of {height}, W of {width}"
+        shape = f"(B, {vit.in_chans}, H, W) with H a multiple of {height} and W of {width}"
         fits = fits and (vit.patch_embed.dynamic_img_pad or not (x.shape[2] % height or x.shape[3] % width))
     else:
-        wanted = f"H = {height}, W = {width}"
+        shape = f"(B, {vit.in_chans}, {height}, {width})"
         fits = fits and tuple(x.shape[2:]) == (height, width)
     if not fits:
-        raise ValueError(
-            f"x must be images of shape (B, {vit.in_chans}, H, W) with {wanted}; got {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must be images of shape {shape}; got {tuple(x.shape)}")
 
 
 def pooled(vit, tokens, num_prompts):

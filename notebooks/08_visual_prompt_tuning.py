@@ -836,15 +836,13 @@ def _check_images(x, vit):
     height, width = vit.patch_embed.patch_size if vit.dynamic_img_size else vit.patch_embed.img_size
     fits = x.ndim == 4 and x.shape[1] == vit.in_chans
     if vit.dynamic_img_size:
-        wanted = f"H a multiple of {height}, W of {width}"
+        shape = f"(B, {vit.in_chans}, H, W) with H a multiple of {height} and W of {width}"
         fits = fits and (vit.patch_embed.dynamic_img_pad or not (x.shape[2] % height or x.shape[3] % width))
     else:
-        wanted = f"H = {height}, W = {width}"
+        shape = f"(B, {vit.in_chans}, {height}, {width})"
         fits = fits and tuple(x.shape[2:]) == (height, width)
     if not fits:
-        raise ValueError(
-            f"x must be images of shape (B, {vit.in_chans}, H, W) with {wanted}; got {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must be images of shape {shape}; got {tuple(x.shape)}")
 
 
 def pooled(vit, tokens, num_prompts):
@@ -1562,8 +1560,7 @@ axis.legend()
 show(figure, "The training loss of the linear probe, deep prompts and full fine-tuning, falling.")
 
 # %% [markdown]
-# *The mean over ten steps each. A large learning rate throws the linear probe far off at first; it falls with the
-# rate.*
+# *The mean over ten steps each. The high learning rate throws the prompts off at first; the loss falls with the rate.*
 
 # %%
 live = {method: accuracy(model, tests, 100) for method, model in models.items()}
@@ -1601,7 +1598,7 @@ for method in COMPARED:
 factors = [
     result(task, "vpt-deep")["learning_rate"] / result(task, "full")["learning_rate"] for task in compared
 ]
-print(f"deep prompts over full fine-tuning: {min(factors):.0f} to {max(factors):.0f} times")
+print("deep prompts over full fine-tuning:", ", ".join(f"{factor:.0f} times" for factor in factors))
 at_edge = [f"{task}, {method}" for task in compared for method in COMPARED if result(task, method)["at_edge"]]
 print("at an end of those tried:", "; ".join(at_edge) or "none")
 
@@ -1664,7 +1661,7 @@ for task, (few, many) in points.items():
 assert points["mnist"][0] < points["mnist"][1]
 
 # %% [markdown]
-# Every method gains by more steps, and none has settled after 300. On MNIST the lead of the deep prompts more than
+# Every method gains by more steps. On MNIST the lead of the deep prompts more than
 # doubles; on the digits the linear probe catches up. So how much prompts gain depends on the task and on the budget,
 # and a comparison has to name both. (The learning rates are those found with 100 steps. They may be too high for
 # 300, for all methods alike.)
@@ -1745,8 +1742,8 @@ show(figure, "Two tables of blocks by heads: the share of the class token's atte
 # %% [markdown]
 # *The class token's attention to the eight prompts, mean over 200 digits. By chance it would be 8/73, or 0.11.*
 #
-# In one head of block 5 the class token now pays most of its attention to prompts, and in two heads of block 1 more
-# than by chance. Nearly everywhere else the share is next to nothing, and less than it was before the training.
+# In block 5 the class token now pays a third of its attention or more to prompts, in three of the five heads nearly
+# all of it. In most other places the share is next to nothing, and less than it was before the training.
 #
 # What this does to the features $f$: the test images, projected on their two main directions, without prompts and
 # with them. (The head separates the classes in all $d$ dimensions, so those that overlap here may be apart for it.)

@@ -946,9 +946,15 @@ VIT = small_vit()
         (
             lambda: PromptBank(VIT).add("new", bias_tuning(VIT, 3)),
             TypeError,
-            "task must be a VPT or the state of one; got a VisionTransformer",
+            "task must be a VPT or the state of one, and files are for load; got a VisionTransformer",
         ),
         (lambda: VPT(VIT, 3, 2)(images()[0]), ValueError, r"shape \(B, 3, 16, 16\); got \(3, 16, 16\)"),
+        (lambda: PromptBank(VIT).add("new", "task"), TypeError, "files are for load; got a str"),
+        (
+            lambda: VPT(small_vit("any image size"), 3, 2)(images(size=(18, 16))),
+            ValueError,
+            r"\(B, 3, H, W\) with H a multiple of 4 and W of 4; got \(3, 3, 18, 16\)",
+        ),
     ],
 )
 def test_wrong_arguments(call, error, message):
