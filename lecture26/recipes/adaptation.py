@@ -295,10 +295,9 @@ class Comparison:
         measured = self.progress.once(
             key, lambda: self._one_run(method, num_prompts, learning_rate, seed, state)
         )
+        # Not earlier: what was trained is worth nothing until it is measured.
         if state and process_state().is_main_process:
-            file.unlink(
-                missing_ok=True
-            )  # not earlier: what was trained is worth nothing until it is measured
+            file.unlink(missing_ok=True)
         return measured
 
     def _one_run(self, method: str, num_prompts: int, learning_rate: float, seed: int, state: dict) -> dict:
