@@ -680,6 +680,8 @@ print("into block 2:  ", replace_prompts(leaving, torch.full((2, 2), 20.0), num_
 #
 # $$\lambda_i=\sum_{j\in\Pi}a_{ij} \tag{8.10, definition}$$
 #
+# (Elsewhere in the course $\lambda$ is a log signal-to-noise ratio; in this chapter it is not.)
+#
 # Let $a^0$ be the weights without prompts, for the same inputs of this layer. The numerators of (8.4) are the same in
 # both, and of the softmax over all tokens the others keep the share $1-\lambda_i$. So
 # $a_{ij}=(1-\lambda_i)\,a^0_{ij}$ for $i,j\notin\Pi$, and
