@@ -21,7 +21,7 @@
 # - find by experiment, not by reading, what is wrong with a wrapper that runs without complaint;
 # - build VPT-shallow and VPT-deep on top of any timm `VisionTransformer`, and prove that the backbone is not touched;
 # - say exactly what a prompt adds to an attention layer, and what it cannot change;
-# - compare the linear probe, biases, prompts and full fine-tuning fairly: accuracy, storage, cost, forgetting;
+# - compare the linear probe, prompts and full fine-tuning fairly: accuracy, storage, cost, forgetting;
 # - serve many tasks from one backbone, even within one batch;
 # - adapt a real pretrained backbone to your own images by one command.
 #
