@@ -1096,9 +1096,8 @@ class Diffusion(Diffusion):
             )
         return output.split(channels, dim=1) if learned else (output, None)
 
-    def reverse_step(self, output, x_t, t, clip):
-        """Turn a denoiser's output into the model's distribution of x_{t-1}, a PMeanVariance."""
-        prediction, v = self.split_output(output, x_t)
+    def x_0_and_eps(self, prediction, x_t, t, clip):
+        """The clean data and the noise that a prediction stands for, each like x_t (B, C, ...)."""
         if self.prediction == "eps":
             x_0 = self.x_0_from_eps(x_t, t, prediction)
         elif self.prediction == "v":
@@ -1108,8 +1107,12 @@ class Diffusion(Diffusion):
         if clip:
             x_0 = x_0.clamp(-1, 1)
         # the noise that goes with the clipped x_0, so that the two still make up x_t
-        eps = self.eps_from_x_0(x_t, t, x_0)
+        return x_0, self.eps_from_x_0(x_t, t, x_0)
 
+    def reverse_step(self, output, x_t, t, clip):
+        """Turn a denoiser's output into the model's distribution of x_{t-1}, a PMeanVariance."""
+        prediction, v = self.split_output(output, x_t)
+        x_0, eps = self.x_0_and_eps(prediction, x_t, t, clip)
         mean, variance, log_variance = self.q_posterior(x_0, x_t, t)
         if self.variance == "fixed_large":
             log_variance = lookup(self.log_large_variance, t, x_t).expand_as(x_t)
@@ -1439,10 +1442,11 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got eta={eta}")
-    p = diffusion.p_mean_variance(denoiser, x_t, t)
+    prediction, _ = diffusion.split_output(denoiser(x_t, lookup(diffusion.steps, t, t)), x_t)
+    x_0, eps = diffusion.x_0_and_eps(prediction, x_t, t, diffusion.clip)
     alpha_bar = lookup(diffusion.alpha_bar, t, x_t)
     alpha_bar_prev = lookup(diffusion.alpha_bar_prev, t, x_t)
-    return ddim_update(p.x_0, p.eps, alpha_bar, alpha_bar_prev, eta, noise)
+    return ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise)
 
 
 # %% tags=["export"]
