@@ -1184,7 +1184,7 @@ for prediction in ("eps", "x_0", "v"):
     diffusion = Diffusion(linear_betas(200), prediction)
     output = diffusion.target(diffusion.x_0_from_eps(x_t, t, eps), eps, t)
     guided = diffusion.add_score(output, x_t, t, gradient)
-    guided_eps.append(diffusion.reverse_step(guided, x_t, t, clip=False).eps)
+    guided_eps.append(diffusion.x_0_and_eps(guided, x_t, t, clip=False)[1])
 expected = eps - (1 - diffusion.alpha_bar[t, None]).sqrt() * gradient
 verify("1.27", torch.stack(guided_eps), expected.expand(3, 32, 2), atol=1e-9)
 

@@ -1235,35 +1235,65 @@ for index in (49, 45, 40, 25):
 @torch.no_grad()
 def clipped(x_t, t):
     """The denoiser with x_0 clipped, as a prediction of v."""
-    eps = diffusion.reverse_step(unconditional(x_t, t), x_t, t, clip=True).eps
+    _, eps = diffusion.x_0_and_eps(unconditional(x_t, t), x_t, t, clip=True)
     return diffusion.v_from_eps(x_t, t, eps)
+
+
+def by_both_samplers(path, denoiser):
+    """Eight pictures by DDPM and by DDIM, from the same noise, by the sampler's name."""
+    return {
+        name: sample(path, denoiser, x_T.shape, step, torch.Generator().manual_seed(7), x_T)
+        for name, step in {"DDPM": ddpm_step, "DDIM": ddim_step}.items()
+    }
+
+
+def show_stars(rows, description):
+    """Draw rows of eight pictures, and print how many are red stars and how far their values reach."""
+    show(show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches_per_image=0.9), description)
+    for name, x_0 in rows.items():
+        right, outside = attribute_accuracy(judge, x_0, star)["all"], (x_0.abs() > 1.01).double().mean()
+        print(f"{name:13} as asked for: {right:4.0%}   values outside [-1, 1]: {outside:.0%}")
 
 
 unclipped = Diffusion(diffusion.betas, diffusion.prediction).respace(50)
 ways = {"after": (short, unconditional), "before": (unclipped, clipped), "never": (unclipped, unconditional)}
 by_way = {}
-for sampler, step in {"DDPM": ddpm_step, "DDIM": ddim_step}.items():
-    for way, (path_of_50, denoiser) in ways.items():
-        guided = classifier_guided(denoiser, trained_classifier, wanted, 8.0, diffusion)
-        source = torch.Generator().manual_seed(7)
-        by_way[f"{sampler}, {way}"] = sample(path_of_50, guided, x_T.shape, step, source, x_T)
+for way, (path_of_50, denoiser) in ways.items():
+    guided = classifier_guided(denoiser, trained_classifier, wanted, 8.0, diffusion)
+    by_way |= {f"{name}, {way}": x_0 for name, x_0 in by_both_samplers(path_of_50, guided).items()}
 
 # %%
-figure = show_grid(torch.cat(list(by_way.values())), row_titles=list(by_way), inches_per_image=0.9)
-show(figure, "Six rows of pictures: good where clipped after the guidance, dark or garish elsewhere.")
-for name, x_0 in by_way.items():
-    right, outside = attribute_accuracy(judge, x_0, star)["all"], (x_0.abs() > 1.01).double().mean()
-    print(f"{name:13} as asked for: {right:4.0%}   values outside [-1, 1]: {outside:.0%}")
+show_stars(by_way, "Six rows of pictures: good where clipped after the guidance, dark or garish elsewhere.")
 
 # %% [markdown]
 # *The same noise everywhere, $s=8$.*
 #
 # Here everything depends on it. Clipped after the guidance, a push is never larger than the range of the pixels.
-# Otherwise the first step throws the whole picture far out, to one large red area. DDPM's fresh noise covers most of
-# that on the way, and what is left are red things on dark grounds; DDIM keeps it. Clipping before does not help, since
-# the huge term is the gradient's and not the denoiser's. With the linear schedule of Dhariwal and Nichol the factor is
-# large at the start as well (157, where $\bar\alpha_T=4\cdot10^{-5}$); what clipping does for their models was not
-# measured here.
+# Otherwise the first step seems to throw the whole picture far out, to one large red area. DDPM's fresh noise covers
+# most of that on the way, and what is left are red things on dark grounds; DDIM keeps it. Clipping before does not
+# help, since the huge term is the gradient's and not the denoiser's.
+#
+# Is it that first step alone? Never clip, and leave the guidance out there, in one step of fifty:
+
+# %%
+guided = classifier_guided(unconditional, trained_classifier, wanted, 8.0, diffusion)
+
+
+def guided_later(x_t, t):
+    """The guided denoiser, without guidance at the first step of sampling."""
+    return unconditional(x_t, t) if (t == short.steps[-1]).all() else guided(x_t, t)
+
+
+later = by_both_samplers(unclipped, guided_later)
+show_stars(later, "Two rows of eight pictures, never clipped, most of them red stars.")
+assert all(x_0.abs().max() < 1.5 for x_0 in later.values())
+
+# %% [markdown]
+# *Never clipped, and unguided at the first step: the same noise, $s=8$.*
+#
+# It is. Where $x_t$ is all but pure noise, guidance does not help: without it at the first step there are more stars
+# than with it and the clipping. With the linear schedule of Dhariwal and Nichol the factor is large at the start as
+# well (157, where $\bar\alpha_T=4\cdot10^{-5}$); what clipping does for their models was not measured here.
 #
 # ### What is neglected, on images
 #
