@@ -153,6 +153,58 @@ def test_the_loss_has_smoothed_targets(photographs):
     agree(recipe.loss(lambda x: x.flatten(1) @ table, batch), -(targets * log_probs).sum(dim=1).mean(), 1e-5)
 
 
+@pytest.fixture(scope="module")
+def guide(photographs, data_folder):
+    """A hardly trained guide, 'tiny_guide', which sees 3 by 3 places in 8 channels."""
+    recipe = dataclasses.replace(
+        recipes.find_recipe("convnet_photos32"),
+        **{"name": "tiny_guide", "data": str(photographs), "image_size": 12},
+        **{"model": {"widths": (2, 4, 8)}, "steps": 2, "batch_size": 4},
+    )
+    recipes.run(recipe, "a command")
+    return recipes.load_model("tiny_guide")
+
+
+def test_a_guide_names_images_and_sees_places(photographs, guide):
+    images = small_recipe(photographs).load("test")
+    x = images.batch(range(5))["image"]
+    places = guide.stages(x)
+    assert places.shape == (5, 8, 3, 3)
+    agree(guide(x), F.linear(places.mean(dim=(2, 3)), guide.head.weight, guide.head.bias), 1e-5)
+    assert load_card("tiny_guide")["metrics"] == {"accuracy": pytest.approx(accuracy(guide, images, 4))}
+
+
+@torch.no_grad()
+def test_a_guided_backbone_is_told_what_is_seen_at_each_place(photographs, guide):
+    """The mean square between standardised vectors is 2 - 2 times their correlation."""
+    alone = small_recipe(photographs, model=TINY | {"patch_size": 4, "depth": 3}, patch_drop=0.0)
+    batch = alone.draw(alone.load("train"), SampleDraws(0, torch.arange(6)))
+    vit = perturbed(alone.build(), torch.float32).eval()
+    tokens = vit.patch_embed(batch["image"])
+    tokens = torch.cat([vit.cls_token.expand(6, -1, -1), tokens], dim=1) + vit.pos_embed
+    for block in vit.blocks[:-1]:
+        tokens = block(tokens)
+    seen = guide.stages(batch["image"])
+    correlations = [
+        torch.corrcoef(torch.stack([seen[image, :, row, column], tokens[image, 1 + 3 * row + column]]))[0, 1]
+        for image in range(6)
+        for row in range(3)
+        for column in range(3)
+    ]
+    guided = dataclasses.replace(alone, guide="tiny_guide", lesson=3.0)
+    lesson = guided.loss(vit, batch) - alone.loss(vit, batch)
+    agree(lesson, 3 * (2 - 2 * torch.stack(correlations).mean()), 1e-2)
+    assert not vit.blocks[-1]._forward_pre_hooks
+
+
+def test_a_guide_must_see_as_many_places_as_there_are_patches(photographs, guide):
+    recipe = small_recipe(photographs, guide="tiny_guide", patch_drop=0.0, model=TINY | {"patch_size": 3})
+    batch = recipe.draw(recipe.load("train"), SampleDraws(0, torch.arange(2)))
+    message = r"guide must see 16 places in 8 channels, as the patches are; 'tiny_guide' sees 9 in 8"
+    with pytest.raises(ValueError, match=message):
+        recipe.loss(recipe.build(), batch)
+
+
 def test_patches_are_left_out_in_training_alone(photographs, monkeypatch):
     recipe, lengths = small_recipe(photographs, 32, name="dropping", model=TINY), []
     vit = recipe.build()
@@ -181,8 +233,9 @@ def test_a_backbone_is_read_again_as_it_was_trained():
 def test_a_backbone_is_trained_by_the_documented_commands(photographs):
     options = ["--data", photographs, "--steps", "1", "--batch-size", "2", "--precision", "fp32"]
     too_early = call("train", "vit_photos32", "--name", "from_a_folder", *options)
-    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_masked" in too_early.output
-    for arguments in (["vit_photos32_masked"], ["vit_photos32", "--name", "from_a_folder"]):
+    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_guided" in too_early.output
+    before = ["convnet_photos32"], ["vit_photos32_masked"], ["vit_photos32_whole"], ["vit_photos32_guided"]
+    for arguments in (*before, ["vit_photos32", "--name", "from_a_folder"]):
         result = call("train", *arguments, *options)
         assert result.exit_code == 0, result.output
     card, vit = load_card("from_a_folder"), recipes.load_model("from_a_folder")

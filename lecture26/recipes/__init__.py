@@ -23,6 +23,7 @@ _FAMILIES = {
         clip.CLIPRecipe,
         readers.ReaderRecipe,
         backbone.BackboneRecipe,
+        backbone.GuideRecipe,
         vae.VAERecipe,
         latent.LatentDiffusionRecipe,
     )

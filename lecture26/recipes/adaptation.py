@@ -432,8 +432,8 @@ def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:
 
 
 SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
-SMALL_BUDGET = Budget(steps=300, batch_size=32)
-SHORT_BUDGET = Budget(steps=100, batch_size=32)  # for choosing a learning rate, and for a notebook
+SMALL_BUDGET = Budget(steps=600, batch_size=16)
+SHORT_BUDGET = Budget(steps=200, batch_size=16)  # for choosing a learning rate, and for a notebook
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
 NUM_PROMPTS = 8
 PROMPT_COUNTS = (1, 32)  # beside NUM_PROMPTS

@@ -87,7 +87,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     ),
     "adaptation_prompts": partial(
         adaptation,
-        tasks=("line_drawings",),
+        tasks=("counting",),
         methods=("vpt-shallow", "vpt-deep"),
         prompt_counts=PROMPT_COUNTS,
         upstream=False,
