@@ -1750,9 +1750,9 @@ show(figure, "Accuracy of counting against the number of prompts, shallow and de
 # *Means and ranges of three seeds, against the linear probe (dotted) and full fine-tuning (dashed). Every length has
 # its own learning rate.*
 #
-# A single deep prompt at each block, six tokens in all, is already three points above the linear probe, eight are
-# eleven, and thirty-two twelve, with 97 tokens in the place of 65. One shallow prompt is no better than the probe by
-# more than the ±, eight and thirty-two are four and six points. From the best of these to full fine-tuning it is still
+# A single deep prompt at each block, six tokens in all, is three points above the linear probe, about as much as the
+# ±; eight are eleven, and thirty-two twelve, with 97 tokens in the place of 65. One shallow prompt is no better than
+# the probe, eight and thirty-two are four and six points. From the best of these to full fine-tuning it is still
 # seven points. Whether still more prompts would go on gaining was not tried.
 #
 # ## What the prompts have learned

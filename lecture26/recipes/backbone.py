@@ -186,7 +186,7 @@ class ConvNet(nn.Module):
     Args:
         channels: of the images.
         num_classes: K.
-        widths: the channels at full, half and a quarter of the image's size, W the last.
+        widths: the channels at full, half and a quarter of the image's size.
     """
 
     def __init__(self, channels: int, num_classes: int, widths: tuple[int, int, int]):
