@@ -360,6 +360,41 @@ def test_what_is_counted_can_be_counted():
     assert areas[expected == 3].max() > areas[expected == 4].min()
 
 
+def quarters(x):
+    """The four quarters of images (B, 32, 32) in the order of CORNERS, as (B, 4, 16, 16)."""
+    return x.unfold(1, 16, 16).unfold(2, 16, 16).flatten(1, 2)
+
+
+def test_the_largest_disc_covers_the_most():
+    images = downstream("largest", "test")
+    assert images.labels["class"] == ("upper left", "upper right", "lower left", "lower right")
+    batch = images.batch(range(300))
+    ground = batch["image"][:, :, 15:17, 15:17].mean(dim=(2, 3), keepdim=True)  # no disc reaches the middle
+    area = quarters((batch["image"] - ground).abs().amax(dim=1) > 0.25).sum(dim=(2, 3))  # (B, 4)
+    assert (area > 0).double().mean() > 0.97  # but for a colour like the ground's
+    assert (area.argmax(dim=1) == batch["class"]).double().mean() > 0.97
+    # the largest cannot be told by its area alone, without the others
+    largest = area.gather(1, batch["class"][:, None])[:, 0]
+    second = area.sort(dim=1).values[:, 2]
+    assert second.max() > largest.min()
+
+
+def test_nodules_lie_where_their_class_says():
+    images = downstream("xray", "test")
+    assert images.labels["class"][0] == "no nodule"
+    batch = images.batch(range(1000))
+    x, target = batch["image"], batch["class"]
+    assert torch.equal(x[:, 0], x[:, 2])
+    healthy = x[target == 0, 0].mean(dim=0)  # (H, W)
+    assert healthy[12:20, 8:12].mean() < healthy[12:20, :3].mean() - 0.2  # air lets more through
+    spots = F.avg_pool2d((x[:, 0] - healthy)[:, None], 3, 1, 1)[:, 0]
+    for corner in range(4):
+        brighter = quarters(spots[target == corner + 1]).mean(dim=0)  # (4, 16, 16)
+        assert brighter.amax(dim=(1, 2)).argmax() == corner
+    found = quarters(spots).amax(dim=(2, 3)).argmax(dim=1) + 1
+    assert (found == target)[target > 0].double().mean() > 0.8
+
+
 def test_textures_run_the_way_their_names_say():
     images = downstream("textures", "test")
     batch = images.batch(range(400))

@@ -1,7 +1,8 @@
 """Small tasks for a backbone to be adapted to (chapter 08): coloured images with the label "class".
 
-Four are made by code, each image a pure function of (split, index): drawings in line, things to count,
-textures, and pictures in the dark. Any other data set of the course, such as digits, is cut to the same size.
+Six are made by code, each image a pure function of (split, index): drawings in line, things to count or to
+compare, nodules on something like an X-ray picture, textures, and pictures in the dark. Any other data set of
+the course, such as digits, is cut to the same size.
 """
 
 import math
@@ -29,6 +30,10 @@ READ_NOISE = 0.03
 
 MOST_THINGS = 6
 CELLS = 3  # things to count lie in different cells of a grid of 3 x 3
+
+CORNERS = ("upper left", "upper right", "lower left", "lower right")  # of the picture
+NODULE = 0.9  # its thickness on an X-ray picture, on which the lungs have 0.35 and the rest 1.3
+FILM_NOISE = 0.03
 
 TEXTURES = ("horizontal", "vertical", "rising", "falling", "checks", "dots", "rings", "waves")
 
@@ -107,15 +112,63 @@ class Counting(MadeByCode):
         x = column / CELLS + radius + room * uniform(x)
         y = row / CELLS + radius + room * uniform(y)
 
-        image = (0.15 + 0.7 * uniform(bits[:, 1]))[:, None, None, None].expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
-        pixel = (torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
-        for k in range(cells):
-            squares = (pixel - x[:, k, None])[:, None, :] ** 2 + (pixel - y[:, k, None])[:, :, None] ** 2
-            outside = squares.sqrt() - radius[:, k, None, None]  # (B, H, W)
-            covered = (0.5 - IMAGE_SIZE * outside).clamp(0, 1) * is_there[:, k, None, None]
-            rgb = COLOUR_RGB[choice(colour[:, k], len(COLOUR_RGB))]  # (B, 3)
-            image = torch.lerp(image, rgb[:, :, None, None], covered[:, None])
-        return image, target
+        radius = torch.where(is_there, radius, -1.0)  # no pixel is as near as that to what is not there
+        return _discs(_grey(bits[:, 1]), x, y, radius, choice(colour, len(COLOUR_RGB))), target
+
+
+class Largest(MadeByCode):
+    """Four coloured discs on grey, one in each corner; the class is the corner of the largest."""
+
+    labels = {"class": CORNERS}
+
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        corners = len(CORNERS)
+        bits = self._bits(indices, seed=3, num_draws=3 + 4 * corners)
+        target = choice(bits[:, 0], corners)  # (B,)
+        share, x, y, colour = bits[:, 3:].view(-1, 4, corners).unbind(dim=1)  # (B, corners) each
+        is_largest = torch.arange(corners) == target[:, None]
+        largest = 0.14 + 0.07 * uniform(bits[:, 1, None])  # its radius, of the image's width
+        radius = torch.where(is_largest, largest, largest * (0.5 + 0.3 * uniform(share)))
+        column, row = torch.arange(corners) % 2, torch.arange(corners) // 2
+        room = 0.46 - 2 * radius  # where the centre may lie
+        x = 0.25 + 0.5 * column + room * (uniform(x) - 0.5)
+        y = 0.25 + 0.5 * row + room * (uniform(y) - 0.5)
+        return _discs(_grey(bits[:, 2]), x, y, radius, choice(colour, len(COLOUR_RGB))), target
+
+
+class XRay(MadeByCode):
+    """Something like X-ray pictures of a chest; the class is where a small nodule lies, if there is one.
+
+    What comes through a body of thickness s is exp(-s), and the film's negative shows the rest.
+    """
+
+    labels = {"class": ("no nodule", *CORNERS)}
+
+    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        bits = self._bits(indices, seed=4, num_draws=14)
+        target = choice(bits[:, 0], len(CORNERS) + 1)
+        random = uniform(bits)[:, :, None, None].unbind(dim=1)  # (B, 1, 1) each
+        y, x = torch.meshgrid(*[_pixel_centres()] * 2, indexing="ij")  # y down
+
+        lungs = 0.0  # (B, H, W): 1 inside of them
+        for side, (away, up, size) in ((-1, random[1:4]), (1, random[4:7])):
+            across = (x - 0.5 - side * (0.22 + 0.03 * away)) / (0.15 + 0.03 * size)
+            down = (y - 0.47 - 0.06 * up) / (0.34 + 0.06 * size)
+            lungs = lungs + torch.sigmoid(8 * (1 - torch.hypot(across, down)))
+        height = y - 0.6 * (1 + random[7]) * (x - 0.5) ** 2  # along a rib it stays the same
+        ribs = torch.sigmoid(4 * torch.sin(2 * math.pi * ((5 + 2 * random[8]) * height + random[9])))
+        heart = torch.exp(-(((x - 0.55 - 0.03 * random[10]) / 0.13) ** 2) - ((y - 0.66) / 0.15) ** 2)
+
+        corner = (target - 1).clamp(min=0)  # (B,)
+        nodule_x = 0.28 + 0.44 * (corner % 2) + 0.14 * (uniform(bits[:, 11]) - 0.5)
+        nodule_y = 0.33 + 0.34 * (corner // 2) + 0.2 * (uniform(bits[:, 12]) - 0.5)
+        radius = torch.where(target > 0, 0.05 + 0.025 * uniform(bits[:, 13]), -1.0)
+        nodule = _covered(nodule_x, nodule_y, radius)
+
+        thickness = 1.3 - 0.95 * lungs + 0.25 * ribs + 0.5 * heart + NODULE * nodule
+        noise = SampleDraws(NOISE_SEED, SPLIT_STARTS[self.split] + indices).normal(1, IMAGE_SIZE, IMAGE_SIZE)
+        film = 1 - torch.exp(-thickness)[:, None] + FILM_NOISE * noise  # (B, 1, H, W)
+        return film.expand(-1, 3, -1, -1), target
 
 
 class Textures(MadeByCode):
@@ -129,7 +182,7 @@ class Textures(MadeByCode):
         frequency = 2 * math.pi * (3 + 3 * uniform(bits[:, 1]))[:, None, None]  # per width of the image
         phase_x, phase_y = (2 * math.pi * uniform(bits[:, draw])[:, None, None] for draw in (2, 3))
         centre_x, centre_y = (uniform(bits[:, draw])[:, None, None] for draw in (4, 5))
-        y, x = torch.meshgrid(*[(torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE] * 2, indexing="ij")  # y down
+        y, x = torch.meshgrid(*[_pixel_centres()] * 2, indexing="ij")  # y down
         across, down = (frequency * x + phase_x).sin(), (frequency * y + phase_y).sin()  # (B, H, W)
         patterns = {
             "horizontal": down,
@@ -149,6 +202,30 @@ class Textures(MadeByCode):
         one, other = (COLOUR_RGB[colour][:, :, None, None] for colour in (first, second))
         noise = SampleDraws(NOISE_SEED, SPLIT_STARTS[self.split] + indices).normal(3, IMAGE_SIZE, IMAGE_SIZE)
         return torch.lerp(one, other, share) + 0.15 * noise, target
+
+
+def _pixel_centres() -> Tensor:
+    return (torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
+
+
+def _grey(bits: Tensor) -> Tensor:
+    """Grey images (B, 3, H, W), one for each of B random numbers."""
+    return (0.15 + 0.7 * uniform(bits))[:, None, None, None].expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def _covered(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """How much of each pixel a disc covers, (B, H, W), for centres and radii (B,) in widths of the image."""
+    pixel = _pixel_centres()
+    squares = (pixel - x[:, None])[:, None, :] ** 2 + (pixel - y[:, None])[:, :, None] ** 2
+    return (0.5 - IMAGE_SIZE * (squares.sqrt() - radius[:, None, None])).clamp(0, 1)
+
+
+def _discs(image: Tensor, x: Tensor, y: Tensor, radius: Tensor, colour: Tensor) -> Tensor:
+    """Images (B, 3, H, W) with discs painted over them, whose centres, radii and colours are (B, discs)."""
+    for k in range(x.shape[1]):
+        covered = _covered(x[:, k], y[:, k], radius[:, k])
+        image = torch.lerp(image, COLOUR_RGB[colour[:, k]][:, :, None, None], covered[:, None])
+    return image
 
 
 class Coloured(ImageSet):
@@ -190,6 +267,8 @@ class Coloured(ImageSet):
 TASKS = {
     "line_drawings": LineDrawings,
     "counting": Counting,
+    "largest": Largest,
+    "xray": XRay,
     "textures": Textures,
     "low_light": LowLight,
 }

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lecture26.kit.checkpoints import list_checkpoints, load_card
 from lecture26.kit.data import SPLITS, DataError
-from lecture26.kit.downstream import Coloured, downstream
+from lecture26.kit.downstream import TASKS, Coloured, downstream
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
@@ -431,7 +431,7 @@ def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:
     return {split: downstream(data, split, image_size) for split in SPLITS}
 
 
-SMALL_TASKS = ("digits", "line_drawings", "counting", "textures", "low_light")
+SMALL_TASKS = ("digits", *TASKS)
 SMALL_BUDGET = Budget(steps=600, batch_size=16)
 SHORT_BUDGET = Budget(steps=200, batch_size=16)  # for choosing a learning rate, and for a notebook
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS

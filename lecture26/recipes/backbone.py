@@ -298,8 +298,15 @@ PHOTOS_32 = replace(
 
 def of_width(width: int) -> BackboneRecipe:
     """A narrower backbone, from scratch, for the question what prompts gain on backbones of other sizes."""
-    model = PHOTOS_32.model | {"embed_dim": width, "num_heads": width // 32}
-    return replace(PHOTOS_32_WHOLE, name=f"vit_photos32_{width}", start=None, model=model)
+    return replace(
+        PHOTOS_32_WHOLE,
+        name=f"vit_photos32_{width}",
+        start=None,
+        model=PHOTOS_32.model | {"embed_dim": width, "num_heads": width // 32},
+        steps=7_000,
+        batch_size=64,  # of one process
+        learning_rate=1e-3,
+    )
 
 
 RECIPES = (

@@ -96,7 +96,8 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     "adaptation_widths": partial(
         adaptation,
         backbones=("vit_photos32_64", "vit_photos32_96"),
-        tasks=("digits", "line_drawings"),
+        tasks=("counting", "xray"),
+        methods=("linear", "vpt-deep", "full"),
         upstream=False,
         state="adaptation_widths",
     ),
