@@ -32,10 +32,10 @@ from lecture26.kit.checkpoints import load_card, save_checkpoint
 from lecture26.kit.data import SPLITS, load
 from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.results import load_results
+from lecture26.kit.results import load_results, save_results
 from lecture26.kit.shapes import Shapes
 from lecture26.kit.training import SampleDraws
-from lecture26.recipes import adaptation, measurements
+from lecture26.recipes import adaptation, measurements, probes
 from lecture26.recipes.adaptation import METHODS, Budget, Comparison, Progress
 from lecture26.recipes.backbone import accuracy
 from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, load_task, save_task
@@ -841,6 +841,81 @@ def test_a_run_of_a_study_is_what_a_notebook_trains(study):
         assert run["accuracy"][seed] == pytest.approx(share)
 
 
+def test_a_head_reads_a_few_features_of_many_tokens():
+    """A class token of -1, then patches in four rows and columns: patch (r, c) holds 10 r + c, and 7."""
+    patches = torch.tensor([[10.0 * row + column, 7.0] for row in range(4) for column in range(4)])
+    tokens = torch.cat([torch.full((1, 2), -1.0), patches])[None]  # (1, 17, 2)
+    expected = {
+        "class token": [-1.0, -1.0],
+        "patches": [16.5, 7.0],
+        # of each feature the upper left quarter, the upper right one, and so on
+        "quarters": [5.5, 7.5, 25.5, 27.5, 7.0, 7.0, 7.0, 7.0],
+    }
+    assert {name: reading(tokens)[0].tolist() for name, reading in probes.READINGS.items()} == expected
+
+
+def test_a_solved_head_finds_what_steps_would_not():
+    """The class is a sum of two features, of which one is ten thousand times as large as the other."""
+    x, scale = normal(1200, 3, seed=1), torch.tensor([1e-2, 1e2, 1.0])
+    target = (x[:, 0] + x[:, 1] > 0).long()
+    splits = {"train": slice(0, 400), "validation": slice(400, 600), "test": slice(600, 1200)}
+    assert (
+        probes.solved_head({split: (x[part] * scale, target[part]) for split, part in splits.items()}) > 0.97
+    )
+    # what is no linear function of the features, it does not find
+    target = (x[:, 0] * x[:, 1] > 0).long()
+    share = probes.solved_head({split: (x[part] * scale, target[part]) for split, part in splits.items()})
+    assert 0.4 < share < 0.6
+
+
+def test_the_validation_images_choose_the_penalty():
+    """One feature in 200 says which class it is; with little penalty the others would be learned by heart."""
+    x = normal(860, 200, seed=2)
+    target = (x[:, 0] + 0.5 * normal(860, seed=3) > 0).long()
+    parts = {"train": slice(0, 60), "validation": slice(60, 460), "test": slice(460, 860)}
+    splits = {split: (x[part], target[part]) for split, part in parts.items()}
+
+    def share(*inverse_penalties):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probes, "INVERSE_PENALTIES", inverse_penalties)
+            return probes.solved_head(splits)
+
+    each = {inverse: share(inverse) for inverse in (1e-6, 1e-2, 1e2)}
+    assert len(set(each.values())) == 3
+    on_validation = {}
+    for inverse in each:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probes, "INVERSE_PENALTIES", (inverse,))
+            on_validation[inverse] = probes.solved_head(splits | {"test": splits["validation"]})
+    assert share(*each) == each[max(on_validation, key=on_validation.get)]
+
+
+def test_solved_heads_see_the_backbone_and_the_trained_prompts(monkeypatch):
+    fit, rates = adaptation.fit, []
+    monkeypatch.setattr(probes, "fit", lambda *args, **opts: rates.append(args[2]) or fit(*args, **opts))
+    runs = [{"method": "linear", "learning_rate": 0.5}, {"method": "vpt-deep", "learning_rate": 0.02}]
+    save_results("adaptation_counting", "by hand", {"runs": runs})
+    with few_images():
+        solved = probes.solved_heads("tiny_vit", ("counting",), BUDGET)
+        images = downstream("counting", "train")
+        vit = recipes.load_model("tiny_vit").eval()
+        tokens, classes = probes.see(vit.forward_features, images)
+        splits = {split: downstream("counting", split) for split in SPLITS}
+        by_class_token = probes.solved_head(
+            {
+                split: probes.see(lambda x: vit.forward_features(x)[:, 0], images)
+                for split, images in splits.items()
+            }
+        )
+    assert rates == [0.02]  # the one that the comparison has chosen
+    (run,) = solved["runs"]
+    assert run["task"] == "counting" and run["accuracy"].keys() == {*probes.READINGS, "vpt-deep"}
+    assert run["accuracy"]["class token"] == by_class_token
+    assert tokens.shape == (60, 17, 8) and torch.equal(classes, images.batch(range(60))["class"])
+    with pytest.raises(ValueError, match="no results 'adaptation_xray'"), few_images():
+        probes.solved_heads("tiny_vit", ("xray",), BUDGET)
+
+
 def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
     of_tasks = [f"adaptation_{task}" for task in adaptation.SMALL_TASKS]
     others = ("adaptation_mnist", "adaptation_short", "adaptation_prompts", "adaptation_widths")
@@ -851,6 +926,10 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
         assert set(options.get("methods", METHODS)) <= set(METHODS)
         for task in options.get("tasks", adaptation.SMALL_TASKS):
             assert task in TASKS or task in ("digits", "./mnist")
+    backbone, tasks = measurements.MEASUREMENTS["adaptation_solved"].args
+    assert recipes.find_recipe(backbone).family == "backbone"
+    for task in tasks:  # solved heads go by the comparisons of the same tasks
+        assert f"adaptation_{Path(task).name}" in measurements.MEASUREMENTS
 
 
 # The command `adapt`

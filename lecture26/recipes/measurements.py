@@ -14,6 +14,7 @@ from lecture26.recipes.adaptation import (
     adaptation,
     forget_progress,
 )
+from lecture26.recipes.probes import solved_heads
 from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -97,9 +98,13 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         adaptation,
         backbones=("vit_photos32_64", "vit_photos32_96"),
         tasks=("counting", "xray"),
-        methods=("linear", "vpt-deep", "full"),
-        upstream=False,
+        methods=("linear", "vpt-deep"),
         state="adaptation_widths",
+    ),
+    "adaptation_solved": partial(
+        solved_heads,
+        "vit_photos32",
+        ("digits", "./mnist", "line_drawings", "counting", "largest", "xray", "textures"),
     ),
 }
 

@@ -1,0 +1,119 @@
+"""What a linear head can read of a frozen backbone once it is solved, not trained for some steps."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+from tqdm import tqdm
+
+from lecture26.kit.image_set import ImageSet
+from lecture26.kit.results import load_results
+from lecture26.recipes.adaptation import (
+    EVALUATION_BATCH,
+    NUM_PROMPTS,
+    SMALL_BUDGET,
+    Budget,
+    build,
+    fit,
+    open_task,
+)
+from lecture26.visual_prompt_tuning import pooled
+
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
+
+
+def quarters(tokens: Tensor) -> Tensor:
+    """The means over each quarter of a square of patches, side by side: (B, N, d) -> (B, 4 d)."""
+    side = math.isqrt(tokens.shape[1])
+    return adaptive_avg_pool2d(tokens.mT.unflatten(2, (side, side)), 2).flatten(1)
+
+
+# What a head may read of a backbone's tokens (B, 1 + N, d), which are the class token and N patches.
+READINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "class token": lambda tokens: tokens[:, 0],
+    "patches": lambda tokens: tokens[:, 1:].mean(dim=1),
+    "quarters": lambda tokens: quarters(tokens[:, 1:]),
+}
+
+
+@torch.no_grad()
+def see(network: Callable[[Tensor], Tensor], images: ImageSet) -> tuple[Tensor, Tensor]:
+    """What a network makes of all images of a set.
+
+    Args:
+        network: network(images (B, 3, H, W)) -> (B, ...), on the CPU.
+        images: with the label "class".
+
+    Returns:
+        What it returns for all of them, (N, ...), and their classes, (N,).
+    """
+    batches = [images.batch(indices) for indices in torch.arange(len(images)).split(EVALUATION_BATCH)]
+    classes = torch.cat([batch["class"] for batch in batches])
+    return torch.cat([network(batch["image"]) for batch in batches]), classes
+
+
+def solved_head(splits: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """The test accuracy of a linear head on fixed features, its loss as small as it can be.
+
+    For fixed features the loss is convex in the head's weights, and a solver finds its minimum. Before, each
+    feature is standardised, which changes nothing but what a penalty on the weights means; how large that
+    is, the validation images choose.
+
+    Args:
+        splits: features (N, F) and classes (N,) of "train", "validation" and "test".
+
+    Returns:
+        A number in [0, 1].
+    """
+    from sklearn.linear_model import LogisticRegression  # these take a second to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    heads = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=2_000)).fit(*splits["train"])
+        for inverse in INVERSE_PENALTIES
+    ]
+    best = max(heads, key=lambda head: head.score(*splits["validation"]))
+    return float(best.score(*splits["test"]))
+
+
+def solved_heads(backbone: str, tasks: Sequence[str], budget: Budget = SMALL_BUDGET) -> dict:
+    """Linear heads, solved to the end, on what a backbone sees without prompts and with them.
+
+    Args:
+        backbone: a checkpoint of the family "backbone", with a class token and a square of patches.
+        tasks: what `open_task` takes; the comparison of each must be stored, which knows the learning rate.
+        budget: of the training of deep prompts, with the first seed.
+
+    Returns:
+        "backbone", "budget", and "runs": for each task a dict of "task" and "accuracy", on the test images,
+        by READINGS and by "vpt-deep", the class token with trained prompts.
+
+    Raises:
+        ValueError: if a comparison is not stored.
+    """
+    from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
+
+    runs = []
+    for task in tqdm(tasks, "solving", unit="task"):
+        vit, splits = load_model(backbone).eval(), open_task(task, load_recipe(backbone).image_size)
+        tokens = {split: see(vit.forward_features, images) for split, images in splits.items()}
+        solved = {
+            name: solved_head({split: (reading(seen), classes) for split, (seen, classes) in tokens.items()})
+            for name, reading in READINGS.items()
+        }
+        compared = load_results(f"adaptation_{Path(task).name}")["runs"]
+        (rate,) = (run["learning_rate"] for run in compared if run["method"] == "vpt-deep")
+        model = build("vpt-deep", vit, len(splits["train"].labels["class"]), NUM_PROMPTS, seed=0)
+        fit(model, splits["train"], rate, budget)
+        model.eval().cpu()
+
+        def prompted(images: Tensor, model=model) -> Tensor:
+            return pooled(model.vit, model.forward_features(images), model.num_prompts)
+
+        solved["vpt-deep"] = solved_head({split: see(prompted, images) for split, images in splits.items()})
+        runs.append({"task": str(task), "accuracy": solved})
+    return {"backbone": backbone, "budget": vars(budget), "runs": runs}
