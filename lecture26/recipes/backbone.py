@@ -17,8 +17,8 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneRecipe(Recipe):
-    """A VisionTransformer of timm that learns the classes of an image folder.
+class NamingRecipe(Recipe):
+    """A network that learns to name the classes of an image folder.
 
     It sees no image twice in the same way: each is mirrored or not, moved, and, as the settings say,
     tinted and hidden in part.
@@ -28,68 +28,28 @@ class BackboneRecipe(Recipe):
         smoothing: the share of probability that the targets spread over all classes.
         erase: the share of images that lose a square.
         tint: how far brightness, contrast and saturation may depart from 1.
-        patch_drop: the share of patches that training leaves out, others for each image and step: a step
-            takes little more than half the time (Liu et al. 2022, *PatchDropout*).
-        guide: the checkpoint of a ConvNet, or None. The network then also learns to see at each place what
-            the guide sees there, which is a lesson for every patch where the class is one for the whole
-            image (Li et al. 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets*).
-        lesson: the weight of what the guide teaches, beside that of the classes, 1.
     """
-
-    family: ClassVar[str] = "backbone"
 
     num_classes: int = 0
     smoothing: float = 0.1
     erase: float = 0.0
     tint: float = 0.0
-    patch_drop: float = 0.0
-    guide: str | None = None
-    lesson: float = 1.0
 
-    def fitted_to(self, images: ImageSet) -> "BackboneRecipe":
+    def fitted_to(self, images: ImageSet) -> "NamingRecipe":
         if "class" not in images.labels:
             raise ValueError(f"data must be images in one folder per class; {self.data!r} has no classes")
         return replace(super().fitted_to(images), num_classes=len(images.labels["class"]))
-
-    def build(self) -> nn.Module:
-        from timm.models.vision_transformer import VisionTransformer  # a second to import
-
-        size = {"img_size": self.image_size, "in_chans": self.channels, "num_classes": self.num_classes}
-        return VisionTransformer(**size, **self.model)
-
-    def regularise(self, model: nn.Module) -> None:
-        from timm.layers import PatchDropout
-
-        model.patch_drop = PatchDropout(self.patch_drop, model.num_prefix_tokens)
 
     def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
         batch = images.batch(random.integers(len(images)))
         return {"image": self.vary(batch["image"], random), "class": batch["class"]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if self.guide is None:
-            logits, lesson = model(batch["image"]), 0.0
-        else:
-            logits, tokens = with_tokens(model, batch["image"])
-            lesson = self.lesson * self.distance(tokens, batch["image"])
-        return cross_entropy(logits.float(), batch["class"], label_smoothing=self.smoothing) + lesson
+        return self.class_loss(model(batch["image"]), batch["class"])
 
-    def distance(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """The mean squared distance from tokens (B, N, d) to what the guide sees at their places."""
-        with torch.no_grad():
-            seen = self._guide.stages(images).flatten(2).transpose(1, 2)  # (B, N, d)
-        if seen.shape != tokens.shape:
-            raise ValueError(
-                f"guide must see {tokens.shape[1]} places in {tokens.shape[2]} channels, as the patches are; "
-                f"{self.guide!r} sees {seen.shape[1]} in {seen.shape[2]}"
-            )
-        return mse_loss(standardised(tokens), standardised(seen))
-
-    @cached_property
-    def _guide(self) -> "ConvNet":
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
-        return load_model(self.guide).to(process_state().device)
+    def class_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropy of logits (B, K) at the smoothed classes (B,)."""
+        return cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
 
     def vary(self, x: Tensor, random: SampleDraws) -> Tensor:
         """Mirror, move, tint and blot out images (B, C, H, W), each by draws of its own."""
@@ -115,6 +75,60 @@ class BackboneRecipe(Recipe):
     def evaluate(self, model: nn.Module, images: ImageSet) -> dict[str, float]:
         """The share of unseen images whose class it names: "accuracy"."""
         return {"accuracy": accuracy(model, images, self.batch_size)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneRecipe(NamingRecipe):
+    """A VisionTransformer of timm that learns the classes of an image folder.
+
+    Attributes:
+        patch_drop: the share of patches that training leaves out, others for each image and step: a step
+            takes little more than half the time (Liu et al. 2022, *PatchDropout*).
+        guide: the checkpoint of a ConvNet, or None. The network then also learns to see at each place what
+            the guide sees there, which is a lesson for every patch where the class is one for the whole
+            image (Li et al. 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets*).
+        lesson: the weight of what the guide teaches, beside that of the classes, 1.
+    """
+
+    family: ClassVar[str] = "backbone"
+
+    patch_drop: float = 0.0
+    guide: str | None = None
+    lesson: float = 1.0
+
+    def build(self) -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer  # a second to import
+
+        size = {"img_size": self.image_size, "in_chans": self.channels, "num_classes": self.num_classes}
+        return VisionTransformer(**size, **self.model)
+
+    def regularise(self, model: nn.Module) -> None:
+        from timm.layers import PatchDropout
+
+        model.patch_drop = PatchDropout(self.patch_drop, model.num_prefix_tokens)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self.guide is None:
+            return super().loss(model, batch)
+        logits, tokens = with_tokens(model, batch["image"])
+        return self.class_loss(logits, batch["class"]) + self.lesson * self.distance(tokens, batch["image"])
+
+    def distance(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """The mean squared distance from tokens (B, N, d) to what the guide sees at their places."""
+        with torch.no_grad():
+            seen = self._guide.stages(images).flatten(2).transpose(1, 2)  # (B, N, d)
+        if seen.shape != tokens.shape:
+            raise ValueError(
+                f"guide must see {tokens.shape[1]} places in {tokens.shape[2]} channels, as the patches are; "
+                f"{self.guide!r} sees {seen.shape[1]} in {seen.shape[2]}"
+            )
+        return mse_loss(standardised(tokens), standardised(seen))
+
+    @cached_property
+    def _guide(self) -> "ConvNet":
+        from lecture26.recipes import load_model  # not above, since that package imports this module
+
+        return load_model(self.guide).to(process_state().device)
 
 
 def mirror_and_move(x: Tensor, random: SampleDraws) -> Tensor:
@@ -223,7 +237,7 @@ class _Residual(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuideRecipe(BackboneRecipe):
+class GuideRecipe(NamingRecipe):
     """A convolutional network that learns the same, and sooner: what guides the Vision Transformer."""
 
     family: ClassVar[str] = "guide"
@@ -232,9 +246,6 @@ class GuideRecipe(BackboneRecipe):
         # On a CPU, convolutions take 0.7 of the time where an image's channels lie side by side.
         network = ConvNet(self.channels, self.num_classes, **self.model)
         return network.to(memory_format=torch.channels_last)
-
-    def regularise(self, model: nn.Module) -> None:
-        """Nothing: it has no patches to drop."""
 
 
 CONVNET_PHOTOS_32 = GuideRecipe(
