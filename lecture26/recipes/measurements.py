@@ -98,7 +98,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         adaptation,
         backbones=("vit_photos32_64", "vit_photos32_96"),
         tasks=("counting", "xray"),
-        methods=("linear", "vpt-deep"),
+        methods=("linear", "vpt-deep", "full"),
         state="adaptation_widths",
     ),
     "adaptation_solved": partial(
