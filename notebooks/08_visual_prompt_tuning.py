@@ -1744,7 +1744,7 @@ axis.plot(compared, quarters, "*", color=colours[4], markersize=9, label="quarte
 full = [mean(result(task, "full")["accuracy"]) for task in compared]
 axis.plot(compared, full, "_", color="black", markersize=16, label="full")
 axis.set(ylabel="test accuracy", ylim=(0.4, 1.02))
-axis.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.16), columnspacing=1, handletextpad=0.2)
+axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 show(figure, "For seven tasks the accuracy of trained and of solved heads, with and without prompts.")
 
 # %% [markdown]
