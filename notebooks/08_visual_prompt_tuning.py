@@ -1678,8 +1678,9 @@ assert points["mnist"][0] < points["mnist"][1]
 # found with 200 steps. They may be too high for 600, for all methods alike.)
 #
 # What is left between prompts and full fine-tuning may come from (8.12), from the small number of parameters, from
-# too few steps, or from our backbone, in which prompts may find little to call up. We have not told these apart. The
-# published comparisons use backbones pretrained on millions of images; this is ours:
+# too few steps, or from our backbone, in which prompts may find little to call up. The next section looks at the steps,
+# and at what there is to find; the rest we have not told apart. The published comparisons use backbones pretrained on
+# millions of images; this is ours:
 
 # %%
 card = load_card("vit_photos32")
