@@ -63,7 +63,7 @@ use_style()
 # | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 (04 to compare) | 56 s | 1.1 GB |
 # | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 46 s | 1.3 GB |
 # | [07 Latent diffusion](07_latent_diffusion.ipynb) | into the latent space and out of it, cross-attention, text to image, where each word is looked at from, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 123 s | 1.4 GB |
-# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer taken apart, and what is wrong with a wrapper that runs; prompts for a frozen one, shallow and deep, beside a linear probe, biases and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | 108 s | 1.5 GB |
+# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer taken apart, and what is wrong with a wrapper that runs; prompts for a frozen one, shallow and deep, beside a linear probe, biases and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | 104 s | 1.6 GB |
 # | 09 The slides, checked | a miniature Stable Diffusion made of the finished parts; each number of the lecture beside the papers' and our own | all | planned | |
 
 # %% [markdown]
