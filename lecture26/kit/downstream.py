@@ -17,7 +17,7 @@ from torch.nn.functional import max_pool2d
 from lecture26.kit.counter_random import choice, random_bits, uniform
 from lecture26.kit.data import SPLITS, load
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.shapes import COLOUR_RGB, SHAPES, SPLIT_STARTS, Shapes
+from lecture26.kit.shapes import COLOUR_RGB, SHAPES, SPLIT_STARTS, Shapes, pixel_centres
 from lecture26.kit.training import SampleDraws
 from lecture26.kit.validation import check_choice
 
@@ -112,7 +112,7 @@ class Counting(MadeByCode):
         x = column / CELLS + radius + room * uniform(x)
         y = row / CELLS + radius + room * uniform(y)
 
-        radius = torch.where(is_there, radius, -1.0)  # no pixel is as near as that to what is not there
+        radius = torch.where(is_there, radius, -1.0)
         return _discs(_grey(bits[:, 1]), x, y, radius, choice(colour, len(COLOUR_RGB))), target
 
 
@@ -147,8 +147,9 @@ class XRay(MadeByCode):
     def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         bits = self._bits(indices, seed=4, num_draws=14)
         target = choice(bits[:, 0], len(CORNERS) + 1)
-        random = uniform(bits)[:, :, None, None].unbind(dim=1)  # (B, 1, 1) each
-        y, x = torch.meshgrid(*[_pixel_centres()] * 2, indexing="ij")  # y down
+        draws = uniform(bits).unbind(dim=1)  # (B,) each
+        random = [draw[:, None, None] for draw in draws]  # (B, 1, 1) each
+        y, x = _rows_and_columns()
 
         lungs = 0.0  # (B, H, W): 1 inside of them
         for side, (away, up, size) in ((-1, random[1:4]), (1, random[4:7])):
@@ -160,9 +161,9 @@ class XRay(MadeByCode):
         heart = torch.exp(-(((x - 0.55 - 0.03 * random[10]) / 0.13) ** 2) - ((y - 0.66) / 0.15) ** 2)
 
         corner = (target - 1).clamp(min=0)  # (B,)
-        nodule_x = 0.28 + 0.44 * (corner % 2) + 0.14 * (uniform(bits[:, 11]) - 0.5)
-        nodule_y = 0.33 + 0.34 * (corner // 2) + 0.2 * (uniform(bits[:, 12]) - 0.5)
-        radius = torch.where(target > 0, 0.05 + 0.025 * uniform(bits[:, 13]), -1.0)
+        nodule_x = 0.28 + 0.44 * (corner % 2) + 0.14 * (draws[11] - 0.5)
+        nodule_y = 0.33 + 0.34 * (corner // 2) + 0.2 * (draws[12] - 0.5)
+        radius = torch.where(target > 0, 0.05 + 0.025 * draws[13], -1.0)
         nodule = _covered(nodule_x, nodule_y, radius)
 
         thickness = 1.3 - 0.95 * lungs + 0.25 * ribs + 0.5 * heart + NODULE * nodule
@@ -182,7 +183,7 @@ class Textures(MadeByCode):
         frequency = 2 * math.pi * (3 + 3 * uniform(bits[:, 1]))[:, None, None]  # per width of the image
         phase_x, phase_y = (2 * math.pi * uniform(bits[:, draw])[:, None, None] for draw in (2, 3))
         centre_x, centre_y = (uniform(bits[:, draw])[:, None, None] for draw in (4, 5))
-        y, x = torch.meshgrid(*[_pixel_centres()] * 2, indexing="ij")  # y down
+        y, x = _rows_and_columns()
         across, down = (frequency * x + phase_x).sin(), (frequency * y + phase_y).sin()  # (B, H, W)
         patterns = {
             "horizontal": down,
@@ -204,8 +205,9 @@ class Textures(MadeByCode):
         return torch.lerp(one, other, share) + 0.15 * noise, target
 
 
-def _pixel_centres() -> Tensor:
-    return (torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
+def _rows_and_columns() -> tuple[Tensor, Tensor]:
+    """How far down and how far across each pixel lies, (H, W) each, in widths of the image."""
+    return torch.meshgrid(*[pixel_centres(IMAGE_SIZE)] * 2, indexing="ij")
 
 
 def _grey(bits: Tensor) -> Tensor:
@@ -214,8 +216,11 @@ def _grey(bits: Tensor) -> Tensor:
 
 
 def _covered(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """How much of each pixel a disc covers, (B, H, W), for centres and radii (B,) in widths of the image."""
-    pixel = _pixel_centres()
+    """How much of each pixel a disc covers, (B, H, W), for centres and radii (B,) in widths of the image.
+
+    A disc of radius -1 covers nothing.
+    """
+    pixel = pixel_centres(IMAGE_SIZE)
     squares = (pixel - x[:, None])[:, None, :] ** 2 + (pixel - y[:, None])[:, :, None] ** 2
     return (0.5 - IMAGE_SIZE * (squares.sqrt() - radius[:, None, None])).clamp(0, 1)
 

@@ -356,13 +356,14 @@ def _objects(shape, colour, radius, x, y, bits, draw_angle) -> Objects:
     return Objects(shape, colour, radius, x, y, angle, brightness)
 
 
-def _pixel_centres(image_size: int) -> torch.Tensor:
+def pixel_centres(image_size: int) -> torch.Tensor:
+    """Where the pixels of a row or a column lie, (image_size,), in units of the image's width."""
     return (torch.arange(image_size, dtype=torch.float32) + 0.5) / image_size
 
 
 def _coverage(objects: Objects, image_size: int) -> torch.Tensor:
     """The share of each pixel that the object covers, (B, H, W)."""
-    centres = _pixel_centres(image_size)
+    centres = pixel_centres(image_size)
     right = centres - objects.x[:, None]  # (B, W)
     up = centres.flip(0) - objects.y[:, None]  # (B, H), row 0 is the top
     cos, sin = ((f(objects.angle) / objects.radius)[:, None] for f in (torch.cos, torch.sin))
@@ -384,7 +385,7 @@ def _paint_background(background: torch.Tensor, bits: torch.Tensor, image_size: 
     """Greys of each background, (B, 1, H, W) in [0, 1]."""
     level = GREY_LEVEL[background] + (2 * uniform(bits[:, DRAW_GREY]) - 1) * GREY_JITTER
     image = level[:, None, None, None].repeat(1, 1, image_size, image_size)
-    centres = _pixel_centres(image_size)
+    centres = pixel_centres(image_size)
     phase_x, phase_y = (uniform(bits[:, draw, None]) for draw in (DRAW_PHASE_X, DRAW_PHASE_Y))
     # Stripes run diagonally; the coordinate across them is (x + y) / sqrt(2), y downwards.
     rows = background == BACKGROUNDS.index("striped")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
@@ -20,7 +20,6 @@ from lecture26.recipes.adaptation import (
     fit,
     open_task,
 )
-from lecture26.visual_prompt_tuning import pooled
 
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 
@@ -80,6 +79,15 @@ def solved_head(splits: dict[str, tuple[Tensor, Tensor]]) -> float:
     return float(best.score(*splits["test"]))
 
 
+def solved_by_reading(vit: nn.Module, splits: dict[str, ImageSet]) -> dict[str, float]:
+    """What a solved head reaches on a task's test images for each of READINGS of a frozen backbone."""
+    tokens = {split: see(vit.forward_features, images) for split, images in splits.items()}
+    return {
+        name: solved_head({split: (reading(seen), classes) for split, (seen, classes) in tokens.items()})
+        for name, reading in READINGS.items()
+    }
+
+
 def solved_heads(backbone: str, tasks: Sequence[str], budget: Budget = SMALL_BUDGET) -> dict:
     """Linear heads, solved to the end, on what a backbone sees without prompts and with them.
 
@@ -97,23 +105,17 @@ def solved_heads(backbone: str, tasks: Sequence[str], budget: Budget = SMALL_BUD
     """
     from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
 
+    vit, image_size = load_model(backbone), load_recipe(backbone).image_size
     runs = []
     for task in tqdm(tasks, "solving", unit="task"):
-        vit, splits = load_model(backbone).eval(), open_task(task, load_recipe(backbone).image_size)
-        tokens = {split: see(vit.forward_features, images) for split, images in splits.items()}
-        solved = {
-            name: solved_head({split: (reading(seen), classes) for split, (seen, classes) in tokens.items()})
-            for name, reading in READINGS.items()
-        }
+        splits = open_task(task, image_size)
+        solved = solved_by_reading(vit, splits)
         compared = load_results(f"adaptation_{Path(task).name}")["runs"]
         (rate,) = (run["learning_rate"] for run in compared if run["method"] == "vpt-deep")
         model = build("vpt-deep", vit, len(splits["train"].labels["class"]), NUM_PROMPTS, seed=0)
         fit(model, splits["train"], rate, budget)
         model.eval().cpu()
-
-        def prompted(images: Tensor, model=model) -> Tensor:
-            return pooled(model.vit, model.forward_features(images), model.num_prompts)
-
-        solved["vpt-deep"] = solved_head({split: see(prompted, images) for split, images in splits.items()})
+        model.head = nn.Identity()  # from here on it returns the features that its head has read
+        solved["vpt-deep"] = solved_head({split: see(model, images) for split, images in splits.items()})
         runs.append({"task": str(task), "accuracy": solved})
     return {"backbone": backbone, "budget": vars(budget), "runs": runs}
