@@ -468,7 +468,8 @@ def similarity_gradient_through_x_0(denoiser, encode_image, x_t, t, text_feature
                 "gradient (is there a no_grad() or detach() inside?)"
             )
         # t counts the original schedule's steps, so its tables belong to the base
-        x_0 = diffusion.base.reverse_step(output, x_t, t, clip=False).x_0
+        prediction, _ = diffusion.split_output(output, x_t)
+        x_0 = diffusion.base.predicted_x_0(prediction, x_t, t, clip=False)
         similarity = paired_similarity(encode_image(x_0), text_features)  # (B,)
         (gradient,) = torch.autograd.grad(similarity.sum(), x_t)
         return output.detach(), gradient

@@ -39,13 +39,13 @@ from lecture26.vae import KLVAE, reparameterize
 # --- Into the latent space and out of it ---
 
 
-def to_latents(mean, log_variance, noise, scale):
+def to_latents(mean, log_variance, noise, latent_scale):
     """Draw latents from what a VAE's encoder says, on the scale that the diffusion works on.
 
     Args:
         mean, log_variance: of each latent number, (B, c, h, w), as the encoder gives them.
         noise: standard normal, like mean; zeros take the mean itself.
-        scale: one over the standard deviation of the VAE's latents, a number above 0.
+        latent_scale: one over the standard deviation of the VAE's latents, a number above 0.
 
     Returns:
         Latents of a standard deviation near 1, like mean.
@@ -53,16 +53,16 @@ def to_latents(mean, log_variance, noise, scale):
     Source: Rombach et al. 2022, appendix G.
     """
     # z = s (mu + sigma eps)
-    return scale * reparameterize(mean, log_variance, noise)
+    return latent_scale * reparameterize(mean, log_variance, noise)
 
 
-def from_latents(decode, latents, scale):
+def from_latents(decode, latents, latent_scale):
     """Bring latents back from the scale that the diffusion works on, and decode them.
 
     Args:
         decode: a VAE's decoder, callable (B, c, h, w) -> images (B, C, H, W).
         latents: as to_latents gives them, (B, c, h, w).
-        scale: as to_latents took it.
+        latent_scale: as to_latents took it.
 
     Returns:
         What decode gives.
@@ -70,7 +70,7 @@ def from_latents(decode, latents, scale):
     Source: Rombach et al. 2022, section 3.1 and appendix G.
     """
     # x = D(z / s)
-    return decode(latents / scale)
+    return decode(latents / latent_scale)
 
 
 # --- Words ---

@@ -915,8 +915,21 @@ class Posterior(NamedTuple):
     log_variance: torch.Tensor
 
 
+class ReverseStep(NamedTuple):
+    """The model's distribution of x_{t-1} given x_t, and the clean data it rests on.
+
+    mean and x_0 are shaped like x_t, and so are the variances where they are learned; fixed ones are
+    (B, 1, ...), a number per sample.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    x_0: torch.Tensor
+
+
 class PMeanVariance(NamedTuple):
-    """The model's distribution of x_{t-1} given x_t, and the clean data and noise it rests on."""
+    """A ReverseStep with each field shaped like x_t, and the noise that goes with its x_0."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -947,10 +960,9 @@ def lookup(table, t, like):
     if t.shape != like.shape[:1]:
         raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
     t = t.cpu()
-    if t.numel():
-        first, last = t.aminmax()
-        if first < 0 or last >= len(table):
-            raise ValueError(f"t must lie in [0, {len(table)}); got values {first} to {last}")
+    steps = t.tolist()
+    if steps and not 0 <= min(steps) <= max(steps) < len(table):
+        raise ValueError(f"t must lie in [0, {len(table)}); got values {min(steps)} to {max(steps)}")
     values = table[t].to(like.dtype).to(like.device)
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -1020,17 +1032,20 @@ class Diffusion:
             )
         return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
 
+    def posterior_mean(self, x_0, x_t, t):
+        """The mean of x_{t-1} given x_t and x_0, each (B, C, ...)."""
+        weight_x_0 = lookup(self.posterior_weight_x_0, t, x_t)
+        weight_x_t = lookup(self.posterior_weight_x_t, t, x_t)
+        return weight_x_0 * x_0 + weight_x_t * x_t
+
     def q_posterior(self, x_0, x_t, t):
         """The distribution of x_{t-1} given x_t and x_0, as (mean, variance, log_variance) like x_t.
 
         The variance is exactly 0 at t = 0; its logarithm there is that of the next step.
         """
-        weight_x_0 = lookup(self.posterior_weight_x_0, t, x_t)
-        weight_x_t = lookup(self.posterior_weight_x_t, t, x_t)
-        mean = weight_x_0 * x_0 + weight_x_t * x_t
         variance = lookup(self.posterior_variance, t, x_t).expand_as(x_t)
         log_variance = lookup(self.log_posterior_variance, t, x_t).expand_as(x_t)
-        return Posterior(mean, variance, log_variance)
+        return Posterior(self.posterior_mean(x_0, x_t, t), variance, log_variance)
 
     def x_0_from_eps(self, x_t, t, eps):
         """Clean data from noisy data and its noise, each (B, C, ...)."""
@@ -1096,31 +1111,38 @@ class Diffusion(Diffusion):
             )
         return output.split(channels, dim=1) if learned else (output, None)
 
-    def x_0_and_eps(self, prediction, x_t, t, clip):
-        """The clean data and the noise that a prediction stands for, each like x_t (B, C, ...)."""
+    def predicted_x_0(self, prediction, x_t, t, clip):
+        """The clean data that a prediction stands for, like x_t (B, C, ...)."""
         if self.prediction == "eps":
             x_0 = self.x_0_from_eps(x_t, t, prediction)
         elif self.prediction == "v":
             x_0 = self.x_0_from_v(x_t, t, prediction)
         else:
             x_0 = prediction
-        if clip:
-            x_0 = x_0.clamp(-1, 1)
+        return x_0.clamp(-1, 1) if clip else x_0
+
+    def x_0_and_eps(self, prediction, x_t, t, clip):
+        """The clean data and the noise that a prediction stands for, each like x_t (B, C, ...)."""
+        x_0 = self.predicted_x_0(prediction, x_t, t, clip)
         # the noise that goes with the clipped x_0, so that the two still make up x_t
         return x_0, self.eps_from_x_0(x_t, t, x_0)
 
-    def reverse_step(self, output, x_t, t, clip):
-        """Turn a denoiser's output into the model's distribution of x_{t-1}, a PMeanVariance."""
-        prediction, v = self.split_output(output, x_t)
-        x_0, eps = self.x_0_and_eps(prediction, x_t, t, clip)
-        mean, variance, log_variance = self.q_posterior(x_0, x_t, t)
+    def reverse_variance(self, v, x_t, t):
+        """The model's variance of x_{t-1} and its logarithm: (B, 1, ...), or like x_t if learned, from v."""
+        log_posterior_variance = lookup(self.log_posterior_variance, t, x_t)
+        if self.variance == "fixed_small":
+            return lookup(self.posterior_variance, t, x_t), log_posterior_variance
         if self.variance == "fixed_large":
-            log_variance = lookup(self.log_large_variance, t, x_t).expand_as(x_t)
-            variance = log_variance.exp()
-        elif self.variance == "learned_range":
-            log_variance = learned_range_log_variance(v, lookup(self.betas, t, x_t), log_variance)
-            variance = log_variance.exp()
-        return PMeanVariance(mean, variance, log_variance, x_0, eps)
+            log_variance = lookup(self.log_large_variance, t, x_t)
+        else:
+            log_variance = learned_range_log_variance(v, lookup(self.betas, t, x_t), log_posterior_variance)
+        return log_variance.exp(), log_variance
+
+    def reverse_step(self, output, x_t, t, clip):
+        """Turn a denoiser's output into the model's distribution of x_{t-1}, a ReverseStep."""
+        prediction, v = self.split_output(output, x_t)
+        x_0 = self.predicted_x_0(prediction, x_t, t, clip)
+        return ReverseStep(self.posterior_mean(x_0, x_t, t), *self.reverse_variance(v, x_t, t), x_0)
 
     def p_mean_variance(self, denoiser, x_t, t):
         """The model's distribution of x_{t-1} given x_t, for sampling.
@@ -1135,7 +1157,10 @@ class Diffusion(Diffusion):
 
         Source: Ho et al. 2020, algorithm 2 and section 3.2.
         """
-        return self.reverse_step(denoiser(x_t, lookup(self.steps, t, t)), x_t, t, self.clip)
+        output = denoiser(x_t, lookup(self.steps, t, t))
+        mean, variance, log_variance, x_0 = self.reverse_step(output, x_t, t, self.clip)
+        eps = self.eps_from_x_0(x_t, t, x_0)
+        return PMeanVariance(mean, variance.expand_as(x_t), log_variance.expand_as(x_t), x_0, eps)
 
     def add_score(self, output, x_t, t, gradient):
         """Add the gradient of a log-probability to the score that a denoiser's output stands for.
@@ -1214,7 +1239,7 @@ class Diffusion(Diffusion):
         """Each sample's term of the bound on -log p(x_0), in nats.
 
         Args:
-            reverse: the model's distribution of x_{t-1}, a PMeanVariance made without clipping.
+            reverse: the model's distribution of x_{t-1}, a ReverseStep made without clipping.
             x_0, x_t: (B, C, ...).
             t: own steps, (B,).
             log_likelihood: callable (x_0, mean, log_variance) -> element-wise log-probability, for t = 0.
@@ -1332,7 +1357,8 @@ def ancestral_update(mean, log_variance, noise, t):
     """Draw x_{t-1} from the model's distribution; the last step adds no noise.
 
     Args:
-        mean, log_variance, noise: (B, C, ...).
+        mean, noise: (B, C, ...).
+        log_variance: broadcastable to them.
         t: steps, (B,), counted from 0; 0 is the last step of sampling.
 
     Returns:
@@ -1418,11 +1444,12 @@ def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
 
     Source: Ho et al. 2020, algorithm 2; Dhariwal and Nichol 2021, algorithm 1, for the shift.
     """
-    p = diffusion.p_mean_variance(denoiser, x_t, t)
-    mean = p.mean
+    original_t = lookup(diffusion.steps, t, t)
+    output = denoiser(x_t, original_t)
+    mean, variance, log_variance, _ = diffusion.reverse_step(output, x_t, t, diffusion.clip)
     if mean_shift is not None:
-        mean = mean + mean_shift(p.mean, p.variance, x_t, lookup(diffusion.steps, t, t))
-    return ancestral_update(mean, p.log_variance, noise, t)
+        mean = mean + mean_shift(mean, variance.expand_as(mean), x_t, original_t)
+    return ancestral_update(mean, log_variance, noise, t)
 
 
 def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):

@@ -1565,7 +1565,8 @@ def similarity_gradient_through_x_0(denoiser, encode_image, x_t, t, text_feature
                 "gradient (is there a no_grad() or detach() inside?)"
             )
         # t counts the original schedule's steps, so its tables belong to the base
-        x_0 = diffusion.base.reverse_step(output, x_t, t, clip=False).x_0
+        prediction, _ = diffusion.split_output(output, x_t)
+        x_0 = diffusion.base.predicted_x_0(prediction, x_t, t, clip=False)
         similarity = paired_similarity(encode_image(x_0), text_features)  # (B,)
         (gradient,) = torch.autograd.grad(similarity.sum(), x_t)
         return output.detach(), gradient
@@ -1634,7 +1635,8 @@ for through, judge in (("x_t", tiny), ("x_0", tiny_clean)):
     for prediction in ("x_0", "v"):
         other = Diffusion(linear_betas(250), prediction)
         output = clip_guided(partial(speaks, other), judge, texts, 5.0, other, through)(x_t, t)
-        assert torch.allclose(other.reverse_step(output, x_t, t, clip=False).eps, eps, atol=1e-8)
+        _, its_eps = other.x_0_and_eps(output, x_t, t, clip=False)
+        assert torch.allclose(its_eps, eps, atol=1e-8)
 assert all(p.grad is None for network in (tiny, tiny_clean, mix) for p in network.parameters())
 
 # %% [markdown]

@@ -167,13 +167,13 @@ verify("7.1", measured, formula, atol=0)
 
 
 # %% tags=["export", "exercise"]
-def to_latents(mean, log_variance, noise, scale):
+def to_latents(mean, log_variance, noise, latent_scale):
     """Draw latents from what a VAE's encoder says, on the scale that the diffusion works on.
 
     Args:
         mean, log_variance: of each latent number, (B, c, h, w), as the encoder gives them.
         noise: standard normal, like mean; zeros take the mean itself.
-        scale: one over the standard deviation of the VAE's latents, a number above 0.
+        latent_scale: one over the standard deviation of the VAE's latents, a number above 0.
 
     Returns:
         Latents of a standard deviation near 1, like mean.
@@ -182,7 +182,7 @@ def to_latents(mean, log_variance, noise, scale):
     """
     ### BEGIN SOLUTION
     # z = s (mu + sigma eps)
-    return scale * reparameterize(mean, log_variance, noise)
+    return latent_scale * reparameterize(mean, log_variance, noise)
     ### END SOLUTION
 
 
@@ -203,13 +203,13 @@ check("latent_diffusion.to_latents", to_latents)
 
 
 # %% tags=["export", "exercise"]
-def from_latents(decode, latents, scale):
+def from_latents(decode, latents, latent_scale):
     """Bring latents back from the scale that the diffusion works on, and decode them.
 
     Args:
         decode: a VAE's decoder, callable (B, c, h, w) -> images (B, C, H, W).
         latents: as to_latents gives them, (B, c, h, w).
-        scale: as to_latents took it.
+        latent_scale: as to_latents took it.
 
     Returns:
         What decode gives.
@@ -218,7 +218,7 @@ def from_latents(decode, latents, scale):
     """
     ### BEGIN SOLUTION
     # x = D(z / s)
-    return decode(latents / scale)
+    return decode(latents / latent_scale)
     ### END SOLUTION
 
 
@@ -227,15 +227,15 @@ check("latent_diffusion.from_latents", from_latents)
 
 # %%
 vae, card = load_model("vae_shapes64"), load_card("vae_shapes64")
-scale = card["metrics"]["latent_scale"]
+latent_scale = card["metrics"]["latent_scale"]
 unseen = load("shapes_and_scenes", "test", 64)
 shapes, scenes = unseen.parts
 x = unseen.batch(range(128))["image"]
 with torch.no_grad():
     mean, log_variance = vae.encode(x)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    z = to_latents(mean, log_variance, noise, scale)
-    x_hat = from_latents(vae.decode, z, scale)
+    z = to_latents(mean, log_variance, noise, latent_scale)
+    x_hat = from_latents(vae.decode, z, latent_scale)
     own_round_trip = vae.decode(reparameterize(mean, log_variance, noise))
 print(f"images {tuple(x.shape)}, latents {tuple(z.shape)}; standard deviation of the latents {z.std():.1f}")
 
@@ -265,7 +265,7 @@ one, levels = z[[5]], (0, 300, 600, 900)
 noise = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
 noisy = [diffusion.q_sample(one, torch.tensor([t]), noise) for t in levels]
 with torch.no_grad():
-    decoded = [from_latents(vae.decode, z_t, scale) for z_t in noisy]
+    decoded = [from_latents(vae.decode, z_t, latent_scale) for z_t in noisy]
 figure, axes = plt.subplots(2, 4, figsize=(11, 5.2), layout="constrained")
 for column, (t, z_t, picture) in enumerate(zip(levels, noisy, decoded)):
     tiles = torch.cat([torch.cat([*z_t[0, :2]], dim=1), torch.cat([*z_t[0, 2:]], dim=1)])  # (32, 32)
@@ -1119,7 +1119,7 @@ settings = {
     "schedule": "cosine",
     "diffusion_steps": 1000,
     "prediction": "v",
-    "latent_scale": scale,
+    "latent_scale": latent_scale,
     "image_size": 64,
 }
 torch.manual_seed(0)
@@ -1190,7 +1190,7 @@ def draw(random):
     """A training batch: clean latents, tokens, steps, noise."""
     chosen = random.integers(len(mean))
     return {
-        "z_0": to_latents(mean[chosen], log_variance[chosen], random.normal(4, 16, 16), scale),
+        "z_0": to_latents(mean[chosen], log_variance[chosen], random.normal(4, 16, 16), latent_scale),
         "tokens": labels_after_dropout(captions[chosen], empty, random.uniform(), 0.1),
         "t": random.integers(1000),
         "noise": random.normal(4, 16, 16),
@@ -1208,7 +1208,7 @@ def loss(model, batch):
 # `LatentDiffusion` has frozen them.
 
 # %%
-history = train(pipeline, draw, loss, steps=150, batch_size=32, learning_rate=3e-3, warmup_steps=20)
+history = train(pipeline, draw, loss, steps=100, batch_size=32, learning_rate=3e-3, warmup_steps=20)
 pipeline.cpu()  # from the device that it was trained on, if there is one
 after = pipeline.vae.state_dict()
 assert not any(parameter.requires_grad for parameter in pipeline.vae.parameters())
@@ -1224,7 +1224,7 @@ assert last < 0.75 * first
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(history.losses)
 axis.set(xlabel="training step", ylabel="loss", ylim=0)
-show(figure, "The loss falls within 150 steps of training.")
+show(figure, "The loss falls within 100 steps of training.")
 
 # %% [markdown]
 # ### Which one goes where
@@ -1625,7 +1625,7 @@ for name, cond in {
     "left of, but with the nouns of right of": exchanged,
 }.items():
     denoiser = classifier_free_guided(pipeline.denoiser, cond, pipeline.condition([""] * 16), 2.0)
-    z_T = initial_noise((16, 4, 16, 16), seeds(100, 16), pipeline.example())
+    z_T = initial_noise(pipeline.latent_shape(16), seeds(100, 16), pipeline.example())
     z_0 = sample(pipeline.respaced(30), denoiser, z_T.shape, ddim_step, x_T=z_T, progress=False)
     shares.append((read(reader, pipeline.decode(z_0)).predicted["colour_1"] == red).double().mean().item())
     print(f"{name}: the star is on the left in most of the pictures: {shares[-1] > 0.5}")

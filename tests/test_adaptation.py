@@ -230,6 +230,7 @@ def test_a_backbone_is_read_again_as_it_was_trained():
     assert card.evaluate(model, card.load("test")) == {"accuracy": pytest.approx(share)}
 
 
+@pytest.mark.slow
 def test_a_backbone_is_trained_by_the_documented_commands(photographs):
     options = ["--data", photographs, "--steps", "1", "--batch-size", "2", "--precision", "fp32"]
     too_early = call("train", "vit_photos32", "--name", "from_a_folder", *options)
@@ -275,6 +276,7 @@ def test_the_shipped_backbone_is_what_its_card_says(course_data, tmp_path):
     assert (tmp_path / "task").stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_the_shipped_backbone_names_as_many_photographs_as_its_card_says(course_data, tmp_path):
     card = load_card("vit_photos32")
     folder = Path(
@@ -520,6 +522,7 @@ def test_a_model_begins_by_its_seed(method):
     assert not torch.isclose(models[0](x), models[2](x)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method):
     comparison = Comparison(tiny_backbone(), plain_splits(), Budget(steps=60, batch_size=30), seeds=(0,))
@@ -648,6 +651,7 @@ def test_prompts_cost_operations_and_other_methods_none(fused):
     assert all(block.attn.fused_attn == fused for block in vit.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_forgotten(method):
     """With the old head on the adapted weights: nothing by prompts, something by all that changes weights."""
@@ -801,6 +805,7 @@ def test_a_study_goes_on_with_its_own_settings_alone(monkeypatch):
     assert len(compare()["runs"][0]["accuracy"]) == 2
 
 
+@pytest.mark.slow
 def test_a_study_has_every_backbone_task_method_and_length(study, data_folder):
     settings = [(run["backbone"], run["task"], run["method"], run["num_prompts"]) for run in study["runs"]]
     assert settings == [

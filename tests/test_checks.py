@@ -381,6 +381,7 @@ def test_other_seeds_make_other_cases():
     assert not judge(record_exercise(SCALED_NOISE, 1), only_for_seed_0)
 
 
+@pytest.mark.slow
 def test_a_recording_needs_neither_the_chapter_nor_its_exercises(tmp_path):
     path = tmp_path / "check.safetensors"
     record("ddpm.q_sample").save(path)
@@ -398,6 +399,7 @@ print(check_recorded({str(path)!r}, wrong).misconception)
     assert run.stdout == "True\nvariance for standard deviation\n"
 
 
+@pytest.mark.slow
 def test_importing_the_checks_imports_no_chapter():
     program = (
         "import sys, lecture26.checks; "
@@ -603,6 +605,7 @@ def test_a_case_is_called_in_its_mode():
     assert seen == [(True, False, False), (False, False, False), (False, True, True)]
 
 
+@pytest.mark.slow
 def test_a_recording_with_a_fixture_needs_no_chapter(tmp_path):
     path = tmp_path / "check.safetensors"
     record("classifier_guidance.log_prob_gradient").save(path)

@@ -63,6 +63,7 @@ def test_the_reference_passes_live(name):
     assert result, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", exercises())
 def test_the_reference_passes_with_other_seeds(name, seed):
@@ -70,6 +71,7 @@ def test_the_reference_passes_with_other_seeds(name, seed):
     assert result, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", exercises())
 def test_every_misconception_is_named_by_a_recording_on_disk(name, loaded):
     for wrong in exercise(name).misconceptions:
@@ -79,6 +81,7 @@ def test_every_misconception_is_named_by_a_recording_on_disk(name, loaded):
         assert wrong.hint in result.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", exercises())
 def test_live_and_recorded_verdicts_are_the_same(name, loaded):
     for candidate in (
@@ -89,6 +92,7 @@ def test_live_and_recorded_verdicts_are_the_same(name, loaded):
         assert check(name, candidate) == check_recorded(loaded(name), candidate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", exercises())
 def test_another_seed_makes_a_hidden_test_that_names_every_misconception(name):
     for wrong in exercise(name).misconceptions:
@@ -120,6 +124,7 @@ def test_cases_are_spread_over_sizes_and_dtypes(name):
     assert all(result.isfinite().all() for result in results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", exercises())
 def test_a_candidate_that_knows_the_answers_of_one_seed_fails_with_another(name):
     answers = iter(recorded(name, 0).expected)
@@ -757,6 +762,7 @@ REWRITINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("name", "rewriting"), REWRITINGS)
 def test_output_equivalent_rewritings_pass(name, rewriting, seed):

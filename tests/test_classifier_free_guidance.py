@@ -227,6 +227,7 @@ def test_every_prediction_type_is_guided_to_the_same_noise(prediction, variance)
     agree(actual.mean, expected.mean, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("step", STEPS)

@@ -294,6 +294,7 @@ def test_clip_runs_on_the_device_of_its_input():
         agree(output, value, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_small_clip_learns():
     torch.manual_seed(0)
     clip = CLIP(TOKENIZER, feature_dim=8, image=SMALL_IMAGE, text={"width": 16})

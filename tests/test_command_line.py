@@ -151,8 +151,9 @@ def test_samples_are_a_grid_decided_by_the_seed(data_folder, tmp_path, options):
 
 
 @pytest.fixture
-def tiny_classifier(data_folder):
+def tiny_classifier(data_folder, monkeypatch):
     """A noisy classifier of the images of 'tiny', hardly trained; gone after the test."""
+    monkeypatch.setattr(recipes.classifiers, "EVALUATION_IMAGES", 2)
     network = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
     recipe = dataclasses.replace(
         recipes.find_recipe("noisy_classifier_shapes32"),

@@ -958,6 +958,7 @@ def theirs():
     return perturbed(vae).eval(), perturbed(unet).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_networks_of_diffusers_drive_through_the_same_sampler(theirs, prediction):
     """Held against a loop with diffusers' own scheduler, in double precision."""
@@ -1242,6 +1243,7 @@ def test_recipe_scales_the_latents_it_draws(recipe, images):
     assert ((x_0.std(0) / spread - 1).abs() < 5 / math.sqrt(800)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_captions_are_dropped_at_the_rate_given_sample_by_sample(recipe, images, p):
     count = 2000
@@ -1308,6 +1310,7 @@ def test_scenes_have_the_share_given_of_what_is_shown(recipe, images, scenes):
         assert len(kind.unique()) in (0, 12)  # of either kind, each of the 24 images' twelve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words_first", [True, False])
 def test_steps_are_drawn_mostly_where_the_words_decide_or_evenly(recipe, words_first):
     """By the distribution function of Beta(3, 2), u^3 (4 - 3 u), or of the uniform distribution."""
@@ -1371,6 +1374,7 @@ def interrupted_at(step, monkeypatch):
     monkeypatch.setattr(LatentDiffusionRecipe, "draw", interrupted_draw)
 
 
+@pytest.mark.slow
 def test_interrupted_training_ends_with_the_same_weights_and_leaves_the_vae_alone(unfitted, monkeypatch):
     vae_file, vae_card = checkpoint_files("tiny_vae")
     before = vae_file.read_bytes(), vae_card.read_bytes()

@@ -43,6 +43,8 @@ TOWERS = {"image": NETWORK, "text": {"width": 8, "depth": 1}}
 READER = {"widths": (8, 8), "num_features": 4}
 STUDY = {"step_counts": (2, 3), "num_samples": 16, "batch_size": 8}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def data_folder(tmp_path_factory):

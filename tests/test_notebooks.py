@@ -4,6 +4,7 @@ The notebooks themselves run under nbval, each as its rehearsal: `make nbval`.
 """
 
 import ast
+import functools
 import importlib
 import re
 
@@ -60,6 +61,7 @@ def test_the_counter_of_equations(prose, code, faults):
     assert all(expected in fault for expected, fault in zip(faults, found, strict=True))
 
 
+@functools.cache  # every notebook's references are looked up in all of them
 def texts(source, kind):
     """The text of all Markdown or all code cells of a notebook."""
     return "\n\n".join(cell.source for cell in read_cells(source) if cell.kind == kind)

@@ -132,6 +132,7 @@ class Class:
     assert imports_at_start(source) == {"a", "c", "typing", "light", "of_class"}
 
 
+@pytest.mark.slow
 def test_importing_everything_is_light_and_leaves_no_trace():
     modules = [name for name in FILES if name != "lecture26.__main__"]
     program = f"""

@@ -251,6 +251,7 @@ def test_labels_come_from_the_data_and_go_into_the_card():
     assert type(fitted)(**fitted.settings()).build().labels == fitted.labels
 
 
+@pytest.mark.slow
 def test_training_a_reader(tmp_path, monkeypatch):
     monkeypatch.setenv("LECTURE26_DATA", str(tmp_path))
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -279,6 +280,7 @@ def test_images_without_labels_are_refused_before_training(tmp_path):
 # The shipped readers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "held_out"])
 @pytest.mark.parametrize("name", OF_DRAWN_IMAGES)
 def test_shipped_reader_reads_every_attribute(name, split):
@@ -296,6 +298,7 @@ def test_shipped_reader_reads_digits():
     assert accuracy["class"] > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_DRAWN_IMAGES)
 def test_shipped_reader_is_as_sure_as_it_is_right(name):
     recipe, reader = load_recipe(name), load_model(name)

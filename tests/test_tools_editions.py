@@ -92,6 +92,7 @@ def test_learners_work_is_never_overwritten(course):
     assert copy.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_copy_runs_unsolved(course):
     notebook = learners_copy(course)
     notebooks.execute(notebook, "01_waves", course / "work")
@@ -100,6 +101,7 @@ def test_copy_runs_unsolved(course):
     assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
 
 
+@pytest.mark.slow
 def test_copy_runs_solved(course):
     notebook = learners_copy(course)
     exercise = notebook.cells[position(notebook, "exercise")]
@@ -109,6 +111,7 @@ def test_copy_runs_solved(course):
     assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
 
 
+@pytest.mark.slow
 def test_one_rehearsal_runs_the_notebook_and_the_copy(course):
     shutil.copy(ROOT / "notebooks" / "jupytext.toml", course / "notebooks")
     notebooks.run(course, store=True)

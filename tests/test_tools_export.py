@@ -238,6 +238,7 @@ def test_check_finds_missing_stale_and_orphaned_modules(course):
     assert "lecture26/old.py is generated, but no notebook makes it: remove it" in export.check(root)
 
 
+@pytest.mark.slow
 def test_command_line(course):
     root = course("x = 1")
     command = [sys.executable, Path(ROOT, "tools", "export.py"), "--root", root]

@@ -178,6 +178,7 @@ def test_stale_or_noisy_output(course, change, message):
     assert problem.startswith("notebooks/01_waves.ipynb: cell 13 ") and message in problem
 
 
+@pytest.mark.slow
 def test_command_line(course, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["notebooks.py", "check", "--root", str(course)])
     with pytest.raises(SystemExit) as passed:

@@ -524,6 +524,7 @@ def test_network_runs_on_the_device_of_its_input():
         agree(output.detach(), value.detach(), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_small_vae_learns():
     torch.manual_seed(0)
     vae = KLVAE(**SMALL)
@@ -914,6 +915,7 @@ def test_shipped_vae_is_small_and_its_card_says_what_the_chapter_promises(shippe
     assert metrics["latent_scale"] == pytest.approx(1 / metrics["latent_std"], rel=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shipped_vae_keeps_unseen_images_readable(shipped, monkeypatch):
     recipe, model = shipped
