@@ -35,8 +35,8 @@ def linear_betas(num_steps):
     if num_steps <= 20:
         raise ValueError(f"num_steps must be at least 21, since beta_T = 20 / T; got num_steps={num_steps}")
     # beta_t from 1e-4 to 0.02 at T = 1000, times 1000 / T otherwise
-    scale = 1000 / num_steps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+    factor = 1000 / num_steps
+    return torch.linspace(factor * 1e-4, factor * 0.02, num_steps, dtype=torch.float64)
 
 
 # --- Any step at once ---
@@ -107,7 +107,7 @@ class GaussianMixture:
         self.weights, self.means, self.stds = (
             torch.as_tensor(table, dtype=torch.float64) for table in (weights, means, stds)
         )
-        if self.means.ndim != 2 or not len(self.weights) == len(self.means) == len(self.stds):
+        if self.means.ndim != 2 or not self.weights.shape == self.stds.shape == self.means.shape[:1]:
             raise ValueError(
                 "weights, means and stds must have shapes (K,), (K, D) and (K,); "
                 f"got {tuple(self.weights.shape)}, {tuple(self.means.shape)} and {tuple(self.stds.shape)}"
@@ -137,7 +137,7 @@ class GaussianMixture:
         weights, means, variances = self.noisy_components(x_t, alpha_bar)
         squared_distance = ((x_t[:, None] - means) ** 2).sum(dim=-1)  # (B, K)
         dim = x_t.shape[1]
-        # log w_k - 1/2 (D log(2 pi v_k) + |x_t - m_k|^2 / v_k)
+        # log pi_k - 1/2 (D log(2 pi v_k) + |x_t - m_k|^2 / v_k)
         return weights.log() - 0.5 * (dim * (2 * math.pi * variances).log() + squared_distance / variances)
 
     def log_prob(self, x_t, alpha_bar=1.0):
@@ -374,11 +374,11 @@ def lookup(table, t, like):
         (B, 1, ...), with like's dtype and device.
 
     Raises:
-        TypeError: if t does not hold integers, or like holds integers where the table does not.
+        TypeError: if t is no tensor of integers, or like holds integers where the table does not.
         ValueError: if t has another shape, or a step outside [0, T).
     """
-    if t.is_floating_point():
-        raise TypeError(f"t must hold integers; got {t.dtype}")
+    if not isinstance(t, torch.Tensor) or t.is_floating_point() or t.dtype == torch.bool:
+        raise TypeError(f"t must be a tensor of integers; got {getattr(t, 'dtype', t)}")
     if table.is_floating_point() and not like.is_floating_point():
         raise TypeError(f"data must be of a floating-point type; got {like.dtype}")
     if t.shape != like.shape[:1]:
@@ -389,6 +389,14 @@ def lookup(table, t, like):
         raise ValueError(f"t must lie in [0, {len(table)}); got values {min(steps)} to {max(steps)}")
     values = table[t].to(like.dtype).to(like.device)
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def check_noise(noise, data):
+    """Raise ValueError unless noise has the shape of the data, since another might broadcast."""
+    if noise.shape != data.shape:
+        raise ValueError(
+            f"noise must have the shape of the data, {tuple(data.shape)}; got {tuple(noise.shape)}"
+        )
 
 
 class Diffusion:
@@ -447,12 +455,13 @@ class Diffusion:
         self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
         self.log_large_variance = torch.cat([second, betas[1:]]).log()
 
+    def original_steps(self, t):
+        """The base's steps that own steps t stand for, both (B,)."""
+        return lookup(self.steps, t, like=t)
+
     def q_sample(self, x_0, t, noise):
         """Draw x_t given x_0 (B, C, ...) at steps t; ValueError unless the normal noise has its shape."""
-        if noise.shape != x_0.shape:
-            raise ValueError(
-                f"noise must have the shape of x_0, {tuple(x_0.shape)}; got {tuple(noise.shape)}"
-            )
+        check_noise(noise, x_0)
         return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
 
     def posterior_mean(self, x_0, x_t, t):
@@ -519,7 +528,7 @@ class Diffusion:
         return output.split(channels, dim=1) if learned else (output, None)
 
     def predicted_x_0(self, prediction, x_t, t, clip):
-        """The clean data that a prediction stands for, like x_t (B, C, ...)."""
+        """The clean data that a prediction stands for, like x_t (B, C, ...); in [-1, 1] with clip."""
         if self.prediction == "eps":
             x_0 = self.x_0_from_eps(x_t, t, prediction)
         elif self.prediction == "v":
@@ -552,7 +561,7 @@ class Diffusion:
         return ReverseStep(self.posterior_mean(x_0, x_t, t), *self.reverse_variance(v, x_t, t), x_0)
 
     def p_mean_variance(self, denoiser, x_t, t):
-        """The model's distribution of x_{t-1} given x_t, for sampling.
+        """The model's distribution of x_{t-1} given x_t, clipped as in sampling, and all that it rests on.
 
         Args:
             denoiser: callable (x_t, t) -> output, see the class; it receives the original steps.
@@ -564,7 +573,7 @@ class Diffusion:
 
         Source: Ho et al. 2020, algorithm 2 and section 3.2.
         """
-        output = denoiser(x_t, lookup(self.steps, t, t))
+        output = denoiser(x_t, self.original_steps(t))
         mean, variance, log_variance, x_0 = self.reverse_step(output, x_t, t, self.clip)
         eps = self.eps_from_x_0(x_t, t, x_0)
         return PMeanVariance(mean, variance.expand_as(x_t), log_variance.expand_as(x_t), x_0, eps)
@@ -643,7 +652,7 @@ class Diffusion:
         Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 and section 3.1.
         """
         x_t = self.q_sample(x_0, t, noise)
-        output = denoiser(x_t, lookup(self.steps, t, t))
+        output = denoiser(x_t, self.original_steps(t))
         prediction, _ = self.split_output(output, x_t)
         loss = F.mse_loss(prediction, self.target(x_0, noise, t))
         if self.variance == "learned_range":
@@ -740,9 +749,13 @@ def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
     Returns:
         x_{t-1}, like x_t.
 
+    Raises:
+        ValueError: if noise has another shape than x_t.
+
     Source: Ho et al. 2020, algorithm 2; Dhariwal and Nichol 2021, algorithm 1, for the shift.
     """
-    original_t = lookup(diffusion.steps, t, t)
+    check_noise(noise, x_t)
+    original_t = diffusion.original_steps(t)
     output = denoiser(x_t, original_t)
     mean, variance, log_variance, _ = diffusion.reverse_step(output, x_t, t, diffusion.clip)
     if mean_shift is not None:
@@ -761,13 +774,14 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
         x_{t-1}, like x_t.
 
     Raises:
-        ValueError: if eta lies outside [0, 1].
+        ValueError: if eta lies outside [0, 1], or noise has another shape than x_t.
 
     Source: Song, Meng and Ermon 2021, equation 12.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got eta={eta}")
-    prediction, _ = diffusion.split_output(denoiser(x_t, lookup(diffusion.steps, t, t)), x_t)
+    check_noise(noise, x_t)
+    prediction, _ = diffusion.split_output(denoiser(x_t, diffusion.original_steps(t)), x_t)
     x_0, eps = diffusion.x_0_and_eps(prediction, x_t, t, diffusion.clip)
     alpha_bar = lookup(diffusion.alpha_bar, t, x_t)
     alpha_bar_prev = lookup(diffusion.alpha_bar_prev, t, x_t)
@@ -775,7 +789,7 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
 
 
 def noise_like(x, generator):
-    """Standard normal noise like x, drawn on the generator's device: a seed means the same everywhere."""
+    """Standard normal noise like x, drawn on the generator's device: one on the CPU draws the same everywhere."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
@@ -886,7 +900,7 @@ def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_de
     for step in range(diffusion.num_steps):
         t = torch.full((len(x_0),), step, device=x_0.device)
         x_t = diffusion.q_sample(x_0, t, noise_like(x_0, generator))
-        reverse = diffusion.reverse_step(denoiser(x_t, lookup(diffusion.steps, t, t)), x_t, t, clip=False)
+        reverse = diffusion.reverse_step(denoiser(x_t, diffusion.original_steps(t)), x_t, t, clip=False)
         terms.append(diffusion.bound_term(reverse, x_0, x_t, t, log_likelihood))
     # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I)
     alpha_bar = diffusion.alpha_bar[-1].to(x_0.dtype).to(x_0.device)

@@ -122,7 +122,7 @@ class ResidualBlock(nn.Module):
         in_channels, out_channels: channels before and after.
         embedding_dim: length of the embedding of step and label.
 
-    Source: Dhariwal and Nichol 2021, section 3 and appendix A.
+    Source: Dhariwal and Nichol 2021, section 3.
     """
 
     def __init__(self, in_channels, out_channels, embedding_dim):
@@ -334,7 +334,7 @@ class UNet(nn.Module):
 
     Args:
         in_channels: channels of the images.
-        base_channels: channels at the highest resolution.
+        base_channels: channels at the highest resolution, an even number.
         channel_multipliers: width of each level, in units of base_channels; the resolution halves in between.
         num_blocks: residual blocks per level on the way down (one more on the way up).
         attention_levels: the levels, counted from 0, with attention after each residual block; all but the
@@ -345,7 +345,7 @@ class UNet(nn.Module):
         attention: factory, channels -> module called as (h, cond).
 
     Raises:
-        TypeError, ValueError: on multipliers, levels, blocks or patches that make no network.
+        TypeError, ValueError: on channels, multipliers, levels, blocks or patches that make no network.
 
     Source: Ho et al. 2020, appendix B; Dhariwal and Nichol 2021, section 3.
     """
@@ -364,8 +364,16 @@ class UNet(nn.Module):
     ):
         super().__init__()
         attention_levels = levels_with_attention(channel_multipliers, attention_levels)
-        check_positive_int("num_blocks", num_blocks)
-        check_positive_int("patch_size", patch_size)
+        for name, value in (
+            ("base_channels", base_channels),
+            ("num_blocks", num_blocks),
+            ("patch_size", patch_size),
+        ):
+            check_positive_int(name, value)
+        if base_channels % 2:
+            raise ValueError(
+                f"base_channels must be even, for as many cosines as sines; got base_channels={base_channels}"
+            )
         self.patch_size = patch_size
         self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -403,8 +411,9 @@ class UNet(nn.Module):
         multiple = self.patch_size * 2 ** (len(self.down) - 1)
         if height % multiple or width % multiple:
             raise ValueError(f"x_t must have sides that are multiples of {multiple}; got {height} x {width}")
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"t must hold one step per image, shape ({len(x_t)},); got {tuple(t.shape)}")
+        if not isinstance(t, torch.Tensor) or t.shape != x_t.shape[:1]:
+            found = tuple(t.shape) if isinstance(t, torch.Tensor) else t
+            raise ValueError(f"t must hold one step per image, shape ({len(x_t)},); got {found}")
         if self.labels is not None and (cond is None or len(cond) != len(x_t)):
             found = None if cond is None else tuple(cond.shape)
             raise ValueError(f"cond must hold the labels of {len(x_t)} image(s); got {found}")

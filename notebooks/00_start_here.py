@@ -94,9 +94,9 @@ use_style()
 #
 # $$\boxed{\;\text{code's } t \;=\; \text{papers' } t - 1\;}$$
 #
-# Equations and prose of the chapters count as the papers do, code as Python does. Code step 0 is the first noisy
-# level. The clean image has no step of its own, only the value $\bar\alpha_0=1$, which stands in
-# `alpha_bar_prev[0]`.
+# Equations, and prose about them, count as the papers do. Code counts as Python does, and so do step numbers on axes,
+# in titles and wherever the text quotes them ('t = 500'). Code step 0 is the first noisy level. The clean image has no
+# step of its own, only the value $\bar\alpha_0=1$, which stands in `alpha_bar_prev[0]`.
 
 # %%
 diffusion = Diffusion(linear_betas(1000))
@@ -236,9 +236,10 @@ print("index 5, read twice, is the same:", torch.equal(alone, in_a_crowd))
 print("index 5 of another seed is the same:", torch.equal(alone, other_seed))
 
 # %% [markdown]
-# All other randomness comes from generators with a seed, which are handed along; for a GPU too the noise is drawn
-# on the processor and then moved. So a GPU starts from the very noise that a laptop starts from, and the results
-# agree up to rounding. No chapter asks for a GPU; the command line takes one that is there, NVIDIA's or Apple's.
+# All other randomness is seeded: that of data, steps and noise by generators which are handed along, that of first
+# weights by `torch.manual_seed`. For a GPU too the noise is drawn on the processor and then moved. So a GPU starts from
+# the very noise that a laptop starts from, and the results agree up to rounding. No chapter asks for a GPU; the command
+# line takes one that is there, NVIDIA's or Apple's.
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -131,8 +131,8 @@ def linear_betas(num_steps):
         raise ValueError(f"num_steps must be at least 21, since beta_T = 20 / T; got num_steps={num_steps}")
     ### BEGIN SOLUTION
     # beta_t from 1e-4 to 0.02 at T = 1000, times 1000 / T otherwise
-    scale = 1000 / num_steps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+    factor = 1000 / num_steps
+    return torch.linspace(factor * 1e-4, factor * 0.02, num_steps, dtype=torch.float64)
     ### END SOLUTION
 
 
@@ -217,7 +217,8 @@ print(f"alpha_bar_T, T = 100, scaled:   {(1 - linear_betas(100)).prod():.1e}")
 # %% [markdown]
 # ### A gentler schedule
 #
-# The linear schedule destroys small images early: most of its steps are spent on what is noise already.
+# The linear schedule destroys small images early: more than a third of its steps are spent on what is
+# noise already.
 # Nichol and Dhariwal start from the curve they want, $u = t/T$,
 #
 # $$\bar\alpha(u) = \cos^2\!\left(\frac{u + 0.008}{1.008}\cdot\frac{\pi}{2}\right),
@@ -289,29 +290,29 @@ show(
 # %% [markdown]
 # ## A laboratory where everything is exact
 #
-# Let the data be a mixture of $K$ isotropic normals, component $k$ having weight $w_k$, mean $\mu_k$ and
+# Let the data be a mixture of $K$ isotropic normals, component $k$ having weight $\pi_k$, mean $\mu_k$ and
 # standard deviation $s_k$:
 #
-# $$q(x_0) = \sum_k w_k\,\mathcal N\!\left(x_0;\ \mu_k,\ s_k^2 I\right) \tag{1.10, definition}$$
+# $$q(x_0) = \sum_k \pi_k\,\mathcal N\!\left(x_0;\ \mu_k,\ s_k^2 I\right) \tag{1.10, definition}$$
 #
 # What does it look like after $t$ steps? Given component $k$, $x_0 = \mu_k + s_k \epsilon'$, so by (1.6)
 # $x_t = \sqrt{\bar\alpha_t}\,\mu_k + \sqrt{\bar\alpha_t}\,s_k\epsilon' + \sqrt{1-\bar\alpha_t}\,\epsilon$: again
 # a normal. The component is chosen before any noise is added, so the weights stay. The noisy marginal is
 # again a mixture:
 #
-# $$q(x_t) = \sum_k w_k\,\mathcal N\!\left(x_t;\ m_k,\ v_k I\right),\qquad
+# $$q(x_t) = \sum_k \pi_k\,\mathcal N\!\left(x_t;\ m_k,\ v_k I\right),\qquad
 # m_k = \sqrt{\bar\alpha_t}\,\mu_k,\quad v_k = \bar\alpha_t s_k^2 + 1 - \bar\alpha_t \tag{1.11}$$
 #
 # Two more things follow by hand. Bayes' rule says which component a noisy point comes from, and
 # differentiating $\log q(x_t)$ gives the **score**, the direction in which the density grows fastest:
 #
-# $$q(k \mid x_t) = \frac{w_k\,\mathcal N(x_t; m_k, v_k I)}{\sum_j w_j\,\mathcal N(x_t; m_j, v_j I)},
+# $$q(k \mid x_t) = \frac{\pi_k\,\mathcal N(x_t; m_k, v_k I)}{\sum_j \pi_j\,\mathcal N(x_t; m_j, v_j I)},
 # \qquad
 # \nabla_{x_t}\log q(x_t) = \sum_k q(k\mid x_t)\,\frac{m_k - x_t}{v_k} \tag{1.12}$$
 #
-# For the second: $\nabla \log q = \frac{1}{q}\sum_k w_k\nabla\mathcal N_k$ and
+# For the second: $\nabla \log q = \frac{1}{q}\sum_k \pi_k\nabla\mathcal N_k$ and
 # $\nabla\mathcal N_k = \mathcal N_k\,(m_k - x_t)/v_k$, so each component's pull towards its mean is weighted by
-# $w_k\mathcal N_k/q = q(k\mid x_t)$.
+# $\pi_k\mathcal N_k/q = q(k\mid x_t)$.
 
 
 # %% tags=["export"]
@@ -334,7 +335,7 @@ class GaussianMixture:
         self.weights, self.means, self.stds = (
             torch.as_tensor(table, dtype=torch.float64) for table in (weights, means, stds)
         )
-        if self.means.ndim != 2 or not len(self.weights) == len(self.means) == len(self.stds):
+        if self.means.ndim != 2 or not self.weights.shape == self.stds.shape == self.means.shape[:1]:
             raise ValueError(
                 "weights, means and stds must have shapes (K,), (K, D) and (K,); "
                 f"got {tuple(self.weights.shape)}, {tuple(self.means.shape)} and {tuple(self.stds.shape)}"
@@ -364,7 +365,7 @@ class GaussianMixture:
         weights, means, variances = self.noisy_components(x_t, alpha_bar)
         squared_distance = ((x_t[:, None] - means) ** 2).sum(dim=-1)  # (B, K)
         dim = x_t.shape[1]
-        # log w_k - 1/2 (D log(2 pi v_k) + |x_t - m_k|^2 / v_k)
+        # log pi_k - 1/2 (D log(2 pi v_k) + |x_t - m_k|^2 / v_k)
         return weights.log() - 0.5 * (dim * (2 * math.pi * variances).log() + squared_distance / variances)
 
     def log_prob(self, x_t, alpha_bar=1.0):
@@ -704,7 +705,8 @@ x_0, eps = torch.randn(2, 32, 2, generator=generator)
 angle = torch.rand(32, 1, generator=generator) * math.pi / 2
 kept = angle.cos() ** 2
 x_t = q_sample(x_0, kept, eps)
-verify("1.19", x_0_from_eps(x_t, kept, eps_from_x_0(x_t, kept, x_0)), x_0, atol=1e-8)
+converted = torch.cat([x_0_from_eps(x_t, kept, eps), eps_from_x_0(x_t, kept, x_0)])
+verify("1.19", converted, torch.cat([x_0, eps]), atol=1e-8)
 
 # %%
 _, derivative = torch.autograd.functional.jvp(
@@ -751,7 +753,7 @@ show(figure, "A quarter of an ellipse from x_0 to eps, with x_t on it and the ve
 # For $t>1$, Bayes' rule (1.13) turns the denominator around:
 # $q(x_t\mid x_{t-1})=q(x_{t-1}\mid x_t,x_0)\,q(x_t\mid x_0)/q(x_{t-1}\mid x_0)$. The ratios
 # $q(x_{t-1}\mid x_0)/q(x_t\mid x_0)$ telescope and leave $q(x_1\mid x_0)/q(x_T\mid x_0)$, whose numerator cancels
-# the term $t=1$. What remains are divergences between normals:
+# the denominator of the term $t=1$, so that $p(x_0\mid x_1)$ is left of it. What remains are divergences between normals:
 #
 # $$-\log p(x_0)\le
 #   \underbrace{\mathrm{KL}\bigl(q(x_T\mid x_0)\,\|\,p(x_T)\bigr)}_{L_T}
@@ -806,7 +808,9 @@ verify("1.24", normal_kl(mean_1, log_variance_1, mean_2, log_variance_2), librar
 # The terms suggest a model of the posterior's own form: a normal whose mean is $\tilde\mu_t$ with the predicted
 # $\hat x_0$ in place of $x_0$. For the variance there are two natural choices. **Fixed small**, $\tilde\beta_t$,
 # would be right if the data were a single point; **fixed large**, $\beta_t$, if they were $\mathcal N(0, I)$.
-# The truth lies between, and a network can choose, on a logarithmic scale, by a second output $v\in[-1,1]$:
+# For data whose variance is at most 1 in every direction, the truth lies between the two on average over $x_t$ (at a
+# single point between two modes it can exceed $\beta_t$). A network can choose, on a logarithmic scale, by a second
+# output $v\in[-1,1]$:
 #
 # $$\log\sigma_t^2=f\log\beta_t+(1-f)\log\tilde\beta_t,\qquad f=\frac{v+1}{2} \tag{1.25}$$
 #
@@ -950,11 +954,11 @@ def lookup(table, t, like):
         (B, 1, ...), with like's dtype and device.
 
     Raises:
-        TypeError: if t does not hold integers, or like holds integers where the table does not.
+        TypeError: if t is no tensor of integers, or like holds integers where the table does not.
         ValueError: if t has another shape, or a step outside [0, T).
     """
-    if t.is_floating_point():
-        raise TypeError(f"t must hold integers; got {t.dtype}")
+    if not isinstance(t, torch.Tensor) or t.is_floating_point() or t.dtype == torch.bool:
+        raise TypeError(f"t must be a tensor of integers; got {getattr(t, 'dtype', t)}")
     if table.is_floating_point() and not like.is_floating_point():
         raise TypeError(f"data must be of a floating-point type; got {like.dtype}")
     if t.shape != like.shape[:1]:
@@ -968,6 +972,14 @@ def lookup(table, t, like):
 
 
 # %% tags=["export"]
+def check_noise(noise, data):
+    """Raise ValueError unless noise has the shape of the data, since another might broadcast."""
+    if noise.shape != data.shape:
+        raise ValueError(
+            f"noise must have the shape of the data, {tuple(data.shape)}; got {tuple(noise.shape)}"
+        )
+
+
 class Diffusion:
     """A noise schedule, what the network predicts, and all that follows from the two.
 
@@ -1024,12 +1036,13 @@ class Diffusion:
         self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
         self.log_large_variance = torch.cat([second, betas[1:]]).log()
 
+    def original_steps(self, t):
+        """The base's steps that own steps t stand for, both (B,)."""
+        return lookup(self.steps, t, like=t)
+
     def q_sample(self, x_0, t, noise):
         """Draw x_t given x_0 (B, C, ...) at steps t; ValueError unless the normal noise has its shape."""
-        if noise.shape != x_0.shape:
-            raise ValueError(
-                f"noise must have the shape of x_0, {tuple(x_0.shape)}; got {tuple(noise.shape)}"
-            )
+        check_noise(noise, x_0)
         return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
 
     def posterior_mean(self, x_0, x_t, t):
@@ -1072,7 +1085,9 @@ class Diffusion:
 # %% [markdown]
 # `steps` and `base` will matter when steps are skipped. The second part turns what a network returns into the
 # model's distribution of $x_{t-1}$. Whatever is predicted, it becomes $\hat x_0$ first; there, and only there,
-# predictions outside the range of pixels can be clipped.
+# predictions outside the range of pixels can be clipped. `reverse_step` computes what a sampler or the bound needs;
+# `p_mean_variance` adds $\hat\epsilon$, for whoever wants to look at a whole step (chapter 03 does). The class is written
+# in several cells: `class Diffusion(Diffusion)` goes on with the class so far and adds methods. In the module it is one.
 #
 # One method looks ahead. Guidance will add a gradient $g$ to the score, $\nabla\log q\to\nabla\log q+g$, and each
 # prediction type has to follow. By (1.18) and (1.17), and because $v$ is linear in both,
@@ -1112,7 +1127,7 @@ class Diffusion(Diffusion):
         return output.split(channels, dim=1) if learned else (output, None)
 
     def predicted_x_0(self, prediction, x_t, t, clip):
-        """The clean data that a prediction stands for, like x_t (B, C, ...)."""
+        """The clean data that a prediction stands for, like x_t (B, C, ...); in [-1, 1] with clip."""
         if self.prediction == "eps":
             x_0 = self.x_0_from_eps(x_t, t, prediction)
         elif self.prediction == "v":
@@ -1145,7 +1160,7 @@ class Diffusion(Diffusion):
         return ReverseStep(self.posterior_mean(x_0, x_t, t), *self.reverse_variance(v, x_t, t), x_0)
 
     def p_mean_variance(self, denoiser, x_t, t):
-        """The model's distribution of x_{t-1} given x_t, for sampling.
+        """The model's distribution of x_{t-1} given x_t, clipped as in sampling, and all that it rests on.
 
         Args:
             denoiser: callable (x_t, t) -> output, see the class; it receives the original steps.
@@ -1157,7 +1172,7 @@ class Diffusion(Diffusion):
 
         Source: Ho et al. 2020, algorithm 2 and section 3.2.
         """
-        output = denoiser(x_t, lookup(self.steps, t, t))
+        output = denoiser(x_t, self.original_steps(t))
         mean, variance, log_variance, x_0 = self.reverse_step(output, x_t, t, self.clip)
         eps = self.eps_from_x_0(x_t, t, x_0)
         return PMeanVariance(mean, variance.expand_as(x_t), log_variance.expand_as(x_t), x_0, eps)
@@ -1272,7 +1287,7 @@ class Diffusion(Diffusion):
         Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 and section 3.1.
         """
         x_t = self.q_sample(x_0, t, noise)
-        output = denoiser(x_t, lookup(self.steps, t, t))
+        output = denoiser(x_t, self.original_steps(t))
         prediction, _ = self.split_output(output, x_t)
         loss = F.mse_loss(prediction, self.target(x_0, noise, t))
         if self.variance == "learned_range":
@@ -1397,7 +1412,8 @@ check("ddpm.ancestral_update", ancestral_update)
 # since $1-\bar\alpha_{t-1}-\tilde\beta_t=\alpha_t(1-\bar\alpha_{t-1})^2/(1-\bar\alpha_t)$, and replacing
 # $\hat\epsilon$ by (1.19) gives the weights of (1.15).
 #
-# **Exercise 10.** Fill in `ddim_update`.
+# **Exercise 10.** Fill in `ddim_update`. It receives no $\beta_t$: by (1.5), $\beta_t=1-\bar\alpha_t/\bar\alpha_{t-1}$, so
+# $\sigma_t^2=\eta^2\,\frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\bigl(1-\frac{\bar\alpha_t}{\bar\alpha_{t-1}}\bigr)$.
 
 
 # %% tags=["export", "exercise"]
@@ -1442,9 +1458,13 @@ def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
     Returns:
         x_{t-1}, like x_t.
 
+    Raises:
+        ValueError: if noise has another shape than x_t.
+
     Source: Ho et al. 2020, algorithm 2; Dhariwal and Nichol 2021, algorithm 1, for the shift.
     """
-    original_t = lookup(diffusion.steps, t, t)
+    check_noise(noise, x_t)
+    original_t = diffusion.original_steps(t)
     output = denoiser(x_t, original_t)
     mean, variance, log_variance, _ = diffusion.reverse_step(output, x_t, t, diffusion.clip)
     if mean_shift is not None:
@@ -1463,13 +1483,14 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
         x_{t-1}, like x_t.
 
     Raises:
-        ValueError: if eta lies outside [0, 1].
+        ValueError: if eta lies outside [0, 1], or noise has another shape than x_t.
 
     Source: Song, Meng and Ermon 2021, equation 12.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got eta={eta}")
-    prediction, _ = diffusion.split_output(denoiser(x_t, lookup(diffusion.steps, t, t)), x_t)
+    check_noise(noise, x_t)
+    prediction, _ = diffusion.split_output(denoiser(x_t, diffusion.original_steps(t)), x_t)
     x_0, eps = diffusion.x_0_and_eps(prediction, x_t, t, diffusion.clip)
     alpha_bar = lookup(diffusion.alpha_bar, t, x_t)
     alpha_bar_prev = lookup(diffusion.alpha_bar_prev, t, x_t)
@@ -1478,7 +1499,7 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
 
 # %% tags=["export"]
 def noise_like(x, generator):
-    """Standard normal noise like x, drawn on the generator's device: a seed means the same everywhere."""
+    """Standard normal noise like x, drawn on the generator's device: one on the CPU draws the same everywhere."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
@@ -1757,8 +1778,8 @@ assert short.respace(10).base is long  # respacing twice still knows the origina
 
 # %% [markdown]
 # How few are enough? The **energy distance** between samples $X$ and data $Y$,
-# $2\,\mathbb E\|X-Y\|-\mathbb E\|X-X'\|-\mathbb E\|Y-Y'\|$, is zero only if both have the same distribution. Between two
-# sets of 2,000 points from the mixture itself, it is not quite zero either: that is the floor.
+# $2\,\mathbb E\|X-Y\|-\mathbb E\|X-X'\|-\mathbb E\|Y-Y'\|$, is zero only if both have the same distribution. Its estimate
+# from 2,000 points is not quite zero even between two sets of data. So ten such pairs say what chance alone makes:
 
 
 # %%
@@ -1770,8 +1791,8 @@ def energy_distance(x, y):
 
 
 reference = mixture.sample(2000, torch.Generator().manual_seed(6))[0]
-other_data = mixture.sample(2000, torch.Generator().manual_seed(7))[0]
-floor = energy_distance(other_data, reference).abs()
+other_data = [mixture.sample(2000, torch.Generator().manual_seed(seed))[0] for seed in range(10, 20)]
+by_chance = max(energy_distance(data, reference).item() for data in other_data)
 
 # %%
 samplers = {
@@ -1799,23 +1820,25 @@ for (name, marker), colour in zip(zip(samplers, "os^"), colours):
         color=colour,
         label=name,
     )
-axis.axhline(floor, color="grey", linestyle="--", label="data against data")
+axis.axhline(by_chance, color="grey", linestyle="--", label="data against data, largest of ten")
 axis.set(xlabel="number of steps", ylabel="energy distance to the data")
 axis.set_xticks(step_counts, step_counts)
 axis.minorticks_off()
 axis.legend()
 show(
     figure,
-    "Energy distance to the data against the number of steps for three samplers, falling towards a dashed floor.",
+    "Energy distance to the data against the number of steps for three samplers, falling to a dashed line and below.",
 )
 
 # %% [markdown]
-# *With the exact denoiser, so that nothing but the sampler is to blame. At 10 and 20 steps DDIM is ahead; from 50 steps
-# on, fixed-large ancestral sampling comes closest, whose width was the least wrong above. With three or five steps all
-# are far off.*
+# *With the exact denoiser, so that nothing but the sampler is to blame. With three or five steps all are far off. At 10 and
+# 20 steps DDIM is ahead. From 50 steps on the samples are about as close to the data as other data are, and 2,000 points
+# cannot rank the samplers any more.*
 
 # %%
-assert distances["DDIM", 10] < distances["DDPM, fixed large", 10]
+for count in (10, 20):
+    assert all(distances["DDIM", count] < distances[name, count] for name in samplers if name != "DDIM")
+assert all(distances[name, 200] < by_chance < distances[name, 20] for name in samplers)
 assert all(distances[name, 200] < distances[name, 5] for name in samplers)
 
 # %% [markdown]
@@ -1898,7 +1921,8 @@ show(
 )
 
 # %% [markdown]
-# *Left: the loss. Right: how far the network is from the exact answer. The nearly noiseless steps are the hardest.*
+# *Left: the loss. Right: how far the network is from the exact answer. Hardest are the first twenty steps
+# or so, above all those near t = 8, where the noise is about as wide as a component.*
 #
 # The vector fields of both, at one level, and the samples that come out:
 
@@ -1954,7 +1978,7 @@ def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_de
     for step in range(diffusion.num_steps):
         t = torch.full((len(x_0),), step, device=x_0.device)
         x_t = diffusion.q_sample(x_0, t, noise_like(x_0, generator))
-        reverse = diffusion.reverse_step(denoiser(x_t, lookup(diffusion.steps, t, t)), x_t, t, clip=False)
+        reverse = diffusion.reverse_step(denoiser(x_t, diffusion.original_steps(t)), x_t, t, clip=False)
         terms.append(diffusion.bound_term(reverse, x_0, x_t, t, log_likelihood))
     # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I)
     alpha_bar = diffusion.alpha_bar[-1].to(x_0.dtype).to(x_0.device)
@@ -2013,6 +2037,15 @@ terms = bound(learned, network, x_0, torch.Generator().manual_seed(12))
 gaps["learned", 200] = terms.sum(dim=1).mean().item() - exact_nats
 
 # %%
+mended = Diffusion(linear_betas(200), variance="fixed_large")
+mended.log_large_variance = mended.betas.log()  # beta_1 itself in the last step
+mended_terms = bound(mended, exact_denoiser(mixture, mended), x_0, torch.Generator().manual_seed(12))
+mended_gap = mended_terms.sum(dim=1).mean().item() - exact_nats
+in_order = mended_gap < gaps["learned", 200] < gaps["fixed_large", 200]
+print(f"mended fixed large, network, fixed large, from the smallest gap on: {in_order}")
+assert in_order
+
+# %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 counts = [25, 50, 100, 200]
 for variance, colour in zip(("fixed_small", "fixed_large"), colours):
@@ -2022,7 +2055,7 @@ axes[0].set(xlabel="number of steps T", ylabel=r"bound $-$ exact (nats)")
 axes[0].set_xticks(counts, counts)
 axes[0].minorticks_off()
 axes[0].legend()
-axes[1].semilogy(terms[:, 1:-1].mean(dim=0).abs(), color=colours[2])
+axes[1].semilogy(range(1, 200), terms[:, 1:-1].mean(dim=0), color=colours[2])
 axes[1].set(xlabel="step t", ylabel="term of the bound (nats)")
 show(
     figure,
@@ -2033,8 +2066,8 @@ show(
 # *Left: with the exact denoiser the bound approaches the truth as T grows, and never crosses it. The variance matters:
 # with a learned one, an imperfect network is far ahead of the exact denoiser with the small one, and a little ahead of
 # it with the large one. This small lead is made in the last step of sampling alone, where $\tilde\beta_2$ stands in for
-# $\beta_1$; with $\beta_1$ itself there, the exact denoiser would lose no more than 0.10 nats. Right: where the network's
-# bound comes from, step by step.*
+# $\beta_1$; with $\beta_1$ itself there, the exact denoiser is ahead. Right: the divergences
+# of which the network's bound is made, step by step (all terms but those of the last step and of the prior).*
 
 # %%
 assert all(gap > 0 for gap in gaps.values())

@@ -1148,17 +1148,17 @@ RESPACED = DIFFUSION.respace(10)
         (
             lambda: DIFFUSION.q_sample(X, T, X[0]),
             ValueError,
-            r"noise must have the shape of x_0, \(2, 3\); got \(3,\)",
+            r"noise must have the shape of the data, \(2, 3\); got \(3,\)",
         ),
         (
             lambda: DIFFUSION.q_sample(X[:1].expand(2, 3), T, X[:1]),
             ValueError,
-            r"noise must have the shape of x_0, \(2, 3\); got \(1, 3\)",
+            r"noise must have the shape of the data, \(2, 3\); got \(1, 3\)",
         ),
         (
             lambda: RESPACED.loss(always(X), X, T, X[:, :1]),
             ValueError,
-            r"noise must have the shape of x_0, \(2, 3\); got \(2, 1\)",
+            r"noise must have the shape of the data, \(2, 3\); got \(2, 1\)",
         ),
         # the network's output
         (
