@@ -31,7 +31,7 @@ $(INSTALLED): requirements.lock
 	@touch $@
 
 lab: $(INSTALLED)
-	@$(RUN) tools/editions.py $(NAMES)
+	@$(RUN) tools/editions.py $(if $(NAMES),00_start_here $(NAMES))
 	$(RUN) -m jupyterlab --ServerApp.root_dir=. work/00_start_here.ipynb
 
 test: lint check tests nbval

@@ -76,10 +76,15 @@ def errors_in_one_line():
 
     These are the errors whose messages speak to the user; any other one is a fault of the course.
     """
+    from torch import OutOfMemoryError
+
     from lecture26.kit.data import DataError
 
     try:
         yield
+    except OutOfMemoryError as error:
+        typer.echo(f"error: {error} Try a smaller --batch-size or --count", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
     except (ValueError, DataError, FloatingPointError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
@@ -121,7 +126,7 @@ def train(
 
     with errors_in_one_line():
         from lecture26 import recipes
-        from lecture26.kit.checkpoints import checkpoint_files
+        from lecture26.kit.checkpoints import is_complete
 
         changes = {
             "name": name,
@@ -135,7 +140,7 @@ def train(
         }
         changes = {key: value for key, value in changes.items() if value is not None}
         chosen = dataclasses.replace(recipes.find_recipe(recipe), **changes)
-        if checkpoint_files(chosen.name)[0].exists() and not replace:
+        if is_complete(chosen.name) and not replace:
             raise ValueError(
                 f"a checkpoint {chosen.name!r} exists: choose another --name, or write over it with --replace"
             )
@@ -234,6 +239,9 @@ def _check_wishes(
     w: float | None,
 ) -> None:
     """Raise ValueError unless the options of `sample` go together."""
+    for option, value in (("--scale", scale), ("--w", w)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number; got {value}")
     asked = {"--class": wish, "--prompt": prompt}
     needed = {Guidance.clip: "--prompt"}.get(guidance, "--class") if guidance is not None else None
     from_text = guidance is None and prompt is not None
@@ -376,13 +384,18 @@ def checkpoints(
 ):
     """List the checkpoints, or print the card of one."""
     with errors_in_one_line():
-        from lecture26.kit.checkpoints import list_checkpoints, load_card, load_state
+        from lecture26.kit.checkpoints import CheckpointError, list_checkpoints, load_card, load_state
 
         if model is not None:
             load_state(model)  # a card is only worth reading beside the file it describes
             typer.echo(json.dumps(load_card(model), indent=2))
             return
-        for card in map(load_card, list_checkpoints()):
+        for name in list_checkpoints():
+            try:
+                card = load_card(name)
+            except CheckpointError as error:
+                typer.echo(f"error: {error}", err=True)
+                continue
             metrics = ", ".join(f"{name} {value:.4g}" for name, value in card["metrics"].items())
             typer.echo(
                 f"{card['name']}: {card['parameters'] / 1e6:.2f} M parameters, "

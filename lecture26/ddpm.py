@@ -789,7 +789,7 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
 
 
 def noise_like(x, generator):
-    """Standard normal noise like x, drawn on the generator's device: one on the CPU draws the same everywhere."""
+    """Standard normal noise like x, drawn on the generator's device: one on the CPU serves all alike."""
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 

@@ -104,6 +104,9 @@ def test_list(folder, state):
     for name in ("b", "a_2-x"):
         save_checkpoint(name, state, CARD)
     assert list_checkpoints() == ["a_2-x", "b"]
+    (folder / "b.json").unlink()  # as if stopped between weights and card
+    (folder / "Another.safetensors").touch()
+    assert list_checkpoints() == ["a_2-x"]
 
 
 @pytest.mark.parametrize("position", [0, 100, -1])

@@ -318,6 +318,11 @@ def test_arguments_of_the_recording_stay_as_they_are(recording):
             assert torch.equal(torch.as_tensor(argument), kept)
 
 
+def test_a_check_computes_on_the_cpu_whatever_is_set_around_it():
+    with torch.device("meta"):
+        assert check("ddpm.q_sample", exercise("ddpm.q_sample").reference)
+
+
 def test_a_check_sees_the_default_dtype_of_torch_whatever_is_set_around_it():
     def forgets_the_dtype(num_steps):
         torch.set_default_dtype(torch.float16)

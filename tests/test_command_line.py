@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,9 +105,28 @@ def test_interrupted_training_goes_on(data_folder, monkeypatch):
     assert other_settings.exit_code == EXIT_USER_ERROR
     assert "with other settings: learning_rate was 0.001 and is now 0.5. " in other_settings.stderr
 
+    weights = data_folder / "checkpoints" / "stopped.safetensors"
+    weights.touch()  # as if stopped between weights and card
     assert call(*arguments).exit_code == 0
-    assert not state.exists()
+    assert weights.stat().st_size and not state.exists()
     assert json.loads((data_folder / "checkpoints" / "stopped.json").read_text())["steps"] == 4
+
+
+def test_training_does_not_go_on_with_other_images(data_folder, tmp_path, monkeypatch):
+    for number in range(6):
+        file = tmp_path / ("test" if number < 2 else "train") / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16), 40 * number).save(file)
+    arguments = [*TRAIN, "--data", tmp_path, "--image-size", "16", "--name", "grown"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpm.DDPM, "loss", lambda self, network, batch: network.head.weight.sum())
+        patch.setattr(ddpm.DDPM, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT) or {})
+        assert call(*arguments).exit_code == EXIT_INTERRUPTED
+    Image.new("L", (16, 16)).save(tmp_path / "train" / "more.png")
+    grown = call(*arguments)
+    assert grown.exit_code == EXIT_USER_ERROR
+    assert "with other settings: images was 4 and is now 5. " in grown.stderr
+    (data_folder / "states" / "grown.pt").unlink()
 
 
 def test_training_on_a_folder_of_images(data_folder, tmp_path):
@@ -185,6 +205,28 @@ def test_samples_are_guided_by_the_classifier_of_their_images(data_folder, tiny_
     assert red != guided("blue", "blue star", "--scale", "50")[0]
     assert red != grid("unguided")[0]
     assert guided("zero", "red star", "--scale", "0")[0] == grid("unguided")[0]
+
+
+def test_a_checkpoint_of_another_version_is_in_nobodys_way(data_folder, tiny_classifier, tmp_path):
+    for file in checkpoint_files("tiny_classifier"):
+        shutil.copy(file, file.with_stem("a_stranger"))
+    _, stranger = checkpoint_files("a_stranger")
+    card = json.loads(stranger.read_text()) | {"name": "a_stranger"}
+    try:
+        for foreign in ({"settings": card["settings"] | {"unheard_of": 1}}, {"recipe": "unheard_of"}):
+            stranger.write_text(json.dumps(card | foreign))
+            arguments = ["--model", "tiny", "--steps", "2", "--count", "1", "--out", tmp_path / "grid.png"]
+            guided = call("sample", *arguments, "--guidance", "classifier", "--class", "red star")
+            assert guided.exit_code == 0, guided.output
+            refused = call("evaluate", "a_stranger")
+            assert refused.exit_code == EXIT_USER_ERROR
+            assert "'a_stranger' was made by another version of the course" in refused.stderr
+        stranger.write_text("{}")
+        listed = call("checkpoints")
+        assert "tiny: " in listed.stdout and f"error: {stranger} is damaged" in listed.stderr
+    finally:
+        for file in checkpoint_files("a_stranger"):
+            file.unlink()
 
 
 def test_guidance_without_a_classifier_for_the_model_is_refused(data_folder, tmp_path):
@@ -466,6 +508,8 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--eta", "0.5", "--sampler", "ddpm"], "--eta is for --sampler ddim"),
         ([*SAMPLE, "--class", "red star"], "--class and --scale are for --guidance; it is missing"),
         ([*SAMPLE, "--scale", "2"], "--class and --scale are for --guidance; it is missing"),
+        ([*SAMPLE, "--scale", "nan"], "--scale must be a finite number; got nan"),
+        ([*SAMPLE, "--w", "inf"], "--w must be a finite number; got inf"),
         ([*SAMPLE, "--prompt", "a", "--class", "b"], "--class and --scale are for --guidance; it is missing"),
         ([*SAMPLE, "--prompt", "a", "--scale", "2"], "--class and --scale are for --guidance; it is missing"),
         ([*SAMPLE, "--w", "2"], "--w is for --prompt or --guidance cfg; both are missing"),

@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 
 from lecture26.kit import data
-from lecture26.kit.data import DataError, load
+from lecture26.kit.data import DataError, StoredImages, load
 from lecture26.kit.image_set import ImageSet
 
 SPLITS = ("train", "validation", "test")
@@ -295,6 +295,23 @@ def test_classes_are_those_of_all_splits(tmp_path):
 def test_a_class_may_be_called_train(tmp_path):
     write_folder(tmp_path, classes=("car", "plane", "train"))
     assert load(tmp_path).labels == {"class": ("car", "plane", "train")}
+
+
+@pytest.mark.parametrize("other", ["valid", "__MACOSX"])
+def test_splits_beside_another_folder_are_not_taken_for_classes(tmp_path, other):
+    for name in ("train", "test", other):
+        write_folder(tmp_path / name, 2, classes=("ant", "bee"))
+    with pytest.raises(DataError, match=rf"folders named like splits .*got .*{other}.* Rename or move"):
+        load(tmp_path)
+
+
+def test_images_too_many_to_be_kept_enlarged_are_the_same(monkeypatch):
+    pixels = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kept = StoredImages(pixels, torch.zeros(6).long(), [], 20)
+    monkeypatch.setattr("lecture26.kit.data.CACHE_BYTES", 100)
+    enlarged = StoredImages(pixels, torch.zeros(6).long(), [], 20)
+    assert enlarged.batch([4, 1])["image"].shape == (2, 3, 20, 20)
+    assert torch.equal(enlarged.batch([4, 1])["image"], kept.batch([4, 1])["image"])
 
 
 def test_folder_without_classes(tmp_path):

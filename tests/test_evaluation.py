@@ -296,6 +296,7 @@ def test_recall_sees_what_is_missing_and_precision_what_should_not_be_there():
     [
         (torch.zeros(5, 3), torch.zeros(5, 4), r"shapes \(N, F\) and \(M, F\); got \(5, 3\) and \(5, 4\)"),
         (torch.zeros(5, 3), torch.zeros(3, 3), "features_drawn must be of more than 3 images.*got 3"),
+        (torch.zeros(5, 3), torch.full((5, 3), math.nan), "features_drawn must be finite; got nan"),
     ],
 )
 def test_recall_refuses(real, drawn, message):

@@ -128,10 +128,31 @@ def test_disk_space(tmp_path, torch, free, enough):
 
 def test_without_network(tmp_path):
     """pip fails: the message says what to look at."""
-    program(tmp_path / "venv" / "bin" / "python", 'case "$1" in -m) exit 1;; esac')
+    program(tmp_path / "venv" / "bin" / "python", 'case "$1 $3" in "-m install") exit 1;; esac')
     outcome = install(tmp_path)
     assert outcome.returncode == 1
     assert "Without a network" in outcome.stderr
+
+
+def test_environment_that_was_left_half_made_is_made_anew(tmp_path):
+    program(tmp_path / "venv" / "bin" / "python", 'case "$2" in pip) exit 1;; esac')
+    wrong_python(tmp_path)
+    program(tmp_path / "bin" / "python3.11", 'case "$1" in -c) exit 0;; *) echo "asked: $*"; exit 1;; esac')
+    assert f"asked: -m venv --clear {tmp_path / 'venv'}" in install(tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("system", "advice"),
+    [
+        ("MINGW64_NT-10.0 x86_64", "follow 'Without make' in README.md"),
+        ("Darwin x86_64", "no packages for Macs with Intel processors"),
+    ],
+)
+def test_system_that_it_is_not_for(tmp_path, system, advice):
+    program(tmp_path / "bin" / "uname", f"echo {system}")
+    outcome = install(tmp_path)
+    assert outcome.returncode == 1
+    assert advice in outcome.stderr
 
 
 def test_make_help_names_every_target():

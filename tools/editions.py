@@ -21,6 +21,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, module_name, notebook_sources, read_cells
+from lecture26.kit.files import replace_when_complete
 
 BEGIN, END = SOLUTION_MARKERS
 SOLUTION = re.compile(rf"^( *){BEGIN}\n(.*?)^ *{END}(?:\n|\Z)", re.MULTILINE | re.DOTALL)
@@ -115,7 +116,8 @@ def make_copies(root: Path, names: list[str] | None = None) -> list[str]:
         if copy.exists():
             lines.append(f"kept work/{copy.name}, which is yours (rename it to get a fresh copy)")
         else:
-            nbformat.write(learners_copy(source), copy)
+            with replace_when_complete(copy) as temporary:
+                nbformat.write(learners_copy(source), temporary)
             lines.append(f"made work/{copy.name}")
     return lines
 

@@ -9,6 +9,11 @@ fail() {
     exit 1
 }
 
+case "$(uname -sm)" in
+MINGW* | MSYS* | CYGWIN*) fail "on Windows, follow 'Without make' in README.md." ;;
+Darwin*x86_64) fail "PyTorch has no packages for Macs with Intel processors any more." ;;
+esac
+
 is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
@@ -35,11 +40,14 @@ if [ "$free" -lt "$needed" ] && [ ! -e "$venv/.installed" ]; then
 Free some space, or install PyTorch without CUDA (about 2 GB in all): make lab TORCH=cpu"
 fi
 
-if [ ! -x "$venv/bin/python" ]; then
-    "$python" -m venv "$venv" || fail "'$python -m venv' failed.
+if [ -x "$venv/bin/python" ]; then
+    is_supported "$venv/bin/python" || fail "$venv holds another Python. Remove it (make clean) and try again."
+fi
+# an environment that was left half-made has a Python without pip
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    "$python" -m venv --clear "$venv" || fail "'$python -m venv' failed.
 On Debian and Ubuntu the package python3-venv is needed: sudo apt install python3-venv"
 fi
-is_supported "$venv/bin/python" || fail "$venv holds another Python. Remove it (make clean) and try again."
 
 echo "Installing into $venv with $("$venv/bin/python" --version); this takes some minutes."
 if [ "${TORCH:-}" = cpu ]; then

@@ -24,10 +24,12 @@ import jupytext
 import nbformat
 import psutil
 from jupytext.cli import jupytext as jupytext_command
+from nbclient.exceptions import DeadKernelError
 from nbconvert.preprocessors import CellExecutionError, ClearMetadataPreprocessor, ExecutePreprocessor
 
 import export
 from course import ROOT, CourseError, notebook_sources
+from lecture26.kit.files import replace_when_complete
 
 CELL_TIMEOUT = 600  # seconds
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -98,7 +100,7 @@ def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Run:
     try:
         with PeakMemory() as memory:
             executor.preprocess(notebook, {"metadata": {"path": str(folder)}})
-    except (CellExecutionError, TimeoutError) as error:
+    except (CellExecutionError, DeadKernelError, TimeoutError) as error:
         raise CourseError(f"{name} does not run:\n{error}") from None
     return Run(name, time.perf_counter() - begin, executor.slowest_cell, memory.peak)
 
@@ -144,7 +146,8 @@ def store_notebook(notebook: nbformat.NotebookNode, source: Path) -> None:
         preserve_nb_metadata_mask={"jupytext", "kernelspec", ("language_info", "name")},
     )
     notebook, _ = clear.preprocess(notebook, {})
-    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    with replace_when_complete(source.with_suffix(".ipynb")) as temporary:
+        nbformat.write(notebook, temporary)
     text = source_of(notebook)
     if source.read_text(encoding="utf-8") != text:  # only the header and blank lines between cells can differ
         source.write_text(text, encoding="utf-8", newline="\n")

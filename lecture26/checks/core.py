@@ -128,10 +128,11 @@ def call(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> 
 
 @contextmanager
 def default_state(seed: int = 0) -> Iterator[None]:
-    """Torch as it starts, whatever is set around: gradients on, float32 by default, a seeded generator."""
+    """Torch as it starts, whatever is set around: gradients on, float32 on the CPU, a seeded generator."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with (
         torch.random.fork_rng(devices=[]),
+        nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
         torch.inference_mode(False),
         torch.enable_grad(),
         warnings.catch_warnings(action="ignore"),

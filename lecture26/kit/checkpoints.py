@@ -23,6 +23,8 @@ from lecture26.kit.paths import checkpoints_dir
 GIVEN_FIELDS = ("recipe", "settings", "command", "data", "steps", "seconds", "metrics")
 CARD_FIELDS = ("name", *GIVEN_FIELDS, "parameters", "machine", "versions", "bytes", "sha256")
 
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, or is not what its card says."""
@@ -40,7 +42,7 @@ def checkpoint_files(name: str) -> tuple[Path, Path]:
     Raises:
         ValueError: if the name has other characters.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             "a checkpoint's name is made of lower-case letters, digits, - and _, "
             f"beginning with a letter or digit; got {name!r}"
@@ -155,8 +157,14 @@ def load_state(name: str) -> dict[str, Tensor]:
 
 
 def list_checkpoints() -> list[str]:
-    """The names of the checkpoints present, in alphabetical order."""
-    return sorted(file.stem for file in checkpoints_dir().glob("*.safetensors"))
+    """The names of the checkpoints present, each with weights and card, in alphabetical order."""
+    names = (file.stem for file in checkpoints_dir().glob("*.safetensors"))
+    return sorted(name for name in names if NAME.fullmatch(name) and is_complete(name))
+
+
+def is_complete(name: str) -> bool:
+    """Whether a checkpoint has weights and card; who is stopped between the two leaves only the former."""
+    return all(file.is_file() for file in checkpoint_files(name))
 
 
 def describe_machine() -> dict:

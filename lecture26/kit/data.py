@@ -100,7 +100,7 @@ class PixelSet(ImageSet):
 
 
 class StoredImages(PixelSet):
-    """Images kept in memory, (N, C, H, W) uint8, resized once."""
+    """Images kept in memory, (N, C, H, W) uint8: resized if all fit in CACHE_BYTES, else as they came."""
 
     def __init__(
         self, pixels: torch.Tensor, targets: torch.Tensor, class_names: Sequence[str], image_size: int
@@ -113,15 +113,19 @@ class StoredImages(PixelSet):
             class_names: the name of each class; none if the images have no label.
             image_size: height and width in pixels that the images get.
         """
-        if pixels.shape[-1] != image_size:
-            from torchvision.transforms.v2.functional import InterpolationMode, resize
-
-            pixels = resize(pixels, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
-        self._stored = pixels
         super().__init__(pixels.shape[1], image_size, targets, class_names)
+        fits = len(pixels) * self.channels * image_size**2 <= CACHE_BYTES
+        self._stored = self._resized(pixels) if fits else pixels
 
     def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
-        return self._stored[indices]
+        return self._resized(self._stored[indices])
+
+    def _resized(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.shape[-1] == self.image_size:
+            return pixels
+        from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+        return resize(pixels, [self.image_size] * 2, InterpolationMode.BICUBIC, antialias=True)
 
 
 class FileImages(PixelSet):
@@ -285,6 +289,13 @@ def _files_by_split(folder: Path) -> dict[str, list[tuple[Path, tuple[str, ...]]
     folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     # A class may be called "train" as well, so that these are splits only if they are all there is.
     has_splits = "train" in folders and set(folders) <= {*SPLITS, "val"}
+    named_like_splits = {name for name in folders if name.lower() in {*SPLITS, "val", "valid"}}
+    if not has_splits and {name.lower() for name in named_like_splits} > {"train"}:
+        raise DataError(
+            f"{folder} has folders named like splits ({', '.join(sorted(named_like_splits))}) that cannot be "
+            f"taken for them: splits are called {', '.join(SPLITS)} (or val), with no other folder beside "
+            f"them; got {', '.join(sorted(folders))}. Rename or move some of them"
+        )
     if not has_splits:
         folders = {"train": folder}
     if "val" in folders:

@@ -163,7 +163,7 @@ def recall(features_real: Tensor, features_drawn: Tensor) -> float:
         A share, in [0, 1]; like the Frechet distance it depends on N and M.
 
     Raises:
-        ValueError: other shapes, or too few drawn images.
+        ValueError: other shapes, numbers that are not finite, or too few drawn images.
 
     Source: Kynkaanniemi et al. 2019, "Improved precision and recall metric for assessing generative models",
     section 2, where the features are those of VGG-16, and k = 3.
@@ -178,7 +178,11 @@ def recall(features_real: Tensor, features_drawn: Tensor) -> float:
             f"features_drawn must be of more than {NEIGHBOURS} images, as many as the neighbours looked for; "
             f"got {len(features_drawn)}"
         )
-    real, drawn = features_real.double(), features_drawn.double()
+    for name, features in (("features_real", features_real), ("features_drawn", features_drawn)):
+        if not features.isfinite().all():
+            raise ValueError(f"{name} must be finite; got nan or infinity")
+    # On the CPU, since some devices have no float64.
+    real, drawn = features_real.detach().cpu().double(), features_drawn.detach().cpu().double()
     # The nearest "neighbour" of each image is itself.
     radii = torch.cdist(drawn, drawn).kthvalue(NEIGHBOURS + 1, dim=1).values  # (M,)
     return (torch.cdist(real, drawn) <= radii).any(dim=1).double().mean().item()

@@ -7,7 +7,7 @@ _FAMILIES and _RECIPES below.
 from torch import nn
 
 from lecture26.ddpm import Diffusion
-from lecture26.kit.checkpoints import load_card, load_state
+from lecture26.kit.checkpoints import CheckpointError, load_card, load_state
 from lecture26.kit.validation import check_choice
 from lecture26.recipes import backbone, classifiers, clip, conditional, ddpm, latent, readers, vae
 from lecture26.recipes.recipe import Recipe, run
@@ -50,10 +50,15 @@ def load_recipe(name: str) -> Recipe:
     """The recipe that a checkpoint was made by, with the settings of its card.
 
     Raises:
-        CheckpointError: if there is no such checkpoint.
+        CheckpointError: if there is no such checkpoint, or this version of the course cannot read its card.
     """
     card = load_card(name)
-    return _FAMILIES[card["recipe"]](**card["settings"])
+    try:
+        return _FAMILIES[card["recipe"]](**card["settings"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {name!r} was made by another version of the course ({error}): train it anew"
+        ) from error
 
 
 def load_model(name: str) -> nn.Module:

@@ -544,13 +544,15 @@ def load_backbone(name: str, pretrained: bool = True) -> nn.Module:
     try:
         # Without a pretrained tag of its own, a random network needs no weights to exist.
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except OSError as error:
-        raise DataError(
-            f"the weights of {name!r} could not be fetched: {str(error).strip().splitlines()[0]} Connect to "
-            "the network and try again, or use a checkpoint of the course, such as vit_photos32"
-        ) from error
     except RuntimeError as error:  # an unknown tag, or no pretrained weights
         raise ValueError(f"backbone {name!r} cannot be made: {error}") from error
+    except Exception as error:  # the hub's library raises what its network library does
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"the weights of {name!r} could not be fetched: {reason} Connect to the network and try again "
+            "(with HF_HUB_OFFLINE=1 only what was fetched before is looked for, at once), or use a "
+            "checkpoint of the course, such as vit_photos32"
+        ) from error
     try:
         check_backbone(vit)
     except TypeError as error:
@@ -626,10 +628,7 @@ def compare_on(
         if height != width:
             raise ValueError(f"backbone must take square images; {backbone!r} takes {height} x {width}")
         mean, std = ((0.5,) * 3,) * 2 if backbone in list_checkpoints() else (config["mean"], config["std"])
-        splits = {
-            split: Normalised(load(data, split, height), mean, std)
-            for split in ("train", "validation", "test")
-        }
+        splits = {split: Normalised(load(data, split, height), mean, std) for split in SPLITS}
     settings = {
         "backbone": backbone,
         "pretrained": pretrained,

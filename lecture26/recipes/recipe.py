@@ -198,7 +198,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
         precision=recipe.precision,
         state_file=state_file(recipe.name),
         state_every=state_every,
-        settings=settings,
+        settings=settings | {"images": len(images)},  # a folder's name may come to hold others
     )
     if not process_state().is_main_process:
         return None
