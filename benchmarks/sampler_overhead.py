@@ -13,7 +13,7 @@ from lecture26.ddpm import ddim_step, ddpm_step, sample
 from lecture26.kit.results import save_results
 from lecture26.recipes import load_diffusion, load_model
 
-MODEL, BATCH_SIZE, STEPS, REPEATS = "ddpm_shapes32", 64, 10, 9
+MODEL, BATCH_SIZE, STEPS, REPEATS = "ddpm_shapes32", 64, 50, 9
 
 
 @torch.no_grad()

@@ -55,15 +55,15 @@ use_style()
 #
 # | chapter | what it derives and builds | builds on | time | peak memory |
 # |---|---|---|---|---|
-# | [00 Start here](00_start_here.ipynb) | the map, the notation, the data, how proofs, checks and hints work | | 8 s | 1.0 GB |
-# | [01 DDPM](01_ddpm.ipynb) | forward process and posterior, the bound and the simple loss, noise, data or velocity as what is predicted, learned variance, DDPM and DDIM sampling with all steps or few; all of it on a Gaussian mixture, where the right answer is known exactly | 00 | 12 s | 0.9 GB |
-# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 60 s | 1.2 GB |
-# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 166 s | 1.0 GB |
-# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 29 s | 1.1 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 (04 to compare) | 56 s | 1.1 GB |
-# | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 46 s | 1.3 GB |
-# | [07 Latent diffusion](07_latent_diffusion.ipynb) | into the latent space and out of it, cross-attention, text to image, where each word is looked at from, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 123 s | 1.4 GB |
-# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer taken apart, and what is wrong with a wrapper that runs; prompts for a frozen one, shallow and deep, beside a linear probe, biases and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | 104 s | 1.6 GB |
+# | [00 Start here](00_start_here.ipynb) | the map, the notation, the data, how proofs, checks and hints work | | 11 s | 0.9 GB |
+# | [01 DDPM](01_ddpm.ipynb) | forward process and posterior, the bound and the simple loss, noise, data or velocity as what is predicted, learned variance, DDPM and DDIM sampling with all steps or few; all of it on a Gaussian mixture, where the right answer is known exactly | 00 | 26 s | 0.9 GB |
+# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 148 s | 1.2 GB |
+# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 87 s | 1.0 GB |
+# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 58 s | 1.2 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 (04 to compare) | 81 s | 1.1 GB |
+# | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 90 s | 1.3 GB |
+# | [07 Latent diffusion](07_latent_diffusion.ipynb) | into the latent space and out of it, cross-attention, text to image, where each word is looked at from, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 79 s | 1.4 GB |
+# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer taken apart, and what is wrong with a wrapper that runs; prompts for a frozen one, shallow and deep, beside a linear probe, biases and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | 67 s | 1.4 GB |
 # | 09 The slides, checked | a miniature Stable Diffusion made of the finished parts; each number of the lecture beside the papers' and our own | all | planned | |
 
 # %% [markdown]

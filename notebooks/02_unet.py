@@ -22,7 +22,7 @@
 # - train the same code on a folder of your own images.
 #
 # **What it needs**: chapter 01, whose `Diffusion` and samplers are imported here, and convolutions.
-# **What it takes**: under two minutes on two cores, most of it spent in two trainings. All data are embedded.
+# **What it takes**: one to two and a half minutes on two cores, most of it spent in two trainings. All data are embedded.
 
 # %%
 import tempfile

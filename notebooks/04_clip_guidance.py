@@ -1458,7 +1458,7 @@ verify("4.32", (s * b * slope).expand(9), gradient_of(log_mean_exp(s * b * grid)
 # mean and the width of all samples. A third guidance joins in: a clean $f$ at the noisy $x_t$, $-s(x_t-a)$.
 
 # %%
-normal = exact_denoiser(GaussianMixture([1.0], [[mu]], [[sigma]]), lab)
+normal = exact_denoiser(GaussianMixture([1.0], [[mu]], [sigma]), lab)
 x_T, s = torch.tensor([[0.0], [1.0]] * 2), torch.tensor([[1.0], [1.0], [8.0], [8.0]])  # (4, 1) each
 
 

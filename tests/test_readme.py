@@ -10,6 +10,7 @@ from PIL import Image
 import pictures
 from course import ROOT, notebook_sources, read_cells
 from lecture26.kit.paths import checkpoints_dir
+from lecture26.kit.results import load_results
 
 TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
 START_HERE = ROOT / "notebooks" / "00_start_here.py"
@@ -94,3 +95,24 @@ def test_python_versions_are_those_of_pyproject(readme):
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.png")), ids=lambda picture: picture.name)
 def test_pictures_are_small(picture):
     assert picture.stat().st_size < LARGEST_PICTURE
+
+
+def spread(numbers, digits, factor=1):
+    """Median and extremes of a benchmark as the README shows them."""
+    median, least, most = (f"{factor * numbers[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({least} to {most})"
+
+
+def test_benchmarks_are_those_that_are_stored(readme):
+    settings = load_results("benchmark_unet")["settings"]
+    expected = [
+        [spread(setting[step]["ratio"], 2) for step in ("training_step", "sampling_step")]
+        for setting in settings
+    ]
+    assert [row[1:] for row in table_rows(readme, "diffusers' time over ours")] == expected
+    shares = load_results("benchmark_sampler")["share_of_the_network_time"]
+    expected = [spread(shares[name], 2, 100) for name in ("ddpm", "ddim")]
+    expected += [spread(rate, 0) for rate in load_results("benchmark_shapes")["images_per_second"].values()]
+    imports = load_results("benchmark_import")
+    expected += [spread(imports[name], 2) for name in imports if name.startswith("import ")]
+    assert [row[1] for row in table_rows(readme, "what")] == expected
