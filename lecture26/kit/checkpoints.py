@@ -163,7 +163,7 @@ def list_checkpoints() -> list[str]:
 
 
 def is_complete(name: str) -> bool:
-    """Whether a checkpoint has weights and card; who is stopped between the two leaves only the former."""
+    """Whether a checkpoint of that name has weights and card; a run that is killed may leave no card."""
     return all(file.is_file() for file in checkpoint_files(name))
 
 
