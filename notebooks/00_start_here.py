@@ -57,7 +57,7 @@ use_style()
 # |---|---|---|---|---|
 # | [00 Start here](00_start_here.ipynb) | the map, the notation, the data, how proofs, checks and hints work | | 11 s | 0.9 GB |
 # | [01 DDPM](01_ddpm.ipynb) | forward process and posterior, the bound and the simple loss, noise, data or velocity as what is predicted, learned variance, DDPM and DDIM sampling with all steps or few; all of it on a Gaussian mixture, where the right answer is known exactly | 00 | 26 s | 0.9 GB |
-# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 148 s | 1.2 GB |
+# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 134 s | 1.2 GB |
 # | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 87 s | 1.0 GB |
 # | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 58 s | 1.2 GB |
 # | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 (04 to compare) | 81 s | 1.1 GB |

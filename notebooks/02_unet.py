@@ -1285,7 +1285,7 @@ assert torch.allclose(ema.model.weight, library.module.weight, atol=1e-6)
 # %% [markdown]
 # ## Training
 #
-# The loop of chapter 01, with images for points and the average beside it. Every 50 steps, 64 images that are not
+# The loop of chapter 01, with images for points and the average beside it. Every 40 steps, 64 images that are not
 # trained on tell how good the weights are, as they stand and averaged; steps and noise are the same each time.
 
 # %%
@@ -1306,7 +1306,7 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 generator = torch.Generator().manual_seed(0)
 losses, steps = [], [0]
 unseen_losses = {"as they stand": [unseen_loss(network)], "averaged": [unseen_loss(ema.model)]}
-for step in tqdm(range(500), "training"):
+for step in tqdm(range(400), "training"):
     x_0 = images.batch(torch.randint(len(images), (16,), generator=generator))["image"]
     t = torch.randint(diffusion.num_steps, (16,), generator=generator)
     loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator))
@@ -1315,24 +1315,24 @@ for step in tqdm(range(500), "training"):
     optimizer.step()
     ema.update(network)
     losses.append(loss.item())
-    if (step + 1) % 50 == 0:
+    if (step + 1) % 40 == 0:
         steps.append(step + 1)
         unseen_losses["as they stand"].append(unseen_loss(network))
         unseen_losses["averaged"].append(unseen_loss(ema.model))
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-axes[0].plot(range(1, 501), losses, color="lightgrey", label="training, each step")
+axes[0].plot(range(1, 401), losses, color="lightgrey", label="training, each step")
 axes[0].axhline(predicted_loss, color="black", linewidth=0.8, linestyle="--")
 axes[0].annotate(
-    "at the start, by (2.16)", (500, predicted_loss), xytext=(0, 5), textcoords="offset points", ha="right"
+    "at the start, by (2.16)", (400, predicted_loss), xytext=(0, 5), textcoords="offset points", ha="right"
 )
 for (name, values), colour in zip(unseen_losses.items(), colours):
     axes[0].plot(steps, values, "o-", markersize=4, color=colour, label=f"unseen, weights {name}")
     axes[1].plot(steps[5:], values[5:], "o-", color=colour)
 axes[0].set(xlabel="training step", ylabel="loss", ylim=(0, 0.9))
 axes[0].legend(loc=(0.35, 0.35))
-axes[1].set(xlabel="training step", title="the same two, from step 250 on")
+axes[1].set(xlabel="training step", title="the same two, from step 200 on")
 show(
     figure,
     "The loss falls from its predicted start; of the two sets of weights, the averaged ones have the lower curve.",
@@ -1340,17 +1340,17 @@ show(
 
 # %% [markdown]
 # *The loss falls to less than a third. From batch to batch it jumps about, since some steps are harder than others: more of
-# that below. On the same unseen images and steps, the weights as they stand go up and down, and the averaged ones lie
-# below them.*
+# that below. On the same unseen images and steps, the averaged weights lie below those as they stand, more so at some
+# moments than at others.*
 
 # %%
-late = {name: sum(values[-6:]) / 6 for name, values in unseen_losses.items()}  # from step 250 on
+late = {name: sum(values[-6:]) / 6 for name, values in unseen_losses.items()}  # from step 200 on
 print(f"less than half of the first loss: {late['averaged'] < 0.5 * predicted_loss}")
 print(f"averaged weights better: {late['averaged'] < late['as they stand']}")
 assert late["averaged"] < min(0.5 * predicted_loss, late["as they stand"])
 
 # %% [markdown]
-# Five hundred steps are not much. What can it draw? The same noise, through both sets of weights:
+# Four hundred steps are not much. What can it draw? The same noise, through both sets of weights:
 
 # %%
 x_T = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -1360,8 +1360,8 @@ figure = show_grid(torch.cat(drawn), row_titles=["as they stand", "averaged"], i
 show(figure, "Two rows of eight blurred, grainy pictures: coloured spots on light, dark or grey grounds.")
 
 # %% [markdown]
-# *Spots of colour on backgrounds of the right kinds, grainy, and hardly a shape: layout first, detail later. The averaged
-# weights' pictures have less grain, and it is the same picture: with DDIM the noise decides.*
+# *Spots of colour on light or dark ground, grainy, and hardly a shape: layout first, detail later. The averaged weights'
+# pictures have less grain and clearer grounds. Where the spots are is the same in both rows: with DDIM the noise decides.*
 
 # %% [markdown]
 # ## The long-trained model
@@ -1394,7 +1394,7 @@ def loss_by_step(network, steps):
 
 
 steps = [0, 10, 30, 60, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 999]
-by_step = {"500 steps": loss_by_step(ema.model, steps), "long-trained": loss_by_step(trained, steps)}
+by_step = {"400 steps": loss_by_step(ema.model, steps), "long-trained": loss_by_step(trained, steps)}
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
