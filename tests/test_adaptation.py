@@ -29,14 +29,14 @@ from typer.testing import CliRunner
 from lecture26 import recipes
 from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
 from lecture26.kit.checkpoints import load_card, save_checkpoint
-from lecture26.kit.data import SPLITS, load
+from lecture26.kit.data import SPLITS, DataError, load
 from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.shapes import Shapes
 from lecture26.kit.training import SampleDraws
 from lecture26.recipes import adaptation, measurements, probes
-from lecture26.recipes.adaptation import METHODS, Budget, Comparison, Progress
+from lecture26.recipes.adaptation import METHODS, Budget, Comparison, Progress, load_backbone
 from lecture26.recipes.backbone import accuracy
 from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, load_task, save_task
 
@@ -1088,6 +1088,21 @@ def test_the_documented_commands_are_found():
     found = [" ".join(command) for command in documented_commands()]
     assert any("--data fgvc_aircraft" in line and "--method compare" in line for line in found)
     assert any("--data ./" in line for line in found)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("407 Proxy", "407 Proxy"), ("", "NetworkTrouble")])
+def test_whatever_the_hub_raises_is_told_in_one_line(monkeypatch, text, reason):
+    import timm
+
+    class NetworkTrouble(Exception):
+        """As those of network libraries, no OSError."""
+
+    def fails(*_, **__):
+        raise NetworkTrouble(text)
+
+    monkeypatch.setattr(timm, "create_model", fails)
+    with pytest.raises(DataError, match=f"could not be fetched: {reason} Connect .*HF_HUB_OFFLINE=1"):
+        load_backbone("vit_tiny_patch16_224")
 
 
 def test_without_a_network_the_error_says_what_to_do(aircraft, monkeypatch):

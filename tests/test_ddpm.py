@@ -1143,6 +1143,12 @@ RESPACED = DIFFUSION.respace(10)
         (lambda: ddpm_step(DIFFUSION, always(X), X, T + 29, X), ValueError, r"t must lie in \[0, 30\)"),
         (lambda: ddim_step(DIFFUSION, always(X), X, T - 1, X), ValueError, r"t must lie in \[0, 30\)"),
         (lambda: DIFFUSION.q_sample(X, T.float(), X), (TypeError, ValueError), "t must .*float32"),
+        (
+            lambda: DIFFUSION.q_sample(X, T > 0, X),
+            TypeError,
+            "t must be a tensor of integers; got torch.bool",
+        ),
+        (lambda: DIFFUSION.q_sample(X, 3, X), TypeError, "t must be a tensor of integers; got 3"),
         # the data and their noise
         (lambda: DIFFUSION.q_sample(X.byte(), T, X), (TypeError, ValueError), "must .*float.* got .*uint8"),
         (
@@ -1157,6 +1163,16 @@ RESPACED = DIFFUSION.respace(10)
         ),
         (
             lambda: RESPACED.loss(always(X), X, T, X[:, :1]),
+            ValueError,
+            r"noise must have the shape of the data, \(2, 3\); got \(2, 1\)",
+        ),
+        (
+            lambda: ddpm_step(DIFFUSION, always(X), X, T, X[0]),
+            ValueError,
+            r"noise must have the shape of the data, \(2, 3\); got \(3,\)",
+        ),
+        (
+            lambda: ddim_step(DIFFUSION, always(X), X, T, X[:, :1]),
             ValueError,
             r"noise must have the shape of the data, \(2, 3\); got \(2, 1\)",
         ),
@@ -1216,6 +1232,11 @@ RESPACED = DIFFUSION.respace(10)
             lambda: GaussianMixture([0.5, 0.5], [[0.0], [1.0]], [1.0]),
             ValueError,
             r"weights, means and stds must have shapes .*; got \(2,\), \(2, 1\) and \(1,\)",
+        ),
+        (
+            lambda: GaussianMixture([0.5, 0.5], [[0.0], [1.0]], [[1.0], [1.0]]),
+            ValueError,
+            r"weights, means and stds must have shapes .*; got \(2,\), \(2, 1\) and \(2, 1\)",
         ),
         (
             lambda: GaussianMixture([0.5, 0.4], [[0.0], [1.0]], [1.0, 1.0]),
