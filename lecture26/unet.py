@@ -364,12 +364,9 @@ class UNet(nn.Module):
     ):
         super().__init__()
         attention_levels = levels_with_attention(channel_multipliers, attention_levels)
-        for name, value in (
-            ("base_channels", base_channels),
-            ("num_blocks", num_blocks),
-            ("patch_size", patch_size),
-        ):
-            check_positive_int(name, value)
+        check_positive_int("base_channels", base_channels)
+        check_positive_int("num_blocks", num_blocks)
+        check_positive_int("patch_size", patch_size)
         if base_channels % 2:
             raise ValueError(
                 f"base_channels must be even, for as many cosines as sines; got base_channels={base_channels}"

@@ -24,8 +24,8 @@
 # - choose between classifier, CLIP and classifier-free guidance by what each needs, costs and gives.
 #
 # **What it needs**: chapter 01 (scores, both samplers, the Gaussian mixture), chapter 02 (the U-Net and its label
-# tables), chapter 03 (Bayes' rule on scores), and for the comparison chapter 04. **What it takes**: about a minute on two cores. All data are
-# embedded.
+# tables), chapter 03 (Bayes' rule on scores), and for the comparison chapter 04. **What it takes**: one to one and a half
+# minutes on two cores. All data are embedded.
 
 # %%
 from functools import partial

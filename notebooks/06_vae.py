@@ -28,7 +28,7 @@
 # - give the latents the scale that a diffusion expects, and say what goes wrong without it.
 #
 # **What it needs**: chapter 01 (normal densities, the schedule, the exact denoiser), chapter 02 (blocks, patches).
-# **What it takes**: about a minute on two cores. All data are embedded.
+# **What it takes**: one to one and a half minutes on two cores. All data are embedded.
 
 # %%
 import matplotlib.pyplot as plt

@@ -126,8 +126,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         if features.ndim != 2:
             raise ValueError(f"{name} must be of shape (samples, features); got {tuple(features.shape)}")
-        if not features.isfinite().all():
-            raise ValueError(f"{name} must be finite; got nan or infinity")
+    _check_finite(features_a=features_a, features_b=features_b)
     (num_a, size_a), (num_b, size_b) = features_a.shape, features_b.shape
     if size_a != size_b:
         raise ValueError(f"features_a and features_b must be of one length; got {size_a} and {size_b}")
@@ -178,14 +177,19 @@ def recall(features_real: Tensor, features_drawn: Tensor) -> float:
             f"features_drawn must be of more than {NEIGHBOURS} images, as many as the neighbours looked for; "
             f"got {len(features_drawn)}"
         )
-    for name, features in (("features_real", features_real), ("features_drawn", features_drawn)):
-        if not features.isfinite().all():
-            raise ValueError(f"{name} must be finite; got nan or infinity")
+    _check_finite(features_real=features_real, features_drawn=features_drawn)
     # On the CPU, since some devices have no float64.
     real, drawn = features_real.detach().cpu().double(), features_drawn.detach().cpu().double()
     # The nearest "neighbour" of each image is itself.
     radii = torch.cdist(drawn, drawn).kthvalue(NEIGHBOURS + 1, dim=1).values  # (M,)
     return (torch.cdist(real, drawn) <= radii).any(dim=1).double().mean().item()
+
+
+def _check_finite(**features: Tensor) -> None:
+    """Raise ValueError, by the argument's name, if a number is none or infinite."""
+    for name, values in features.items():
+        if not values.isfinite().all():
+            raise ValueError(f"{name} must be finite; got nan or infinity")
 
 
 def real_against_real(reader: Reader, images: ImageSet, num_samples: int) -> float:

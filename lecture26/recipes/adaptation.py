@@ -547,6 +547,8 @@ def load_backbone(name: str, pretrained: bool = True) -> nn.Module:
     except RuntimeError as error:  # an unknown tag, or no pretrained weights
         raise ValueError(f"backbone {name!r} cannot be made: {error}") from error
     except Exception as error:  # the hub's library raises what its network library does
+        if not pretrained:
+            raise  # nothing was fetched: a fault of the code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"the weights of {name!r} could not be fetched: {reason} Connect to the network and try again "
