@@ -32,6 +32,7 @@ from lecture26.ddpm import (
     exact_denoiser,
     linear_betas,
     sample,
+    x_0_from_eps,
 )
 from lecture26.kit.checkpoints import save_checkpoint
 from lecture26.kit.data import load
@@ -218,7 +219,8 @@ def test_every_prediction_type_is_guided_to_the_same_noise(prediction, variance)
 
     def network(x_t, t, cond):
         eps = smooth_network(x_t, t, cond)
-        output = spoken.target(spoken.x_0_from_eps(x_t, t, eps), eps, t)
+        alpha_bar = spoken.at(t, x_t).alpha_bar
+        output = spoken.target(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
         return torch.cat([output, eps.cos()], dim=1) if variance == "learned_range" else output
 
     expected = of_noise.p_mean_variance(classifier_free_guided(smooth_network, COND, NULL, 3.0), X, T)

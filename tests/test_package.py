@@ -171,7 +171,9 @@ SIGNATURES = {
     "ddpm.PMeanVariance": "mean, variance, log_variance, x_0, eps",
     "ddpm.ddpm_step": "diffusion, denoiser, x_t, t, noise, mean_shift=None",
     "ddpm.ddim_step": "diffusion, denoiser, x_t, t, noise, eta=0.0",
-    "ddpm.sample": "diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True",
+    "ddpm.sample": "diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True, "
+    "device=None, start=None",
+    "ddpm.Diffusion.at": "self, t, x",
     "unet.UNet": "in_channels, base_channels=64, channel_multipliers=(1, 2, 2), num_blocks=2, "
     "attention_levels=None, patch_size=1, out_channels=None, num_classes=None, attention=SelfAttention",
     "unet.UNet.forward": "self, x_t, t, cond=None",
