@@ -1193,7 +1193,7 @@ class Diffusion(Diffusion):
         return x_0.clamp(-1, 1) if clip else x_0
 
     def reverse_variance(self, v, now):
-        """The model's variance of x_{t-1} and its logarithm: (B, 1, ...) of now, or like x_t, learned, from v."""
+        """The model's variance of x_{t-1} and its logarithm: (B, 1, ...), of now, or like x_t, from v."""
         if self.variance == "fixed_small":
             return now.posterior_variance, now.log_posterior_variance
         log_variance = now.log_large_variance

@@ -1780,13 +1780,22 @@ show(figure, "A generated scene, and for nine of its caption's tokens a map of w
 
 
 # %% tags=["export"]
-def check_number_of_images(images, prompts):
-    """Raise ValueError unless images (B, C, H, W) are as many as prompts, a list."""
+def check_images(images, prompts):
+    """Raise unless images (B, C, H, W) are as many as prompts, a list, and hold numbers in [-1, 1].
+
+    Raises:
+        TypeError: if images are no floating-point numbers, such as bytes.
+        ValueError: if there are not as many, or values lie far outside; small overshoots are let through.
+    """
     if images.ndim != 4 or len(images) != len(prompts):
         raise ValueError(
             f"images must be of shape (B, C, H, W), one for each of {len(prompts)} prompt(s); "
             f"got {tuple(images.shape)}"
         )
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating-point numbers in [-1, 1]; got {images.dtype}")
+    if not (images.abs() < 10).all():  # grey levels reach 255
+        raise ValueError(f"images must lie in [-1, 1]; got values {images.min():g} to {images.max():g}")
 
 
 # %% tags=["export"]
@@ -1808,15 +1817,16 @@ class LatentDiffusion(LatentDiffusion):
             Like images.
 
         Raises:
-            ValueError: if strength lies outside [0, 1], or there are not as many images as prompts; and what
-                `text_to_image` raises.
+            TypeError: if images are no floating-point numbers.
+            ValueError: if strength lies outside [0, 1], images lie far outside of theirs, or there are not as
+                many as prompts; and what `text_to_image` raises.
 
         Source: Meng et al. 2022, section 3 (SDEdit; of pixels and with a stochastic sampler there).
         """
         prompts = checked_prompts(prompts)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must lie in [0, 1]; got {strength}")
-        check_number_of_images(images, prompts)
+        check_images(images, prompts)
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
         z_0 = self.encode(images.to(self.example()))
@@ -1910,14 +1920,14 @@ class LatentDiffusion(LatentDiffusion):
             Like images, and equal to them wherever is_unknown is False.
 
         Raises:
-            TypeError: if is_unknown is not bool.
-            ValueError: if it has another shape, or there are not as many images as prompts; and what
-                `text_to_image` raises.
+            TypeError: if images are no floating-point numbers, or is_unknown is not bool.
+            ValueError: if is_unknown has another shape, images lie far outside [-1, 1], or there are not as
+                many as prompts; and what `text_to_image` raises.
 
         Source: Lugmayr et al. 2022, algorithm 1; here without resampling, by DDIM, with one noise for all.
         """
         prompts = checked_prompts(prompts)
-        check_number_of_images(images, prompts)
+        check_images(images, prompts)
         if is_unknown.dtype != torch.bool:
             raise TypeError(f"is_unknown must be bool; got {is_unknown.dtype}")
         if is_unknown.shape != (len(images), 1, *images.shape[2:]):

@@ -725,6 +725,7 @@ def test_a_label_that_is_none_is_refused_by_the_network():
         (lambda: drop_labels(COND, 7, 1.2), ValueError, r"p must be a probability in \[0, 1\]; got 1.2"),
         (lambda: drop_labels(COND, 7, -0.2), ValueError, r"p must be a probability in \[0, 1\]; got -0.2"),
         (lambda: drop_labels(COND.double(), 7, 0.2), TypeError, "y must hold integers; got torch.float64"),
+        (lambda: drop_labels(COND > 0, 7, 0.2), TypeError, "y must hold integers; got torch.bool"),
         (lambda: drop_labels(COND, (7, 7), 0.2), ValueError, r"got \(3,\) and null_label \[7, 7\]"),
         (lambda: drop_labels(COND[:, None], 7, 0.2), ValueError, r"got \(3, 1\) and null_label 7"),
         (lambda: drop_labels(COND[0], 7, 0.2), ValueError, r"got \(\) and null_label 7"),

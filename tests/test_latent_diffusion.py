@@ -1638,6 +1638,21 @@ LONG = "a red star a red star"
             r"images must be of shape \(B, C, H, W\), one for each of 3 prompt\(s\); got \(2, 3, 16, 16\)",
         ),
         (lambda: PIPELINE.image_to_image(PIXELS[0], "a star", 0.5), ValueError, "images must be of shape"),
+        (
+            lambda: PIPELINE.image_to_image(PIXELS.to(torch.uint8), PROMPTS, 0.5),
+            TypeError,
+            r"images must be floating-point numbers in \[-1, 1\]; got torch.uint8",
+        ),
+        (
+            lambda: PIPELINE.image_to_image(torch.full_like(PIXELS, 255), PROMPTS, 0.5),
+            ValueError,
+            r"images must lie in \[-1, 1\]; got values 255 to 255",
+        ),
+        (
+            lambda: PIPELINE.inpaint(torch.full_like(PIXELS, math.nan), hole(PIXELS), PROMPTS),
+            ValueError,
+            r"images must lie in \[-1, 1\]; got values nan to nan",
+        ),
         (lambda: PIPELINE.image_to_image(PIXELS, [""] * 3, 0.5), ValueError, "prompts must not be empty"),
         (lambda: PIPELINE.image_to_image(PIXELS[:, :1], PROMPTS, 0.5), ValueError, "x must be of shape"),
         (lambda: PIPELINE.inpaint(PIXELS[:2], hole(PIXELS), PROMPTS), ValueError, "images must be of shape"),
