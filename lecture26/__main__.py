@@ -3,10 +3,8 @@
 What a command needs is imported inside it, so that --help answers at once.
 """
 
-import json
 import math
 import os
-import shlex
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
@@ -122,11 +120,8 @@ def train(
     Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs:
     accelerate launch -m lecture26 train RECIPE.
     """
-    import dataclasses
-
-    with errors_in_one_line():
-        from lecture26 import recipes
-        from lecture26.kit.checkpoints import is_complete
+    with errors_in_one_line(), stopped_in_one_line():
+        from lecture26.commands.train import train
 
         changes = {
             "name": name,
@@ -138,17 +133,7 @@ def train(
             "seed": seed,
             "precision": precision and precision.value,
         }
-        changes = {key: value for key, value in changes.items() if value is not None}
-        chosen = dataclasses.replace(recipes.find_recipe(recipe), **changes)
-        if is_complete(chosen.name) and not replace:
-            raise ValueError(
-                f"a checkpoint {chosen.name!r} exists: choose another --name, or write over it with --replace"
-            )
-        options = [part for key, value in changes.items() for part in (_option(key), str(value))]
-        with stopped_in_one_line():
-            card = recipes.run(chosen, _command("train", recipe, *options), state_every)
-    if card is not None:
-        typer.echo(json.dumps({"name": card["name"], "seconds": card["seconds"], "metrics": card["metrics"]}))
+        train(recipe, changes, state_every, replace)
 
 
 @app.command()
@@ -201,8 +186,8 @@ def sample(
         from torchvision.utils import save_image
 
         from lecture26 import ddpm, recipes
+        from lecture26.commands.guidance import check_guidance, guided
         from lecture26.kit.processes import process_state
-        from lecture26.recipes.guidance import check_guidance, guided
         from lecture26.recipes.latent import load_pipeline
 
         recipe = recipes.load_recipe(model)
@@ -294,71 +279,32 @@ def adapt(
     Stop it whenever you like: the same command goes on. Numbers go to data/results/NAME.json, and what was
     trained to data/tasks/NAME. To use several GPUs or processes: accelerate launch -m lecture26 adapt ...
     """
-    with errors_in_one_line():
-        from lecture26.kit.processes import process_state
-        from lecture26.kit.results import results_file, save_results
-        from lecture26.recipes import adaptation
+    with errors_in_one_line(), stopped_in_one_line():
+        from lecture26.commands.adapt import adapt
+        from lecture26.recipes.adaptation import Budget
 
-        options = {
-            "backbone": backbone,
-            "data": data,
-            "method": method.value,
-            "prompts": prompts,
-            "steps": steps,
-            "batch_size": batch_size,
-            "seeds": seeds,
-            "precision": precision.value,
-        }
-        words = [part for key, value in options.items() for part in (_option(key), str(value))]
-        words += [part for rate in learning_rate or [] for part in ("--learning-rate", f"{rate:g}")]
-        flags = {"--augment": augment, "--random-weights": random_weights, "--replace": replace}
-        words += [flag for flag, is_set in flags.items() if is_set]
-        if name is None:
-            name = adaptation.default_name(backbone, data, method.value)
-        else:
-            words += ["--name", name]
-        adaptation.check_name(name)
-        if results_file(name).exists() and not replace:
-            raise ValueError(f"results {name!r} exist: choose another --name, or write over with --replace")
-        with stopped_in_one_line():
-            results = adaptation.compare_on(
-                backbone,
-                data,
-                adaptation.COMPARED if method is AdaptationMethod.compare else (method.value,),
-                prompts,
-                adaptation.Budget(
-                    steps=steps, batch_size=batch_size, precision=precision.value, augment=augment
-                ),
-                seeds=range(seeds),
-                learning_rates=learning_rate,
-                pretrained=not random_weights,
-                name=name,
-                state_every=state_every,
-            )
-        if not process_state().is_main_process:
-            return
-        save_results(name, _command("adapt", *words), results)
-        adaptation.forget_progress(name)
-    for run in results["runs"]:
-        mean = sum(run["accuracy"]) / len(run["accuracy"])
-        typer.echo(
-            f"{run['method']:12} accuracy {mean:.1%}, {run['trained']:,} trained parameters, "
-            f"{run['bytes'] / 1e3:,.0f} kB, learning rate {run['learning_rate']:g}"
+        adapt(
+            backbone,
+            data,
+            method.value,
+            prompts,
+            Budget(steps=steps, batch_size=batch_size, precision=precision.value, augment=augment),
+            learning_rates=learning_rate,
+            seeds=seeds,
+            random_weights=random_weights,
+            name=name,
+            state_every=state_every,
+            replace=replace,
         )
-    typer.echo(f"stored: {results_file(name)} and {adaptation.tasks_dir(name)}")
 
 
 @app.command()
 def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
     """Measure a checkpoint anew, and print its metrics as JSON."""
     with errors_in_one_line():
-        from lecture26 import recipes
-        from lecture26.kit.processes import process_state
+        from lecture26.commands.evaluate import evaluate
 
-        network = recipes.load_model(model).to(process_state().device)
-        recipe = recipes.load_recipe(model)
-        metrics = recipe.evaluate(network, recipe.load("test"))
-    typer.echo(json.dumps(metrics, indent=2))
+        evaluate(model)
 
 
 @app.command()
@@ -368,14 +314,9 @@ def measure(
 ):
     """Make a measurement that takes too long for a notebook, and store it in data/results."""
     with errors_in_one_line():
-        from lecture26.kit.results import results_file
-        from lecture26.recipes import measurements
+        from lecture26.commands.measure import measure
 
-        if results_file(name).exists() and not replace:
-            raise ValueError(f"results {name!r} exist: write over them with --replace")
-        options = ["--replace"] if replace else []
-        measurements.measure(name, _command("measure", name, *options))
-    typer.echo(f"stored: {results_file(name)}")
+        measure(name, replace)
 
 
 @app.command()
@@ -384,38 +325,9 @@ def checkpoints(
 ):
     """List the checkpoints, or print the card of one."""
     with errors_in_one_line():
-        from lecture26.kit.checkpoints import CheckpointError, list_checkpoints, load_card, load_state
+        from lecture26.commands.checkpoints import checkpoints
 
-        if model is not None:
-            load_state(model)  # a card is only worth reading beside the file it describes
-            typer.echo(json.dumps(load_card(model), indent=2))
-            return
-        for name in list_checkpoints():
-            try:
-                card = load_card(name)
-            except CheckpointError as error:
-                typer.echo(f"error: {error}", err=True)
-                continue
-            metrics = ", ".join(f"{name} {value:.4g}" for name, value in card["metrics"].items())
-            typer.echo(
-                f"{card['name']}: {card['parameters'] / 1e6:.2f} M parameters, "
-                f"{card['bytes'] / 2**20:.1f} MiB, "
-                f"{card['steps']} steps in {card['seconds'] / 60:.0f} min on {card['data']}; {metrics}"
-            )
-
-
-def _command(*words: str) -> str:
-    """The command line of a call, with as many processes as there are now."""
-    from lecture26.kit.processes import process_state
-
-    count = process_state().num_processes
-    start = ["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]
-    return shlex.join([*start, "-m", "lecture26", *words])
-
-
-def _option(argument: str) -> str:
-    """The command-line option of a function's argument."""
-    return "--" + argument.replace("_", "-")
+        checkpoints(model)
 
 
 if __name__ == "__main__":

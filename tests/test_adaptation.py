@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 from lecture26 import recipes
 from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.commands import adapt
 from lecture26.kit.checkpoints import load_card, save_checkpoint
 from lecture26.kit.data import SPLITS, DataError, load
 from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
@@ -35,9 +36,11 @@ from lecture26.kit.image_set import ImageSet
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.shapes import Shapes
 from lecture26.kit.training import SampleDraws
-from lecture26.recipes import adaptation, measurements, probes
-from lecture26.recipes.adaptation import METHODS, Budget, Comparison, Progress, load_backbone
+from lecture26.recipes.adaptation import METHODS, Budget, load_backbone
 from lecture26.recipes.backbone import accuracy
+from lecture26.studies import adaptation, measurements, probes
+from lecture26.studies.adaptation import Comparison
+from lecture26.studies.ledger import Ledger, forget_ledger
 from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, load_task, save_task
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
@@ -716,8 +719,8 @@ def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation, "fit", counted_fit)
 
     def compare(file):
-        progress = Progress(file, {"study": 1})
-        comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0, 1), None, progress)
+        ledger = Ledger(file, {"study": 1})
+        comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0, 1), None, ledger)
         runs = [comparison.run(method, 2, (0.01, 0.03)) for method in ("linear", "vpt-deep")]
         return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
 
@@ -732,15 +735,15 @@ def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     assert went_on == compare(None)
 
 
-def test_progress_of_another_study_is_refused(tmp_path):
+def test_the_ledger_of_another_study_is_refused(tmp_path):
     file = tmp_path / "state.json"
-    Progress(file, {"steps": 1}).once("a run", lambda: {"accuracy": 0.5})
-    assert Progress(file, {"steps": 1}).once("a run", lambda: pytest.fail("made again")) == {"accuracy": 0.5}
+    Ledger(file, {"steps": 1}).once("a run", lambda: {"accuracy": 0.5})
+    assert Ledger(file, {"steps": 1}).once("a run", lambda: pytest.fail("made again")) == {"accuracy": 0.5}
     with pytest.raises(ValueError, match="state.json belongs to a study with other settings: delete it"):
-        Progress(file, {"steps": 2})
+        Ledger(file, {"steps": 2})
     file.write_text(file.read_text()[:-5])
     with pytest.raises(ValueError, match="state.json is damaged"):
-        Progress(file, {"steps": 1})
+        Ledger(file, {"steps": 1})
 
 
 def test_an_unknown_method_is_refused():
@@ -821,7 +824,7 @@ def test_a_study_has_every_backbone_task_method_and_length(study, data_folder):
     assert study["seeds"] == [0, 1] and study["budget"]["steps"] == 2
     states = data_folder / "states"
     assert [file.name for file in states.iterdir() if "tiny_study" in file.name] == ["tiny_study.json"]
-    adaptation.forget_progress("tiny_study")
+    forget_ledger("tiny_study")
     assert not (states / "tiny_study.json").exists()
     json.dumps(study)
 
@@ -1118,7 +1121,7 @@ def test_without_a_network_the_error_says_what_to_do(aircraft, monkeypatch):
 
 def test_pictures_are_normalised_as_the_backbone_was_trained(lesions):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    images = adaptation.Normalised(load(lesions, "test", 32), mean, std)
+    images = adapt.Normalised(load(lesions, "test", 32), mean, std)
     raw = load(lesions, "test", 32).batch(range(8))
     batch = images.batch(range(8))
     for channel in range(3):
@@ -1138,13 +1141,13 @@ def test_pictures_are_normalised_as_the_backbone_was_trained(lesions):
 def test_the_mean_is_the_backbones_own(aircraft, monkeypatch, backbone, expected):
     tiny_timm(monkeypatch)
     means = []
-    normalised = adaptation.Normalised
+    normalised = adapt.Normalised
 
     def watched(images, mean, std):
         means.append(mean)
         return normalised(images, mean, std)
 
-    monkeypatch.setattr(adaptation, "Normalised", watched)
+    monkeypatch.setattr(adapt, "Normalised", watched)
     options = ["--backbone", backbone, "--method", "linear", *QUICK]
     options += [] if backbone == "tiny_vit" else ["--random-weights"]
     result = call("adapt", "--data", "fgvc_aircraft", *options)
@@ -1191,8 +1194,8 @@ def test_stopped_adapting_goes_on(data_folder, lesions, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "error", "exit_code"),
     [
-        ("lecture26.recipes.adaptation.accuracy", KeyboardInterrupt, EXIT_INTERRUPTED),
-        ("lecture26.kit.results.save_results", OSError, EXIT_USER_ERROR),
+        ("lecture26.studies.adaptation.accuracy", KeyboardInterrupt, EXIT_INTERRUPTED),
+        ("lecture26.commands.adapt.save_results", OSError, EXIT_USER_ERROR),
     ],
 )
 def test_nothing_is_lost_before_it_is_stored(data_folder, lesions, monkeypatch, place, error, exit_code):

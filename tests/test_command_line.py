@@ -32,7 +32,7 @@ def tiny_recipe():
         recipes.find_recipe("ddpm"), name="tiny_recipe", data="shapes", model=network, steps=4
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recipes._RECIPES, recipe.name, recipe)
+        patch.setitem(recipes.recipe.RECIPES, recipe.name, recipe)
         yield
 
 
@@ -450,7 +450,7 @@ def test_text_to_image_without_its_vae_is_refused_before_anything_else(data_fold
 
 def test_a_start_that_does_not_fit_is_refused_in_one_line(data_folder, monkeypatch):
     recipe = dataclasses.replace(recipes.find_recipe("tiny_recipe"), name="tiny_started", start="tiny")
-    monkeypatch.setitem(recipes._RECIPES, "tiny_started", recipe)
+    monkeypatch.setitem(recipes.recipe.RECIPES, "tiny_started", recipe)
     result = call("train", "tiny_started", "--data", "digits", "--batch-size", "2")
     assert result.exit_code == EXIT_USER_ERROR
     assert "start must be a checkpoint whose weights all fit the network; 'tiny' has " in result.stderr
@@ -484,7 +484,7 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nothing"], "recipe must be one of 'ddpm', 'ddpm_shapes32'"),
+        (["train", "nothing"], "recipe must be one of 'clean_classifier_shapes32', 'clip_shapes32', 'cond"),
         (["train", "ddpm", "--name", "../tiny"], "got '../tiny'"),
         (["train", "ddpm", "--data", "nothing"], "'nothing'"),
         (["train", "ddpm", "--data", "no/such/folder"], "no/such/folder"),

@@ -13,9 +13,9 @@ from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.shapes import COLOURS, HELD_OUT_PAIRS, RELATIONS, SHAPES, Scenes, Shapes
 from lecture26.kit.training import SampleDraws
 from lecture26.recipes import find_recipe, load_model, load_recipe
-from lecture26.recipes.readers import RECIPES, find_reader, rewrite
+from lecture26.recipes.readers import READERS, find_reader, rewrite
 
-SHIPPED = [recipe.name for recipe in RECIPES]
+SHIPPED = [recipe.name for recipe in READERS]
 OF_DRAWN_IMAGES = ["reader_shapes32", "reader_shapes64", "reader_scenes64"]
 LABELS = {"class": ("0", "1", "2"), "ink": ("dark", "light")}
 

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, layer_norm, mse_loss, pad
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
 from lecture26.kit.training import SampleDraws
-from lecture26.recipes.recipe import Recipe
+from lecture26.recipes.recipe import Recipe, register
+from lecture26.recipes.trained import load_model
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 has them
 
@@ -126,8 +127,6 @@ class BackboneRecipe(NamingRecipe):
 
     @cached_property
     def _guide(self) -> "ConvNet":
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
         return load_model(self.guide).to(process_state().device)
 
 
@@ -320,7 +319,7 @@ def of_width(width: int) -> BackboneRecipe:
     )
 
 
-RECIPES = (
+register(
     CONVNET_PHOTOS_32,
     PHOTOS_32_MASKED,
     PHOTOS_32_WHOLE,

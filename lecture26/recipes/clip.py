@@ -13,10 +13,9 @@ from lecture26.ddpm import Diffusion
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.shapes import Shapes
 from lecture26.kit.training import SampleDraws
-from lecture26.recipes.ddpm import SCHEDULES
-from lecture26.recipes.recipe import Recipe
+from lecture26.latent_diffusion import SCHEDULES
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 
-EVALUATION_SEED = 2026
 EVALUATION_STEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # of the noise-aware CLIP
 GROUP_SIZE = 128  # of different captions to choose among
 NUM_GROUPS = 8
@@ -191,7 +190,5 @@ CLIP_SHAPES_32 = CLIPRecipe(
     weight_decay=0.01,
     precision="bf16",
 )
-RECIPES = (
-    CLIP_SHAPES_32,
-    replace(CLIP_SHAPES_32, name="noisy_clip_shapes32", noise_aware=True, steps=2000),
-)
+NOISY_CLIP_SHAPES_32 = replace(CLIP_SHAPES_32, name="noisy_clip_shapes32", noise_aware=True, steps=2000)
+register(CLIP_SHAPES_32, NOISY_CLIP_SHAPES_32)

@@ -22,9 +22,9 @@ from lecture26.kit.shapes import SHAPES, ShapesAndScenes
 from lecture26.kit.training import SampleDraws
 from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
 from lecture26.recipes.readers import find_reader
-from lecture26.recipes.recipe import Recipe
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
+from lecture26.recipes.trained import Trained, load_model
 
-EVALUATION_SEED = 2026
 EVALUATION_IMAGES = 1024  # for the test loss
 EVALUATION_BATCHES = 16
 EVALUATION_SAMPLES = 128  # of each kind
@@ -78,9 +78,6 @@ class EncodedImages(ImageSet):
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Of all images, in half precision: 4 kB for each of 64 pixels."""
-
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
         device = process_state().device
         vae = load_model(self._vae).to(device)
         parts = []
@@ -176,14 +173,13 @@ class LatentDiffusionRecipe(Recipe):
         Raises:
             ValueError: if that checkpoint is not the one whose latents the model was trained on.
         """
-        if load_card(self.vae)["metrics"]["latent_scale"] != self.latent_scale:
+        vae = Trained(self.vae)
+        if vae.card["metrics"]["latent_scale"] != self.latent_scale:
             raise ValueError(
                 f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
             )
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
         pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
-        pipeline.vae.load_state_dict(load_model(self.vae).state_dict())
+        pipeline.vae.load_state_dict(vae.network.state_dict())
         pipeline.denoiser.load_state_dict(model.unet.state_dict())
         pipeline.text_encoder.load_state_dict(model.text_encoder.state_dict())
         return pipeline.to(next(model.parameters()).device).eval().requires_grad_(False)
@@ -363,12 +359,23 @@ def load_pipeline(name: str) -> LatentDiffusion:
         CheckpointError: if it or its VAE is missing or damaged.
         ValueError: if the checkpoint draws no images from text.
     """
-    from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
+    return pipeline_of(Trained(name))
 
-    recipe = load_recipe(name)
+
+def pipeline_of(trained: Trained) -> LatentDiffusion:
+    """The pipeline of a checkpoint that is open already; see `load_pipeline`.
+
+    Args:
+        trained: the checkpoint.
+
+    Raises:
+        CheckpointError: if it or its VAE is missing or damaged.
+        ValueError: if the checkpoint draws no images from text.
+    """
+    recipe = trained.recipe
     if not isinstance(recipe, LatentDiffusionRecipe):
-        raise ValueError(f"model must be one of text to image; got {name!r}, a {recipe.family}")
-    return recipe.pipeline(load_model(name))
+        raise ValueError(f"model must be one of text to image; got {trained.name!r}, a {recipe.family}")
+    return recipe.pipeline(trained.network)
 
 
 TEXT_TO_IMAGE = LatentDiffusionRecipe(
@@ -390,4 +397,4 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     learning_rate=1.2e-3,
     warmup_steps=200,
 )
-RECIPES = (TEXT_TO_IMAGE,)
+register(TEXT_TO_IMAGE)

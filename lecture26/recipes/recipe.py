@@ -1,4 +1,4 @@
-"""What every recipe has: the settings, the steps from data to checkpoint, and the way back from a card."""
+"""What every recipe has: the settings, the steps from data to checkpoint; and which recipes there are."""
 
 import dataclasses
 import statistics
@@ -17,9 +17,14 @@ from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
 from lecture26.kit.processes import process_state
 from lecture26.kit.training import History, SampleDraws, train
+from lecture26.kit.validation import check_choice
 from lecture26.unet import EMA
 
+EVALUATION_SEED = 2026  # of every draw in an evaluation
 LOSS_CURVE_POINTS = 100
+
+FAMILIES: dict[str, type["Recipe"]] = {}  # by the names that cards have for them
+RECIPES: dict[str, "Recipe"] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class Recipe(ABC):
             `build` gives.
     """
 
-    family: ClassVar[str]  # the name under which lecture26.recipes finds the class
+    family: ClassVar[str]  # the name that cards have for the class; a subclass that has one registers itself
 
     name: str
     data: str
@@ -56,6 +61,11 @@ class Recipe(ABC):
     seed: int = 0
     precision: str = "fp32"
     start: str | None = None
+
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(**arguments)
+        if "family" in vars(cls):
+            FAMILIES[cls.family] = cls
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -104,6 +114,22 @@ class Recipe(ABC):
         if self.start is None:
             del settings["start"]
         return settings
+
+
+def register(*recipes: Recipe) -> None:
+    """Enter `recipes` among those that `find_recipe` finds by their names."""
+    RECIPES.update({recipe.name: recipe for recipe in recipes})
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The names of all recipes, in alphabetical order."""
+    return tuple(sorted(RECIPES))
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that `name`; ValueError if there is none."""
+    check_choice("recipe", name, recipe_names())
+    return RECIPES[name]
 
 
 def count_classes(data: str, images: ImageSet, labels: tuple[str, ...]) -> tuple[int, ...]:

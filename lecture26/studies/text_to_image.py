@@ -24,13 +24,13 @@ from lecture26.kit.processes import process_state
 from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.training import SampleDraws, train
 from lecture26.latent_diffusion import LatentDiffusion, TextAttention, TextDenoiser, TextEncoder
-from lecture26.recipes import find_recipe, load_model, load_recipe
+from lecture26.recipes import Trained, find_recipe, load_model
 from lecture26.recipes.latent import (
     SIDES,
     EncodedImages,
     LatentDiffusionRecipe,
     draw_captions,
-    load_pipeline,
+    pipeline_of,
 )
 from lecture26.recipes.recipe import seeded
 from lecture26.unet import EMA, UNet
@@ -104,9 +104,8 @@ def text_to_image_evaluation(
         `scene_outcomes`; "first_batch": the accuracies of the first batch alone; and "sweep": what
         `sample_quality` says of the first `sweep_samples`, so that weights can be compared.
     """
-
-    pipeline = load_pipeline(model).to(process_state().device)
-    recipe = load_recipe(model)
+    checkpoint = Trained(model)
+    recipe, pipeline = checkpoint.recipe, pipeline_of(checkpoint).to(process_state().device)
     judges = {part: load_model(name).to(process_state().device) for part, name in readers.items()}
     sets = {split: recipe.load(split).images.parts for split in ("test", "held_out")}
     settings = [(part, "test", w, sweep_samples) for w in weights if w != WEIGHT for part in PARTS]
