@@ -34,8 +34,8 @@ from lecture26.kit.data import SPLITS, DataError, load
 from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.results import load_results, save_results
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes.adaptation import METHODS, Budget, load_backbone
 from lecture26.recipes.backbone import accuracy
 from lecture26.studies import adaptation, measurements, probes

@@ -35,7 +35,7 @@ from lecture26.clip_guidance import (
 )
 from lecture26.ddpm import Diffusion, ddim_step, ddpm_step, linear_betas, sample
 from lecture26.kit.data import load
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import clip as clip_recipes
 from lecture26.unet import UNet, attention
 

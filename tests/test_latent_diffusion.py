@@ -28,7 +28,7 @@ from lecture26.kit.checkpoints import CheckpointError, checkpoint_files, load_ca
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.readers import Reader
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.latent_diffusion import (
     CrossAttention,
     DiffusersDenoiser,

@@ -26,7 +26,7 @@ from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
 from lecture26.studies import measurements, sweeps, text_to_image
 

@@ -10,8 +10,8 @@ from lecture26.kit.checkpoints import load_card
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy, read
 from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import COLOURS, HELD_OUT_PAIRS, RELATIONS, SHAPES, Scenes, Shapes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes import find_recipe, load_model, load_recipe
 from lecture26.recipes.readers import READERS, find_reader, rewrite
 

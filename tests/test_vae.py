@@ -26,8 +26,8 @@ from lecture26.kit.checkpoints import checkpoint_files, load_card, save_checkpoi
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import read
 from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Scenes, Shapes, ShapesAndScenes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes import vae as vae_recipes
 from lecture26.vae import (
     KLVAE,

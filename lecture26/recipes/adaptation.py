@@ -14,7 +14,8 @@ from lecture26.kit.data import SPLITS, DataError
 from lecture26.kit.downstream import downstream
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.training import History, SampleDraws, train
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.training import History, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import mirror_and_move
 from lecture26.recipes.recipe import seeded

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, layer_norm, mse_loss, pad
 
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes.recipe import Recipe, register
 from lecture26.recipes.trained import load_model
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lecture26.classifier_free_guidance import classifier_free_guided, labels_after_dropout
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes.ddpm import DDPM, EVALUATION_SAMPLES
 from lecture26.recipes.ddpm import SHAPES_32 as UNCONDITIONAL
 from lecture26.recipes.readers import find_reader

@@ -18,8 +18,8 @@ from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
 from lecture26.kit.readers import OPPOSITE_RELATIONS
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import SHAPES, ShapesAndScenes
-from lecture26.kit.training import SampleDraws
 from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register

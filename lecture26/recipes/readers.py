@@ -12,8 +12,8 @@ from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.kit.evaluation import BATCH_SIZE, CONFIDENT, read, read_right
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import RenderedSet
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 from lecture26.recipes.trained import load_model
 

@@ -16,7 +16,8 @@ from lecture26.kit.data import load
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
 from lecture26.kit.processes import process_state
-from lecture26.kit.training import History, SampleDraws, train
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.training import History, train
 from lecture26.kit.validation import check_choice
 from lecture26.unet import EMA
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import ShapesAndScenes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 from lecture26.vae import (
