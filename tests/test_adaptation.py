@@ -92,7 +92,7 @@ def small_recipe(folder, image_size=12, **changes):
         image_size=image_size,
         **{"model": TINY | {"patch_size": 4}, "steps": 2, "batch_size": 4, "precision": "fp32"} | changes,
     )
-    return recipe.fitted_to(recipe.load("train"))
+    return recipe.fitted_to(recipe.load_images("train"))
 
 
 def call(*arguments):
@@ -104,7 +104,7 @@ def call(*arguments):
 
 def test_a_sample_is_drawn_by_its_number_alone(photographs):
     recipe = small_recipe(photographs)
-    images = recipe.load("train")
+    images = recipe.load_images("train")
     whole = recipe.draw(images, SampleDraws(3, torch.arange(10)))
     parts = [recipe.draw(images, SampleDraws(3, n)) for n in (torch.arange(4), torch.arange(4, 10))]
     assert whole.keys() == parts[0].keys() == {"image", "class"} and whole["image"].shape == (10, 3, 12, 12)
@@ -149,7 +149,7 @@ def test_images_lose_squares_and_get_tints(photographs):
 
 def test_the_loss_has_smoothed_targets(photographs):
     recipe = small_recipe(photographs)
-    batch = recipe.draw(recipe.load("train"), SampleDraws(0, torch.arange(20)))
+    batch = recipe.draw(recipe.load_images("train"), SampleDraws(0, torch.arange(20)))
     table = normal(3 * 12 * 12, 3, dtype=torch.float32)
     targets = (1 - recipe.smoothing) * F.one_hot(batch["class"], 3) + recipe.smoothing / 3
     log_probs = (batch["image"].flatten(1) @ table).log_softmax(dim=1)
@@ -157,53 +157,53 @@ def test_the_loss_has_smoothed_targets(photographs):
 
 
 @pytest.fixture(scope="module")
-def guide(photographs, data_folder):
-    """A hardly trained guide, 'tiny_guide', which sees 3 by 3 places in 8 channels."""
+def teacher(photographs, data_folder):
+    """A hardly trained teacher, 'tiny_teacher', which sees 3 by 3 places in 8 channels."""
     recipe = dataclasses.replace(
         recipes.find_recipe("convnet_photos32"),
-        **{"name": "tiny_guide", "data": str(photographs), "image_size": 12},
+        **{"name": "tiny_teacher", "data": str(photographs), "image_size": 12},
         **{"model": {"widths": (2, 4, 8)}, "steps": 2, "batch_size": 4},
     )
     recipes.run(recipe, "a command")
-    return recipes.load_model("tiny_guide")
+    return recipes.load_model("tiny_teacher")
 
 
-def test_a_guide_names_images_and_sees_places(photographs, guide):
-    images = small_recipe(photographs).load("test")
+def test_a_teacher_names_images_and_sees_places(photographs, teacher):
+    images = small_recipe(photographs).load_images("test")
     x = images.batch(range(5))["image"]
-    places = guide.stages(x)
+    places = teacher.stages(x)
     assert places.shape == (5, 8, 3, 3)
-    agree(guide(x), F.linear(places.mean(dim=(2, 3)), guide.head.weight, guide.head.bias), 1e-5)
-    assert load_card("tiny_guide")["metrics"] == {"accuracy": pytest.approx(accuracy(guide, images, 4))}
+    agree(teacher(x), F.linear(places.mean(dim=(2, 3)), teacher.head.weight, teacher.head.bias), 1e-5)
+    assert load_card("tiny_teacher")["metrics"] == {"accuracy": pytest.approx(accuracy(teacher, images, 4))}
 
 
 @torch.no_grad()
-def test_a_guided_backbone_is_told_what_is_seen_at_each_place(photographs, guide):
+def test_a_taught_backbone_learns_what_is_seen_at_each_place(photographs, teacher):
     """The mean square between standardised vectors is 2 - 2 times their correlation."""
     alone = small_recipe(photographs, model=TINY | {"patch_size": 4, "depth": 3}, patch_drop=0.0)
-    batch = alone.draw(alone.load("train"), SampleDraws(0, torch.arange(6)))
+    batch = alone.draw(alone.load_images("train"), SampleDraws(0, torch.arange(6)))
     vit = perturbed(alone.build(), torch.float32).eval()
     tokens = vit.patch_embed(batch["image"])
     tokens = torch.cat([vit.cls_token.expand(6, -1, -1), tokens], dim=1) + vit.pos_embed
     for block in vit.blocks[:-1]:
         tokens = block(tokens)
-    seen = guide.stages(batch["image"])
+    seen = teacher.stages(batch["image"])
     correlations = [
         torch.corrcoef(torch.stack([seen[image, :, row, column], tokens[image, 1 + 3 * row + column]]))[0, 1]
         for image in range(6)
         for row in range(3)
         for column in range(3)
     ]
-    guided = dataclasses.replace(alone, guide="tiny_guide", lesson=3.0)
-    lesson = guided.loss(vit, batch) - alone.loss(vit, batch)
+    taught = dataclasses.replace(alone, teacher="tiny_teacher", lesson=3.0)
+    lesson = taught.loss(vit, batch) - alone.loss(vit, batch)
     agree(lesson, 3 * (2 - 2 * torch.stack(correlations).mean()), 1e-2)
     assert not vit.blocks[-1]._forward_pre_hooks
 
 
-def test_a_guide_must_see_as_many_places_as_there_are_patches(photographs, guide):
-    recipe = small_recipe(photographs, guide="tiny_guide", patch_drop=0.0, model=TINY | {"patch_size": 3})
-    batch = recipe.draw(recipe.load("train"), SampleDraws(0, torch.arange(2)))
-    message = r"guide must see 16 places in 8 channels, as the patches are; 'tiny_guide' sees 9 in 8"
+def test_a_teacher_must_see_as_many_places_as_there_are_patches(photographs, teacher):
+    recipe = small_recipe(photographs, teacher="tiny_teacher", patch_drop=0.0, model=TINY | {"patch_size": 3})
+    batch = recipe.draw(recipe.load_images("train"), SampleDraws(0, torch.arange(2)))
+    message = r"teacher must see 16 places in 8 channels, as the patches are; 'tiny_teacher' sees 9 in 8"
     with pytest.raises(ValueError, match=message):
         recipe.loss(recipe.build(), batch)
 
@@ -228,17 +228,17 @@ def test_a_backbone_is_read_again_as_it_was_trained():
     assert type(model) is VisionTransformer
     assert (model.num_classes, model.embed_dim, len(model.blocks)) == (3, 8, 2)
     assert model.patch_embed.img_size == (32, 32) and not model.training
-    batch = card.load("test").batch(range(12))
+    batch = card.load_images("test").batch(range(12))
     share = (model(batch["image"]).argmax(dim=1) == batch["class"]).double().mean().item()
-    assert card.evaluate(model, card.load("test")) == {"accuracy": pytest.approx(share)}
+    assert card.evaluate(model, card.load_images("test")) == {"accuracy": pytest.approx(share)}
 
 
 @pytest.mark.slow
 def test_a_backbone_is_trained_by_the_documented_commands(photographs):
     options = ["--data", photographs, "--steps", "1", "--batch-size", "2", "--precision", "fp32"]
     too_early = call("train", "vit_photos32", "--name", "from_a_folder", *options)
-    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_guided" in too_early.output
-    before = ["convnet_photos32"], ["vit_photos32_masked"], ["vit_photos32_whole"], ["vit_photos32_guided"]
+    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_taught" in too_early.output
+    before = ["convnet_photos32"], ["vit_photos32_masked"], ["vit_photos32_whole"], ["vit_photos32_taught"]
     for arguments in (*before, ["vit_photos32", "--name", "from_a_folder"]):
         result = call("train", *arguments, *options)
         assert result.exit_code == 0, result.output

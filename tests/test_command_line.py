@@ -401,7 +401,7 @@ def tiny_text(data_folder, monkeypatch):
         text={"width": 8, "depth": 1},
     )
     for name, made in (("tiny_vae", vae), ("tiny_text", recipe)):
-        made = made.fitted_to(made.load("test"))
+        made = made.fitted_to(made.load_images("test"))
         card = {"recipe": made.family, "settings": made.settings(), "command": "", "data": "", "steps": 0}
         card |= {"seconds": 0, "metrics": {"latent_scale": 1.2}}
         save_checkpoint(name, perturbed(made.build(), torch.float32).state_dict(), card)

@@ -1156,7 +1156,7 @@ def unfitted(data_folder):
 
 @pytest.fixture(scope="module")
 def images(unfitted):
-    return unfitted.load("train")
+    return unfitted.load_images("train")
 
 
 @pytest.fixture(scope="module")
@@ -1181,7 +1181,7 @@ def test_recipe_takes_scale_and_settings_from_the_card_of_its_vae(recipe):
 
 def test_recipe_knows_the_words_of_every_split_and_has_room_for_every_caption(unfitted, recipe):
     for split in ("train", "test", "held_out"):
-        captions = unfitted.load(split).images.captions(range(2000))
+        captions = unfitted.load_images(split).images.captions(range(2000))
         tokens = recipe.tokenizer([*captions, ""])
         assert tokens.shape == (2001, recipe.length)
     assert set(" ".join(CAPTIONS).split()) < set(recipe.words)
@@ -1442,7 +1442,7 @@ def test_another_vae_under_the_same_name_is_refused(saved):
 
 def test_a_missing_vae_is_named(unfitted, saved, recipe):
     with pytest.raises(CheckpointError, match="there is no checkpoint 'no_vae'"):
-        replace(unfitted, vae="no_vae").fitted_to(unfitted.load("train"))
+        replace(unfitted, vae="no_vae").fitted_to(unfitted.load_images("train"))
     with pytest.raises(CheckpointError, match="there is no checkpoint 'no_vae'"):
         replace(recipe, vae="no_vae").pipeline(saved)
 
@@ -1450,25 +1450,25 @@ def test_a_missing_vae_is_named(unfitted, saved, recipe):
 @pytest.mark.parametrize("data", ["digits", "shapes"])
 def test_recipe_refuses_images_it_has_no_captions_for(unfitted, data):
     with pytest.raises(ValueError, match=f"data must be 'shapes_and_scenes', .*; got '{data}'"):
-        replace(unfitted, data=data, image_size=None).load("train")
+        replace(unfitted, data=data, image_size=None).load_images("train")
 
 
 def test_evaluation_asks_for_what_unseen_and_held_out_images_show(recipe, unfitted, monkeypatch):
     torch.manual_seed(3)
     readers = {
         name: Reader(part.labels, 3, 64, widths=(8,), patch_size=4, num_features=4).eval()
-        for name, part in zip(("shapes", "scenes"), unfitted.load("test").images.parts, strict=True)
+        for name, part in zip(("shapes", "scenes"), unfitted.load_images("test").images.parts, strict=True)
     }
     monkeypatch.setattr(latent, "find_reader", lambda data, size: readers[data] if size == 64 else None)
     monkeypatch.setattr(latent, "EVALUATION_STEPS", 2)
     monkeypatch.setattr(latent, "EVALUATION_SAMPLES", 5)
-    model, test = perturbed(recipe.build(), torch.float32).eval(), unfitted.load("test")
+    model, test = perturbed(recipe.build(), torch.float32).eval(), unfitted.load_images("test")
     found = recipe.evaluate(model, test)
     assert found["samples"] == 5
     pipeline, w = recipe.pipeline(model), latent.EVALUATION_WEIGHT
     for number, name in enumerate(readers):
         for split in ("test", "held_out"):
-            part = unfitted.load(split).images.parts[number]
+            part = unfitted.load_images(split).images.parts[number]
             drawn = latent.draw_captions(pipeline, part.captions(range(5)), w, 2)
             right = attribute_accuracy(readers[name], drawn, part.attributes(range(5)))
             if split == "held_out":

@@ -284,7 +284,7 @@ def text_folder(data_folder):
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
         for name, recipe in made:
-            recipe = recipe.fitted_to(recipe.load("test"))
+            recipe = recipe.fitted_to(recipe.load_images("test"))
             card = {"recipe": recipe.family, "settings": recipe.settings(), "command": "", "data": ""}
             card |= {"steps": 0, "seconds": 12, "metrics": {"latent_scale": 1.2}}
             save_checkpoint(name, perturbed(recipe.build(), torch.float32).state_dict(), card)
@@ -464,7 +464,7 @@ def test_pixels_and_latents_are_compared_in_cost_and_quality(comparison):
 def test_parameters_and_operations_of_a_step_are_those_of_its_network(comparison):
     """Counted a second time, on the network alone, forwards and backwards."""
     recipe = find_recipe("tiny_text")
-    recipe = replace(recipe, batch_size=4).fitted_to(recipe.load("train"))
+    recipe = replace(recipe, batch_size=4).fitted_to(recipe.load_images("train"))
     model = recipe.build()
     latents = comparison["models"][0]
     assert latents["parameters"] == sum(parameter.numel() for parameter in model.parameters())
@@ -477,7 +477,7 @@ def test_parameters_and_operations_of_a_step_are_those_of_its_network(comparison
 
 def test_the_pixel_model_draws_images_and_no_latents(text_folder):
     recipe = find_recipe("tiny_text")
-    images = text_to_image.KeptImages(recipe.load("train").images, "tiny_vae", 12)
+    images = text_to_image.KeptImages(recipe.load_images("train").images, "tiny_vae", 12)
     settings = recipe.fitted_to(images).settings()
     pixels = text_to_image.PixelRecipe(**settings)
     batch = pixels.draw(images, SampleDraws(0, torch.arange(6)))

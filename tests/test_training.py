@@ -1,4 +1,4 @@
-"""The training loop: restarts, several processes, settings, and what every draw depends on."""
+"""The training loop: restarts, several processes, settings."""
 
 import os
 import signal

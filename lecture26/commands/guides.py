@@ -52,7 +52,7 @@ def wanted_attributes(recipe: Recipe, words: str, count: int) -> dict[str, Tenso
     Raises:
         ValueError: if the words name no class.
     """
-    classes_of = recipe.load("test").labels
+    classes_of = recipe.load_images("test").labels
     classes = parse_class(words, {label: classes_of[label] for label in recipe.labels})
     return {label: torch.full((count,), number) for label, number in classes.items()}
 

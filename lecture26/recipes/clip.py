@@ -99,7 +99,7 @@ class CLIPRecipe(Recipe):
         step = 0 if self.noise_aware else None
         metrics = {"retrieval": mean([self.retrieval(model, images, group, step) for group in groups])}
         every = every_caption(images)
-        for name, unseen in (("all", images), ("held_out", self.load("held_out"))):
+        for name, unseen in (("all", images), ("held_out", self.load_images("held_out"))):
             metrics[f"retrieval_{name}"] = self.retrieval(model, unseen, torch.arange(1024), step, every)
         for step in EVALUATION_STEPS if self.noise_aware else ():
             shares = [self.retrieval(model, images, group, step) for group in groups]

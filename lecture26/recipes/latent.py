@@ -130,8 +130,8 @@ class LatentDiffusionRecipe(Recipe):
     prediction: str = "v"
     words_first: bool = True
 
-    def load(self, split: str) -> EncodedImages:
-        images = super().load(split)
+    def load_images(self, split: str) -> EncodedImages:
+        images = super().load_images(split)
         if not isinstance(images, ShapesAndScenes):
             raise ValueError(f"data must be 'shapes_and_scenes', which has captions; got {self.data!r}")
         count = self.num_encoded if split == "train" else EVALUATION_IMAGES
@@ -267,7 +267,7 @@ class LatentDiffusionRecipe(Recipe):
             "test_loss": replace(self, drop=0.0, lesson=0.0)._test_loss(model, images),
             "test_loss_unconditional": replace(self, drop=1.0, lesson=0.0)._test_loss(model, images),
         }
-        pipeline, held_out = self.pipeline(model), self.load("held_out").images
+        pipeline, held_out = self.pipeline(model), self.load_images("held_out").images
         for number, name in enumerate(("shapes", "scenes")):
             reader = find_reader(name, images.image_size)
             if reader is None:

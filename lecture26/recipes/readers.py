@@ -95,7 +95,7 @@ class ReaderRecipe(Recipe):
         metrics = {f"accuracy_{name}": values.double().mean().item() for name, values in right.items()}
         metrics["confident_share"] = (confidence > CONFIDENT).all(dim=1).double().mean().item()
         if isinstance(images, RenderedSet):
-            right, _ = assess(model, self.load("held_out"))
+            right, _ = assess(model, self.load_images("held_out"))
             metrics["accuracy_held_out"] = right["all"].double().mean().item()
         # Where the confidence means what it says, it is right as often as it is high.
         right, confidence = assess(

@@ -98,7 +98,7 @@ class Recipe(ABC):
             losses.append(self.loss(model, batch).item())
         return sum(losses) / len(losses)
 
-    def load(self, split: str) -> ImageSet:
+    def load_images(self, split: str) -> ImageSet:
         """A split of the recipe's data."""
         return load(self.data, split=split, image_size=self.image_size)
 
@@ -201,7 +201,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
         dict: the checkpoint's card; None in all but the main one of several processes.
     """
     with process_state().main_process_first():  # it may have to download
-        images, unseen = recipe.load("train"), recipe.load("test")
+        images, unseen = recipe.load_images("train"), recipe.load_images("test")
     recipe = recipe.fitted_to(images)
     model = seeded(recipe.seed, recipe.build)
     recipe.regularise(model)

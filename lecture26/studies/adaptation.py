@@ -334,7 +334,7 @@ def adaptation(
     ]
     for backbone, task, method, count in tqdm(jobs, "adapting", unit="method"):
         checkpoint = Trained(backbone)
-        of_its_own = Coloured(checkpoint.recipe.load("test"), UPSTREAM_IMAGES) if upstream else None
+        of_its_own = Coloured(checkpoint.recipe.load_images("test"), UPSTREAM_IMAGES) if upstream else None
         comparison = Comparison(
             checkpoint.network,
             open_task(task, checkpoint.recipe.image_size),

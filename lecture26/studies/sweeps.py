@@ -84,7 +84,7 @@ class Study:
             and `attribute_accuracy` ("accuracy_LABEL", "accuracy_all") say of the samples; "first_batch":
             what they say of the first batch alone.
         """
-        images = self.recipe.load(split)
+        images = self.recipe.load_images(split)
         attributes = images.attributes(range(num_samples))
         diffusion = self.diffusion.respace(steps)
         shape = (self._batch_size, self.recipe.channels, self.recipe.image_size, self.recipe.image_size)
@@ -189,7 +189,7 @@ def clip_guidance_sweep(
     """
     study = Study(model, reader, batch_size)
     networks = {through: load_model(name).to(study.device) for through, name in clips.items()}
-    images = study.recipe.load("test")
+    images = study.recipe.load_images("test")
 
     def guide(
         through: str, sampler: str, scale: float, whole: bool, wanted: dict[str, Tensor]

@@ -108,7 +108,7 @@ def text_to_image_evaluation(
     checkpoint = Trained(model)
     recipe, pipeline = checkpoint.recipe, pipeline_of(checkpoint).to(process_state().device)
     judges = {part: load_model(name).to(process_state().device) for part, name in readers.items()}
-    sets = {split: recipe.load(split).images.parts for split in ("test", "held_out")}
+    sets = {split: recipe.load_images(split).images.parts for split in ("test", "held_out")}
     settings = [(part, "test", w, sweep_samples) for w in weights if w != WEIGHT for part in PARTS]
     settings += [(part, split, WEIGHT, num_samples) for split in sets for part in PARTS]
     runs = []
@@ -288,9 +288,9 @@ def pixel_against_latent(
     """
     base = find_recipe(recipe)
     base = replace(base, num_encoded=num_encoded, batch_size=batch_size, words_first=False)
-    images = KeptImages(base.load("train").images, base.vae, num_encoded)
+    images = KeptImages(base.load_images("train").images, base.vae, num_encoded)
     images.kept([0])  # renders them all, which is no part of anybody's time
-    unseen = base.load("test")
+    unseen = base.load_images("test")
     base = base.fitted_to(images)
     settings = base.settings()
     recipes = {"latents": base}
