@@ -575,13 +575,6 @@ def test_captions_lose_words_at_the_rate_given():
     assert set(batch) == {"image", "tokens"} and batch["image"].abs().max() <= 1
 
 
-def test_a_shortened_caption_is_still_true():
-    caption = "a small red star on a striped background"
-    assert clip_recipes.shortened(caption, (True, True, True)) == caption
-    assert clip_recipes.shortened(caption, (False, True, False)) == "a red star"
-    assert clip_recipes.shortened(caption, (True, False, True)) == "a small star on a striped background"
-
-
 def test_the_noise_aware_clip_is_trained_on_what_the_denoiser_sees():
     recipe, images, batch = drawn("noisy_clip_shapes32", count=64)
     diffusion = recipes.find_recipe("ddpm_shapes32").diffusion

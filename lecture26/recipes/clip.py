@@ -1,8 +1,8 @@
 """Small CLIPs of captioned shapes: one that reads clean images, one that reads noisy ones (chapter 04)."""
 
-import itertools
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -12,13 +12,14 @@ from lecture26.clip_guidance import CLIP, Tokenizer, cosine_similarity_matrix, i
 from lecture26.ddpm import Diffusion
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
-from lecture26.kit.shapes import Shapes
+from lecture26.kit.shapes import Shapes, leave_out
 from lecture26.latent_diffusion import SCHEDULES
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 
 EVALUATION_STEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # of the noise-aware CLIP
 GROUP_SIZE = 128  # of different captions to choose among
 NUM_GROUPS = 8
+LOSABLE = ("size_1", "colour_1", "background")  # of LOSABLE_PARTS, those of a caption of one object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ class CLIPRecipe(Recipe):
     def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
         indices = random.integers(len(images))
         attributes = images.attributes(indices)
-        kept = torch.stack([random.uniform() >= self.shorten for _ in range(3)], dim=1).tolist()  # (B, 3)
-        captions = [shortened(*pair) for pair in zip(images.describe(attributes), kept, strict=True)]
+        is_lost = torch.stack([random.uniform() < self.shorten for _ in LOSABLE], dim=1)  # (B, 3)
+        lost = [list(compress(LOSABLE, row)) for row in is_lost.tolist()]
+        captions = list(map(leave_out, images.describe(attributes), lost))
         batch = {"image": images.render(attributes, indices), "tokens": self.tokenizer(captions)}
         if self.noise_aware:
             batch["t"] = random.integers(self.diffusion_steps)  # (B,)
@@ -148,13 +150,6 @@ class CLIPRecipe(Recipe):
 def mean(values: list[float]) -> float:
     """The mean of some values."""
     return sum(values) / len(values)
-
-
-def shortened(caption: str, kept: tuple[bool, bool, bool]) -> str:
-    """A caption of shapes without its size, colour or background, as far as these are not kept."""
-    article, size, colour, shape, *background = caption.split()
-    parts = [[article], [size] * kept[0], [colour] * kept[1], [shape], background * kept[2]]
-    return " ".join(itertools.chain(*parts))
 
 
 def every_caption(images: Shapes) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,8 @@ from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
-from lecture26.kit.readers import OPPOSITE_RELATIONS
 from lecture26.kit.sample_draws import SampleDraws
-from lecture26.kit.shapes import SHAPES, ShapesAndScenes
+from lecture26.kit.shapes import LOSABLE_PARTS, NO_SIDE, SIDES, ShapesAndScenes, leave_out, noun_sides
 from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
@@ -32,11 +32,6 @@ EVALUATION_STEPS = 50  # of DDIM
 EVALUATION_WEIGHT = 2.0  # w of the evaluation's samples
 ENCODING_BATCH = 64
 WORDS_FROM = 4096  # captions, in which every word of the language occurs
-# in 'A left of B' A is on the left, and B on the other side
-OTHER_SIDE = {a.removesuffix(" of"): b.removesuffix(" of") for a, b in OPPOSITE_RELATIONS.items()}
-SIDES = tuple(OTHER_SIDE)
-NO_SIDE = -100  # what cross_entropy ignores
-NUM_KEPT = 5  # parts that a caption may lose: size and colour of either object, and the background
 
 
 class EncodedImages(ImageSet):
@@ -226,8 +221,9 @@ class LatentDiffusionRecipe(Recipe):
 
     def shortened_captions(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> list[str]:
         """The captions of some images, parts of them left out at random."""
-        kept = torch.stack([random.uniform() >= self.shorten for _ in range(NUM_KEPT)], dim=1)  # (B, 5)
-        return list(map(leave_out, images.captions(indices), kept.tolist()))
+        is_lost = torch.stack([random.uniform() < self.shorten for _ in LOSABLE_PARTS], dim=1)  # (B, 5)
+        lost = [list(compress(LOSABLE_PARTS, row)) for row in is_lost.tolist()]
+        return list(map(leave_out, images.captions(indices), lost))
 
     def sides_of(self, captions: Sequence[str]) -> Tensor:
         """For each token of B captions the number of its side in SIDES, or NO_SIDE: (B, L) int64."""
@@ -291,38 +287,6 @@ class LatentDiffusionRecipe(Recipe):
 
     def _test_loss(self, model: nn.Module, images: EncodedImages) -> float:
         return self.mean_loss(model, images, EVALUATION_BATCHES, EVALUATION_SEED)
-
-
-def noun_sides(caption: str) -> list[int]:
-    """For each word of a caption of Shapes or Scenes: a noun's side as its number in SIDES, else NO_SIDE.
-
-    In 'a star to the left of a ring' the star is on the left, and the ring on the right. The only noun of a
-    caption has no side.
-    """
-    words = caption.split()
-    sides = [NO_SIDE] * len(words)
-    said = [SIDES.index(word) for word in words if word in SIDES]
-    if said:
-        first, second = (place for place, word in enumerate(words) if word in SHAPES)
-        sides[first], sides[second] = said[0], SIDES.index(OTHER_SIDE[SIDES[said[0]]])
-    return sides
-
-
-def leave_out(caption: str, kept: Sequence[bool]) -> str:
-    """A caption of Shapes or Scenes without the parts that are not kept.
-
-    Args:
-        caption: of one object or two, whole.
-        kept: for size and colour of the first object, those of the second, and the background.
-    """
-    words = caption.split()
-    articles = [place for place, word in enumerate(words) if word == "a"]
-    # 'a small red star to the left of a large blue ring on a dark background': the last is the background's
-    *objects, background = articles
-    lost = set() if kept[4] else set(range(background - 1, len(words)))
-    for number, place in enumerate(objects):
-        lost |= {place + 1 + part for part in range(2) if not kept[2 * number + part]}
-    return " ".join(word for place, word in enumerate(words) if place not in lost)
 
 
 def draw_captions(

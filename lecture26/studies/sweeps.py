@@ -14,8 +14,8 @@ from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, ddpm_step, sample
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.processes import process_state
+from lecture26.kit.shapes import leave_out
 from lecture26.recipes import Trained, load_model
-from lecture26.recipes.clip import shortened
 
 BATCH_SIZE = 64  # also of the notebooks' small versions, which draw the first batch
 NUM_SAMPLES = 512
@@ -196,7 +196,8 @@ def clip_guidance_sweep(
     ) -> tuple[Callable, Callable]:
         denoiser = study.network
         if through != "none":
-            captions = [shortened(caption, (whole, True, whole)) for caption in images.describe(wanted)]
+            lost = () if whole else ("size_1", "background")
+            captions = [leave_out(caption, lost) for caption in images.describe(wanted)]
             clip = networks[through]
             with torch.no_grad():
                 text_features = clip.encode_text(clip.tokenizer(captions).to(study.device))

@@ -23,11 +23,11 @@ from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
 from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.shapes import SIDES
 from lecture26.kit.training import train
 from lecture26.latent_diffusion import LatentDiffusion, TextAttention, TextDenoiser, TextEncoder
 from lecture26.recipes import Trained, find_recipe, load_model
 from lecture26.recipes.latent import (
-    SIDES,
     EncodedImages,
     LatentDiffusionRecipe,
     draw_captions,
