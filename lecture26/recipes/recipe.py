@@ -189,6 +189,40 @@ def state_file(name: str) -> Path:
     return data_dir() / "states" / f"{name}.pt"
 
 
+def train_network(recipe: Recipe, images: ImageSet, **state) -> tuple[nn.Module, History]:
+    """Train the network of a recipe.
+
+    Args:
+        recipe: what to train, with what the data decide filled in.
+        images: what to train it on.
+        state: `state_file`, `state_every` and `settings` of `lecture26.kit.training.train`.
+
+    Returns:
+        The averaged network, frozen; and the History of the losses.
+    """
+    model = seeded(recipe.seed, recipe.build)
+    recipe.regularise(model)
+    if recipe.start is not None:
+        begin_with(model, recipe.start)
+    average = EMA(model, recipe.ema_decay)
+    history = train(
+        model,
+        lambda random: recipe.draw(images, random),
+        recipe.loss,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_steps,
+        decay_to=recipe.decay_to,
+        average=average,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        **state,
+    )
+    return average.model, history
+
+
 def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
     """Train, evaluate and save a checkpoint, going on from the state of an interrupted run.
 
@@ -203,26 +237,10 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
     with process_state().main_process_first():  # it may have to download
         images, unseen = recipe.load_images("train"), recipe.load_images("test")
     recipe = recipe.fitted_to(images)
-    model = seeded(recipe.seed, recipe.build)
-    recipe.regularise(model)
-    if recipe.start is not None:
-        begin_with(model, recipe.start)
-    average = EMA(model, recipe.ema_decay)
-
     settings = recipe.settings()
-    history = train(
-        model,
-        lambda random: recipe.draw(images, random),
-        recipe.loss,
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup_steps,
-        decay_to=recipe.decay_to,
-        average=average,
-        seed=recipe.seed,
-        precision=recipe.precision,
+    network, history = train_network(
+        recipe,
+        images,
         state_file=state_file(recipe.name),
         state_every=state_every,
         settings=settings | {"images": len(images)},  # a folder's name may come to hold others
@@ -231,7 +249,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
         return None
     card = save_checkpoint(
         recipe.name,
-        average.model.state_dict(),
+        network.state_dict(),
         {
             "recipe": recipe.family,
             "settings": settings,
@@ -240,7 +258,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
             "steps": recipe.steps,
             "processes": process_state().num_processes,
             "seconds": round(history.seconds),
-            "metrics": recipe.evaluate(average.model, unseen),
+            "metrics": recipe.evaluate(network, unseen),
             "loss_curve": loss_curve(history),
         },
     )
