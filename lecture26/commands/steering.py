@@ -96,7 +96,7 @@ class Steering:
             alike = [o for o in OPTIONS if all(way.name is not None for way in STEERINGS if way.takes(o))]
             return f"{' and '.join(alike)} are for --guidance; it is missing"
         choices = " or ".join(way.asks if way.name is None else way.called for way in takers)
-        return f"{option} is for {choices}; both are missing"
+        return f"{option} is for {choices}; {'both' if len(takers) == 2 else 'all'} are missing"
 
     def check_model(self, trained: Trained) -> None:
         """Raise ValueError unless this way can steer the model of the checkpoint `trained`."""

@@ -158,7 +158,7 @@ def load_backbone(name: str, pretrained: bool = True) -> nn.Module:
             asked for with random weights.
         DataError: if the weights cannot be fetched.
     """
-    import timm
+    import timm  # takes seconds to import
 
     if name in list_checkpoints():
         checkpoint = Trained(name)

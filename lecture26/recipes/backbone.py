@@ -104,7 +104,7 @@ class BackboneRecipe(NamingRecipe):
         return VisionTransformer(**size, **self.model)
 
     def regularise(self, model: nn.Module) -> None:
-        from timm.layers import PatchDropout
+        from timm.layers import PatchDropout  # a second to import
 
         model.patch_drop = PatchDropout(self.patch_drop, model.num_prefix_tokens)
 
