@@ -49,10 +49,11 @@ from lecture26.kit.evaluation import attribute_accuracy, read
 from lecture26.kit.figures import PALETTE, show, show_grid, use_style
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
+from lecture26.kit.shapes import NO_SIDE, SIDES, noun_sides
 from lecture26.kit.training import train
 from lecture26.recipes import load_model
-from lecture26.recipes.latent import NO_SIDE, SIDES, draw_captions, load_pipeline, noun_sides
-from lecture26.recipes.text_studies import MISPLACED, NOT_TWO, OTHER, RIGHT, SWAPPED
+from lecture26.recipes.latent import draw_captions, load_pipeline
+from lecture26.studies.text_to_image import MISPLACED, NOT_TWO, OTHER, RIGHT, SWAPPED
 from lecture26.unet import attention
 
 use_style()

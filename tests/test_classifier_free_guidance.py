@@ -36,7 +36,7 @@ from lecture26.ddpm import (
 )
 from lecture26.kit.checkpoints import save_checkpoint
 from lecture26.kit.data import load
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, load_model, load_recipe, recipe, run
 from lecture26.recipes.conditional import ConditionalDDPM
 from lecture26.unet import UNet, zero_init
