@@ -131,7 +131,9 @@ def sample(
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps, at most those of the checkpoint.")] = 50,
     sampler: Annotated[Sampler, typer.Option()] = Sampler.ddim,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many images; the first are the same at any count.")
+    ] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[

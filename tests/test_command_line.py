@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -438,6 +439,49 @@ def test_a_prompt_alone_draws_with_the_text_to_image_model(data_folder, tiny_tex
     ):
         assert (other[0] == star) == ("other.png" in other[1])
     assert grid("a star", "--w", "-1")[0] == grid("a ring", "--w", "-1")[0]
+
+
+def first_tiles(file, count, size, wanted):
+    """The first images of a square grid of `count`, (wanted, C, size, size) int."""
+    picture = torch.from_numpy(np.array(Image.open(file))).int()  # (H, W, C)
+    columns = math.ceil(math.sqrt(count))
+    corners = [(2 + n // columns * (size + 2), 2 + n % columns * (size + 2)) for n in range(wanted)]
+    return torch.stack([picture[row : row + size, column : column + size] for row, column in corners])
+
+
+DDPM, RANDOM_DDIM = ["--sampler", "ddpm"], ["--eta", "0.7"]
+BY_CLASSIFIER = ["--model", "tiny", "--guidance", "classifier", "--class", "red star", "--scale", "20"]
+BY_CLIP = ["--model", "tiny", "--guidance", "clip", "--prompt", "a red star"]
+BY_ITSELF = ["--model", "tiny_conditional", "--guidance", "cfg", "--class", "red star"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "tiny"],
+        ["--model", "tiny", *DDPM],
+        ["--model", "tiny", *RANDOM_DDIM],
+        [*BY_CLASSIFIER, *DDPM],
+        [*BY_CLIP, *RANDOM_DDIM],
+        [*BY_ITSELF, *DDPM],
+        ["--prompt", "a red star"],
+    ],
+    ids=" ".join,
+)
+def test_the_first_images_are_the_same_at_any_count(
+    data_folder, tiny_classifier, tiny_clip, tiny_conditional, tiny_text, tmp_path, options
+):
+    size = 64 if options[0] == "--prompt" else 32
+
+    def first(count, seed=3):
+        out = tmp_path / f"{count}.png"
+        result = call("sample", *options, "--count", count, "--steps", 4, "--seed", seed, "--out", out)
+        assert result.exit_code == 0, result.output
+        return first_tiles(out, count, size, wanted=2)
+
+    few, many, other = first(2), first(6), first(2, seed=4)
+    assert (few - many).abs().max() <= 2  # levels of 255: layers round otherwise in other batches
+    assert (few - other).abs().max() > 50 and (few[0] - few[1]).abs().max() > 50
 
 
 @pytest.mark.parametrize(

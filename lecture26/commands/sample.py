@@ -5,7 +5,6 @@ import os
 from functools import partial
 from pathlib import Path
 
-import torch
 import typer
 
 from lecture26.commands.drawing import Drawing
@@ -63,14 +62,15 @@ def sample(
         most = trained.diffusion.num_steps
         raise ValueError(f"--steps must be at most {most} for {trained.name!r}; got {steps}")
     way.check_model(trained)
+    ddim = partial(ddim_step, eta=eta) if eta else ddim_step  # as it stands, it is spared all noise
     drawing = Drawing(
         trained=trained,
         asked=given.get(way.asks),
         strength=given.get(way.strength, way.default),
         count=count,
         steps=steps,
-        step=ddpm_step if sampler == "ddpm" else partial(ddim_step, eta=eta),
-        generator=torch.Generator().manual_seed(seed),
+        step=ddpm_step if sampler == "ddpm" else ddim,
+        seed=seed,
         device=process_state().device,
     )
     images = way.draw(drawing)
