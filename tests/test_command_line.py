@@ -485,6 +485,37 @@ def test_the_first_images_are_the_same_at_any_count(
 
 
 @pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--prompt", "a red star", "--w", "1e30"], "bring --w nearer to 2; it was 1e+30"),
+        (["--prompt", "a red star", "--w", "-1e39"], "bring --w nearer to 2; it was -1e+39"),
+        ([*BY_ITSELF, "--w", "1e39"], "bring --w nearer to 1; it was 1e+39"),
+    ],
+)
+def test_what_is_not_finite_is_no_picture(
+    data_folder, tiny_conditional, tiny_text, tmp_path, options, advice
+):
+    out = tmp_path / "grid.png"
+    out.write_text("an older picture")
+    result = call("sample", *options, "--steps", "4", "--count", "2", "--out", out)
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert f"2 of 2 images are not finite, so that nothing was written: {advice}" in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+    assert out.read_text() == "an older picture"
+
+
+def test_one_spoilt_image_is_enough(data_folder, tmp_path, monkeypatch):
+    images = torch.zeros(3, 3, 32, 32)
+    images[1, 2, 3, 4] = math.nan
+    monkeypatch.setattr("lecture26.commands.drawing.sample", lambda *_, **__: images)
+    result = call("sample", "--model", "tiny", "--count", "3", "--out", tmp_path / "grid.png")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "1 of 3 images are not finite, so that nothing was written: train 'tiny' anew" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", "a red stra"], "unknown word 'stra' in 'a red stra'; the words are: a, above, "),

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import typer
+from torch import Tensor
 
 from lecture26.commands.drawing import Drawing
-from lecture26.commands.steering import OPTIONS, WORDS, choose
+from lecture26.commands.steering import OPTIONS, WORDS, Steering, choose
 from lecture26.ddpm import ddim_step, ddpm_step
 from lecture26.kit.processes import process_state
 from lecture26.recipes import Trained
@@ -43,6 +44,7 @@ def sample(
 
     Raises:
         ValueError: on options that do not go together, or do not suit the model.
+        FloatingPointError: if what is drawn holds numbers that are not finite; nothing is written.
     """
     if out.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}")
@@ -74,9 +76,23 @@ def sample(
         device=process_state().device,
     )
     images = way.draw(drawing)
+    check_finite(images, way, drawing)
 
     from torchvision.utils import save_image  # takes a second to import
 
     save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
     told = f"{count} images of {trained.name}{way.said(drawing)}"
     typer.echo(f"{told}, {steps} {sampler} steps, seed {seed}: {out}")
+
+
+def check_finite(images: Tensor, way: Steering, drawing: Drawing) -> None:
+    """Raise FloatingPointError, which says what to change, unless all images of a `drawing` are finite."""
+    spoilt = (~images.isfinite()).flatten(1).any(dim=1).sum().item()
+    if not spoilt:
+        return
+    advice = f"train {drawing.trained.name!r} anew, with a smaller --learning-rate"
+    if way.strength is not None:
+        advice = f"bring {way.strength} nearer to {way.default:g}; it was {drawing.strength:g}"
+    raise FloatingPointError(
+        f"{spoilt} of {len(images)} images are not finite, so that nothing was written: {advice}"
+    )
