@@ -203,7 +203,7 @@ def test_samples_are_guided_by_the_classifier_of_their_images(data_folder, tiny_
 
     red, told = guided("red", "red star", "--scale", "50")
     assert "red star by classifier guidance at scale 50" in told
-    assert red == guided("again", "star, RED", "--scale", "50")[0]
+    assert red == guided("again", "Star, RED!", "--scale", "50")[0]
     assert red != guided("blue", "blue star", "--scale", "50")[0]
     assert red != grid("unguided")[0]
     assert guided("zero", "red star", "--scale", "0")[0] == grid("unguided")[0]
@@ -430,6 +430,7 @@ def test_a_prompt_alone_draws_with_the_text_to_image_model(data_folder, tiny_tex
     assert "2 images of tiny_text, a large yellow star on a striped background at w = 2, 3 ddim" in told
     assert Image.open("samples.png").size == (2 * 66 + 2, 66 + 2)
     assert star == grid("a large YELLOW star on a striped background", "--w", "2")[0]
+    assert star == grid("A large, yellow star on a striped background.")[0]
     assert star == grid("a large yellow star on a striped background", "--model", "tiny_text")[0]
     for other in (
         grid("a large yellow ring on a striped background"),
@@ -519,7 +520,8 @@ def test_one_spoilt_image_is_enough(data_folder, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--prompt", "a red stra"], "unknown word 'stra' in 'a red stra'; the words are: a, above, "),
-        (["--prompt", ""], "prompts must not be empty"),
+        (["--prompt", ""], "--prompt must have words; got ''"),
+        (["--prompt", "?!"], "--prompt must have words; got '?!'"),
         (["--prompt", "a " * 30], "a text must have at most 18 words; got 30"),
         (["--prompt", "a star", "--steps", "1001"], "--steps must be at most 1000 for 'tiny_text'; got 1001"),
         (["--prompt", "a star", "--w", "nan"], "w must be a finite number; got nan"),
@@ -651,6 +653,7 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--guidance", "classifier", "--class", "a", "--w", "2"], "takes --scale and not --w"),
         ([*SAMPLE, "--guidance", "classifier"], "--guidance classifier needs --class"),
         ([*SAMPLE, "--guidance", "clip"], "--guidance clip needs --prompt"),
+        ([*SAMPLE, "--guidance", "clip", "--prompt", "..."], "--prompt must have words; got '...'"),
         ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--class", "b"], "--prompt and not --class"),
         ([*SAMPLE, "--guidance", "magic"], "--guidance"),
         ([*SAMPLE, "--out", "grid.txt"], "--out must end in .png"),

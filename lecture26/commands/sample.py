@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 from torch import Tensor
 
+from lecture26.clip_guidance import split_words
 from lecture26.commands.drawing import Drawing
 from lecture26.commands.steering import OPTIONS, WORDS, Steering, choose
 from lecture26.ddpm import ddim_step, ddpm_step
@@ -56,6 +57,9 @@ def sample(
     for option, value in given.items():
         if option not in WORDS and not math.isfinite(value):
             raise ValueError(f"{option} must be a finite number; got {value}")
+    prompt = given.get("--prompt")
+    if prompt is not None and not split_words(prompt):
+        raise ValueError(f"--prompt must have words; got {prompt!r}")
     way = choose(guidance, given)
     way.check_options(given, model, sampler, eta)
 

@@ -252,12 +252,10 @@ class Text(Steering):
             raise ValueError(f"{self.called} draws with --sampler ddim and --eta 0")
 
     def draw(self, drawing: Drawing) -> Tensor:
-        from lecture26.latent_diffusion import checked_prompts
         from lecture26.recipes.latent import pipeline_of
 
-        prompts = checked_prompts([drawing.asked] * drawing.count)
         pipeline = pipeline_of(drawing.trained).to(drawing.device)
-        denoiser = pipeline.guided(prompts, drawing.strength)
+        denoiser = pipeline.guided([drawing.asked] * drawing.count, drawing.strength)
         _, *shape = pipeline.latent_shape(drawing.count)
         return pipeline.decode(drawing.sample(pipeline.diffusion, denoiser, tuple(shape)))
 
