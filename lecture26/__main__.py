@@ -22,6 +22,7 @@ app = typer.Typer(
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+LARGEST_SEED = 2**64 - 1  # that torch takes
 # By what samples are steered towards what is asked for.
 Guidance = StrEnum("Guidance", {way.name: way.name for way in STEERINGS if way.name is not None})
 
@@ -90,7 +91,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step and process.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED)] = None,
     precision: Annotated[
         Precision | None,
         typer.Option(help="bf16 is faster on GPUs and processors with AMX or AVX512-BF16, slower elsewhere."),
@@ -134,7 +135,7 @@ def sample(
     count: Annotated[
         int, typer.Option(min=1, help="How many images; the first are the same at any count.")
     ] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[
         str | None, typer.Option("--class", help=f"For {takers_of('--class')}, such as 'red star'.")

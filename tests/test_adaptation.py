@@ -1263,6 +1263,7 @@ def test_seeds_give_a_spread(data_folder, lesions):
         ([], "--data"),
         (["--data", "nothing"], "got 'nothing'"),
         (["--data", "no/such/folder"], "there is no folder no/such/folder"),
+        (["--data", "~nouser/photos"], "there is no home folder for '~nouser/photos'"),
         (["--data", "shapes"], "images must have classes"),
         (["--data", "digits", "--backbone", "nothing"], "backbone must be a model of timm or a checkpoint"),
         (["--data", "digits", "--backbone", "resnet18", "--random-weights"], "cannot be prompted.*ResNet"),

@@ -1,6 +1,7 @@
 """The command line: what each command does, and what it says to wrong input."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from tensors import perturbed
 from typer.testing import CliRunner
 
 from lecture26 import recipes
-from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, LARGEST_SEED, app
 from lecture26.kit.checkpoints import checkpoint_files, save_checkpoint
 from lecture26.recipes import ddpm
 
@@ -614,6 +615,11 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--steps", "1"], "--steps"),
         ([*SAMPLE, "--count", "0"], "--count"),
         ([*SAMPLE, "--seed", "-1"], "--seed"),
+        ([*SAMPLE, "--seed", str(2**64)], "18446744073709551615"),
+        ([*TRAIN, "--seed", "-1"], "--seed"),
+        ([*TRAIN, "--seed", str(2**64)], "18446744073709551615"),
+        ([*TRAIN, "--data", "~nouser/photos"], "there is no home folder for '~nouser/photos'"),
+        ([*SAMPLE, "--out", "~nouser/grid.png"], "there is no home folder for '~nouser/grid.png'"),
         ([*SAMPLE, "--sampler", "euler"], "--sampler"),
         ([*SAMPLE, "--eta", "1.5"], "--eta"),
         ([*SAMPLE, "--eta", "0.5", "--sampler", "ddpm"], "--eta is for --sampler ddim"),
@@ -670,11 +676,74 @@ def test_wrong_input_ends_in_one_clear_line(data_folder, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_in_place_of_the_picture_is_refused(data_folder, tmp_path):
-    (tmp_path / "grid.png").mkdir()
-    result = call(*SAMPLE, "--out", tmp_path / "grid.png")
+def test_the_largest_seed_is_one(data_folder, tmp_path):
+    seed = ["--seed", str(LARGEST_SEED)]
+    assert (
+        call("sample", "--model", "tiny", "--steps", "2", "--out", tmp_path / "a.png", *seed).exit_code == 0
+    )
+    assert call(*TRAIN, "--name", "largest_seed", *seed).exit_code == 0
+
+
+def unwritable(case, folder, monkeypatch):
+    """A place where no picture can be written, even by root."""
+    out = folder / "grid.png"
+    if case == "a folder":
+        out.mkdir()
+    elif case == "in a file":
+        (folder / "file").touch()
+        return folder / "file" / "grid.png"
+    elif case == "in a read-only place":  # whatever permissions say
+        monkeypatch.setattr("lecture26.commands.sample.TemporaryFile", read_only)
+    elif case == "read-only":
+        out.touch()
+        monkeypatch.setattr(Path, "open", read_only)
+    return out if case != "nowhere" else folder / "no" / "grid.png"
+
+
+def read_only(*arguments, **options):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("a folder", "--out must be a file; .*grid.png is a folder"),
+        ("nowhere", r"--out must be a file in a folder that exists .*grid.png \(No such file"),
+        ("in a file", r"--out must be a file in a folder that exists .*grid.png \(Not a directory"),
+        ("in a read-only place", r"and can be written to; got .*grid.png \(Read-only file system\)"),
+        ("read-only", r"and can be written to; got .*grid.png \(Read-only file system\)"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(
+    data_folder, tmp_path, monkeypatch, case, message
+):
+    monkeypatch.setattr("lecture26.commands.drawing.sample", lambda *_, **__: pytest.fail("was drawn"))
+    result = call(*SAMPLE, "--out", unwritable(case, tmp_path, monkeypatch))
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert re.search(message, result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_an_older_picture_stays_until_the_new_one_is_drawn(data_folder, tmp_path, monkeypatch):
+    (tmp_path / "grid.png").write_bytes(b"an older picture")
+    result = call(*SAMPLE, "--out", tmp_path / "grid.png", "--steps", "2000")
     assert result.exit_code == EXIT_USER_ERROR
-    assert "--out must be a file" in result.stderr
+    assert (tmp_path / "grid.png").read_bytes() == b"an older picture"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    result = call("sample", "--model", "tiny", "--steps", "2", "--count", "1", "--out", "~/grid.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "grid.png").exists() and str(tmp_path / "grid.png") in result.stdout
+
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / "photos" / split / "0.png")
+    result = call(*TRAIN, "--data", "~/photos", "--image-size", "16", "--name", "at_home")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((data_folder / "checkpoints" / "at_home.json").read_text())["settings"]
+    assert settings["data"] == str(tmp_path / "photos")
 
 
 def test_damaged_checkpoint_is_refused(data_folder, tmp_path, monkeypatch):

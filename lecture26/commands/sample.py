@@ -1,9 +1,9 @@
 """The command `sample`: images drawn from a trained model, as one grid."""
 
 import math
-import os
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import typer
 from torch import Tensor
@@ -12,6 +12,7 @@ from lecture26.clip_guidance import split_words
 from lecture26.commands.drawing import Drawing
 from lecture26.commands.steering import OPTIONS, WORDS, Steering, choose
 from lecture26.ddpm import ddim_step, ddpm_step
+from lecture26.kit.paths import expanded
 from lecture26.kit.processes import process_state
 from lecture26.recipes import Trained
 
@@ -45,12 +46,11 @@ def sample(
 
     Raises:
         ValueError: on options that do not go together, or do not suit the model.
+        OSError: if the picture could not be written.
         FloatingPointError: if what is drawn holds numbers that are not finite; nothing is written.
     """
-    if out.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out must be a file in a folder that exists and can be written to; got {out}")
+    out = expanded(out)
+    check_can_be_written(out)
     if eta and sampler != "ddim":
         raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler} --eta {eta}")
     given = {option: asked[option] for option in OPTIONS if asked[option] is not None}
@@ -87,6 +87,24 @@ def sample(
     save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
     told = f"{count} images of {trained.name}{way.said(drawing)}"
     typer.echo(f"{told}, {steps} {sampler} steps, seed {seed}: {out}")
+
+
+def check_can_be_written(out: Path) -> None:
+    """Raise ValueError or OSError, before anything is drawn, if the picture `out` cannot be written."""
+    if out.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out must be a file; {out} is a folder")
+    try:
+        with TemporaryFile(
+            dir=out.parent
+        ):  # permissions alone do not tell: root may write, but not everywhere
+            pass
+        if out.exists():
+            out.open("ab").close()
+    except OSError as error:
+        place = "in a folder that exists and can be written to"
+        raise OSError(f"--out must be a file {place}; got {out} ({error.strerror})") from error
 
 
 def check_finite(images: Tensor, way: Steering, drawing: Drawing) -> None:
