@@ -20,7 +20,7 @@ from tensors import perturbed
 from typer.testing import CliRunner
 
 from lecture26 import recipes
-from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, LARGEST_SEED, app
+from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_NOBODY_READS, EXIT_USER_ERROR, LARGEST_SEED, app
 from lecture26.kit.checkpoints import checkpoint_files, save_checkpoint
 from lecture26.recipes import ddpm
 
@@ -772,6 +772,23 @@ def test_error_as_a_user_sees_it(data_folder):
     assert result.stdout == ""
     assert result.stderr.startswith("error: there is no checkpoint 'nothing'")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["checkpoints"], ["checkpoints", "tiny"], ["evaluate", "tiny"], [*SAMPLE, "--steps", "2"]],
+    ids=" ".join,
+)
+def test_a_reader_who_has_gone_is_no_error(data_folder, tmp_path, command):
+    program = [sys.executable, "-m", "lecture26", *command]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, text=True
+    )
+    process.stdout.close()  # before anything is printed, since the program has first to start
+    assert process.stderr.read() == ""
+    assert process.wait() == EXIT_NOBODY_READS
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(
