@@ -802,7 +802,16 @@ def test_help(command):
 
 @pytest.mark.parametrize("module", ["lecture26", "lecture26.__main__"])
 def test_import_is_light(module):
-    heavy = ["accelerate", "diffusers", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"]
+    heavy = [
+        "accelerate",
+        "diffusers",
+        "matplotlib",
+        "sklearn",
+        "timm",
+        "torch",
+        "torchmetrics",
+        "torchvision",
+    ]
     program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
