@@ -5,6 +5,7 @@ package`.
 """
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -434,7 +435,8 @@ def save_task(file, state):
 
     Args:
         file: the path; a file that is there is replaced as a whole.
-        state: what `VPT.task_state_dict` returns.
+        state: what `VPT.task_state_dict` returns. Its attribute `about`, if it has one, is a dict of plain
+            values (JSON) to keep beside the numbers, such as the names of the classes.
 
     Raises:
         ValueError: if the state does not say what backbone it belongs to.
@@ -444,7 +446,9 @@ def save_task(file, state):
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    metadata = {"format": TASK_FORMAT, "backbone": state.backbone, "checksum": _checksum(tensors)}
+    about = json.dumps(getattr(state, "about", {}))
+    metadata = {"format": TASK_FORMAT, "backbone": state.backbone, "about": about}
+    metadata["checksum"] = _checksum(tensors, about)
     with replace_when_complete(file) as temporary:
         temporary.write_bytes(save(tensors, metadata))
 
@@ -456,7 +460,7 @@ def load_task(file):
         file: the path.
 
     Returns:
-        An OrderedDict like that of `VPT.task_state_dict`.
+        An OrderedDict like that of `VPT.task_state_dict`, with the attribute `about`, {} if nothing was told.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -473,17 +477,19 @@ def load_task(file):
         raise ValueError(f"{file} is damaged, or no task file ({error})") from error
     if metadata.get("format") != TASK_FORMAT or "backbone" not in metadata:
         raise ValueError(f"{file} is a safetensors file, but not a task's")
-    if metadata.get("checksum") != _checksum(state):
+    about = metadata.get("about", "")  # files of before have none
+    if metadata.get("checksum") != _checksum(state, about):
         raise ValueError(f"{file} is damaged: its checksum is wrong")
-    state.backbone = metadata["backbone"]
+    state.backbone, state.about = metadata["backbone"], json.loads(about or "{}")
     return state
 
 
-def _checksum(tensors):
+def _checksum(tensors, about):
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
         digest.update(_bytes(tensors[name]))
+    digest.update(about.encode())
     return digest.hexdigest()
 
 

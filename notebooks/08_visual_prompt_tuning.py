@@ -78,6 +78,7 @@ with warnings.catch_warnings():
 
 # %% tags=["export"]
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -1264,7 +1265,8 @@ def check_task_state(state, vit, fingerprint):
 
 # %% [markdown]
 # On the disk it is a safetensors file, raw numbers: unlike a pickle, reading it executes nothing. A checksum reveals
-# damage.
+# damage. Numbers do not say what they are about: the attribute `about` of a state goes into the file, too, such as the
+# names of the classes.
 
 
 # %% tags=["export"]
@@ -1276,7 +1278,8 @@ def save_task(file, state):
 
     Args:
         file: the path; a file that is there is replaced as a whole.
-        state: what `VPT.task_state_dict` returns.
+        state: what `VPT.task_state_dict` returns. Its attribute `about`, if it has one, is a dict of plain
+            values (JSON) to keep beside the numbers, such as the names of the classes.
 
     Raises:
         ValueError: if the state does not say what backbone it belongs to.
@@ -1286,7 +1289,9 @@ def save_task(file, state):
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    metadata = {"format": TASK_FORMAT, "backbone": state.backbone, "checksum": _checksum(tensors)}
+    about = json.dumps(getattr(state, "about", {}))
+    metadata = {"format": TASK_FORMAT, "backbone": state.backbone, "about": about}
+    metadata["checksum"] = _checksum(tensors, about)
     with replace_when_complete(file) as temporary:
         temporary.write_bytes(save(tensors, metadata))
 
@@ -1298,7 +1303,7 @@ def load_task(file):
         file: the path.
 
     Returns:
-        An OrderedDict like that of `VPT.task_state_dict`.
+        An OrderedDict like that of `VPT.task_state_dict`, with the attribute `about`, {} if nothing was told.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -1315,17 +1320,19 @@ def load_task(file):
         raise ValueError(f"{file} is damaged, or no task file ({error})") from error
     if metadata.get("format") != TASK_FORMAT or "backbone" not in metadata:
         raise ValueError(f"{file} is a safetensors file, but not a task's")
-    if metadata.get("checksum") != _checksum(state):
+    about = metadata.get("about", "")  # files of before have none
+    if metadata.get("checksum") != _checksum(state, about):
         raise ValueError(f"{file} is damaged: its checksum is wrong")
-    state.backbone = metadata["backbone"]
+    state.backbone, state.about = metadata["backbone"], json.loads(about or "{}")
     return state
 
 
-def _checksum(tensors):
+def _checksum(tensors, about):
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
         digest.update(_bytes(tensors[name]))
+    digest.update(about.encode())
     return digest.hexdigest()
 
 
@@ -2276,7 +2283,13 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 # ```
 #
 # Grey images are given three equal channels. The numbers go to `data/results`, what was learned to `data/tasks`, and
-# `VPT.load_task_state_dict(load_task(file))` takes it up again. Three things that no program can do for you: put
+# `VPT.load_task_state_dict(load_task(file))` takes it up again. The names of the classes are kept with both, so that
+#
+# ```bash
+# python -m lecture26 classify --task NAME picture.png ...
+# ```
+#
+# names other pictures, NAME being what `adapt` has called its results. Three things that no program can do for you: put
 # images of one *patient* into one split only, or the test will measure whether patients are recognised; look at
 # sensitivity and specificity besides accuracy, where one class is rare; and do not diagnose anybody with it. (No
 # `--augment` unless a mirrored image is a possible one: a mirrored chest has its heart on the wrong side.)

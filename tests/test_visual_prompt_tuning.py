@@ -1,6 +1,7 @@
 """Chapter 08 against oracles: timm's own forward pass with hooks, on many backbones; files; the bank."""
 
 import copy
+import hashlib
 import io
 import math
 import pickle
@@ -562,6 +563,33 @@ def test_a_task_file_gives_the_same_task_again(tmp_path, num_prompts, dtype):
     assert file.stat().st_size < numbers * dtype.itemsize + 1000
 
 
+def test_a_task_file_keeps_what_it_is_about(tmp_path):
+    vit, file = small_vit(), tmp_path / "task.safetensors"
+    state = small_vpt(vit).task_state_dict()
+    state.about = {"classes": ["Katze", "犬", "a cow"], "channels": 1}
+    save_task(file, state)
+    assert load_task(file).about == state.about
+    bank = PromptBank(vit)
+    bank.load("animals", file)
+    bank.save("animals", tmp_path / "again")
+    assert load_task(tmp_path / "again").about == state.about
+    save_task(file, small_vpt(vit).task_state_dict())
+    assert load_task(file).about == {}
+
+
+def test_a_task_file_of_before_says_nothing_of_itself(tmp_path):
+    """Its metadata and checksum are those that the first version wrote."""
+    state = small_vpt(small_vit()).task_state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
+        digest.update(state[name].numpy().tobytes())
+    metadata = {"format": "lecture26 task", "backbone": state.backbone, "checksum": digest.hexdigest()}
+    save_file(dict(state), tmp_path / "old.safetensors", metadata)
+    loaded = load_task(tmp_path / "old.safetensors")
+    assert same_tensors(loaded, state) and loaded.backbone == state.backbone and loaded.about == {}
+
+
 def test_a_task_of_the_chapters_size_takes_few_kilobytes(tmp_path):
     vit = VisionTransformer(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
     save_task(tmp_path / "task", VPT(vit, 10, 8, deep=True).task_state_dict())
@@ -654,6 +682,7 @@ def test_a_damaged_task_file_is_refused(tmp_path):
     vit, file = small_vit(embed_dim=4, depth=1), tmp_path / "task.safetensors"
     model = small_vpt(vit, 2)
     state = model.task_state_dict()
+    state.about = {"classes": ["cat", "cow"]}
     save_task(file, state)
     content, refused = file.read_bytes(), 0
     for position in range(len(content)):
@@ -661,7 +690,9 @@ def test_a_damaged_task_file_is_refused(tmp_path):
         damaged[position] ^= 4
         file.write_bytes(damaged)
         try:
-            model.load_task_state_dict(load_task(file))
+            loaded = load_task(file)
+            model.load_task_state_dict(loaded)
+            assert loaded.about == state.about
         except ValueError:
             refused += 1
         assert same_tensors(model.task_state_dict(), state)
