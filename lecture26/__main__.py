@@ -240,7 +240,7 @@ def adapt(
 
 @app.command()
 def classify(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="PICTURE...")],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="PICTURE")],
     task: Annotated[str, typer.Option(help="The name of the results of adapt.")],
     method: Annotated[
         str | None, typer.Option(help="If the task was learned by several: the one to name by.")
