@@ -9,10 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lecture26.checks import Case, Exercise, Misconception, Recording, check, check_recorded, exercise, record
-from lecture26.checks import fixtures as kinds
+from lecture26.checks import (
+    Case,
+    Exercise,
+    Misconception,
+    Recording,
+    callables,
+    check,
+    check_recorded,
+    exercise,
+    record,
+)
+from lecture26.checks.callables import CallableArgument
 from lecture26.checks.core import describe
-from lecture26.checks.fixtures import Fixture
 from lecture26.checks.judging import judge
 from lecture26.checks.recording import record_exercise
 
@@ -393,7 +402,7 @@ def test_a_recording_needs_neither_the_chapter_nor_its_exercises(tmp_path):
     program = f"""
 import sys
 sys.modules["lecture26.ddpm"] = None  # importing it is an error from here on
-sys.modules["lecture26.checks.ddpm"] = None
+sys.modules["lecture26.checks.chapters.ddpm"] = None
 from lecture26.checks import check_recorded
 right = lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 wrong = lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + (1 - alpha_bar) * noise
@@ -454,7 +463,7 @@ def slope_cases(seed: int) -> list[Case]:
             for shape in ((3, 4), (4,), (4, 2), (5, 3))
         )
         tensors = tuple(tensor.requires_grad_(weights) for tensor in (inward, speed, outward))
-        return Case(note, (Fixture("noisy_classifier", tensors), x, torch.arange(5)), mode)
+        return Case(note, (CallableArgument("noisy_classifier", tensors), x, torch.arange(5)), mode)
 
     return [
         case("plain"),
@@ -509,29 +518,29 @@ def slope_recording():
     return record_exercise(SLOPE)
 
 
-def test_a_fixture_is_called_with_what_follows_its_tensors():
+def test_a_callable_argument_is_called_with_what_follows_its_tensors():
     inward, speed, outward, x, t = slope_cases(0)[0].arguments[0].tensors + slope_cases(0)[0].arguments[1:]
     hidden = [[math.sin(x[b] @ inward[:, h] + t[b] * speed[h]) for h in range(4)] for b in range(5)]
     expected = torch.tensor(hidden, dtype=torch.float64) @ outward
-    classifier = Fixture("noisy_classifier", (inward, speed, outward))
+    classifier = CallableArgument("noisy_classifier", (inward, speed, outward))
     torch.testing.assert_close(classifier(x, t), expected)
     torch.testing.assert_close(classifier(x.view(5, 1, 3), t), expected)
 
 
-def test_a_fixture_is_described_in_words():
-    fixture = Fixture("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
-    assert describe("classifier", fixture) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
+def test_a_callable_argument_is_described_in_words():
+    classifier = CallableArgument("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
+    assert describe("classifier", classifier) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
 
 
-def test_a_fixture_of_an_unknown_kind_is_refused():
+def test_a_callable_argument_of_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be one of .*noisy_classifier.*; got 'oracle'"):
-        Fixture("oracle", ())
+        CallableArgument("oracle", ())
 
 
-def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
-    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+def test_another_kind_of_callable_argument_takes_one_function(monkeypatch, tmp_path):
+    monkeypatch.setattr(callables, "_KINDS", dict(callables._KINDS))
 
-    @kinds._kind
+    @callables._kind
     def scaled(factor, x):
         return factor * x
 
@@ -539,7 +548,7 @@ def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
         "toy.twice",
         '"Toys"',
         lambda f, x: f(f(x)),
-        lambda seed: [Case("points", (Fixture("scaled", (torch.tensor(3.0),)), torch.ones(2)))],
+        lambda seed: [Case("points", (CallableArgument("scaled", (torch.tensor(3.0),)), torch.ones(2)))],
         (),
     )
     record_exercise(twice).save(tmp_path / "twice.safetensors")
@@ -548,7 +557,7 @@ def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", SLOPE.misconceptions, ids=lambda wrong: wrong.name)
-def test_an_exercise_with_a_fixture_passes_and_fails_as_others_do(slope_recording, wrong, tmp_path):
+def test_an_exercise_with_a_callable_argument_passes_and_fails_as_others_do(slope_recording, wrong, tmp_path):
     slope_recording.save(tmp_path / "slope.safetensors")
     loaded = Recording.load(tmp_path / "slope.safetensors")
     for recording in (slope_recording, loaded):
@@ -558,7 +567,7 @@ def test_an_exercise_with_a_fixture_passes_and_fails_as_others_do(slope_recordin
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_exercise_with_a_fixture_is_judged_alike_in_any_mode(slope_recording, mode):
+def test_an_exercise_with_a_callable_argument_is_judged_alike_in_any_mode(slope_recording, mode):
     with mode():
         recording = record_exercise(SLOPE)
         for candidate in (slope, *(wrong.function for wrong in SLOPE.misconceptions)):
@@ -584,11 +593,11 @@ def test_an_exercise_with_a_fixture_is_judged_alike_in_any_mode(slope_recording,
         ),
     ],
 )
-def test_what_happens_to_a_fixture_is_told(slope_recording, candidate, sentence):
+def test_what_happens_to_a_callable_argument_is_told(slope_recording, candidate, sentence):
     assert sentence in judge(slope_recording, candidate).message
 
 
-def test_a_recorded_fixture_stays_as_it_is(slope_recording):
+def test_a_recorded_callable_argument_stays_as_it_is(slope_recording):
     before = [[tensor.clone() for tensor in case.arguments[0].tensors] for case in slope_recording.cases]
     for wrong in SLOPE.misconceptions:
         judge(slope_recording, wrong.function)
@@ -611,13 +620,13 @@ def test_a_case_is_called_in_its_mode():
 
 
 @pytest.mark.slow
-def test_a_recording_with_a_fixture_needs_no_chapter(tmp_path):
+def test_a_recording_with_a_callable_argument_needs_no_chapter(tmp_path):
     path = tmp_path / "check.safetensors"
     record("classifier_guidance.log_prob_gradient").save(path)
     program = f"""
 import sys
 for part in ("classifier_guidance", "unet", "ddpm"):  # importing them is an error from here on
-    sys.modules[f"lecture26.{{part}}"] = sys.modules[f"lecture26.checks.{{part}}"] = None
+    sys.modules[f"lecture26.{{part}}"] = sys.modules[f"lecture26.checks.chapters.{{part}}"] = None
 import torch
 from torch.nn.functional import cross_entropy
 from lecture26.checks import check_recorded

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fixtures import Fixture
+from .callables import CallableArgument
 
 # Two outcomes agree where |a - b| <= tolerance (1 + |b|). Rewriting a formula costs a few roundings, far less
 # than this. Values are judged in float64; float32 is there to see that the dtype is kept.
@@ -245,16 +245,16 @@ def _widens(result: Tensor, wanted: Tensor) -> bool:
 
 
 def _copy(argument: object) -> object:
-    if isinstance(argument, Fixture):
+    if isinstance(argument, CallableArgument):
         with torch.inference_mode(False):  # a network, other than the data, is made before sampling begins
-            return Fixture(argument.kind, tuple(map(_copy, argument.tensors)))
+            return CallableArgument(argument.kind, tuple(map(_copy, argument.tensors)))
     if not isinstance(argument, Tensor):
         return argument
     return argument.detach().clone().requires_grad_(argument.requires_grad)
 
 
 def _same(one: object, other: object) -> bool:
-    if isinstance(one, Fixture):
+    if isinstance(one, CallableArgument):
         return all(map(_same, one.tensors, other.tensors))
     if not isinstance(one, Tensor):
         return one == other
@@ -262,7 +262,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _has_grad(argument: object) -> bool:
-    tensors = argument.tensors if isinstance(argument, Fixture) else (argument,)
+    tensors = argument.tensors if isinstance(argument, CallableArgument) else (argument,)
     return any(isinstance(tensor, Tensor) and tensor.grad is not None for tensor in tensors)
 
 
@@ -292,7 +292,7 @@ def _count(outcome: Outcome) -> str:
 
 
 def describe(name: str, value: object) -> str:
-    """An argument in a few words: a tensor's dtype and shape, a fixture's kind, or a number's value."""
+    """An argument in a few words: a tensor's dtype and shape, a callable's kind, or a number's value."""
     if isinstance(value, Tensor):
         gradient = " with gradient" if value.requires_grad else ""
         return f"{name} {_dtype(value)} {_shape(value)}{gradient}"

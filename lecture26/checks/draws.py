@@ -1,4 +1,4 @@
-"""Random fixtures for the exercises: the same seed gives the same ones, another seed others."""
+"""Random arguments for the exercises: the same seed gives the same ones, another seed others."""
 
 from collections.abc import Sequence
 

@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from lecture26 import clip_guidance
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
-from .fixtures import Fixture
+from ..callables import CallableArgument
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 
 
 def _unit(draws: Draws, *shape: int, **kind) -> Tensor:
@@ -781,7 +781,7 @@ def _similarity_gradient_cases(seed: int) -> list[Case]:
         x_t = draws.normal(*shape, **kind)
         numbers = dict(dtype=kind.get("dtype", torch.float64), gradient=weights)
         shapes = (x_t[0].numel(), 7), (7,), (7, dim)
-        tower = Fixture("image_tower", tuple(draws.normal(*each, **numbers) for each in shapes))
+        tower = CallableArgument("image_tower", tuple(draws.normal(*each, **numbers) for each in shapes))
         text_features = 3 * draws.normal(texts or len(x_t), dim, dtype=x_t.dtype)
         return Case(note, (tower, x_t, draws.steps(len(x_t), 1000), text_features), mode)
 

@@ -10,12 +10,12 @@ from torch.nn.functional import normalize
 from lecture26 import latent_diffusion, vae
 from lecture26.ddpm import q_sample
 
+from ..callables import CallableArgument
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 from .classifier_free_guidance import _detached, _in_place
 from .classifier_guidance import _by_reference, _transposed
-from .core import Case, Exercise, Misconception
 from .ddpm import schedule_mistakes
-from .draws import Draws
-from .fixtures import Fixture
 
 # Into the latent space
 
@@ -197,7 +197,7 @@ def _from_latents_cases(seed: int) -> list[Case]:
     def case(note, *shape, scale, colours=3, mode="grad", **kind):
         latents = draws.normal(*shape, **kind)
         tensors = draws.normal(shape[1], 4 * colours), draws.normal(4 * colours)
-        decode = Fixture("decoder", tuple(tensor.to(latents.dtype) for tensor in tensors))
+        decode = CallableArgument("decoder", tuple(tensor.to(latents.dtype) for tensor in tensors))
         return Case(note, (decode, latents, scale), mode)
 
     return [

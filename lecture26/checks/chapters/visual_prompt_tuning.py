@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lecture26 import visual_prompt_tuning
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 
 
 def _patches_cases(seed: int) -> list[Case]:

@@ -9,8 +9,8 @@ from torch.nn.functional import mse_loss
 
 from lecture26 import vae
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 
 
 def _per_sample(values: Tensor) -> Tensor:

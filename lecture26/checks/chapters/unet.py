@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lecture26 import unet
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 
 
 def _timestep_embedding_cases(seed: int) -> list[Case]:

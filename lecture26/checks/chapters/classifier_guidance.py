@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from lecture26 import classifier_guidance as guidance
 
-from .core import Case, Exercise, Misconception
+from ..callables import CallableArgument
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 from .ddpm import batches, schedule_mistakes
-from .draws import Draws
-from .fixtures import Fixture
 
 SCALES = (1.0, 2.5, 0.0, 7, 0.4, 3.0, 10.0, 1.7, 4.0, 0.5)  # 1 hides how a scale goes in, 0 all the rest
 
@@ -439,7 +439,7 @@ def _log_prob_gradient_cases(seed: int) -> list[Case]:
         x_t = draws.normal(*shape, **kind)
         numbers = dict(dtype=kind.get("dtype", torch.float64), gradient=weights)
         elements, hidden = x_t[0].numel(), 7
-        classifier = Fixture(
+        classifier = CallableArgument(
             "noisy_classifier",
             (
                 draws.normal(elements, hidden, **numbers),

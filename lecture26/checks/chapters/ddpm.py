@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lecture26 import ddpm
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lecture26 import classifier_free_guidance as guidance
 
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 from .classifier_guidance import _by_reference, _transposed, _unit
-from .core import Case, Exercise, Misconception
 from .ddpm import batches, schedule_mistakes
-from .draws import Draws
 
 
 def _detached(reference: Callable) -> Callable:
