@@ -156,28 +156,70 @@ def _silence() -> Iterator[None]:
 
 def difference(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
     """How `actual` differs from `expected`, as a sentence about the function; None where the two agree."""
+    sentence = (
+        _difference_in_arguments(actual, expected, parameters)
+        or difference_in_results(actual, expected)
+        or _difference_in_attachment(actual, expected)
+    )
+    name = None if sentence else wrong_gradient(actual, expected, parameters)
+    if name:
+        return f"the values are right, but not their gradient with respect to {name}: is it cut on the way?"
+    return sentence
+
+
+def difference_in_results(actual: Outcome, expected: Outcome) -> str | None:
+    """How the results alone, or the errors raised in their place, differ."""
     if actual.error or expected.error:
         return _difference_in_errors(actual, expected)
     if actual.unfilled:
         return "it returns None: a path through the function has no `return`."
+    if (actual.single, len(actual.outputs)) != (expected.single, len(expected.outputs)):
+        return f"it returns {_count(actual)}, where {_count(expected)} is expected."
+    for label, result, wanted in zip(_labels(actual), actual.outputs, expected.outputs, strict=True):
+        sentence = difference_in_kind(result, wanted, label) or _difference_in_values(result, wanted, label)
+        if sentence:
+            return sentence
+    return None
+
+
+def difference_in_traces(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    """How the calls differ in what they did to the arguments, and in which results carry gradient."""
+    return _difference_in_arguments(actual, expected, parameters) or _difference_in_attachment(
+        actual, expected
+    )
+
+
+def wrong_gradient(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    """The name of the first argument whose gradient differs, if one does."""
+    # After an error there are no gradients.
+    for name, gradient, wanted in zip(parameters, actual.gradients, expected.gradients, strict=False):
+        if gradient is None and wanted is None:
+            continue
+        # An argument that no gradient arrives at has the gradient 0.
+        gradient = torch.zeros_like(wanted) if gradient is None else gradient
+        wanted = torch.zeros_like(gradient) if wanted is None else wanted
+        if not _agree(gradient, wanted):
+            return name
+    return None
+
+
+def _difference_in_arguments(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
     if actual.changed != expected.changed:
         names = " and ".join(parameters[position] for position in actual.changed)
         return f"it changes its argument {names} in place: compute a new tensor instead."
     if actual.marked != expected.marked:
         names = " and ".join(parameters[position] for position in actual.marked)
         return f"it leaves a .grad behind in its argument {names}."
-    if (actual.single, len(actual.outputs)) != (expected.single, len(expected.outputs)):
-        return f"it returns {_count(actual)}, where {_count(expected)} is expected."
-    for i, (result, wanted) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        label = "the result" if actual.single else f"result {i + 1} of {len(actual.outputs)}"
-        sentence = difference_in_kind(result, wanted, label) or _difference_in_values(result, wanted, label)
-        if sentence:
-            return sentence
-        if expected.attached[i] and not actual.attached[i]:
+    return None
+
+
+def _difference_in_attachment(actual: Outcome, expected: Outcome) -> str | None:
+    for label, attached, wanted in zip(_labels(actual), actual.attached, expected.attached, strict=False):
+        if wanted and not attached:
             return f"{label} has lost its gradient: no detach(), no_grad(), item() or new tensor on the way."
-        if actual.attached[i] and not expected.attached[i]:
+        if attached and not wanted:
             return f"{label} carries gradient, where none is expected: detach it."
-    return _difference_in_gradients(actual, expected, parameters)
+    return None
 
 
 def _difference_in_errors(actual: Outcome, expected: Outcome) -> str | None:
@@ -186,6 +228,12 @@ def _difference_in_errors(actual: Outcome, expected: Outcome) -> str | None:
     if actual.error:
         return f"it raises {actual.error}{actual.error_text}."
     return f"it returns a result, where {expected.error} is expected."
+
+
+def _labels(outcome: Outcome) -> list[str]:
+    """What each output is called in a sentence."""
+    count = len(outcome.outputs)
+    return ["the result"] if outcome.single else [f"result {i + 1} of {count}" for i in range(count)]
 
 
 def difference_in_kind(result: object, wanted: Tensor, label: str = "the result") -> str | None:
@@ -216,20 +264,6 @@ def _difference_in_values(result: Tensor, wanted: Tensor, label: str) -> str | N
             return f"{label} contains {what}."
     deviation = torch.nan_to_num(result.double() - wanted.double()).abs().max()
     return f"{label} is off by up to {deviation:.2g}, where the right values reach {wanted.abs().max():.2g}."
-
-
-def _difference_in_gradients(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
-    for name, gradient, wanted in zip(parameters, actual.gradients, expected.gradients, strict=True):
-        if gradient is None and wanted is None:
-            continue
-        # An argument that no gradient arrives at has the gradient 0.
-        gradient = torch.zeros_like(wanted) if gradient is None else gradient
-        wanted = torch.zeros_like(gradient) if wanted is None else wanted
-        if not _agree(gradient, wanted):
-            return (
-                f"the values are right, but not their gradient with respect to {name}: is it cut on the way?"
-            )
-    return None
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:
