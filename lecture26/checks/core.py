@@ -161,10 +161,12 @@ def difference(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) 
         or difference_in_results(actual, expected)
         or _difference_in_attachment(actual, expected)
     )
-    name = None if sentence else wrong_gradient(actual, expected, parameters)
+    if sentence:
+        return sentence
+    name = wrong_gradient(actual, expected, parameters)
     if name:
         return f"the values are right, but not their gradient with respect to {name}: is it cut on the way?"
-    return sentence
+    return None
 
 
 def difference_in_results(actual: Outcome, expected: Outcome) -> str | None:
@@ -184,9 +186,8 @@ def difference_in_results(actual: Outcome, expected: Outcome) -> str | None:
 
 def difference_in_traces(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
     """How the calls differ in what they did to the arguments, and in which results carry gradient."""
-    return _difference_in_arguments(actual, expected, parameters) or _difference_in_attachment(
-        actual, expected
-    )
+    in_arguments = _difference_in_arguments(actual, expected, parameters)
+    return in_arguments or _difference_in_attachment(actual, expected)
 
 
 def wrong_gradient(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
@@ -230,23 +231,13 @@ def _difference_in_errors(actual: Outcome, expected: Outcome) -> str | None:
     return f"it returns a result, where {expected.error} is expected."
 
 
-def _labels(outcome: Outcome) -> list[str]:
-    """What each output is called in a sentence."""
-    count = len(outcome.outputs)
-    return ["the result"] if outcome.single else [f"result {i + 1} of {count}" for i in range(count)]
-
-
 def difference_in_kind(result: object, wanted: Tensor, label: str = "the result") -> str | None:
     """How an output differs from the expected tensor in type, shape, dtype or device, if it does."""
     if not isinstance(result, Tensor) or result.layout != wanted.layout:
         return f"{label} is of type {type(result).__name__}, where a dense Tensor is expected."
     if result.shape != wanted.shape:
-        sentence = f"{label} has shape {_shape(result)}, where {_shape(wanted)} is expected."
-        return (
-            f"{sentence} It would broadcast silently: keep every axis."
-            if _widens(result, wanted)
-            else sentence
-        )
+        warning = " It would broadcast silently: keep every axis." if _widens(result, wanted) else ""
+        return f"{label} has shape {_shape(result)}, where {_shape(wanted)} is expected.{warning}"
     if result.dtype != wanted.dtype:
         return f"{label} has dtype {_dtype(result)}, where {_dtype(wanted)} is expected."
     if result.device != wanted.device:
@@ -323,6 +314,12 @@ def _error_text(error: BaseException, function: Callable) -> str:
 
 def _count(outcome: Outcome) -> str:
     return "one result" if outcome.single else f"a tuple of {len(outcome.outputs)}"
+
+
+def _labels(outcome: Outcome) -> list[str]:
+    """What each output is called in a sentence."""
+    count = len(outcome.outputs)
+    return ["the result"] if outcome.single else [f"result {i + 1} of {count}" for i in range(count)]
 
 
 def describe(name: str, value: object) -> str:

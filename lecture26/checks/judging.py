@@ -148,9 +148,10 @@ def _makes(trial: _Trial, wrong: RecordedMisconception, number: int) -> bool:
     if difference(*pair, trial.recording.parameters) if results_are_right else difference_in_results(*pair):
         return False
     alike = trial.alike(wrong)
-    # An error alone says little: two of the same type may have different causes.
+    # Errors of one type may have different causes: some results must be the same, unless there are none.
     returned = any(same and not outcome.error for same, outcome in zip(alike, trial.outcomes, strict=True))
-    return 2 * sum(alike) > len(alike) and (returned or all(alike))
+    only_errors = all(outcome.error for outcome in (*trial.outcomes, *wrong.outcomes))
+    return 2 * sum(alike) > len(alike) and (returned or only_errors)
 
 
 def _about_known_mistake(trial: _Trial, mistake: RecordedMisconception, number: int) -> list[str]:
