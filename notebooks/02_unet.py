@@ -1552,8 +1552,8 @@ show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 ste
 # %% [markdown]
 # ## Bits per dimension
 #
-# Is a good sampler a good model of the data? Chapter 01's bound (1.23) says how likely a model holds a set of images. For
-# 8-bit images this is a probability, by the bins of (1.26), and a probability is a code length: an event of probability
+# Is a good sampler a good model of the data? Chapter 01's bound (1.28) says how likely a model holds a set of images. For
+# 8-bit images this is a probability, by the bins of (1.31), and a probability is a code length: an event of probability
 # $P$ can be written in $-\log_2P$ bits, and no code does better on average. To compare images of different sizes, one
 # divides by the number of dimensions $D$, here $3\cdot32\cdot32$:
 #
@@ -1653,7 +1653,7 @@ show(
 # three reasons, and none of them is seen in a sample.
 #
 # 1. *The last steps.* They decide details below one grey level, which nobody sees, but which have to be coded. The loss
-#    hardly cares for them, as the weights of (1.28) showed. Ho et al. found the same of their model: more than half of its
+#    hardly cares for them, as the weights of (1.33) showed. Ho et al. found the same of their model: more than half of its
 #    bits describe what cannot be perceived.
 # 2. *The variance.* The small one would be cheap for a denoiser that knows the image, but charges much for each mistake;
 #    the large one forgives, and costs over 3 bits here, whatever the network knows.

@@ -178,7 +178,7 @@ show(
 # Draw a code from the guess, decode it, and see how likely the data are: *reconstruction*. And keep the guess near
 # the prior, from which codes will be drawn when there is no $x$: *regularity*.
 #
-# Chapter 01 met this bound in (1.23): a diffusion is a model with latents $x_1,\dots,x_T$ and a $q$ that is fixed.
+# Chapter 01 met this bound in (1.28): a diffusion is a model with latents $x_1,\dots,x_T$ and a $q$ that is fixed.
 # Here $q$ is learned.
 #
 # ### The divergence

@@ -477,7 +477,7 @@ def _velocity_cases(seed: int) -> list[Case]:
 
 V_FROM_X_0_AND_EPS = Exercise(
     "ddpm.v_from_x_0_and_eps",
-    '"Three things to predict", equation (1.20)',
+    '"The velocity", equation (1.44)',
     ddpm.v_from_x_0_and_eps,
     _velocity_cases,
     (
@@ -538,7 +538,7 @@ V_FROM_X_0_AND_EPS = Exercise(
 
 X_0_FROM_V = Exercise(
     "ddpm.x_0_from_v",
-    '"Three things to predict", equation (1.21)',
+    '"The velocity", equation (1.45)',
     ddpm.x_0_from_v,
     _velocity_cases,
     (
@@ -617,7 +617,7 @@ def _learned_range_cases(seed: int) -> list[Case]:
 
 LEARNED_RANGE_LOG_VARIANCE = Exercise(
     "ddpm.learned_range_log_variance",
-    '"The model\'s step", equation (1.25)',
+    '"The model\'s step", equation (1.30)',
     ddpm.learned_range_log_variance,
     _learned_range_cases,
     (
@@ -750,7 +750,7 @@ def _kl_of_terms(
 
 NORMAL_KL = Exercise(
     "ddpm.normal_kl",
-    '"The bound", equation (1.24)',
+    '"The bound", equation (1.29)',
     ddpm.normal_kl,
     _normal_kl_cases,
     (
@@ -941,7 +941,7 @@ def _ancestral_update_cases(seed: int) -> list[Case]:
 
 ANCESTRAL_UPDATE = Exercise(
     "ddpm.ancestral_update",
-    '"Ancestral sampling", equation (1.31)',
+    '"Ancestral sampling", equation (1.37)',
     ddpm.ancestral_update,
     _ancestral_update_cases,
     (
@@ -1081,7 +1081,7 @@ def _ddim_with_sigma(
 
 DDIM_UPDATE = Exercise(
     "ddpm.ddim_update",
-    '"DDIM", equation (1.32)',
+    '"DDIM", equation (1.38)',
     ddpm.ddim_update,
     _ddim_update_cases,
     (
@@ -1315,7 +1315,7 @@ def _alpha_bar_before(alpha_bar: Tensor) -> Tensor:
 
 RESPACED_BETAS = Exercise(
     "ddpm.respaced_betas",
-    '"Fewer steps", equation (1.36)',
+    '"Fewer steps", equation (1.43)',
     ddpm.respaced_betas,
     _respaced_betas_cases,
     (
