@@ -1933,7 +1933,8 @@ assert ((shares_large - mixture.weights).abs() < 4 * standard_error).all()
 
 
 # %%
-denoiser = exact_denoiser(mixture, diffusion)
+coarse = Diffusion(linear_betas(30))
+denoiser = exact_denoiser(mixture, coarse)
 
 
 def trajectories(step, x_T, seed=4):
@@ -1945,7 +1946,7 @@ def trajectories(step, x_T, seed=4):
         return path[-1]
 
     noise_source = torch.Generator().manual_seed(seed)
-    sample(diffusion.respace(30), denoiser, x_T.shape, recording_step, noise_source, x_T, progress=False)
+    sample(coarse, denoiser, x_T.shape, recording_step, noise_source, x_T, progress=False)
     return torch.stack(path)
 
 
