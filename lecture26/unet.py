@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lecture26.kit.validation import check_positive_int
+from lecture26.kit.validation import check_positive_int, check_shape
 
 # --- Telling the network the step ---
 
@@ -408,9 +408,7 @@ class UNet(nn.Module):
         multiple = self.patch_size * 2 ** (len(self.down) - 1)
         if height % multiple or width % multiple:
             raise ValueError(f"x_t must have sides that are multiples of {multiple}; got {height} x {width}")
-        if not isinstance(t, torch.Tensor) or t.shape != x_t.shape[:1]:
-            found = tuple(t.shape) if isinstance(t, torch.Tensor) else t
-            raise ValueError(f"t must hold one step per image, shape ({len(x_t)},); got {found}")
+        check_shape("t", t, x_t.shape[:1], of="one step per image")
         if self.labels is not None and (cond is None or len(cond) != len(x_t)):
             found = None if cond is None else tuple(cond.shape)
             raise ValueError(f"cond must hold the labels of {len(x_t)} image(s); got {found}")

@@ -62,8 +62,6 @@ colours = list(PALETTE.values())
 # Cells like the next one become the module `lecture26.latent_diffusion`; the others stay in the notebook.
 
 # %% tags=["export"]
-import hashlib
-import json
 import math
 from contextlib import contextmanager
 from copy import deepcopy
@@ -72,8 +70,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,8 +85,8 @@ from lecture26.ddpm import (
     q_sample,
     sample,
 )
-from lecture26.kit.files import replace_when_complete
-from lecture26.kit.validation import check_choice, check_positive_int
+from lecture26.kit.tensor_files import read_parts, write_parts
+from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 from lecture26.unet import SelfAttention, UNet, group_norm, zero_init
 from lecture26.vae import KLVAE, reparameterize
 
@@ -635,8 +631,7 @@ class CrossAttention(nn.Module):
             return torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, True for tokens to be looked at; got {mask.dtype}")
-        if mask.shape != context.shape[:2]:
-            raise ValueError(f"mask must be of shape {tuple(context.shape[:2])}; got {tuple(mask.shape)}")
+        check_shape("mask", mask, context.shape[:2], of="the tokens")
         if not mask.any(dim=1).all():
             raise ValueError(f"mask must leave at least one token in every row; got {mask}")
         return mask
@@ -1013,16 +1008,12 @@ class LatentDiffusion(LatentDiffusion):
 
 # %% [markdown]
 # And it can be saved: a folder with one safetensors file for each part, and a JSON file that says how to build them.
-# Nothing is pickled. The JSON file also holds each part's SHA-256, so that what is loaded is what was saved.
+# The kit writes and reads these. Nothing is pickled. The JSON file also holds each part's SHA-256, so that what is
+# loaded is what was saved.
 
 # %% tags=["export"]
 SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
 PARTS = ("vae", "denoiser", "text_encoder")
-
-
-def settings_hash(settings):
-    """The SHA-256 of a pipeline's settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class LatentDiffusion(LatentDiffusion):
@@ -1068,15 +1059,8 @@ class LatentDiffusion(LatentDiffusion):
             raise ValueError(
                 "only a pipeline made by from_settings or load can be saved; this has no settings"
             )
-        folder, hashes = Path(folder), {"settings": settings_hash(self.settings)}
-        for name in PARTS:
-            state = {key: value.cpu().contiguous() for key, value in getattr(self, name).state_dict().items()}
-            content = save_safetensors(state)
-            hashes[name] = hashlib.sha256(content).hexdigest()
-            with replace_when_complete(folder / f"{name}.safetensors") as temporary:
-                temporary.write_bytes(content)
-        with replace_when_complete(folder / "pipeline.json") as temporary:
-            temporary.write_text(json.dumps({"settings": self.settings, "sha256": hashes}, indent=2) + "\n")
+        states = {name: getattr(self, name).state_dict() for name in PARTS}
+        write_parts(Path(folder, "pipeline.json"), self.settings, states)
 
     @classmethod
     def load(cls, folder):
@@ -1085,22 +1069,10 @@ class LatentDiffusion(LatentDiffusion):
         Raises:
             ValueError: if a file is missing, or is not what was saved.
         """
-        folder = Path(folder)
-        try:
-            description = json.loads((folder / "pipeline.json").read_text())
-            contents = {name: (folder / f"{name}.safetensors").read_bytes() for name in PARTS}
-            found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-            found["settings"] = settings_hash(description["settings"])
-            changed = [name for name in found if description["sha256"][name] != found[name]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"folder must hold a saved pipeline; {folder} does not: {type(error).__name__}: {error}"
-            ) from error
-        if changed:
-            raise ValueError(f"{folder} is not what was saved, but has another {', '.join(changed)}")
-        pipeline = cls.from_settings(description["settings"])
-        for name, content in contents.items():
-            getattr(pipeline, name).load_state_dict(load_safetensors(content))
+        settings, states = read_parts(Path(folder, "pipeline.json"), PARTS)
+        pipeline = cls.from_settings(settings)
+        for name, state in states.items():
+            getattr(pipeline, name).load_state_dict(state)
         return pipeline.eval().requires_grad_(False)
 
 
@@ -1929,9 +1901,7 @@ class LatentDiffusion(LatentDiffusion):
         check_number_of_images(images, prompts)
         if is_unknown.dtype != torch.bool:
             raise TypeError(f"is_unknown must be bool; got {is_unknown.dtype}")
-        if is_unknown.shape != (len(images), 1, *images.shape[2:]):
-            expected = (len(images), 1, *images.shape[2:])
-            raise ValueError(f"is_unknown must be of shape {expected}; got {tuple(is_unknown.shape)}")
+        check_shape("is_unknown", is_unknown, (len(images), 1, *images.shape[2:]))
         images = images.to(self.example())
         is_unknown = is_unknown.to(images.device)
         diffusion = self.respaced(steps)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +23,7 @@ from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
 from lecture26.kit.processes import process_state
+from lecture26.kit.tensor_files import write_tensors
 from lecture26.kit.training import History, SampleDraws, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import accuracy, mirror_and_move
@@ -378,13 +378,10 @@ def save_trained(file: Path, model: nn.Module) -> None:
     if isinstance(model, VPT):
         save_task(file, model.task_state_dict())
         return
-    weights = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    with replace_when_complete(file) as temporary:
-        temporary.write_bytes(save(weights))
+    write_tensors(
+        file,
+        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+    )
 
 
 class _Prompted(nn.Module):
