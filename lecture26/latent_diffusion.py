@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lecture26.classifier_free_guidance import classifier_free_guided
-from lecture26.clip_guidance import TextTransformer, Tokenizer
+from lecture26.clip_guidance import TextTransformer, Tokenizer, masked_attention
 from lecture26.ddpm import (
     Diffusion,
     cosine_betas,
@@ -116,9 +116,9 @@ def word_weights(q, k, mask):
 
     Source: Vaswani et al. 2017, section 3.2.1; Rombach et al. 2022, section 3.3.
     """
-    # a = softmax over the tokens of q k^T / sqrt(d), with the score -inf for tokens that are not there
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
-    return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(dim=-1)
+    # a = softmax over the tokens of q k^T / sqrt(d), which are there; a mixture of unit vectors is a itself
+    unit_vectors = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)  # (M, M), one for each token
+    return masked_attention(q, k, unit_vectors, mask[:, None, None, :])
 
 
 # --- Queries from the image, keys and values from the words ---
@@ -127,6 +127,25 @@ def word_weights(q, k, mask):
 def split_heads(features, heads):
     """Cut features (B, N, heads * d) into heads, (B, heads, N, d): head i gets the i-th d of them."""
     return features.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def attention_in_heads(q, k, v, heads, mask):
+    """Mix what the words have to say, in several heads.
+
+    Args:
+        q: queries of the N places, (B, N, heads * d).
+        k, v: keys and values of the M tokens, (B, M, heads * d).
+        heads: the number of heads.
+        mask: (B, M) bool, True for the tokens to be looked at.
+
+    Returns:
+        (B, N, heads * d), the heads side by side.
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+    """
+    q, k, v = (split_heads(features, heads) for features in (q, k, v))  # (B, heads, N or M, d)
+    mixed = masked_attention(q, k, v, mask[:, None, None, :])  # a V in each head, (B, heads, N, d)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
@@ -145,11 +164,8 @@ def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
 
     Source: Rombach et al. 2022, section 3.3; Vaswani et al. 2017, section 3.2.2.
     """
-    # Q = x W_q^T, K = c W_k^T, V = c W_v^T; each head by itself: a V
-    q = split_heads(x @ w_q.T, heads)  # (B, heads, N, d)
-    k, v = (split_heads(context @ w.T, heads) for w in (w_k, w_v))  # (B, heads, M, d)
-    mixed = word_weights(q, k, mask) @ v  # (B, heads, N, d)
-    return mixed.transpose(1, 2).flatten(2)
+    # Q = x W_q^T, K = c W_k^T, V = c W_v^T
+    return attention_in_heads(x @ w_q.T, context @ w_k.T, context @ w_v.T, heads, mask)
 
 
 # --- As a layer ---
@@ -180,7 +196,7 @@ class CrossAttention(nn.Module):
         }
         for name, value in sizes.items():
             check_positive_int(name, value)
-        self.heads = heads
+        self.query_dim, self.context_dim, self.heads = query_dim, context_dim, heads
         self.to_q = nn.Linear(query_dim, heads * head_dim, bias=False)
         self.to_k = nn.Linear(context_dim, heads * head_dim, bias=False)
         self.to_v = nn.Linear(context_dim, heads * head_dim, bias=False)
@@ -202,13 +218,14 @@ class CrossAttention(nn.Module):
             ValueError: if shapes do not fit, or a row of mask leaves no token.
         """
         mask = self.checked_mask(x, context, mask)
-        matrices = self.to_q.weight, self.to_k.weight, self.to_v.weight
-        return self.to_out(cross_attention(x, context, *matrices, self.heads, mask))
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attention_in_heads(q, k, v, self.heads, mask))
 
     def weights(self, x, context, mask=None):
         """How much each place looks at each token, (B, heads, N, M); x, context and mask as in forward."""
         mask = self.checked_mask(x, context, mask)
-        return word_weights(*(split_heads(h, self.heads) for h in (self.to_q(x), self.to_k(context))), mask)
+        q, k = self.to_q(x), self.to_k(context)
+        return word_weights(split_heads(q, self.heads), split_heads(k, self.heads), mask)
 
     def checked_mask(self, x, context, mask):
         """The mask (B, M), all True if mask is None, once x, context and mask fit each other and the layer.
@@ -216,8 +233,8 @@ class CrossAttention(nn.Module):
         Raises TypeError or ValueError, as forward says, where they do not.
         """
         for name, value, dim in (
-            ("x", x, self.to_q.in_features),
-            ("context", context, self.to_k.in_features),
+            ("x", x, self.query_dim),
+            ("context", context, self.context_dim),
         ):
             if value.ndim != 3 or value.shape[2] != dim or len(value) != len(x):
                 raise ValueError(f"{name} must be of shape ({len(x)}, N, {dim}); got {tuple(value.shape)}")

@@ -44,10 +44,10 @@ def timestep_embedding(t, dim, max_period=10_000.0):
 
 
 class StepEmbedding(nn.Sequential):
-    """Turn steps into the embedding that every block receives: the code of `timestep_embedding`, and two layers.
+    """Turn steps into the embedding that every block receives: their code, then two layers.
 
     Args:
-        code_dim: length of the code, even.
+        code_dim: length of the code, as `timestep_embedding` makes it; even.
         dim: length of the embedding.
 
     Source: Ho et al. 2020, appendix B.
@@ -286,7 +286,7 @@ class DownLevels(nn.ModuleList):
         )
 
     def forward(self, h, embedding, cond):
-        """Map h (B, widths[0], H, W), with embedding and cond, to all maps on the way: h first, the output last."""
+        """Map h (B, widths[0], H, W), with embedding and cond, to all maps on the way, h the first."""
         maps = [h]
         for level in self:
             maps += level(maps[-1], embedding, cond)

@@ -150,6 +150,41 @@ def test_weights_are_those_that_mix_the_values():
     agree(layer.weights(X, CONTEXT), layer.weights(X, CONTEXT, torch.ones_like(MASK)), 0.0)
 
 
+class LowRank(nn.Module):
+    """A layer with a product of two thin matrices added, as LoRA has it (Hu et al. 2022)."""
+
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.layer = layer
+        self.down = normal(rank, layer.in_features, seed=2)
+        self.up = normal(layer.out_features, rank, seed=3)
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v"])
+def test_a_layer_put_in_the_place_of_another_acts_in_output_and_weights(name):
+    adapted, merged = attention_layer(), attention_layer()
+    before = adapted(X, CONTEXT, MASK)
+    setattr(adapted, name, LowRank(getattr(adapted, name)))
+    with torch.no_grad():
+        getattr(merged, name).weight += getattr(adapted, name).up @ getattr(adapted, name).down
+    agree(adapted(X, CONTEXT, MASK), merged(X, CONTEXT, MASK), 1e-12)
+    agree(adapted.weights(X, CONTEXT, MASK), merged.weights(X, CONTEXT, MASK), 1e-12)
+    assert not torch.allclose(adapted(X, CONTEXT, MASK), before)
+
+
+def test_a_hook_acts_in_output_and_weights():
+    hooked, doubled = attention_layer(), attention_layer()
+    hooked.to_q.register_forward_hook(lambda layer, arguments, output: 2 * output)
+    with torch.no_grad():
+        doubled.to_q.weight *= 2
+    agree(hooked(X, CONTEXT, MASK), doubled(X, CONTEXT, MASK), 1e-12)
+    agree(hooked.weights(X, CONTEXT, MASK), doubled.weights(X, CONTEXT, MASK), 1e-12)
+    assert not torch.allclose(hooked.weights(X, CONTEXT, MASK), attention_layer().weights(X, CONTEXT, MASK))
+
+
 def test_large_scores_do_not_overflow():
     q, k = 1e4 * normal(3, 2, 6, 4), normal(3, 2, 7, 4, seed=1)
     weights = word_weights(q, k, MASK)
