@@ -449,8 +449,8 @@ def load_task(file):
         ValueError: if it is damaged, or no task's file.
     """
     tensors, metadata = read_tensors(file, format=TASK_FORMAT)
-    if not {"backbone", "checksum"} <= metadata.keys():
-        raise ValueError(f"{file} is damaged: it must name its backbone and its checksum")
+    if "backbone" not in metadata:
+        raise ValueError(f"{file} is damaged: it does not say what backbone it belongs to")
     state = OrderedDict(tensors)
     state.backbone = metadata["backbone"]
     return state

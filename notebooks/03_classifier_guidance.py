@@ -60,7 +60,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lecture26.ddpm import lookup
 from lecture26.kit.validation import check_positive_int, check_shape
 from lecture26.unet import (
     DownLevels,
@@ -367,7 +366,7 @@ def exact_classifier(mixture, diffusion):
     """
 
     def classifier(x_t, t):
-        return mixture.joint_log_density(x_t, lookup(diffusion.base.alpha_bar, t, x_t))
+        return mixture.joint_log_density(x_t, diffusion.base.at(t, x_t).alpha_bar)
 
     return classifier
 
@@ -1221,7 +1220,7 @@ for index in (49, 45, 40, 25):
 @torch.no_grad()
 def clipped(x_t, t):
     """The denoiser with x_0 clipped, as a prediction of v."""
-    _, eps = diffusion.x_0_and_eps(unconditional(x_t, t), x_t, t, clip=True)
+    eps = diffusion.p_mean_variance(unconditional, x_t, t).eps  # that of the clipped x_0
     return diffusion.v_from_eps(x_t, t, eps)
 
 

@@ -1201,7 +1201,7 @@ class KLVAE(KLVAE):
 
 # %%
 recipe = find_recipe("vae_shapes64")
-images = recipe.load("train")
+images = recipe.load_images("train")
 torch.manual_seed(0)
 young = recipe.build()
 x = images.batch(range(8))["image"]  # (8, 3, 64, 64)
@@ -1238,7 +1238,7 @@ history = train(
 
 # %%
 young.eval().requires_grad_(False)
-test_images = recipe.load("test")
+test_images = recipe.load_images("test")
 x = test_images.batch([0, 3, 4, 7, 8, 11, 12, 15])["image"]  # one object and two, in turn
 x_hat = young.decode(young.encode(x)[0])
 figure = show_grid(torch.cat([x, x_hat]), row_titles=["images", "round trip"])

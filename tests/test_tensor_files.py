@@ -87,11 +87,12 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, header):
         read_tensors(file, format="a test")
 
 
-def test_a_file_without_a_checksum_is_read(tmp_path, tensors):
-    """As recorded checks were written before the checksum came to them."""
+def test_a_file_that_stands_alone_needs_its_checksum(tmp_path, tensors):
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(plain, tmp_path / "tensors", metadata=METADATA)
-    found, told = read_tensors(tmp_path / "tensors", format="a test")
+    with pytest.raises(ValueError, match="tensors is damaged: its checksum is wrong"):
+        read_tensors(tmp_path / "tensors", format="a test")
+    found, told = read_tensors(tmp_path / "tensors")
     assert same(found, tensors) and told == METADATA
 
 

@@ -50,8 +50,8 @@ def read_tensors(
 
     Args:
         file: the path.
-        sha256: that of the file, as `write_tensors` returned it; None if the file stands alone.
-        format: what the metadata must give as "format"; None if it is described elsewhere.
+        sha256: of a file that is described elsewhere, as `write_tensors` returned it; None for another one.
+        format: what the metadata of a file that stands alone must give as "format"; None for another one.
 
     Returns:
         The tensors by name, on the CPU, and the metadata.
@@ -71,10 +71,11 @@ def read_tensors(
         tensors, metadata = load(content), _metadata(content)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged, or no safetensors file ({error})") from error
-    if format not in (None, metadata.get("format")):
-        raise ValueError(f"{file} is a safetensors file, but its format is not {format!r}")
-    if metadata.get("checksum") not in (None, _checksum(tensors)):
-        raise ValueError(f"{file} is damaged: its checksum is wrong")
+    if format is not None:
+        if metadata.get("format") != format:
+            raise ValueError(f"{file} is a safetensors file, but its format is not {format!r}")
+        if metadata.get("checksum") != _checksum(tensors):
+            raise ValueError(f"{file} is damaged: its checksum is wrong")
     return tensors, metadata
 
 

@@ -25,6 +25,7 @@ from tqdm import TqdmWarning, tqdm
 
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.processes import stays_on_cpu
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.validation import check_choice, check_positive_int
 
 if TYPE_CHECKING:
@@ -36,34 +37,6 @@ CLIP_GRADIENT_NORM = 1.0
 
 class StateError(ValueError):
     """A state file that cannot be continued from: unreadable, or of a run with other settings."""
-
-
-class SampleDraws:
-    """Random draws for a batch, where sample n draws from a generator of its own, seeded with (seed, n).
-
-    Args:
-        seed: a non-negative integer, the seed of the run.
-        n: numbers of the samples within the run, (B,) int64.
-    """
-
-    def __init__(self, seed: int, n: Tensor):
-        # NumPy's generators hash (seed, n) to 128 bits; torch's on the CPU would keep 32 bits of a seed.
-        self._generators = [np.random.default_rng([seed, index]) for index in n.tolist()]
-
-    def integers(self, high: int) -> Tensor:
-        """One integer per sample, uniform on 0, ..., high - 1: (B,) int64."""
-        return torch.tensor([generator.integers(high) for generator in self._generators])
-
-    def uniform(self) -> Tensor:
-        """One number per sample, uniform on [0, 1): (B,) float32."""
-        return torch.tensor([generator.random() for generator in self._generators], dtype=torch.float32)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal noise of the given shape per sample: (B, *shape) float32."""
-        noise = np.empty((len(self._generators), *shape), dtype=np.float32)
-        for generator, row in zip(self._generators, noise, strict=True):
-            generator.standard_normal(dtype=np.float32, out=row)
-        return torch.from_numpy(noise)
 
 
 @dataclass
