@@ -113,12 +113,8 @@ def log_prob_gradient(classifier, x_t, t, y):
 def exact_classifier(mixture, diffusion):
     """The noisy classifier that a perfectly trained network would be, for data from a Gaussian mixture.
 
-    Args:
-        mixture: a GaussianMixture; its components are the classes.
-        diffusion: the Diffusion whose steps the classifier gets; respaced or not.
-
-    Returns:
-        classifier(x_t (B, D), t (B,)) -> logits (B, K), whose softmax is q(component | x_t).
+    Its classes are the mixture's components: classifier(x_t (B, D), t (B,)) -> logits (B, K), whose softmax
+    is q(component | x_t), for the steps of a diffusion, respaced or not.
 
     Source: Bayes' rule, with `GaussianMixture.joint_log_density`.
     """

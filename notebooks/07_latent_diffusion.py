@@ -77,10 +77,10 @@ from torch.nn import functional as F
 from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.clip_guidance import TextTransformer, Tokenizer, masked_attention
 from lecture26.ddpm import (
+    SCHEDULES,
     Diffusion,
     cosine_betas,
     ddim_step,
-    linear_betas,
     noise_like,
     q_sample,
     sample,
@@ -466,16 +466,9 @@ def split_heads(features, heads):
 
 
 def attention_in_heads(q, k, v, heads, mask):
-    """Mix what the words have to say, in several heads.
+    """Let queries q (B, N, heads * d) mix values v by keys k (B, M, heads * d): (B, N, heads * d).
 
-    Args:
-        q: queries of the N places, (B, N, heads * d).
-        k, v: keys and values of the M tokens, (B, M, heads * d).
-        heads: the number of heads.
-        mask: (B, M) bool, True for the tokens to be looked at.
-
-    Returns:
-        (B, N, heads * d), the heads side by side.
+    mask, (B, M) bool, is True for the tokens to be looked at.
 
     Source: Vaswani et al. 2017, section 3.2.2.
     """
@@ -616,19 +609,10 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, query_dim)
 
     def forward(self, x, context, mask=None):
-        """Let each place look at the tokens.
+        """Let each place, of features x (B, N, C), look at tokens of features context (B, M, E): (B, N, C).
 
-        Args:
-            x: features of the places, (B, N, C).
-            context: features of the tokens, (B, M, E).
-            mask: (B, M) bool, True for the tokens to be looked at; None for all.
-
-        Returns:
-            (B, N, C).
-
-        Raises:
-            TypeError: if mask is not bool.
-            ValueError: if shapes do not fit, or a row of mask leaves no token.
+        mask, (B, M) bool, is True for the tokens to be looked at; None means all. Raises TypeError if it is
+        not bool, ValueError if shapes do not fit, or a row of it leaves no token.
         """
         mask = self.checked_mask(x, context, mask)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -1033,7 +1017,6 @@ class LatentDiffusion(LatentDiffusion):
 # loaded is what was saved.
 
 # %% tags=["export"]
-SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
 PARTS = ("vae", "denoiser", "text_encoder")
 
 
@@ -1313,16 +1296,10 @@ class TextDenoiser(nn.Module):
         self.side = nn.Linear(text_encoder.width, num_sides)
 
     def forward(self, x_t, t, tokens):
-        """Denoise, and say where the nouns stand.
+        """Denoise x_t (B, c, h, w) at steps t (B,) as tokens (B, L) say, and say where the nouns stand.
 
-        Args:
-            x_t: noisy latents, (B, c, h, w).
-            t: steps, (B,).
-            tokens: (B, L).
-
-        Returns:
-            output: the raw output, like x_t.
-            sides: logits of each token's side, (B, num_sides, L), as cross_entropy takes them.
+        Returns the raw output, like x_t, and logits (B, num_sides, L) of each token's side, as cross_entropy
+        takes them.
         """
         cond = self.text_encoder(tokens)
         return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)

@@ -848,15 +848,9 @@ def _check_images(x, vit):
 
 
 def pooled(vit, tokens, num_prompts):
-    """The features of images: what the backbone's own head would read, with the prompts taken out.
+    """What a backbone's own head would read, (B, d): the class token, or as it pools, without prompts.
 
-    Args:
-        vit: a timm VisionTransformer in evaluation mode.
-        tokens: what `prompted_tokens` returns, (B, N + n, d).
-        num_prompts: n.
-
-    Returns:
-        (B, d): the class token, or as the backbone pools.
+    tokens, (B, N + n, d) with n = num_prompts, are what `prompted_tokens` returns for vit.
     """
     first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
     tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
@@ -1338,17 +1332,9 @@ for name, other in {
 
 # %% tags=["export"]
 def linear_probe(vit, num_classes):
-    """A frozen backbone with a new linear head: a `VPT` without prompts, with all that belongs to it.
+    """A frozen backbone vit with a new linear head for num_classes classes: a `VPT` without prompts.
 
-    Args:
-        vit: a VisionTransformer of timm; shared, and frozen in place.
-        num_classes: K.
-
-    Returns:
-        A VPT with num_prompts = 0.
-
-    Raises:
-        TypeError, ValueError: as `VPT` does.
+    The backbone is shared, and frozen in place. Raises TypeError or ValueError as `VPT` does.
     """
     return VPT(vit, num_classes, num_prompts=0)
 
