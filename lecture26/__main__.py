@@ -3,6 +3,8 @@
 What a command needs is imported inside it, so that --help answers at once.
 """
 
+import os
+import sys
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +24,8 @@ app = typer.Typer(
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_NOBODY_READS = 141  # as shells report a program that such a pipe has ended
+LARGEST_SEED = 2**64 - 1  # that torch takes
 # By what samples are steered towards what is asked for.
 Guidance = StrEnum("Guidance", {way.name: way.name for way in STEERINGS if way.name is not None})
 
@@ -72,6 +76,17 @@ def errors_in_one_line():
 
 
 @contextmanager
+def quiet_when_nobody_reads():
+    """End without a word when the reader of what is printed has gone, as after `| head -1`."""
+    try:
+        yield
+    except BrokenPipeError as gone:
+        # Python writes what is left at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_NOBODY_READS) from gone
+
+
+@contextmanager
 def stopped_in_one_line():
     """Tell whoever stops a call that keeps its state how to go on, without a traceback."""
     try:
@@ -90,7 +105,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step and process.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED)] = None,
     precision: Annotated[
         Precision | None,
         typer.Option(help="bf16 is faster on GPUs and processors with AMX or AVX512-BF16, slower elsewhere."),
@@ -103,7 +118,7 @@ def train(
     Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs:
     accelerate launch -m lecture26 train RECIPE.
     """
-    with errors_in_one_line(), stopped_in_one_line():
+    with errors_in_one_line(), stopped_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.train import train
 
         changes = {
@@ -131,8 +146,10 @@ def sample(
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps, at most those of the checkpoint.")] = 50,
     sampler: Annotated[Sampler, typer.Option()] = Sampler.ddim,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many images; the first are the same at any count.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[
         str | None, typer.Option("--class", help=f"For {takers_of('--class')}, such as 'red star'.")
@@ -155,7 +172,7 @@ def sample(
     ] = None,
 ):
     """Draw images from a trained model, and save them as one grid."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.sample import sample
 
         sample(
@@ -202,7 +219,7 @@ def adapt(
     Stop it whenever you like: the same command goes on. Numbers go to data/results/NAME.json, and what was
     trained to data/tasks/NAME. To use several GPUs or processes: accelerate launch -m lecture26 adapt ...
     """
-    with errors_in_one_line(), stopped_in_one_line():
+    with errors_in_one_line(), stopped_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.adapt import adapt
         from lecture26.recipes.adaptation import Budget
 
@@ -224,7 +241,7 @@ def adapt(
 @app.command()
 def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
     """Measure a checkpoint anew, and print its metrics as JSON."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.evaluate import evaluate
 
         evaluate(model)
@@ -236,7 +253,7 @@ def measure(
     replace: Annotated[bool, typer.Option("--replace", help="Write over the results of that name.")] = False,
 ):
     """Make a measurement that takes too long for a notebook, and store it in data/results."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.measure import measure
 
         measure(name, replace)
@@ -247,7 +264,7 @@ def checkpoints(
     model: Annotated[str | None, typer.Argument(help="Print its card, whole.")] = None,
 ):
     """List the checkpoints, or print the card of one."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.checkpoints import checkpoints
 
         checkpoints(model)

@@ -27,7 +27,7 @@ from timm.models import VisionTransformer
 from typer.testing import CliRunner
 
 from lecture26 import recipes
-from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, AdaptationMethod, app
 from lecture26.commands import adapt
 from lecture26.kit.checkpoints import load_card, save_checkpoint
 from lecture26.kit.data import SPLITS, DataError, load
@@ -36,7 +36,7 @@ from lecture26.kit.image_set import ImageSet
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes
-from lecture26.recipes.adaptation import METHODS, Budget, load_backbone
+from lecture26.recipes.adaptation import COMPARED, METHODS, Budget, load_backbone
 from lecture26.recipes.backbone import accuracy
 from lecture26.studies import adaptation, measurements, probes
 from lecture26.studies.adaptation import Comparison
@@ -958,6 +958,13 @@ def lesions(tmp_path_factory):
     return folder
 
 
+def test_the_methods_of_the_command_are_those_there_are():
+    """They are written down twice, so that --help need not import what trains them."""
+    assert [method.value for method in AdaptationMethod] == [*METHODS, "compare"]
+    told = call("adapt", "--help").stdout
+    assert f"compare: {', '.join(COMPARED[:-1])} and {COMPARED[-1]}." in " ".join(told.split())
+
+
 def test_adapting_to_a_folder_of_medical_images(data_folder, lesions):
     result = call("adapt", "--backbone", "tiny_vit", "--data", lesions, "--name", "lesions", *QUICK)
     assert result.exit_code == 0, result.output
@@ -1263,6 +1270,7 @@ def test_seeds_give_a_spread(data_folder, lesions):
         ([], "--data"),
         (["--data", "nothing"], "got 'nothing'"),
         (["--data", "no/such/folder"], "there is no folder no/such/folder"),
+        (["--data", "~nouser/photos"], "there is no home folder for '~nouser/photos'"),
         (["--data", "shapes"], "images must have classes"),
         (["--data", "digits", "--backbone", "nothing"], "backbone must be a model of timm or a checkpoint"),
         (["--data", "digits", "--backbone", "resnet18", "--random-weights"], "cannot be prompted.*ResNet"),

@@ -8,7 +8,7 @@ import torch
 import typer
 from torch import Tensor
 
-from lecture26.commands.invocation import invocation, options
+from lecture26.commands.invocation import data_option, invocation, options
 from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.kit.data import SPLITS, load
 from lecture26.kit.downstream import Coloured
@@ -52,6 +52,7 @@ def adapt(
         ValueError, DataError, OSError: as `compare_on`; or a wrong name, or results that exist.
         KeyboardInterrupt: when stopped, with the state written.
     """
+    data = data_option(data)
     settings = {
         "backbone": backbone,
         "data": data,
