@@ -85,6 +85,9 @@ def cosine_betas(num_steps):
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
 # --- A laboratory where everything is exact ---
 
 
@@ -199,7 +202,7 @@ def posterior_variance(beta, alpha_bar, alpha_bar_prev):
     return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
 
 
-# --- Three things to predict ---
+# --- Noise and clean data ---
 
 
 def x_0_from_eps(x_t, alpha_bar, eps):
@@ -218,47 +221,6 @@ def eps_from_x_0(x_t, alpha_bar, x_0):
     """
     # eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
     return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-
-
-def v_from_x_0_and_eps(x_0, alpha_bar, eps):
-    """The velocity v of a noisy sample.
-
-    Args:
-        x_0, eps: clean data and noise, (B, ...).
-        alpha_bar: broadcastable to x_0, in (0, 1).
-
-    Returns:
-        v, like x_0.
-
-    Source: Salimans and Ho 2022, section 4 and appendix D.
-    """
-    # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
-    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
-
-
-def x_0_from_v(x_t, alpha_bar, v):
-    """Clean data from noisy data and its velocity.
-
-    Args:
-        x_t, v: noisy data and velocity, (B, ...).
-        alpha_bar: broadcastable to x_t, in (0, 1).
-
-    Returns:
-        x_0, like x_t.
-
-    Source: Salimans and Ho 2022, section 4 and appendix D.
-    """
-    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-    return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
-
-
-def eps_from_v(x_t, alpha_bar, v):
-    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
-
-    Source: Salimans and Ho 2022, appendix D.
-    """
-    # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
-    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
 
 # --- The bound ---
@@ -973,3 +935,47 @@ def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_de
     zero = torch.zeros_like(now.alpha_bar)
     prior = normal_kl(now.alpha_bar.sqrt() * x_0, (1 - now.alpha_bar).log(), zero, zero)
     return torch.stack([*terms, prior.flatten(1).sum(dim=1)], dim=1)
+
+
+# --- The velocity ---
+
+
+def v_from_x_0_and_eps(x_0, alpha_bar, eps):
+    """The velocity v of a noisy sample.
+
+    Args:
+        x_0, eps: clean data and noise, (B, ...).
+        alpha_bar: broadcastable to x_0, in (0, 1).
+
+    Returns:
+        v, like x_0.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+
+
+def x_0_from_v(x_t, alpha_bar, v):
+    """Clean data from noisy data and its velocity.
+
+    Args:
+        x_t, v: noisy data and velocity, (B, ...).
+        alpha_bar: broadcastable to x_t, in (0, 1).
+
+    Returns:
+        x_0, like x_t.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+    return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
+
+
+def eps_from_v(x_t, alpha_bar, v):
+    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
+
+    Source: Salimans and Ho 2022, appendix D.
+    """
+    # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
+    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t

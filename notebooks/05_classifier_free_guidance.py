@@ -331,7 +331,7 @@ verify("5.5", by_scale, mixed, atol=1e-12)
 #
 # Chapter 03 needed to know what the denoiser predicts, because a score had to be translated. Here nothing has to be.
 # Given $x_t$, the predicted $x_0$ and $v$ are each of the form $a\,x_t+b\,\epsilon$ with numbers $a$ and $b$ that
-# belong to the step, (1.19) and (1.20). Mix two of them:
+# belong to the step, (1.22) and (1.44). Mix two of them:
 # $(1+w)(a\,x_t+b\,\epsilon_c)-w(a\,x_t+b\,\epsilon_u)=a\,x_t+b\,\tilde\epsilon$, because the weights $1+w$ and $-w$
 # add up to 1. So whatever is predicted may be mixed as it is:
 #

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from simulated_device import SIMULATED, simulated_device, values_of
 from tensors import agree, normal, perturbed
@@ -577,17 +578,23 @@ def test_a_task_file_keeps_what_it_is_about(tmp_path):
     assert load_task(file).about == {}
 
 
-def test_a_task_file_of_before_says_nothing_of_itself(tmp_path):
-    """Its metadata and checksum are those that the first version wrote."""
-    state = small_vpt(small_vit()).task_state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
-        digest.update(state[name].numpy().tobytes())
-    metadata = {"format": "lecture26 task", "backbone": state.backbone, "checksum": digest.hexdigest()}
-    save_file(dict(state), tmp_path / "old.safetensors", metadata)
-    loaded = load_task(tmp_path / "old.safetensors")
-    assert same_tensors(loaded, state) and loaded.backbone == state.backbone and loaded.about == {}
+def test_a_task_file_is_written_as_it_always_was(tmp_path):
+    """So that the files of any version can be read: the file spelled out."""
+    vit, checksum = small_vit(), hashlib.sha256()
+    state = small_vpt(vit).task_state_dict()
+    for name in ("head.bias", "head.weight", "prompts"):
+        checksum.update(f"{name} torch.float64 {tuple(state[name].shape)} ".encode())
+        checksum.update(state[name].numpy().tobytes())
+    told = {"format": "lecture26 task", "backbone": state.backbone, "checksum": checksum.hexdigest()}
+    save_task(tmp_path / "new", state)
+    with safe_open(tmp_path / "new", "pt") as file:
+        assert file.metadata() == told
+    save_file(state, tmp_path / "old", metadata=told)
+    old = load_task(tmp_path / "old")
+    assert same_tensors(old, state) and old.about == {}
+    save_file(state, tmp_path / "without", metadata=told | {"checksum": "0"})
+    with pytest.raises(ValueError, match="without is damaged: its checksum is wrong"):
+        load_task(tmp_path / "without")
 
 
 def test_a_task_of_the_chapters_size_takes_few_kilobytes(tmp_path):
@@ -643,9 +650,9 @@ def test_a_task_of_another_backbone_is_refused(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_prompts": 5}, r"prompts of shape \(3, 5, 24\), and the model \(3, 4, 24\)"),
-        ({"deep": False}, r"prompts of shape \(1, 4, 24\), and the model \(3, 4, 24\)"),
-        ({"num_classes": 7}, r"head.weight of shape \(7, 24\), and the model \(3, 24\)"),
+        ({"num_prompts": 5}, r"prompts must have the shape of the model's, \(3, 4, 24\); got \(3, 5, 24\)"),
+        ({"deep": False}, r"prompts must have the shape of the model's, \(3, 4, 24\); got \(1, 4, 24\)"),
+        ({"num_classes": 7}, r"head.weight must have the shape of the model's, \(3, 24\); got \(7, 24\)"),
     ],
 )
 def test_a_task_of_other_sizes_is_refused_and_changes_nothing(options, message):
@@ -704,14 +711,16 @@ def test_half_a_task_file_is_refused(tmp_path, length):
     file = tmp_path / "task.safetensors"
     save_task(file, small_vpt(small_vit()).task_state_dict())
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match="task.safetensors is damaged, or no task file"):
+    with pytest.raises(ValueError, match="task.safetensors is damaged, or no safetensors file"):
         load_task(file)
 
 
 def test_other_files_are_refused(tmp_path):
     state = dict(small_vpt(small_vit()).task_state_dict())
     save_file(state, tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="plain.safetensors is a safetensors file, but not a task's"):
+    with pytest.raises(
+        ValueError, match="plain.safetensors is a safetensors file, but its format is not 'lecture26 task'"
+    ):
         load_task(tmp_path / "plain.safetensors")
     torch.save(state, tmp_path / "pickled.pt")
     (tmp_path / "text").write_text("a text that is longer than a header's length")
@@ -719,10 +728,10 @@ def test_other_files_are_refused(tmp_path):
     pickle.dump(_Trap(), buffer)
     (tmp_path / "trap").write_bytes(buffer.getvalue())
     for name in ("pickled.pt", "text", "trap"):
-        with pytest.raises(ValueError, match=f"{name} is damaged, or no task file"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, or no safetensors file"):
             load_task(tmp_path / name)
     assert not _Trap.sprung
-    with pytest.raises(FileNotFoundError, match="there is no task file .*absent"):
+    with pytest.raises(FileNotFoundError, match="there is no file .*absent"):
         load_task(tmp_path / "absent")
 
 

@@ -96,10 +96,8 @@ def check_can_be_written(out: Path) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"--out must be a file; {out} is a folder")
     try:
-        with TemporaryFile(
-            dir=out.parent
-        ):  # permissions alone do not tell: root may write, but not everywhere
-            pass
+        # permissions do not tell: on a read-only disk root has them all
+        TemporaryFile(dir=out.parent).close()
         if out.exists():
             out.open("ab").close()
     except OSError as error:

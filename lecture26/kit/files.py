@@ -1,5 +1,6 @@
 """Writing files so that a reader, or a restart, never meets half of one."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,3 +31,9 @@ def replace_when_complete(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write `content`, plain values, into a JSON file at `path`, whole or not at all."""
+    with replace_when_complete(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -162,21 +162,17 @@ def load_trained(state: OrderedDict, vit: nn.Module) -> nn.Module:
         return model.eval()
     if state.backbone != backbone_fingerprint(vit):
         raise ValueError("state must belong to this backbone; it was learned on another one")
-    shapes, own = (
-        {name: weight.shape for name, weight in w.items()} for w in (state, trained_weights(model))
-    )
-    if shapes != own:
+    own = trained_weights(model)
+    if {name: own[name].shape for name in own} != {name: state[name].shape for name in state}:
         raise ValueError(f"state must have what the method {about['method']!r} trains; it has other tensors")
     model.load_state_dict(state, strict=False)  # what does not train is the backbone's
     return model.eval()
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of the parameters of a model that train, by name."""
+    """The parameters of a model that train, by name."""
     return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
 
 
