@@ -1,4 +1,4 @@
-"""The command line: python -m lecture26 train | sample | adapt | evaluate | measure | checkpoints.
+"""The command line: python -m lecture26 train | sample | adapt | classify | evaluate | measure | checkpoints.
 
 What a command needs is imported inside it, so that --help answers at once.
 """
@@ -236,6 +236,22 @@ def adapt(
             state_every=state_every,
             replace=replace,
         )
+
+
+@app.command()
+def classify(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="PICTURE")],
+    task: Annotated[str, typer.Option(help="The name of the results of adapt.")],
+    method: Annotated[
+        str | None, typer.Option(help="If the task was learned by several: the one to name by.")
+    ] = None,
+):
+    """Name pictures by the classes of a task that adapt has learned, each with its probability."""
+    with errors_in_one_line(), quiet_when_nobody_reads():
+        from lecture26.commands.classify import classify
+
+        if not classify(task, method, pictures):
+            raise typer.Exit(EXIT_USER_ERROR)
 
 
 @app.command()

@@ -792,7 +792,8 @@ def test_a_reader_who_has_gone_is_no_error(data_folder, tmp_path, command):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["sample"], ["adapt"], ["evaluate"], ["measure"], ["checkpoints"]]
+    "command",
+    [[], ["train"], ["sample"], ["adapt"], ["classify"], ["evaluate"], ["measure"], ["checkpoints"]],
 )
 def test_help(command):
     result = call(*command, "--help")
