@@ -1,5 +1,6 @@
 """The training loop: restarts, several processes, settings, and what every draw depends on."""
 
+import copy
 import os
 import signal
 import socket
@@ -135,6 +136,27 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, and Accelerate found 1: .*USE_CPU"):
         tiny_run(nn.Linear(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "aot_eager"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_settings_of_the_environment_do_not_change_a_training(monkeypatch, variable, value):
+    torch.manual_seed(0)
+    first = nn.Linear(3, 1)
+    second = copy.deepcopy(first)
+    history = tiny_run(first)
+    monkeypatch.setenv(variable, value)
+    assert tiny_run(second).losses == history.losses
+    assert torch.equal(first.weight, second.weight)
+    assert os.environ[variable] == value
 
 
 def test_finished_run_is_not_repeated(tmp_path):

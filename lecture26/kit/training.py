@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import TqdmWarning, tqdm
 
 from lecture26.kit.files import replace_when_complete
-from lecture26.kit.processes import stays_on_cpu
+from lecture26.kit.processes import own_settings, stays_on_cpu
 from lecture26.kit.validation import check_choice, check_positive_int
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ def train(
         from accelerate import Accelerator  # takes a second to import, and only training needs it
 
     # Autocast is our own, below: Accelerate's would stay in the model, and fixes one precision per process.
-    accelerator = Accelerator(cpu=stays_on_cpu(), mixed_precision="no")
+    with own_settings():
+        accelerator = Accelerator(cpu=stays_on_cpu(), mixed_precision="no")
     _check_processes(accelerator.num_processes)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
