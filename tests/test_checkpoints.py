@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lecture26.kit.checkpoints import (
     CARD_FIELDS,
@@ -89,6 +90,12 @@ def test_the_same_weights_make_the_same_file(folder, state):
     first = save_checkpoint("tiny", state, CARD)
     second = save_checkpoint("other", dict(reversed(state.items())), CARD)
     assert first["sha256"] == second["sha256"]
+
+
+def test_a_compiled_model_is_stored_under_its_plain_names(folder):
+    model = nn.Sequential(torch.compile(nn.Linear(2, 3), backend="eager"), nn.Linear(3, 1))
+    save_checkpoint("tiny", torch.compile(model, backend="eager").state_dict(), CARD)
+    assert load_state("tiny").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def test_later_checkpoint_replaces_the_earlier(folder, state):

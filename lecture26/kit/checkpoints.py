@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.paths import checkpoints_dir
+from lecture26.kit.state_dicts import plain_names
 
 # What a card must be given; save_checkpoint adds the rest of CARD_FIELDS.
 GIVEN_FIELDS = ("recipe", "settings", "command", "data", "steps", "seconds", "metrics")
@@ -55,7 +56,7 @@ def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
 
     Args:
         name: the checkpoint's name, see `checkpoint_files`.
-        state: a state dict; floating-point tensors are stored in half precision.
+        state: a state dict, of a compiled model too; floating-point tensors are stored in half precision.
         card: dict with at least GIVEN_FIELDS, plain values (JSON):
             recipe: the family of models it belongs to, as known to lecture26.recipes.
             settings: every setting of the recipe, the model's arguments included.
@@ -77,7 +78,7 @@ def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
             f"the card of {name!r} must have {', '.join(GIVEN_FIELDS)}; missing: {', '.join(missing)}"
         )
 
-    stored = {key: _to_half(key, tensor) for key, tensor in state.items()}
+    stored = {key: _to_half(key, tensor) for key, tensor in plain_names(state).items()}
     content = save(stored)
     card = {"name": name} | card
     card |= {
