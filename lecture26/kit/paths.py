@@ -3,6 +3,16 @@
 import os
 from pathlib import Path
 
+OWN_FOLDER = "Let the environment variable LECTURE26_DATA name a folder of your own that can be written to"
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """A path with ~ replaced by the home folder, and ~NAME by NAME's; FileNotFoundError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"there is no home folder for {os.fspath(path)!r}") from error
+
 
 def data_dir() -> Path:
     """The data folder: the environment variable LECTURE26_DATA, or `data` beside the package."""
