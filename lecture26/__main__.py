@@ -40,6 +40,7 @@ TEXT_MODEL = "text_to_image_shapes64"
 class Precision(StrEnum):
     """What networks compute in while training."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -112,7 +113,7 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="bf16 is faster on GPUs and processors with AMX or AVX512-BF16, slower elsewhere."),
+        typer.Option(help="auto, the default, tries which is faster; bf16 needs a device with units for it."),
     ] = None,
     state_every: Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")] = 60.0,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a checkpoint of that name.")] = False,
@@ -280,7 +281,7 @@ def adapt(
         typer.Option(help="Several times: the validation images choose. Else the method's own are tried."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, for the spread.")] = 1,
-    precision: Annotated[Precision, typer.Option(help="bf16 is faster on GPUs.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="auto tries which is faster.")] = Precision.auto,
     augment: Annotated[bool, typer.Option("--augment", help="Mirror and move training images.")] = False,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Fetch no weights for a backbone of timm: to try out.")

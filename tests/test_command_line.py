@@ -29,7 +29,12 @@ def tiny_recipe():
     """A recipe whose training takes a moment."""
     network = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
     recipe = dataclasses.replace(
-        recipes.find_recipe("ddpm"), name="tiny_recipe", data="shapes", model=network, steps=4
+        recipes.find_recipe("ddpm"),
+        name="tiny_recipe",
+        data="shapes",
+        model=network,
+        steps=4,
+        precision="fp32",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(recipes._RECIPES, recipe.name, recipe)
@@ -127,6 +132,49 @@ def test_training_does_not_go_on_with_other_images(data_folder, tmp_path, monkey
     assert grown.exit_code == EXIT_USER_ERROR
     assert "with other settings: images was 4 and is now 5. " in grown.stderr
     (data_folder / "states" / "grown.pt").unlink()
+
+
+def test_the_card_says_in_which_precision_it_was_trained(data_folder):
+    result = call(*TRAIN, "--name", "open", "--precision", "auto")
+    assert result.exit_code == 0, result.output
+    precision = json.loads((data_folder / "checkpoints" / "open.json").read_text())["settings"]["precision"]
+    assert precision in ("fp32", "bf16")
+    assert f"precision: {precision} (" in result.stderr
+
+
+def test_the_second_of_two_trainings_of_one_name_is_refused(data_folder):
+    lock = data_folder / "states" / "twice.lock"
+    hold = "import sys; from lecture26.kit.files import locked\n"
+    hold += "with locked(sys.argv[1], ''): print(flush=True), input()"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], **options) as other:
+        other.stdout.readline()
+        refused = call(*TRAIN, "--name", "twice")
+        other.kill()  # which leaves the file, and not the lock
+    assert refused.exit_code == EXIT_USER_ERROR
+    assert "'twice' is being made by another process: wait for it, or choose another name" in refused.stderr
+    assert lock.exists()
+    assert call(*TRAIN, "--name", "twice").exit_code == 0
+    assert not lock.exists()
+
+
+def test_damaged_images_are_named_before_training(data_folder, tmp_path, monkeypatch):
+    noise = torch.randint(256, (60, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for split in ("train", "val", "test"):
+        for number in range(4):
+            file = tmp_path / split / f"{number}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(noise.numpy()).save(file)
+    for number in (1, 3):
+        file = tmp_path / "train" / f"{number}.png"
+        file.write_bytes(file.read_bytes()[:2000])
+    monkeypatch.setattr(ddpm.DDPM, "draw", lambda *arguments: pytest.fail("training began"))
+    arguments = [*TRAIN, "--data", tmp_path, "--image-size", "16", "--name", "damaged"]
+    result = call(*arguments)
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "2 of 4 files are not readable images: " in result.stderr
+    assert "1.png" in result.stderr and "3.png" in result.stderr
+    assert list((data_folder / "states").iterdir()) == []
 
 
 def test_training_on_a_folder_of_images(data_folder, tmp_path):

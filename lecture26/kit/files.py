@@ -4,8 +4,9 @@ import errno
 import glob
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from lecture26.kit.paths import expanded
 
@@ -58,3 +59,50 @@ def check_writable(path: str | os.PathLike) -> None:
         pass
     if is_new:
         path.unlink()
+
+
+class InUseError(OSError):
+    """What a file stands for is in use by another process."""
+
+
+@contextmanager
+def locked(path: str | os.PathLike, told: str) -> Iterator[None]:
+    """Hold the lock on `path`, a file of its own that is gone afterwards; a dead process holds none.
+
+    Args:
+        path: of the lock.
+        told: the error's message if another process holds it.
+
+    Raises:
+        InUseError: if another process holds it.
+        OSError: if the file cannot be made.
+    """
+    path = expanded(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if not _take_lock(file, path):
+            raise InUseError(told)
+        try:
+            yield
+        finally:
+            with suppress(PermissionError):  # Windows deletes no file that is open
+                path.unlink(missing_ok=True)
+
+
+def _take_lock(file: BinaryIO, path: Path) -> bool:
+    """Lock an open file without waiting; whether that succeeded. Where a file system has no locks, it did."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            return True
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # whoever had it before may have deleted the file between our opening and our locking it
+        return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True

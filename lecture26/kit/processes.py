@@ -1,8 +1,10 @@
 """The processes that work on one run together, as Accelerate finds them."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,4 +45,13 @@ def process_state() -> "PartialState":
     from accelerate import PartialState  # takes a second to import
 
     with own_settings():
-        return PartialState(cpu=stays_on_cpu())
+        state = PartialState(cpu=stays_on_cpu())
+    if state.num_processes > 1:
+        _leave_at_exit()
+    return state
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Have this process leave the others in order: gloo's threads abort one that just ends now and then."""
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())

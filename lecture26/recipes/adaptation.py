@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from lecture26.kit.downstream import TASKS, Coloured, downstream
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
+from lecture26.kit.precision import choose_precision, say
 from lecture26.kit.processes import process_state
 from lecture26.kit.training import History, SampleDraws, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import accuracy, mirror_and_move
-from lecture26.recipes.recipe import seeded, state_file
+from lecture26.recipes.recipe import seeded, sole_use, state_file
 from lecture26.visual_prompt_tuning import (
     VPT,
     backbone_fingerprint,
@@ -77,13 +78,14 @@ class Budget:
     """What every method gets alike.
 
     Attributes:
-        steps, batch_size, precision: as `lecture26.kit.training.train` takes them.
+        steps, batch_size, precision: as `lecture26.kit.training.train` takes them; "auto" is decided once for
+            all runs of a comparison.
         augment: whether training images are mirrored and moved.
     """
 
     steps: int = 300
     batch_size: int = 64
-    precision: str = "fp32"
+    precision: str = "auto"
     augment: bool = False
 
 
@@ -118,7 +120,7 @@ def fit(
     return train(
         model,
         draw,
-        lambda model, batch: cross_entropy(model(batch["image"]).float(), batch["class"]),
+        class_loss,
         steps=budget.steps,
         batch_size=budget.batch_size,
         learning_rate=learning_rate,
@@ -128,6 +130,11 @@ def fit(
         precision=budget.precision,
         **options,
     )
+
+
+def class_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The cross entropy of a model's logits at the classes of a batch, its mean."""
+    return cross_entropy(model(batch["image"]).float(), batch["class"])
 
 
 def build(method: str, vit: nn.Module, num_classes: int, num_prompts: int, seed: int) -> nn.Module:
@@ -221,7 +228,8 @@ class Comparison:
             "method", "num_prompts"; "learning_rate", the one chosen, "at_edge", whether it is the lowest or
             the highest that was tried, and "validation", the accuracy with each; "accuracy", on the test
             images for each seed, and "tested", how many these are; "trained", the number of parameters that
-            train, and "bytes", that they take in float32; "seconds", the mean of a training run;
+            train, and "bytes", that they take in float32; "seconds", the mean of a training run,
+            and "precision", in which it computed;
             "operations", of an image's forward pass; with upstream images "upstream", for each seed the
             accuracy on these with the adapted weights and the old head, "upstream_before", and for prompts
             "upstream_prompted", with the prompts left in.
@@ -310,6 +318,7 @@ class Comparison:
             "accuracy": accuracy(model, self.splits["test"], EVALUATION_BATCH),
             "validation": accuracy(model, self.splits["validation"], EVALUATION_BATCH),
             "seconds": history.seconds,
+            "precision": history.precision,
             "trained": trained,
             "bytes": 4 * trained,
             "operations": operations(model, self.splits["test"]),
@@ -328,8 +337,24 @@ class Comparison:
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
         num_classes = len(self.splits["train"].labels["class"])
         model = build(method, self.vit, num_classes, num_prompts, seed)
+        budget = replace(budget, precision=self._precision(budget, model))
         history = fit(model, self.splits["train"], learning_rate, budget, seed, **state)
         return model.eval(), history
+
+    def _precision(self, budget: Budget, model: nn.Module) -> str:
+        """The precision of all runs: where the budget leaves it open, what is faster for the first model."""
+        if budget.precision != "auto":
+            return budget.precision
+
+        def choose() -> dict:
+            device = process_state().device
+            batch = self.splits["train"].batch(torch.arange(budget.batch_size) % len(self.splits["train"]))
+            batch = {name: values.to(device) for name, values in batch.items()}
+            choice = choose_precision(model.to(device), batch, class_loss)
+            say(choice)
+            return {"precision": choice.precision}
+
+        return self.progress.once(f"precision {self.name}", choose)["precision"]
 
     def _file(self, method: str, learning_rate: float) -> Path:
         return self.folder / f".{method}_{learning_rate:g}.safetensors"
@@ -433,7 +458,8 @@ def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:
 
 SMALL_TASKS = ("digits", *TASKS)
 SMALL_BUDGET = Budget(steps=600, batch_size=16)
-SHORT_BUDGET = Budget(steps=200, batch_size=16)  # for choosing a learning rate, and for a notebook
+# for choosing a learning rate, and for a notebook, whose numbers shall not depend on what is faster where
+SHORT_BUDGET = Budget(steps=200, batch_size=16, precision="fp32")
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
 NUM_PROMPTS = 8
 PROMPT_COUNTS = (1, 32)  # beside NUM_PROMPTS
@@ -611,7 +637,8 @@ def compare_on(
         "backbone", "data", "images" (of each split), "budget", "seeds" and "runs" (see `Comparison.run`).
 
     Raises:
-        ValueError, DataError, OSError: on a wrong name, images without classes, or weights out of reach.
+        ValueError, DataError, OSError: on a wrong name, images without classes, or weights out of reach; an
+            InUseError if another call of this name is under way.
         KeyboardInterrupt: when stopped, with the state written.
     """
     import timm
@@ -621,6 +648,9 @@ def compare_on(
     methods = list(methods)
     for method in methods:
         check_choice("method", method, tuple(METHODS))
+    for rate in learning_rates or ():
+        if not rate > 0:
+            raise ValueError(f"learning_rate must be above 0; got {rate}")
     with process_state().main_process_first():  # it may have to download
         vit = load_backbone(backbone, pretrained)
         config = timm.data.resolve_model_data_config(vit)
@@ -630,7 +660,11 @@ def compare_on(
         if height != width:
             raise ValueError(f"backbone must take square images; {backbone!r} takes {height} x {width}")
         mean, std = ((0.5,) * 3,) * 2 if backbone in list_checkpoints() else (config["mean"], config["std"])
-        splits = {split: Normalised(load(data, split, height), mean, std) for split in SPLITS}
+        loaded = {split: load(data, split, height) for split in SPLITS}
+        if process_state().is_main_process:
+            for images in loaded.values():
+                images.check()  # damage is found now, and not in the middle of a run
+        splits = {split: Normalised(images, mean, std) for split, images in loaded.items()}
     settings = {
         "backbone": backbone,
         "pretrained": pretrained,
@@ -654,7 +688,8 @@ def compare_on(
         name,
         tasks_dir(name),
     )
-    runs = [comparison.run(method, num_prompts, learning_rates) for method in methods]
+    with sole_use(name):
+        runs = [comparison.run(method, num_prompts, learning_rates) for method in methods]
     return settings | {"seeds": list(seeds), "runs": runs}
 
 

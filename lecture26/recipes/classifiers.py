@@ -102,7 +102,6 @@ NOISY = NoisyClassifierRecipe(
     steps=8000,
     learning_rate=1e-3,
     weight_decay=1e-4,
-    precision="bf16",
 )
 RECIPES = (
     NOISY,

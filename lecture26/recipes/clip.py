@@ -189,7 +189,6 @@ CLIP_SHAPES_32 = CLIPRecipe(
     batch_size=256,
     learning_rate=1e-3,
     weight_decay=0.01,
-    precision="bf16",
 )
 RECIPES = (
     CLIP_SHAPES_32,

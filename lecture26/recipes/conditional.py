@@ -121,7 +121,6 @@ RECIPES = (
         model=OF_SHAPES.model,
         steps=12_000,
         learning_rate=OF_SHAPES.learning_rate,
-        precision=OF_SHAPES.precision,
         start=OF_SHAPES.name,
     ),
 )

@@ -125,13 +125,11 @@ IMAGES_32 = DDPM(
 )
 RECIPES = (
     IMAGES_32,
-    # Trained where bfloat16 made a step 1.4 to 1.9 times as fast.
     replace(
         IMAGES_32,
         name="ddpm_shapes32",
         data="shapes",
         model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
         steps=22_000,
-        precision="bf16",
     ),
 )

@@ -15,6 +15,7 @@ from lecture26.recipes.adaptation import (
     forget_progress,
 )
 from lecture26.recipes.probes import solved_heads
+from lecture26.recipes.recipe import sole_use
 from lecture26.recipes.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -122,8 +123,10 @@ def measure(name: str, command: str) -> dict:
     Raises:
         ValueError: if there is no such measurement.
         CheckpointError: if a checkpoint that it needs is missing or damaged.
+        InUseError: if another call is making it.
     """
     check_choice("measurement", name, tuple(MEASUREMENTS))
-    stored = save_results(name, command, MEASUREMENTS[name]())
-    forget_progress(name)
+    with sole_use(name):
+        stored = save_results(name, command, MEASUREMENTS[name]())
+        forget_progress(name)
     return stored
