@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lecture26.kit.progress import bar_stream
 from lecture26.kit.validation import check_choice, check_positive_int
 
 # --- A schedule ---
@@ -822,7 +823,8 @@ def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None,
         raise ValueError(f"x_T must have the given shape {tuple(shape)}; got {tuple(x_T.shape)}")
     x_t = x_T
     steps = range(diffusion.num_steps)[::-1]
-    for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
+    bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
+    for index in bar:
         t = torch.full((len(x_t),), index, device=x_t.device)
         x_t = step(diffusion, denoiser, x_t, t, noise_like(x_t, generator))
     return x_t

@@ -51,6 +51,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lecture26.kit.progress import bar_stream
 from lecture26.kit.validation import check_choice, check_positive_int
 
 # %% [markdown]
@@ -1532,7 +1533,8 @@ def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None,
         raise ValueError(f"x_T must have the given shape {tuple(shape)}; got {tuple(x_T.shape)}")
     x_t = x_T
     steps = range(diffusion.num_steps)[::-1]
-    for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
+    bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
+    for index in bar:
         t = torch.full((len(x_t),), index, device=x_t.device)
         x_t = step(diffusion, denoiser, x_t, t, noise_like(x_t, generator))
     return x_t
@@ -1875,7 +1877,7 @@ optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
 generator = torch.Generator().manual_seed(9)
 losses = []
-for _ in tqdm(range(2000), "training"):
+for _ in tqdm(range(2000), "training", file=bar_stream()):
     x_0, _ = mixture.sample(256, generator)
     t = torch.randint(0, diffusion_steps, (256,), generator=generator)
     loss = learned.loss(network, x_0, t, noise_like(x_0, generator))

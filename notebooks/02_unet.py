@@ -33,7 +33,6 @@ import matplotlib.pyplot as plt
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
-from tqdm import tqdm
 from typer.testing import CliRunner
 
 from lecture26.__main__ import app
@@ -52,6 +51,7 @@ from lecture26.ddpm import (
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import sample_quality
 from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
 from lecture26.kit.training import train
@@ -1304,7 +1304,7 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 generator = torch.Generator().manual_seed(0)
 losses, steps = [], [0]
 unseen_losses = {"as they stand": [unseen_loss(network)], "averaged": [unseen_loss(ema.model)]}
-for step in tqdm(range(400), "training"):
+for step in progress_bar(range(400), "training"):
     x_0 = images.batch(torch.randint(len(images), (16,), generator=generator))["image"]
     t = torch.randint(diffusion.num_steps, (16,), generator=generator)
     loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator))

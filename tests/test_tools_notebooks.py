@@ -20,7 +20,7 @@ def built_course(tmp_path_factory):
     """The sample course after `make package` and `make notebooks`."""
     root = tmp_path_factory.mktemp("built") / "course"
     shutil.copytree(SAMPLE, root)
-    for name in ("pyproject.toml", "notebooks/jupytext.toml", "notebooks/matplotlibrc"):
+    for name in ("pyproject.toml", "notebooks/jupytext.toml"):
         shutil.copy(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(root))  # the notebook imports the sample's own lecture26

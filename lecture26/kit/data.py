@@ -16,11 +16,11 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
-from tqdm import tqdm
 
 from lecture26.kit.files import NOT_WRITABLE
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import OWN_FOLDER, downloads_dir, expanded
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.shapes import Scenes, Shapes, ShapesAndScenes
 from lecture26.kit.validation import check_choice, check_positive_int
 
@@ -192,7 +192,7 @@ class FileImages(PixelSet):
 
     def check(self) -> None:
         unreadable = {}
-        for i in tqdm(range(len(self)), "looking at all images", unit="image", delay=2, leave=False):
+        for i in progress_bar(range(len(self)), "looking at all images"):
             try:
                 self._pixels(torch.tensor([i]))
             except DataError as error:

@@ -52,7 +52,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise OSError unless a file can be written there; nothing is left behind."""
+    """Raise OSError unless a file can be written at `path`; nothing is left behind."""
     path = expanded(path)
     is_new = not path.exists()
     with open(path, "ab"):
@@ -72,6 +72,9 @@ def locked(path: str | os.PathLike, told: str) -> Iterator[None]:
     Args:
         path: of the lock.
         told: the error's message if another process holds it.
+
+    Yields:
+        Nothing.
 
     Raises:
         InUseError: if another process holds it.

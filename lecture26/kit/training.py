@@ -27,6 +27,7 @@ from tqdm import TqdmWarning, tqdm
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.precision import PRECISIONS, Choice, autocast, choose_precision, say
 from lecture26.kit.processes import own_settings, stays_on_cpu
+from lecture26.kit.progress import bar_stream
 from lecture26.kit.state_dicts import load_plain, plain_names
 from lecture26.kit.validation import check_choice, check_positive_int
 
@@ -218,7 +219,14 @@ def train(
     model.train()
 
     show = progress and accelerator.is_main_process and not os.environ.get("TQDM_DISABLE")
-    bar = tqdm(total=steps, initial=len(history.losses), disable=not show, unit="step", mininterval=0.5)
+    bar = tqdm(
+        total=steps,
+        initial=len(history.losses),
+        disable=not show,
+        unit="step",
+        mininterval=0.5,
+        file=bar_stream(),
+    )
     # The loop seeds torch's global generators, and the caller must not notice.
     gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), _stop_signals() as stop, bar:

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lecture26.ddpm import Diffusion, cosine_betas, ddim_step, linear_betas, sample
 from lecture26.kit.evaluation import sample_quality
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.training import SampleDraws
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import Recipe
@@ -107,7 +107,7 @@ class DDPM(Recipe):
         x_T = torch.randn(count, self.channels, self.image_size, self.image_size, generator=generator)
         samples = []
         batches = torch.arange(count).split(self.batch_size)
-        for indices in tqdm(batches, "sampling", delay=2, leave=False):
+        for indices in progress_bar(batches, "sampling"):
             denoiser, noise = denoiser_of(indices), x_T[indices].to(device)
             x_0 = sample(diffusion, denoiser, noise.shape, ddim_step, generator, noise, progress=False)
             samples.append(x_0)

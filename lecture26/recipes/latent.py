@@ -17,6 +17,7 @@ from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.readers import OPPOSITE_RELATIONS
 from lecture26.kit.shapes import SHAPES, ShapesAndScenes
 from lecture26.kit.training import SampleDraws
@@ -348,7 +349,7 @@ def draw_captions(
     """
     images = []
     starts = range(0, len(captions), batch_size)
-    for start in tqdm(starts, "sampling", delay=2, leave=False):
+    for start in progress_bar(starts, "sampling"):
         part = list(captions[start : start + batch_size])
         generators = [torch.Generator().manual_seed(first_seed + start + place) for place in range(len(part))]
         drawn = pipeline.text_to_image(part, w=w, steps=steps, generator=generators, progress=False)
