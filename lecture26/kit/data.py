@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from lecture26.kit.files import NOT_WRITABLE
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.paths import OWN_FOLDER, downloads_dir, expanded
+from lecture26.kit.paths import OWN_FOLDER, expanded, find
 from lecture26.kit.progress import progress_bar
 from lecture26.kit.shapes import Scenes, Shapes, ShapesAndScenes
 from lecture26.kit.validation import check_choice, check_positive_int
@@ -309,7 +309,7 @@ def _download(class_name: str, **options):
 
 
 def _folder_of(class_name: str) -> Path:
-    return downloads_dir() / class_name
+    return find("downloads", class_name)[0]
 
 
 def _delete_and_repeat(class_name: str) -> str:

@@ -4,6 +4,10 @@ A family of recipes is a module with a subclass of Recipe and its RECIPES; a new
 _FAMILIES and _RECIPES below.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from textwrap import shorten
+
 from torch import nn
 
 from lecture26.ddpm import Diffusion
@@ -46,6 +50,20 @@ def find_recipe(name: str) -> Recipe:
     return _RECIPES[name]
 
 
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn whatever a card's settings lead to, where they do not fit the course, into a CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint {name!r} was made by another version of the course, or its card is damaged "
+            f"({type(error).__name__}: {shorten(str(error), 200)}): train it anew"
+        ) from error
+
+
 def load_recipe(name: str) -> Recipe:
     """The recipe that a checkpoint was made by, with the settings of its card.
 
@@ -53,22 +71,25 @@ def load_recipe(name: str) -> Recipe:
         CheckpointError: if there is no such checkpoint, or this version of the course cannot read its card.
     """
     card = load_card(name)
-    try:
-        return _FAMILIES[card["recipe"]](**card["settings"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the checkpoint {name!r} was made by another version of the course ({error}): train it anew"
-        ) from error
+    with _readable(name):
+        recipe = _FAMILIES[card["recipe"]](**card["settings"])
+        # What else the settings make; the network is made by load_model.
+        for process in ("diffusion", "forward_process"):
+            getattr(recipe, process, None)
+    return recipe
 
 
 def load_model(name: str) -> nn.Module:
     """The trained network of a checkpoint: averaged weights, in evaluation mode, frozen, on the CPU.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or its file is not the one its card describes.
+        CheckpointError: if there is no such checkpoint, its file is not the one its card describes, or the
+            card is not that of these weights.
     """
-    model = load_recipe(name).build()
-    model.load_state_dict(load_state(name))
+    recipe, state = load_recipe(name), load_state(name)
+    with _readable(name):
+        model = recipe.build()
+        model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 

@@ -143,6 +143,8 @@ class LatentDiffusionRecipe(Recipe):
 
     def fitted_to(self, images: EncodedImages) -> "LatentDiffusionRecipe":
         card = load_card(self.vae)
+        if "latent_scale" not in card["metrics"]:
+            raise ValueError(f"vae must be a VAE, whose card has a latent_scale; {self.vae!r} has none")
         captions = images.images.captions(range(WORDS_FROM))
         return replace(
             super().fitted_to(images),
@@ -177,7 +179,7 @@ class LatentDiffusionRecipe(Recipe):
         Raises:
             ValueError: if that checkpoint is not the one whose latents the model was trained on.
         """
-        if load_card(self.vae)["metrics"]["latent_scale"] != self.latent_scale:
+        if load_card(self.vae)["metrics"].get("latent_scale") != self.latent_scale:
             raise ValueError(
                 f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
             )
