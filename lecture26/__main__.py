@@ -5,8 +5,9 @@ What a command needs is imported inside it, so that --help answers at once.
 
 import json
 import math
-import os
 import shlex
+import sys
+import warnings
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
@@ -32,6 +33,7 @@ STEERED = {
     "cfg": "by classifier-free guidance at w =",
     "text": "at w =",
 }
+LARGEST_SEED = 2**63 - 1  # that torch's generators take
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 TEXT_MODEL = "text_to_image_shapes64"
@@ -73,22 +75,47 @@ class Guidance(StrEnum):
 
 @contextmanager
 def errors_in_one_line():
-    """Report what the user can mend in one line, without a traceback.
+    """Report what the user can mend in one line, without a traceback; what the data warn of too.
 
     These are the errors whose messages speak to the user; any other one is a fault of the course.
     """
-    from torch import OutOfMemoryError
-
     from lecture26.kit.data import DataError
+    from lecture26.kit.files import NOT_WRITABLE
+    from lecture26.kit.paths import OWN_FOLDER, data_dir
 
     try:
-        yield
-    except OutOfMemoryError as error:
-        typer.echo(f"error: {error} Try a smaller --batch-size or --count", err=True)
-        raise typer.Exit(EXIT_USER_ERROR) from error
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except BrokenPipeError:  # whoever reads the output has had enough, and is told nothing
+        raise
     except (ValueError, DataError, FloatingPointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        is_of_data = isinstance(error, OSError) and str(error.filename).startswith(str(data_dir()))
+        hint = f". {OWN_FOLDER}" if is_of_data and error.errno in NOT_WRITABLE else ""
+        typer.echo(f"error: {error}{hint}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        typer.echo(f"error: out of memory. Try a smaller --batch-size or --count ({error})", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python has found no memory; of that of the CPU torch says so in words alone."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _show_warning(message, category, *place) -> None:
+    """What the data warn of, in one line; other warnings as Python shows them."""
+    from lecture26.kit.data import DataWarning
+
+    if issubclass(category, DataWarning):
+        typer.echo(f"note: {message}", err=True)
+    else:
+        typer.echo(warnings.formatwarning(message, category, *place[:2]), err=True)
 
 
 @contextmanager
@@ -110,7 +137,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step and process.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED)] = None,
     precision: Annotated[
         Precision | None,
         typer.Option(help="auto, the default, tries which is faster; bf16 needs a device with units for it."),
@@ -165,7 +192,7 @@ def sample(
     sampler: Annotated[Sampler, typer.Option()] = Sampler.ddim,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[
         str | None, typer.Option("--class", help="For classifier and cfg, such as 'red star'.")
@@ -186,10 +213,17 @@ def sample(
 ):
     """Draw images from a trained model, and save them as one grid."""
     with errors_in_one_line():
+        from lecture26.kit.files import check_writable
+
         if out.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}")
-        if out.is_dir() or not os.access(out.parent, os.W_OK):
-            raise ValueError(f"--out must be a file in a folder that exists and can be written to; got {out}")
+        try:
+            check_writable(out)
+        except OSError as error:
+            raise ValueError(
+                "--out must be a file in a folder that exists and can be written to; "
+                f"got {out} ({error.strerror})"
+            ) from error
         if eta and sampler is not Sampler.ddim:
             raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler.value} --eta {eta}")
         _check_wishes(model, sampler, eta, guidance, wish, prompt, scale, w)
@@ -420,4 +454,5 @@ def _option(argument: str) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     app(prog_name="python -m lecture26")
