@@ -3,18 +3,16 @@
 What a command needs is imported inside it, so that --help answers at once.
 """
 
-import json
-import math
-import shlex
 import sys
 import warnings
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lecture26.commands.steering import STEERINGS, TEXT_MODEL, takers_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,19 +22,11 @@ app = typer.Typer(
     help="Train, sample and measure the models of the course.",
 )
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# near the best ones of chapters 03, 04, 05 and 07; "text" is a prompt for a text-to-image model
-STRENGTHS = {"classifier": 8.0, "clip": 400.0, "cfg": 1.0, "text": 2.0}
-STEERED = {
-    "classifier": "by classifier guidance at scale",
-    "clip": "by clip guidance at scale",
-    "cfg": "by classifier-free guidance at w =",
-    "text": "at w =",
-}
 LARGEST_SEED = 2**63 - 1  # that torch's generators take
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-TEXT_MODEL = "text_to_image_shapes64"
+# By what samples are steered towards what is asked for.
+Guidance = StrEnum("Guidance", {way.name: way.name for way in STEERINGS if way.name is not None})
 
 
 class Precision(StrEnum):
@@ -63,14 +53,6 @@ class Sampler(StrEnum):
 
     ddpm = "ddpm"
     ddim = "ddim"
-
-
-class Guidance(StrEnum):
-    """By what the samples are steered towards what is asked for."""
-
-    classifier = "classifier"
-    clip = "clip"
-    cfg = "cfg"
 
 
 @contextmanager
@@ -150,11 +132,8 @@ def train(
     Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs:
     accelerate launch -m lecture26 train RECIPE.
     """
-    import dataclasses
-
-    with errors_in_one_line():
-        from lecture26 import recipes
-        from lecture26.kit.checkpoints import is_complete
+    with errors_in_one_line(), stopped_in_one_line():
+        from lecture26.commands.train import train
 
         changes = {
             "name": name,
@@ -166,17 +145,7 @@ def train(
             "seed": seed,
             "precision": precision and precision.value,
         }
-        changes = {key: value for key, value in changes.items() if value is not None}
-        chosen = dataclasses.replace(recipes.find_recipe(recipe), **changes)
-        if is_complete(chosen.name) and not replace:
-            raise ValueError(
-                f"a checkpoint {chosen.name!r} exists: choose another --name, or write over it with --replace"
-            )
-        options = [part for key, value in changes.items() for part in (_option(key), str(value))]
-        with stopped_in_one_line():
-            card = recipes.run(chosen, _command("train", recipe, *options), state_every)
-    if card is not None:
-        typer.echo(json.dumps({"name": card["name"], "seconds": card["seconds"], "metrics": card["metrics"]}))
+        train(recipe, changes, state_every, replace)
 
 
 @app.command()
@@ -195,11 +164,13 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[
-        str | None, typer.Option("--class", help="For classifier and cfg, such as 'red star'.")
+        str | None, typer.Option("--class", help=f"For {takers_of('--class')}, such as 'red star'.")
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Such as 'a red star': for a text-to-image model, or for --guidance clip."),
+        typer.Option(
+            help=f"Such as 'a red star': for a text-to-image model, or for {takers_of('--prompt')}."
+        ),
     ] = None,
     scale: Annotated[
         float | None, typer.Option(help="Of the gradient; for CLIP of the cosine similarity, without kappa.")
@@ -207,95 +178,26 @@ def sample(
     w: Annotated[
         float | None,
         typer.Option(
-            help="Of cfg and of text to image: 0 conditional, -1 unconditional; other libraries' scale - 1."
+            help=f"Of {takers_of('--w')} or of text to image: 0 conditional, -1 unconditional; "
+            "other libraries' scale - 1."
         ),
     ] = None,
 ):
     """Draw images from a trained model, and save them as one grid."""
     with errors_in_one_line():
-        from lecture26.kit.files import check_writable
+        from lecture26.commands.sample import sample
 
-        if out.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}")
-        try:
-            check_writable(out)
-        except OSError as error:
-            raise ValueError(
-                "--out must be a file in a folder that exists and can be written to; "
-                f"got {out} ({error.strerror})"
-            ) from error
-        if eta and sampler is not Sampler.ddim:
-            raise ValueError(f"--eta is for --sampler ddim; got --sampler {sampler.value} --eta {eta}")
-        _check_wishes(model, sampler, eta, guidance, wish, prompt, scale, w)
-        by = "text" if guidance is None and prompt is not None else guidance and guidance.value
-        model = model or TEXT_MODEL
-        asked = prompt if wish is None else wish
-        strength = next((given for given in (scale, w) if given is not None), STRENGTHS.get(by))
-
-        import torch
-        from torchvision.utils import save_image
-
-        from lecture26 import ddpm, recipes
-        from lecture26.kit.processes import process_state
-        from lecture26.recipes.guidance import check_guidance, guided
-        from lecture26.recipes.latent import load_pipeline
-
-        recipe = recipes.load_recipe(model)
-        diffusion = recipes.load_diffusion(model)
-        if steps > diffusion.num_steps:
-            raise ValueError(f"--steps must be at most {diffusion.num_steps} for {model!r}; got {steps}")
-        check_guidance(by, model)
-        device = process_state().device
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same images on every device
-        if by == "text":
-            pipeline = load_pipeline(model).to(device)
-            images = pipeline.text_to_image([prompt] * count, w=strength, steps=steps, generator=generator)
-        else:
-            denoiser = recipes.load_model(model).to(device)
-            if by is not None:
-                denoiser = guided(by, model, denoiser, asked, strength, count)
-            step = ddpm.ddpm_step if sampler is Sampler.ddpm else partial(ddpm.ddim_step, eta=eta)
-            shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
-            x_T = torch.randn(shape, generator=generator).to(device)
-            images = ddpm.sample(diffusion.respace(steps), denoiser, shape, step, generator, x_T)
-        save_image(images, out, nrow=math.ceil(math.sqrt(count)), normalize=True, value_range=(-1, 1))
-    told = "" if by is None else f", {asked} {STEERED[by]} {strength:g}"
-    typer.echo(f"{count} images of {model}{told}, {steps} {sampler.value} steps, seed {seed}: {out}")
-
-
-def _check_wishes(
-    model: str | None,
-    sampler: Sampler,
-    eta: float,
-    guidance: Guidance | None,
-    wish: str | None,
-    prompt: str | None,
-    scale: float | None,
-    w: float | None,
-) -> None:
-    """Raise ValueError unless the options of `sample` go together."""
-    for option, value in (("--scale", scale), ("--w", w)):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{option} must be a finite number; got {value}")
-    asked = {"--class": wish, "--prompt": prompt}
-    needed = {Guidance.clip: "--prompt"}.get(guidance, "--class") if guidance is not None else None
-    from_text = guidance is None and prompt is not None
-    if guidance is None and any(value is not None for value in (wish, scale)):
-        raise ValueError("--class and --scale are for --guidance; it is missing")
-    if guidance is None and prompt is None and w is not None:
-        raise ValueError("--w is for --prompt or --guidance cfg; both are missing")
-    if from_text and (sampler is not Sampler.ddim or eta):
-        raise ValueError("--prompt without --guidance draws with --sampler ddim and --eta 0")
-    if model is None and not from_text:
-        raise ValueError("--model is missing; only --prompt without --guidance has one of its own")
-    if needed is not None and asked.pop(needed) is None:
-        raise ValueError(f"--guidance {guidance.value} needs {needed}; it is missing")
-    if guidance is not None and any(value is not None for value in asked.values()):
-        raise ValueError(f"--guidance {guidance.value} takes {needed} and not {' or '.join(asked)}")
-    if guidance is Guidance.cfg and scale is not None:
-        raise ValueError("--guidance cfg takes --w and not --scale: w is the scale of other libraries - 1")
-    if guidance in (Guidance.classifier, Guidance.clip) and w is not None:
-        raise ValueError(f"--w is for --guidance cfg; --guidance {guidance.value} takes --scale")
+        sample(
+            model,
+            out,
+            steps=steps,
+            sampler=sampler.value,
+            eta=eta,
+            count=count,
+            seed=seed,
+            guidance=guidance and guidance.value,
+            asked={"--class": wish, "--prompt": prompt, "--scale": scale, "--w": w},
+        )
 
 
 @app.command()
@@ -329,71 +231,32 @@ def adapt(
     Stop it whenever you like: the same command goes on. Numbers go to data/results/NAME.json, and what was
     trained to data/tasks/NAME. To use several GPUs or processes: accelerate launch -m lecture26 adapt ...
     """
-    with errors_in_one_line():
-        from lecture26.kit.processes import process_state
-        from lecture26.kit.results import results_file, save_results
-        from lecture26.recipes import adaptation
+    with errors_in_one_line(), stopped_in_one_line():
+        from lecture26.commands.adapt import adapt
+        from lecture26.recipes.adaptation import Budget
 
-        options = {
-            "backbone": backbone,
-            "data": data,
-            "method": method.value,
-            "prompts": prompts,
-            "steps": steps,
-            "batch_size": batch_size,
-            "seeds": seeds,
-            "precision": precision.value,
-        }
-        words = [part for key, value in options.items() for part in (_option(key), str(value))]
-        words += [part for rate in learning_rate or [] for part in ("--learning-rate", f"{rate:g}")]
-        flags = {"--augment": augment, "--random-weights": random_weights, "--replace": replace}
-        words += [flag for flag, is_set in flags.items() if is_set]
-        if name is None:
-            name = adaptation.default_name(backbone, data, method.value)
-        else:
-            words += ["--name", name]
-        adaptation.check_name(name)
-        if results_file(name).exists() and not replace:
-            raise ValueError(f"results {name!r} exist: choose another --name, or write over with --replace")
-        with stopped_in_one_line():
-            results = adaptation.compare_on(
-                backbone,
-                data,
-                adaptation.COMPARED if method is AdaptationMethod.compare else (method.value,),
-                prompts,
-                adaptation.Budget(
-                    steps=steps, batch_size=batch_size, precision=precision.value, augment=augment
-                ),
-                seeds=range(seeds),
-                learning_rates=learning_rate,
-                pretrained=not random_weights,
-                name=name,
-                state_every=state_every,
-            )
-        if not process_state().is_main_process:
-            return
-        save_results(name, _command("adapt", *words), results)
-        adaptation.forget_progress(name)
-    for run in results["runs"]:
-        mean = sum(run["accuracy"]) / len(run["accuracy"])
-        typer.echo(
-            f"{run['method']:12} accuracy {mean:.1%}, {run['trained']:,} trained parameters, "
-            f"{run['bytes'] / 1e3:,.0f} kB, learning rate {run['learning_rate']:g}"
+        adapt(
+            backbone,
+            data,
+            method.value,
+            prompts,
+            Budget(steps=steps, batch_size=batch_size, precision=precision.value, augment=augment),
+            learning_rates=learning_rate,
+            seeds=seeds,
+            random_weights=random_weights,
+            name=name,
+            state_every=state_every,
+            replace=replace,
         )
-    typer.echo(f"stored: {results_file(name)} and {adaptation.tasks_dir(name)}")
 
 
 @app.command()
 def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
     """Measure a checkpoint anew, and print its metrics as JSON."""
     with errors_in_one_line():
-        from lecture26 import recipes
-        from lecture26.kit.processes import process_state
+        from lecture26.commands.evaluate import evaluate
 
-        network = recipes.load_model(model).to(process_state().device)
-        recipe = recipes.load_recipe(model)
-        metrics = recipe.evaluate(network, recipe.load("test"))
-    typer.echo(json.dumps(metrics, indent=2))
+        evaluate(model)
 
 
 @app.command()
@@ -403,14 +266,9 @@ def measure(
 ):
     """Make a measurement that takes too long for a notebook, and store it in data/results."""
     with errors_in_one_line():
-        from lecture26.kit.results import results_file
-        from lecture26.recipes import measurements
+        from lecture26.commands.measure import measure
 
-        if results_file(name).exists() and not replace:
-            raise ValueError(f"results {name!r} exist: write over them with --replace")
-        options = ["--replace"] if replace else []
-        measurements.measure(name, _command("measure", name, *options))
-    typer.echo(f"stored: {results_file(name)}")
+        measure(name, replace)
 
 
 @app.command()
@@ -419,38 +277,9 @@ def checkpoints(
 ):
     """List the checkpoints, or print the card of one."""
     with errors_in_one_line():
-        from lecture26.kit.checkpoints import CheckpointError, list_checkpoints, load_card, load_state
+        from lecture26.commands.checkpoints import checkpoints
 
-        if model is not None:
-            load_state(model)  # a card is only worth reading beside the file it describes
-            typer.echo(json.dumps(load_card(model), indent=2))
-            return
-        for name in list_checkpoints():
-            try:
-                card = load_card(name)
-            except CheckpointError as error:
-                typer.echo(f"error: {error}", err=True)
-                continue
-            metrics = ", ".join(f"{name} {value:.4g}" for name, value in card["metrics"].items())
-            typer.echo(
-                f"{card['name']}: {card['parameters'] / 1e6:.2f} M parameters, "
-                f"{card['bytes'] / 2**20:.1f} MiB, "
-                f"{card['steps']} steps in {card['seconds'] / 60:.0f} min on {card['data']}; {metrics}"
-            )
-
-
-def _command(*words: str) -> str:
-    """The command line of a call, with as many processes as there are now."""
-    from lecture26.kit.processes import process_state
-
-    count = process_state().num_processes
-    start = ["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]
-    return shlex.join([*start, "-m", "lecture26", *words])
-
-
-def _option(argument: str) -> str:
-    """The command-line option of a function's argument."""
-    return "--" + argument.replace("_", "-")
+        checkpoints(model)
 
 
 if __name__ == "__main__":

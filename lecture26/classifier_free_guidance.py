@@ -217,7 +217,7 @@ def drop_labels(y, null_label, p, generator=None):
 
     Source: Ho and Salimans 2022, algorithm 1.
     """
-    if y.is_floating_point():
+    if y.is_floating_point() or y.dtype == torch.bool:
         raise TypeError(f"y must hold integers; got {y.dtype}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability in [0, 1]; got {p}")

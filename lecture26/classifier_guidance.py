@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lecture26.ddpm import lookup
 from lecture26.kit.validation import check_positive_int
 from lecture26.unet import (
     DownLevel,
@@ -126,7 +125,7 @@ def exact_classifier(mixture, diffusion):
     """
 
     def classifier(x_t, t):
-        return mixture.joint_log_density(x_t, lookup(diffusion.base.alpha_bar, t, x_t))
+        return mixture.joint_log_density(x_t, diffusion.base.at(t, x_t).alpha_bar)
 
     return classifier
 

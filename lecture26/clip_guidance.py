@@ -469,7 +469,8 @@ def similarity_gradient_through_x_0(denoiser, encode_image, x_t, t, text_feature
             )
         # t counts the original schedule's steps, so its tables belong to the base
         prediction, _ = diffusion.split_output(output, x_t)
-        x_0 = diffusion.base.predicted_x_0(prediction, x_t, t, clip=False)
+        alpha_bar = diffusion.base.at(t, x_t).alpha_bar
+        x_0 = diffusion.predicted_x_0(prediction, x_t, alpha_bar, clip=False).to(x_t.dtype)
         similarity = paired_similarity(encode_image(x_0), text_features)  # (B,)
         (gradient,) = torch.autograd.grad(similarity.sum(), x_t)
         return output.detach(), gradient

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lecture26.kit.progress import bar_stream
-from lecture26.kit.validation import check_choice, check_positive_int
+from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 
 # --- A schedule ---
 
@@ -23,7 +23,7 @@ def linear_betas(num_steps):
         num_steps: T, at least 21 (at 20 the last beta would reach 1).
 
     Returns:
-        (T,) float64, from 0.1 / T to 20 / T.
+        (T,) float64 on the CPU, from 0.1 / T to 20 / T.
 
     Raises:
         TypeError: if num_steps is no int.
@@ -37,7 +37,7 @@ def linear_betas(num_steps):
         raise ValueError(f"num_steps must be at least 21, since beta_T = 20 / T; got num_steps={num_steps}")
     # beta_t from 1e-4 to 0.02 at T = 1000, times 1000 / T otherwise
     factor = 1000 / num_steps
-    return torch.linspace(factor * 1e-4, factor * 0.02, num_steps, dtype=torch.float64)
+    return torch.linspace(factor * 1e-4, factor * 0.02, num_steps, dtype=torch.float64, device="cpu")
 
 
 # --- Any step at once ---
@@ -70,7 +70,7 @@ def cosine_betas(num_steps):
         num_steps: T, at least 1.
 
     Returns:
-        (T,) float64, each at most 0.999.
+        (T,) float64 on the CPU, each at most 0.999.
 
     Raises:
         TypeError: if num_steps is no int.
@@ -80,13 +80,18 @@ def cosine_betas(num_steps):
     """
     check_positive_int("num_steps", num_steps)
     # alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), u = t / T
-    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)  # (T + 1,)
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device="cpu")  # (T + 1,)
     alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     # beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 # --- A laboratory where everything is exact ---
+
+
+def at_least_float32(dtype):
+    """The dtype to compute with for data of a dtype: half precision has too few digits for 1 - alpha_bar."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class GaussianMixture:
@@ -106,7 +111,7 @@ class GaussianMixture:
 
     def __init__(self, weights, means, stds):
         self.weights, self.means, self.stds = (
-            torch.as_tensor(table, dtype=torch.float64) for table in (weights, means, stds)
+            torch.as_tensor(table, dtype=torch.float64, device="cpu") for table in (weights, means, stds)
         )
         if self.means.ndim != 2 or not self.weights.shape == self.stds.shape == self.means.shape[:1]:
             raise ValueError(
@@ -125,11 +130,12 @@ class GaussianMixture:
         return self.means[y] + self.stds[y, None] * noise, y
 
     def noisy_components(self, x_t, alpha_bar=1.0):
-        """Weights (K,), means (B, K, D) and variances (B, K) of q(x_t), with x_t's dtype and device."""
+        """Weights (K,), means (B, K, D) and variances (B, K) of q(x_t), in at least float32."""
+        dtype = at_least_float32(x_t.dtype)
         weights, means, stds = (
-            table.to(x_t.dtype).to(x_t.device) for table in (self.weights, self.means, self.stds)
+            table.to(dtype).to(x_t.device) for table in (self.weights, self.means, self.stds)
         )
-        alpha_bar = torch.as_tensor(alpha_bar, dtype=x_t.dtype, device=x_t.device).expand(len(x_t), 1)
+        alpha_bar = torch.as_tensor(alpha_bar, dtype=dtype, device=x_t.device).expand(len(x_t), 1)
         # N(sqrt(alpha_bar) mu_k, (alpha_bar s_k^2 + 1 - alpha_bar) I)
         return weights, alpha_bar.sqrt()[:, :, None] * means, alpha_bar * stds**2 + 1 - alpha_bar
 
@@ -194,7 +200,7 @@ def posterior_variance(beta, alpha_bar, alpha_bar_prev):
     return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
 
 
-# --- Three things to predict ---
+# --- Noise and clean data ---
 
 
 def x_0_from_eps(x_t, alpha_bar, eps):
@@ -213,47 +219,6 @@ def eps_from_x_0(x_t, alpha_bar, x_0):
     """
     # eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
     return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-
-
-def v_from_x_0_and_eps(x_0, alpha_bar, eps):
-    """The velocity v of a noisy sample.
-
-    Args:
-        x_0, eps: clean data and noise, (B, ...).
-        alpha_bar: broadcastable to x_0, in (0, 1).
-
-    Returns:
-        v, like x_0.
-
-    Source: Salimans and Ho 2022, section 4 and appendix D.
-    """
-    # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
-    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
-
-
-def x_0_from_v(x_t, alpha_bar, v):
-    """Clean data from noisy data and its velocity.
-
-    Args:
-        x_t, v: noisy data and velocity, (B, ...).
-        alpha_bar: broadcastable to x_t, in (0, 1).
-
-    Returns:
-        x_0, like x_t.
-
-    Source: Salimans and Ho 2022, section 4 and appendix D.
-    """
-    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-    return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
-
-
-def eps_from_v(x_t, alpha_bar, v):
-    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
-
-    Source: Salimans and Ho 2022, appendix D.
-    """
-    # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
-    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
 
 # --- The bound ---
@@ -332,6 +297,23 @@ def discretized_log_likelihood(x, mean, log_variance):
 # --- The diffusion, assembled ---
 
 
+class StepNumbers(NamedTuple):
+    """What the schedule says at each sample's step.
+
+    t holds the steps of the original schedule, (B,), which a denoiser is told. All else is (B, 1, ...), in
+    the dtype of the data, or in float32 for data in half precision. At the first step posterior_variance is
+    0, and both logarithms are those of the second step's beta~, which stands in.
+    """
+
+    t: torch.Tensor
+    beta: torch.Tensor
+    alpha_bar: torch.Tensor
+    alpha_bar_prev: torch.Tensor
+    posterior_variance: torch.Tensor
+    log_posterior_variance: torch.Tensor
+    log_large_variance: torch.Tensor
+
+
 class Posterior(NamedTuple):
     """The normal distribution of x_{t-1} given x_t and x_0, each field shaped like x_t."""
 
@@ -363,41 +345,22 @@ class PMeanVariance(NamedTuple):
     eps: torch.Tensor
 
 
-def lookup(table, t, like):
-    """Look a table up at every sample's step.
-
-    Args:
-        table: (T,), on the CPU, since not every device has the float64 that tables are kept in.
-        t: steps, (B,), integers in [0, T).
-        like: the tensor to broadcast against, (B, ...).
-
-    Returns:
-        (B, 1, ...), with like's dtype and device.
+def check_steps(t, x, num_steps):
+    """Raise unless t holds, for each sample of the data x (B, ...), a step in [0, num_steps).
 
     Raises:
-        TypeError: if t is no tensor of integers, or like holds integers where the table does not.
-        ValueError: if t has another shape, or a step outside [0, T).
+        TypeError: if t is no tensor of integers, or x is not of a floating-point type.
+        ValueError: if t has another shape than (B,), or a step lies outside.
     """
     if not isinstance(t, torch.Tensor) or t.is_floating_point() or t.dtype == torch.bool:
         raise TypeError(f"t must be a tensor of integers; got {getattr(t, 'dtype', t)}")
-    if table.is_floating_point() and not like.is_floating_point():
-        raise TypeError(f"data must be of a floating-point type; got {like.dtype}")
-    if t.shape != like.shape[:1]:
-        raise ValueError(f"t must hold one step per sample, shape ({len(like)},); got {tuple(t.shape)}")
-    t = t.cpu()
-    steps = t.tolist()
-    if steps and not 0 <= min(steps) <= max(steps) < len(table):
-        raise ValueError(f"t must lie in [0, {len(table)}); got values {min(steps)} to {max(steps)}")
-    values = table[t].to(like.dtype).to(like.device)
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def check_noise(noise, data):
-    """Raise ValueError unless noise has the shape of the data, since another might broadcast."""
-    if noise.shape != data.shape:
-        raise ValueError(
-            f"noise must have the shape of the data, {tuple(data.shape)}; got {tuple(noise.shape)}"
-        )
+    if not x.is_floating_point():
+        raise TypeError(f"data must be of a floating-point type; got {x.dtype}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must hold one step per sample, shape ({len(x)},); got {tuple(t.shape)}")
+    steps = t.cpu().tolist()  # on a GPU, the one time that a step waits for it
+    if steps and not 0 <= min(steps) <= max(steps) < num_steps:
+        raise ValueError(f"t must lie in [0, {num_steps}); got values {min(steps)} to {max(steps)}")
 
 
 class Diffusion:
@@ -439,75 +402,100 @@ class Diffusion:
         self.betas = betas
         self.num_steps = len(betas)
         self.base = self
-        self.steps = torch.arange(self.num_steps)
+        self.steps = torch.arange(self.num_steps, device="cpu")
 
         # alpha_bar_t = product over s <= t of (1 - beta_s)
         self.alpha_bar = (1 - betas).cumprod(dim=0)
-        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-        tables = (betas, self.alpha_bar, self.alpha_bar_prev)
-        self.posterior_variance = posterior_variance(*tables)
-        # mu~ is linear in x_0 and x_t. Its weights are made here, since in float32 the difference
-        # 1 - alpha_bar would lose most of its digits at the first steps
-        one, zero = torch.ones_like(betas), torch.zeros_like(betas)
-        self.posterior_weight_x_0 = posterior_mean(one, zero, *tables)
-        self.posterior_weight_x_t = posterior_mean(zero, one, *tables)
+        self.alpha_bar_prev = torch.cat([torch.ones_like(betas[:1]), self.alpha_bar[:-1]])
+        self.posterior_variance = posterior_variance(betas, self.alpha_bar, self.alpha_bar_prev)
         # beta~ is 0 at the first step and has no logarithm there: the next one stands in
         second = self.posterior_variance[1:2] if self.num_steps > 1 else betas
         self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
         self.log_large_variance = torch.cat([second, betas[1:]]).log()
+        self._tables = {}  # see _table
 
-    def original_steps(self, t):
-        """The base's steps that own steps t stand for, both (B,)."""
-        return lookup(self.steps, t, like=t)
+    def at(self, t, x):
+        """The schedule's numbers at each sample's step, ready for arithmetic with the data.
+
+        Args:
+            t: own steps, (B,), integers in [0, T).
+            x: the data they are for, (B, ...).
+
+        Returns:
+            StepNumbers.
+
+        Raises:
+            TypeError: if t holds no integers, or x no floating-point numbers.
+            ValueError: if t has another shape, or a step outside [0, T).
+        """
+        check_steps(t, x, self.num_steps)
+        steps, numbers = self._table(at_least_float32(x.dtype), x.device)
+        t = t.long().to(x.device)
+        per_sample = numbers[t].reshape(len(t), 6, *[1] * (x.ndim - 1))  # (B, 6, 1, ...)
+        return StepNumbers(steps[t], *per_sample.unbind(dim=1))
+
+    def _table(self, dtype, device):
+        """All of StepNumbers for every step: steps (T,), and a table (T, 6) of a dtype on a device, kept."""
+        if (dtype, device) not in self._tables:
+            # beta is that of the rounded alpha_bar, so that in lower precision, too, all formulas agree
+            alpha_bar, alpha_bar_prev = (
+                table.to(dtype).double() for table in (self.alpha_bar, self.alpha_bar_prev)
+            )
+            columns = (
+                1 - alpha_bar / alpha_bar_prev,
+                alpha_bar,
+                alpha_bar_prev,
+                self.posterior_variance,
+                self.log_posterior_variance,
+                self.log_large_variance,
+            )
+            numbers = torch.stack(columns, dim=1).to(dtype)
+            self._tables[dtype, device] = self.steps.to(device), numbers.to(device)
+        return self._tables[dtype, device]
 
     def q_sample(self, x_0, t, noise):
         """Draw x_t given x_0 (B, C, ...) at steps t; ValueError unless the normal noise has its shape."""
-        check_noise(noise, x_0)
-        return q_sample(x_0, lookup(self.alpha_bar, t, x_0), noise)
-
-    def posterior_mean(self, x_0, x_t, t):
-        """The mean of x_{t-1} given x_t and x_0, each (B, C, ...)."""
-        weight_x_0 = lookup(self.posterior_weight_x_0, t, x_t)
-        weight_x_t = lookup(self.posterior_weight_x_t, t, x_t)
-        return weight_x_0 * x_0 + weight_x_t * x_t
+        check_shape("noise", noise, x_0.shape, of="the data")
+        return q_sample(x_0, self.at(t, x_0).alpha_bar, noise).to(x_0.dtype)
 
     def q_posterior(self, x_0, x_t, t):
         """The distribution of x_{t-1} given x_t and x_0, as (mean, variance, log_variance) like x_t.
 
         The variance is exactly 0 at t = 0; its logarithm there is that of the next step.
         """
-        variance = lookup(self.posterior_variance, t, x_t).expand_as(x_t)
-        log_variance = lookup(self.log_posterior_variance, t, x_t).expand_as(x_t)
-        return Posterior(self.posterior_mean(x_0, x_t, t), variance, log_variance)
+        now = self.at(t, x_t)
+        mean = posterior_mean(x_0, x_t, now.beta, now.alpha_bar, now.alpha_bar_prev)
+        moments = torch.broadcast_tensors(mean, now.posterior_variance, now.log_posterior_variance)
+        return Posterior(*(moment.to(x_t.dtype) for moment in moments))
 
     def x_0_from_eps(self, x_t, t, eps):
         """Clean data from noisy data and its noise, each (B, C, ...)."""
-        return x_0_from_eps(x_t, lookup(self.alpha_bar, t, x_t), eps)
+        return x_0_from_eps(x_t, self.at(t, x_t).alpha_bar, eps).to(x_t.dtype)
 
     def eps_from_x_0(self, x_t, t, x_0):
         """Noise from noisy and clean data, each (B, C, ...)."""
-        return eps_from_x_0(x_t, lookup(self.alpha_bar, t, x_t), x_0)
+        return eps_from_x_0(x_t, self.at(t, x_t).alpha_bar, x_0).to(x_t.dtype)
 
     def x_0_from_v(self, x_t, t, v):
         """Clean data from noisy data and its velocity, each (B, C, ...)."""
-        return x_0_from_v(x_t, lookup(self.alpha_bar, t, x_t), v)
+        return x_0_from_v(x_t, self.at(t, x_t).alpha_bar, v).to(x_t.dtype)
 
     def eps_from_v(self, x_t, t, v):
         """Noise from noisy data and its velocity, each (B, C, ...)."""
-        return eps_from_v(x_t, lookup(self.alpha_bar, t, x_t), v)
+        return eps_from_v(x_t, self.at(t, x_t).alpha_bar, v).to(x_t.dtype)
 
     def v_from_eps(self, x_t, t, eps):
         """Velocity from noisy data and its noise, each (B, C, ...)."""
-        alpha_bar = lookup(self.alpha_bar, t, x_t)
-        return v_from_x_0_and_eps(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
+        alpha_bar = self.at(t, x_t).alpha_bar
+        return v_from_x_0_and_eps(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps).to(x_t.dtype)
 
-    def target(self, x_0, eps, t):
-        """What the denoiser should return for data x_0 with noise eps at steps t, like x_0."""
+    def target(self, x_0, alpha_bar, eps):
+        """What the denoiser should return for data x_0 with noise eps, like x_0; alpha_bar as in q_sample."""
         if self.prediction == "eps":
             return eps
         if self.prediction == "x_0":
             return x_0
-        return v_from_x_0_and_eps(x_0, lookup(self.alpha_bar, t, x_0), eps)
+        return v_from_x_0_and_eps(x_0, alpha_bar, eps).to(x_0.dtype)
 
     def split_output(self, output, x_t):
         """Part a denoiser's output into prediction and variance channels, each like x_t, the latter or None.
@@ -528,38 +516,44 @@ class Diffusion:
             )
         return output.split(channels, dim=1) if learned else (output, None)
 
-    def predicted_x_0(self, prediction, x_t, t, clip):
+    def predicted_x_0(self, prediction, x_t, alpha_bar, clip):
         """The clean data that a prediction stands for, like x_t (B, C, ...); in [-1, 1] with clip."""
         if self.prediction == "eps":
-            x_0 = self.x_0_from_eps(x_t, t, prediction)
+            x_0 = x_0_from_eps(x_t, alpha_bar, prediction)
         elif self.prediction == "v":
-            x_0 = self.x_0_from_v(x_t, t, prediction)
+            x_0 = x_0_from_v(x_t, alpha_bar, prediction)
         else:
             x_0 = prediction
         return x_0.clamp(-1, 1) if clip else x_0
 
-    def x_0_and_eps(self, prediction, x_t, t, clip):
-        """The clean data and the noise that a prediction stands for, each like x_t (B, C, ...)."""
-        x_0 = self.predicted_x_0(prediction, x_t, t, clip)
-        # the noise that goes with the clipped x_0, so that the two still make up x_t
-        return x_0, self.eps_from_x_0(x_t, t, x_0)
-
-    def reverse_variance(self, v, x_t, t):
-        """The model's variance of x_{t-1} and its logarithm: (B, 1, ...), or like x_t if learned, from v."""
-        log_posterior_variance = lookup(self.log_posterior_variance, t, x_t)
+    def reverse_variance(self, v, now):
+        """The model's variance of x_{t-1} and its logarithm: (B, 1, ...), of now, or like x_t, from v."""
         if self.variance == "fixed_small":
-            return lookup(self.posterior_variance, t, x_t), log_posterior_variance
-        if self.variance == "fixed_large":
-            log_variance = lookup(self.log_large_variance, t, x_t)
-        else:
-            log_variance = learned_range_log_variance(v, lookup(self.betas, t, x_t), log_posterior_variance)
+            return now.posterior_variance, now.log_posterior_variance
+        log_variance = now.log_large_variance
+        if self.variance == "learned_range":
+            log_variance = learned_range_log_variance(v, now.beta, now.log_posterior_variance)
         return log_variance.exp(), log_variance
 
-    def reverse_step(self, output, x_t, t, clip):
-        """Turn a denoiser's output into the model's distribution of x_{t-1}, a ReverseStep."""
+    def reverse_step(self, output, x_t, now, clip):
+        """Turn a denoiser's output into the model's distribution of x_{t-1}.
+
+        Args:
+            output: what the denoiser returned for x_t and now.t.
+            x_t: (B, C, ...).
+            now: the StepNumbers of x_t.
+            clip: whether to clamp the predicted x_0 to [-1, 1].
+
+        Returns:
+            ReverseStep, in at least float32.
+
+        Source: Ho et al. 2020, algorithm 2 and section 3.2.
+        """
         prediction, v = self.split_output(output, x_t)
-        x_0 = self.predicted_x_0(prediction, x_t, t, clip)
-        return ReverseStep(self.posterior_mean(x_0, x_t, t), *self.reverse_variance(v, x_t, t), x_0)
+        x_0 = self.predicted_x_0(prediction, x_t, now.alpha_bar, clip)
+        # mu~ with the predicted x_0 in the place of the true one
+        mean = posterior_mean(x_0, x_t, now.beta, now.alpha_bar, now.alpha_bar_prev)
+        return ReverseStep(mean, *self.reverse_variance(v, now), x_0)
 
     def p_mean_variance(self, denoiser, x_t, t):
         """The model's distribution of x_{t-1} given x_t, clipped as in sampling, and all that it rests on.
@@ -574,10 +568,10 @@ class Diffusion:
 
         Source: Ho et al. 2020, algorithm 2 and section 3.2.
         """
-        output = denoiser(x_t, self.original_steps(t))
-        mean, variance, log_variance, x_0 = self.reverse_step(output, x_t, t, self.clip)
-        eps = self.eps_from_x_0(x_t, t, x_0)
-        return PMeanVariance(mean, variance.expand_as(x_t), log_variance.expand_as(x_t), x_0, eps)
+        now = self.at(t, x_t)
+        reverse = self.reverse_step(denoiser(x_t, now.t), x_t, now, self.clip)
+        eps = eps_from_x_0(x_t, now.alpha_bar, reverse.x_0)
+        return PMeanVariance(*(field.to(x_t.dtype).expand_as(x_t) for field in (*reverse, eps)))
 
     def add_score(self, output, x_t, t, gradient):
         """Add the gradient of a log-probability to the score that a denoiser's output stands for.
@@ -589,7 +583,7 @@ class Diffusion:
             gradient: of the log-probability with respect to x_t, (B, C, ...).
 
         Returns:
-            The output for the sum of both scores; variance channels are left alone.
+            The output for the sum of both scores, like output; variance channels are left alone.
 
         Raises:
             ValueError: if output has another shape.
@@ -602,7 +596,7 @@ class Diffusion:
                 f"output must have the shape {tuple(x_t.shape)} of x_t, or twice its channels; "
                 f"got {tuple(output.shape)}"
             )
-        alpha_bar = lookup(self.base.alpha_bar, t, x_t)
+        alpha_bar = self.base.at(t, x_t).alpha_bar
         if self.prediction == "eps":
             # eps = -sqrt(1 - alpha_bar) score
             shift = -(1 - alpha_bar).sqrt() * gradient
@@ -612,7 +606,8 @@ class Diffusion:
         else:
             # x_0 = (x_t + (1 - alpha_bar) score) / sqrt(alpha_bar)
             shift = (1 - alpha_bar) / alpha_bar.sqrt() * gradient
-        return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
+        moved = (output[:, :channels] + shift).to(output.dtype)
+        return torch.cat([moved, output[:, channels:]], dim=1)
 
     # --- From the bound to the simple loss ---
 
@@ -630,6 +625,7 @@ class Diffusion:
 
         Source: Ho et al. 2020, equation 5.
         """
+        x_0, x_t = x_0.to(reverse.mean.dtype), x_t.to(reverse.mean.dtype)
         posterior = self.q_posterior(x_0, x_t, t)
         kl = normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
         decoder = -log_likelihood(x_0, reverse.mean, reverse.log_variance)
@@ -650,15 +646,19 @@ class Diffusion:
         Returns:
             A scalar.
 
+        Raises:
+            ValueError: if noise has another shape than x_0.
+
         Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 and section 3.1.
         """
-        x_t = self.q_sample(x_0, t, noise)
-        output = denoiser(x_t, self.original_steps(t))
-        prediction, _ = self.split_output(output, x_t)
-        loss = F.mse_loss(prediction, self.target(x_0, noise, t))
+        check_shape("noise", noise, x_0.shape, of="the data")
+        now = self.at(t, x_0)
+        x_t = q_sample(x_0, now.alpha_bar, noise).to(x_0.dtype)
+        prediction, v = self.split_output(denoiser(x_t, now.t), x_t)
+        loss = F.mse_loss(prediction.to(x_0.dtype), self.target(x_0, now.alpha_bar, noise))
         if self.variance == "learned_range":
-            frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
-            reverse = self.reverse_step(frozen, x_t, t, clip=False)
+            frozen = torch.cat([prediction.detach(), v], dim=1)
+            reverse = self.reverse_step(frozen, x_t, now, clip=False)
             nats = self.bound_term(reverse, x_0, x_t, t, discretized_log_likelihood)  # (B,)
             bits_per_dim = nats.mean() / x_0.shape[1:].numel() / math.log(2)
             loss = loss + self.num_steps / 1000 * bits_per_dim
@@ -684,7 +684,8 @@ class Diffusion:
         check_positive_int("num_steps", num_steps)
         if not 2 <= num_steps <= self.num_steps:
             raise ValueError(f"num_steps must lie in [2, {self.num_steps}]; got num_steps={num_steps}")
-        steps = torch.linspace(0, self.num_steps - 1, num_steps, dtype=torch.float64).round().long()
+        evenly = torch.linspace(0, self.num_steps - 1, num_steps, dtype=torch.float64, device="cpu")
+        steps = evenly.round().long()
         betas = respaced_betas(self.alpha_bar, steps)
         respaced = Diffusion(betas, self.prediction, self.variance, self.clip)
         respaced.base = self.base
@@ -755,38 +756,42 @@ def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
 
     Source: Ho et al. 2020, algorithm 2; Dhariwal and Nichol 2021, algorithm 1, for the shift.
     """
-    check_noise(noise, x_t)
-    original_t = diffusion.original_steps(t)
-    output = denoiser(x_t, original_t)
-    mean, variance, log_variance, _ = diffusion.reverse_step(output, x_t, t, diffusion.clip)
+    check_shape("noise", noise, x_t.shape, of="the data")
+    now = diffusion.at(t, x_t)
+    output = denoiser(x_t, now.t)
+    mean, variance, log_variance, _ = diffusion.reverse_step(output, x_t, now, diffusion.clip)
     if mean_shift is not None:
-        mean = mean + mean_shift(mean, variance.expand_as(mean), x_t, original_t)
-    return ancestral_update(mean, log_variance, noise, t)
+        mean = mean + mean_shift(mean, variance.expand_as(mean), x_t, now.t)
+    return ancestral_update(mean, log_variance, noise, t).to(x_t.dtype)
 
 
 def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
     """One DDIM step, from x_t to x_{t-1}; deterministic for eta = 0.
 
     Args:
-        diffusion, denoiser, x_t, t, noise: as in ddpm_step.
+        diffusion, denoiser, x_t, t: as in ddpm_step.
+        noise: like x_t; None will do for eta = 0.
         eta: how much fresh noise, from 0 (none) to 1 (as in DDPM with beta~).
 
     Returns:
         x_{t-1}, like x_t.
 
     Raises:
-        ValueError: if eta lies outside [0, 1], or noise has another shape than x_t.
+        ValueError: if eta lies outside [0, 1], or noise has another shape than x_t, or is missing.
 
     Source: Song, Meng and Ermon 2021, equation 12.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got eta={eta}")
-    check_noise(noise, x_t)
-    prediction, _ = diffusion.split_output(denoiser(x_t, diffusion.original_steps(t)), x_t)
-    x_0, eps = diffusion.x_0_and_eps(prediction, x_t, t, diffusion.clip)
-    alpha_bar = lookup(diffusion.alpha_bar, t, x_t)
-    alpha_bar_prev = lookup(diffusion.alpha_bar_prev, t, x_t)
-    return ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise)
+    if noise is not None or eta > 0:
+        check_shape("noise", noise, x_t.shape, of="the data")
+    now = diffusion.at(t, x_t)
+    prediction, _ = diffusion.split_output(denoiser(x_t, now.t), x_t)
+    x_0 = diffusion.predicted_x_0(prediction, x_t, now.alpha_bar, diffusion.clip)
+    # the noise that goes with the clipped x_0, so that the two still make up x_t
+    eps = eps_from_x_0(x_t, now.alpha_bar, x_0)
+    noise = 0.0 if noise is None else noise
+    return ddim_update(x_0, eps, now.alpha_bar, now.alpha_bar_prev, eta, noise).to(x_t.dtype)
 
 
 def noise_like(x, generator):
@@ -796,7 +801,18 @@ def noise_like(x, generator):
 
 
 @torch.no_grad()
-def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True):
+def sample(
+    diffusion,
+    denoiser,
+    shape,
+    step=ddpm_step,
+    generator=None,
+    x_T=None,
+    progress=True,
+    *,
+    device=None,
+    start=None,
+):
     """Draw samples, from pure noise down to x_0.
 
     Args:
@@ -804,29 +820,38 @@ def sample(diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None,
         denoiser: callable (x_t, t) -> output.
         shape: of the batch, (B, C, ...).
         step: callable (diffusion, denoiser, x_t, t, noise) -> x_{t-1}, such as ddpm_step or ddim_step.
-        generator: source of all noise. The samples are made on its device unless x_T says otherwise.
-        x_T: the noise to start from, of that shape; drawn if None. Its dtype and device are kept.
+        generator: source of all noise, which is drawn on its device: one on the CPU gives the same samples
+            everywhere.
+        x_T: the noise to start from, of that shape; drawn if None. Its dtype is kept.
         progress: show a progress bar when sampling takes longer than two seconds.
+        device: where to sample; None for that of x_T, else that of the generator.
+        start: the own step that x_T belongs to, for data that are noisy only so far; None for the last one.
 
     Returns:
         x_0, (B, C, ...).
 
     Raises:
-        ValueError: if x_T has another shape.
+        ValueError: if x_T has another shape, or start is given without it, or is no step.
 
     Source: Ho et al. 2020, algorithm 2.
     """
     if x_T is None:
-        device = None if generator is None else generator.device
-        x_T = torch.randn(shape, generator=generator, device=device)
-    elif tuple(x_T.shape) != tuple(shape):
-        raise ValueError(f"x_T must have the given shape {tuple(shape)}; got {tuple(x_T.shape)}")
-    x_t = x_T
-    steps = range(diffusion.num_steps)[::-1]
+        if start is not None:
+            raise ValueError(f"start must come with an x_T, data noisy up to that step; got start={start}")
+        source = device if generator is None else generator.device
+        x_T = torch.randn(shape, generator=generator, device=source)
+    check_shape("x_T", x_T, shape)
+    start = diffusion.num_steps - 1 if start is None else start
+    if not 0 <= start < diffusion.num_steps:
+        raise ValueError(f"start must lie in [0, {diffusion.num_steps}); got start={start}")
+    x_t = x_T if device is None else x_T.to(device)
+    steps = range(start, -1, -1)
     bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
     for index in bar:
         t = torch.full((len(x_t),), index, device=x_t.device)
-        x_t = step(diffusion, denoiser, x_t, t, noise_like(x_t, generator))
+        # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
+        noise = None if step is ddim_step else noise_like(x_t, generator)
+        x_t = step(diffusion, denoiser, x_t, t, noise)
     return x_t
 
 
@@ -848,11 +873,11 @@ def exact_denoiser(mixture, diffusion):
     base = diffusion.base
 
     def denoiser(x_t, t):
-        alpha_bar = lookup(base.alpha_bar, t, x_t)
+        alpha_bar = base.at(t, x_t).alpha_bar
         # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
         eps = -(1 - alpha_bar).sqrt() * mixture.score(x_t, alpha_bar)
         # eps, x_0 and v are linear in each other given x_t, so their expectations convert as they do
-        return base.target(x_0_from_eps(x_t, alpha_bar, eps), eps, t)
+        return base.target(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps).to(x_t.dtype)
 
     return denoiser
 
@@ -901,11 +926,55 @@ def bound(diffusion, denoiser, x_0, generator=None, log_likelihood=normal_log_de
     terms = []
     for step in range(diffusion.num_steps):
         t = torch.full((len(x_0),), step, device=x_0.device)
-        x_t = diffusion.q_sample(x_0, t, noise_like(x_0, generator))
-        reverse = diffusion.reverse_step(denoiser(x_t, diffusion.original_steps(t)), x_t, t, clip=False)
+        now = diffusion.at(t, x_0)
+        x_t = q_sample(x_0, now.alpha_bar, noise_like(x_0, generator)).to(x_0.dtype)
+        reverse = diffusion.reverse_step(denoiser(x_t, now.t), x_t, now, clip=False)
         terms.append(diffusion.bound_term(reverse, x_0, x_t, t, log_likelihood))
-    # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I)
-    alpha_bar = diffusion.alpha_bar[-1].to(x_0.dtype).to(x_0.device)
-    zero = torch.zeros_like(alpha_bar)
-    prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), zero, zero)
+    # q(x_T | x_0) = N(sqrt(alpha_bar_T) x_0, (1 - alpha_bar_T) I), and the last step was T
+    zero = torch.zeros_like(now.alpha_bar)
+    prior = normal_kl(now.alpha_bar.sqrt() * x_0, (1 - now.alpha_bar).log(), zero, zero)
     return torch.stack([*terms, prior.flatten(1).sum(dim=1)], dim=1)
+
+
+# --- The velocity ---
+
+
+def v_from_x_0_and_eps(x_0, alpha_bar, eps):
+    """The velocity v of a noisy sample.
+
+    Args:
+        x_0, eps: clean data and noise, (B, ...).
+        alpha_bar: broadcastable to x_0, in (0, 1).
+
+    Returns:
+        v, like x_0.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+
+
+def x_0_from_v(x_t, alpha_bar, v):
+    """Clean data from noisy data and its velocity.
+
+    Args:
+        x_t, v: noisy data and velocity, (B, ...).
+        alpha_bar: broadcastable to x_t, in (0, 1).
+
+    Returns:
+        x_0, like x_t.
+
+    Source: Salimans and Ho 2022, section 4 and appendix D.
+    """
+    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+    return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
+
+
+def eps_from_v(x_t, alpha_bar, v):
+    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
+
+    Source: Salimans and Ho 2022, appendix D.
+    """
+    # eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
+    return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t

@@ -26,7 +26,6 @@ from lecture26.ddpm import (
     cosine_betas,
     ddim_step,
     linear_betas,
-    lookup,
     noise_like,
     q_sample,
     sample,
@@ -307,9 +306,7 @@ class TextAttention(nn.Module):
 class LatentDiffusion(nn.Module):
     """Text to image: a text encoder, a denoiser of latents that is told the text, and a VAE around them.
 
-    The VAE is frozen and put into evaluation mode, and stays so whatever `train` is called with. Parameters
-    must be float32 or float64 for drawing: in half precision the first alpha_bar rounds to 1, and the root of
-    1 - alpha_bar, by which DDIM divides, to 0.
+    The VAE is frozen and put into evaluation mode, and stays so whatever `train` is called with.
 
     Args:
         vae: with `encode(x) -> (mean, log_variance)`, `decode(z)`, `in_channels`, `latent_channels` and
@@ -392,12 +389,9 @@ class LatentDiffusion(nn.Module):
             The guided denoiser.
 
         Raises:
-            TypeError: if the parameters are in half precision, or a negative prompt is no text.
+            TypeError: if a negative prompt is no text.
             ValueError: if w is not finite, or there are not as many negative prompts as prompts.
         """
-        dtype = self.example().dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"the parameters must be float32 or float64; got {dtype}")
         if not math.isfinite(w):
             raise ValueError(f"w must be a finite number; got {w}")
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
@@ -426,7 +420,7 @@ class LatentDiffusion(nn.Module):
             (B, C, H, W), in [-1, 1] but for small overshoots.
 
         Raises:
-            TypeError: if prompts or negative prompts are no texts, or the parameters in half precision.
+            TypeError: if prompts or negative prompts are no texts.
             ValueError: if there is no prompt, or one is empty, too long or has an unknown word; if steps is
                 out of range, or there are not as many generators or negative prompts as prompts.
 
@@ -436,8 +430,7 @@ class LatentDiffusion(nn.Module):
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
         z_T = initial_noise(self.latent_shape(len(prompts)), generator, self.example())
-        # DDIM adds no noise; what is drawn for its steps all the same leaves the global generator alone
-        z_0 = sample(diffusion, denoiser, z_T.shape, ddim_step, torch.Generator(), z_T, progress)
+        z_0 = sample(diffusion, denoiser, z_T.shape, ddim_step, x_T=z_T, progress=progress)
         return self.decode(z_0)
 
     def respaced(self, steps):
@@ -567,26 +560,25 @@ class LatentDiffusion(nn.Module):
             Like images.
 
         Raises:
-            ValueError: if strength lies outside [0, 1], or there are not as many images as prompts; and what
-                `text_to_image` raises.
+            TypeError: if images are no floating-point numbers.
+            ValueError: if strength lies outside [0, 1], images lie far outside of theirs, or there are not as
+                many as prompts; and what `text_to_image` raises.
 
         Source: Meng et al. 2022, section 3 (SDEdit; of pixels and with a stochastic sampler there).
         """
         prompts = checked_prompts(prompts)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must lie in [0, 1]; got {strength}")
-        check_number_of_images(images, prompts)
+        check_images(images, prompts)
         diffusion = self.respaced(steps)
         denoiser = self.guided(prompts, w, negative_prompt)
-        z_t = self.encode(images.to(self.example()))
-        noise = initial_noise(z_t.shape, generator, z_t)
-        first = round(strength * steps)  # how many of the steps to take
-        if first:
-            z_t = diffusion.q_sample(z_t, torch.full((len(z_t),), first - 1, device=z_t.device), noise)
-        for index in reversed(range(first)):
-            t = torch.full((len(z_t),), index, device=z_t.device)
-            z_t = ddim_step(diffusion, denoiser, z_t, t, noise)  # which adds no noise
-        return self.decode(z_t)
+        z_0 = self.encode(images.to(self.example()))
+        noise = initial_noise(z_0.shape, generator, z_0)
+        start = round(strength * steps) - 1  # the first of the steps that are taken
+        if start < 0:
+            return self.decode(z_0)
+        z_t = diffusion.q_sample(z_0, torch.full((len(z_0),), start, device=z_0.device), noise)
+        return self.decode(sample(diffusion, denoiser, z_t.shape, ddim_step, x_T=z_t, start=start))
 
     # --- Inpainting ---
 
@@ -604,14 +596,14 @@ class LatentDiffusion(nn.Module):
             Like images, and equal to them wherever is_unknown is False.
 
         Raises:
-            TypeError: if is_unknown is not bool.
-            ValueError: if it has another shape, or there are not as many images as prompts; and what
-                `text_to_image` raises.
+            TypeError: if images are no floating-point numbers, or is_unknown is not bool.
+            ValueError: if is_unknown has another shape, images lie far outside [-1, 1], or there are not as
+                many as prompts; and what `text_to_image` raises.
 
         Source: Lugmayr et al. 2022, algorithm 1; here without resampling, by DDIM, with one noise for all.
         """
         prompts = checked_prompts(prompts)
-        check_number_of_images(images, prompts)
+        check_images(images, prompts)
         if is_unknown.dtype != torch.bool:
             raise TypeError(f"is_unknown must be bool; got {is_unknown.dtype}")
         if is_unknown.shape != (len(images), 1, *images.shape[2:]):
@@ -627,7 +619,7 @@ class LatentDiffusion(nn.Module):
         is_known = F.max_pool2d(is_unknown.to(known.dtype), self.vae.factor) == 0  # (B, 1, h, w)
 
         def step(diffusion, denoiser, z_t, t, noise):
-            z_t = keep_known(z_t, known, is_known, lookup(diffusion.alpha_bar, t, z_t), z_T)
+            z_t = keep_known(z_t, known, is_known, diffusion.at(t, z_t).alpha_bar, z_T)
             return ddim_step(diffusion, denoiser, z_t, t, noise)
 
         # DDIM adds no noise; what is drawn for its steps all the same leaves the global generator alone
@@ -778,13 +770,22 @@ def recorded_weights(network):
 # --- From a picture to a picture ---
 
 
-def check_number_of_images(images, prompts):
-    """Raise ValueError unless images (B, C, H, W) are as many as prompts, a list."""
+def check_images(images, prompts):
+    """Raise unless images (B, C, H, W) are as many as prompts, a list, and hold numbers in [-1, 1].
+
+    Raises:
+        TypeError: if images are no floating-point numbers, such as bytes.
+        ValueError: if there are not as many, or values lie far outside; small overshoots are let through.
+    """
     if images.ndim != 4 or len(images) != len(prompts):
         raise ValueError(
             f"images must be of shape (B, C, H, W), one for each of {len(prompts)} prompt(s); "
             f"got {tuple(images.shape)}"
         )
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating-point numbers in [-1, 1]; got {images.dtype}")
+    if not (images.abs() < 10).all():  # grey levels reach 255
+        raise ValueError(f"images must lie in [-1, 1]; got values {images.min():g} to {images.max():g}")
 
 
 # --- Inpainting ---

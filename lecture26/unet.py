@@ -65,12 +65,13 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels):
         """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on any other."""
         columns = labels[:, None] if labels.ndim == 1 else labels  # (B, number of labels)
-        if columns.shape[1:] != (len(self.tables),) or columns.is_floating_point():
+        is_integer = not columns.is_floating_point() and columns.dtype != torch.bool
+        if columns.shape[1:] != (len(self.tables),) or not is_integer:
             raise ValueError(
                 f"cond must hold {len(self.tables)} integer label(s) per sample; "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        columns = columns.unbind(dim=1)
+        columns = columns.long().unbind(dim=1)
         for column, count in zip(columns, self.num_classes, strict=True):
             if column.numel() and not 0 <= column.min() <= column.max() <= count:
                 raise ValueError(

@@ -389,7 +389,7 @@ check("ddpm.q_sample", q_sample)
 # |---|---|
 # | `notebooks/` | the chapters: `.py` is the source, `.ipynb` the same with its outputs |
 # | `work/` | your copies |
-# | `lecture26/` | the package: a module for each chapter; `kit` (data, training loop, figures), `recipes` (what to train and how) and `checks` by hand |
+# | `lecture26/` | the package: a module for each chapter; `kit` (data, training loop, figures), `recipes` (what to train and how), `studies` (what is measured), `commands` and `checks` by hand |
 # | `data/checkpoints/` | trained models, each with a card: how it was made, how good it is, its hash |
 # | `data/results/` | long measurements, each with the command that made it |
 # | `data/downloads/` | data sets that were downloaded |

@@ -284,12 +284,13 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels):
         """Map labels, (B,) or (B, number of labels) integers, to (B, dim); ValueError on any other."""
         columns = labels[:, None] if labels.ndim == 1 else labels  # (B, number of labels)
-        if columns.shape[1:] != (len(self.tables),) or columns.is_floating_point():
+        is_integer = not columns.is_floating_point() and columns.dtype != torch.bool
+        if columns.shape[1:] != (len(self.tables),) or not is_integer:
             raise ValueError(
                 f"cond must hold {len(self.tables)} integer label(s) per sample; "
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        columns = columns.unbind(dim=1)
+        columns = columns.long().unbind(dim=1)
         for column, count in zip(columns, self.num_classes, strict=True):
             if column.numel() and not 0 <= column.min() <= column.max() <= count:
                 raise ValueError(
@@ -1552,8 +1553,8 @@ show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 ste
 # %% [markdown]
 # ## Bits per dimension
 #
-# Is a good sampler a good model of the data? Chapter 01's bound (1.23) says how likely a model holds a set of images. For
-# 8-bit images this is a probability, by the bins of (1.26), and a probability is a code length: an event of probability
+# Is a good sampler a good model of the data? Chapter 01's bound (1.28) says how likely a model holds a set of images. For
+# 8-bit images this is a probability, by the bins of (1.31), and a probability is a code length: an event of probability
 # $P$ can be written in $-\log_2P$ bits, and no code does better on average. To compare images of different sizes, one
 # divides by the number of dimensions $D$, here $3\cdot32\cdot32$:
 #
@@ -1653,7 +1654,7 @@ show(
 # three reasons, and none of them is seen in a sample.
 #
 # 1. *The last steps.* They decide details below one grey level, which nobody sees, but which have to be coded. The loss
-#    hardly cares for them, as the weights of (1.28) showed. Ho et al. found the same of their model: more than half of its
+#    hardly cares for them, as the weights of (1.33) showed. Ho et al. found the same of their model: more than half of its
 #    bits describe what cannot be perceived.
 # 2. *The variance.* The small one would be cheap for a denoiser that knows the image, but charges much for each mistake;
 #    the large one forgives, and costs over 3 bits here, whatever the network knows.

@@ -61,7 +61,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lecture26.ddpm import lookup
 from lecture26.kit.validation import check_positive_int
 from lecture26.unet import (
     DownLevel,
@@ -230,7 +229,7 @@ verify("3.4", guided_eps(eps_u, gradient, alpha_bar, 1.0), eps_c, atol=1e-10)
 
 # %% [markdown]
 # For denoisers that predict $x_0$ or $v$ the same shift has another factor. Chapter 01's `diffusion.add_score` knows
-# all three, (1.27), and from here on it does the translating; for noise it is `guided_eps`:
+# all three, (1.32), and from here on it does the translating; for noise it is `guided_eps`:
 
 # %%
 assert torch.allclose(diffusion.add_score(eps_u, x_t, t, gradient), guided_eps(eps_u, gradient, alpha_bar, 1))
@@ -368,7 +367,7 @@ def exact_classifier(mixture, diffusion):
     """
 
     def classifier(x_t, t):
-        return mixture.joint_log_density(x_t, lookup(diffusion.base.alpha_bar, t, x_t))
+        return mixture.joint_log_density(x_t, diffusion.base.at(t, x_t).alpha_bar)
 
     return classifier
 
@@ -631,7 +630,7 @@ assert all(errors[50][i] > 3 * errors[200][i] > 9 * errors[1000][i] for i in ran
 # at any $s$, as long as nothing is clipped. (Where $\hat x_0$ is clipped to $[-1,1]$, this course does so after the
 # guidance, in `p_mean_variance`; the code that Dhariwal and Nichol have published clips it before, and in DDIM not
 # again. What that does is shown below, on images.) To see it, insert the shift of the noise into (1.15) by way of
-# (1.19): the weight of $x_0$ in the mean, $\sqrt{\bar\alpha_{t-1}}\,\beta_t/(1-\bar\alpha_t)$, times the shift of
+# (1.22): the weight of $x_0$ in the mean, $\sqrt{\bar\alpha_{t-1}}\,\beta_t/(1-\bar\alpha_t)$, times the shift of
 # $x_0$, which is $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\cdot g$.
 
 # %%
@@ -1216,7 +1215,7 @@ show(figure, "Two rows of eight pictures, by the wrapped denoiser and by the shi
 #
 # ### Where to clip
 #
-# By (3.4) and (1.19) the gradient $g$ moves $\hat x_0$ by $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;g$. At the
+# By (3.4) and (1.22) the gradient $g$ moves $\hat x_0$ by $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;g$. At the
 # first step of sampling that factor is enormous, and soon it is not:
 
 # %%
@@ -1235,7 +1234,7 @@ for index in (49, 45, 40, 25):
 @torch.no_grad()
 def clipped(x_t, t):
     """The denoiser with x_0 clipped, as a prediction of v."""
-    _, eps = diffusion.x_0_and_eps(unconditional(x_t, t), x_t, t, clip=True)
+    eps = diffusion.p_mean_variance(unconditional, x_t, t).eps  # that of the clipped x_0
     return diffusion.v_from_eps(x_t, t, eps)
 
 

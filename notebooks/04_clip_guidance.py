@@ -41,9 +41,9 @@ from lecture26.ddpm import (
     ddpm_step,
     exact_denoiser,
     linear_betas,
-    lookup,
     noise_like,
     sample,
+    x_0_from_eps,
 )
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy
@@ -1466,7 +1466,7 @@ def guided_by(kind):
     """The exact denoiser of the normal data, with one of the three guidances at the scales s."""
 
     def guided(x_t, t):
-        kept = lookup(lab.alpha_bar, t, x_t)
+        kept = lab.at(t, x_t).alpha_bar
         V = 1 / (1 / sigma**2 + kept / (1 - kept))
         x_0_hat = V * (mu / sigma**2 + kept.sqrt() * x_t / (1 - kept))
         gradient = -s * (x_0_hat - a) * kept.sqrt() / (1 - kept) * V  # the plug-in
@@ -1566,7 +1566,8 @@ def similarity_gradient_through_x_0(denoiser, encode_image, x_t, t, text_feature
             )
         # t counts the original schedule's steps, so its tables belong to the base
         prediction, _ = diffusion.split_output(output, x_t)
-        x_0 = diffusion.base.predicted_x_0(prediction, x_t, t, clip=False)
+        alpha_bar = diffusion.base.at(t, x_t).alpha_bar
+        x_0 = diffusion.predicted_x_0(prediction, x_t, alpha_bar, clip=False).to(x_t.dtype)
         similarity = paired_similarity(encode_image(x_0), text_features)  # (B,)
         (gradient,) = torch.autograd.grad(similarity.sum(), x_t)
         return output.detach(), gradient
@@ -1624,7 +1625,8 @@ x_t, t = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([30, 200])
 def speaks(diffusion, x_t, t):
     """The same denoiser, in the language of a diffusion that predicts something else than the noise."""
     eps = mix(x_t)
-    return diffusion.target(diffusion.x_0_from_eps(x_t, t, eps), eps, t)
+    alpha_bar = diffusion.at(t, x_t).alpha_bar
+    return diffusion.target(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
 
 
 for through, judge in (("x_t", tiny), ("x_0", tiny_clean)):
@@ -1635,7 +1637,8 @@ for through, judge in (("x_t", tiny), ("x_0", tiny_clean)):
     for prediction in ("x_0", "v"):
         other = Diffusion(linear_betas(250), prediction)
         output = clip_guided(partial(speaks, other), judge, texts, 5.0, other, through)(x_t, t)
-        _, its_eps = other.x_0_and_eps(output, x_t, t, clip=False)
+        its_x_0 = other.predicted_x_0(output, x_t, other.at(t, x_t).alpha_bar, clip=False)
+        its_eps = other.eps_from_x_0(x_t, t, its_x_0)
         assert torch.allclose(its_eps, eps, atol=1e-8)
 assert all(p.grad is None for network in (tiny, tiny_clean, mix) for p in network.parameters())
 

@@ -331,7 +331,7 @@ verify("5.5", by_scale, mixed, atol=1e-12)
 #
 # Chapter 03 needed to know what the denoiser predicts, because a score had to be translated. Here nothing has to be.
 # Given $x_t$, the predicted $x_0$ and $v$ are each of the form $a\,x_t+b\,\epsilon$ with numbers $a$ and $b$ that
-# belong to the step, (1.19) and (1.20). Mix two of them:
+# belong to the step, (1.22) and (1.44). Mix two of them:
 # $(1+w)(a\,x_t+b\,\epsilon_c)-w(a\,x_t+b\,\epsilon_u)=a\,x_t+b\,\tilde\epsilon$, because the weights $1+w$ and $-w$
 # add up to 1. So whatever is predicted may be mixed as it is:
 #
@@ -705,7 +705,7 @@ def drop_labels(y, null_label, p, generator=None):
 
     Source: Ho and Salimans 2022, algorithm 1.
     """
-    if y.is_floating_point():
+    if y.is_floating_point() or y.dtype == torch.bool:
         raise TypeError(f"y must hold integers; got {y.dtype}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability in [0, 1]; got {p}")

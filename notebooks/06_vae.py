@@ -178,7 +178,7 @@ show(
 # Draw a code from the guess, decode it, and see how likely the data are: *reconstruction*. And keep the guess near
 # the prior, from which codes will be drawn when there is no $x$: *regularity*.
 #
-# Chapter 01 met this bound in (1.23): a diffusion is a model with latents $x_1,\dots,x_T$ and a $q$ that is fixed.
+# Chapter 01 met this bound in (1.28): a diffusion is a model with latents $x_1,\dots,x_T$ and a $q$ that is fixed.
 # Here $q$ is learned.
 #
 # ### The divergence
@@ -1207,7 +1207,7 @@ class KLVAE(KLVAE):
 
 # %%
 recipe = find_recipe("vae_shapes64")
-images = recipe.load("train")
+images = recipe.load_images("train")
 torch.manual_seed(0)
 young = recipe.build()
 x = images.batch(range(8))["image"]  # (8, 3, 64, 64)
@@ -1244,7 +1244,7 @@ history = train(
 
 # %%
 young.eval().requires_grad_(False)
-test_images = recipe.load("test")
+test_images = recipe.load_images("test")
 x = test_images.batch([0, 3, 4, 7, 8, 11, 12, 15])["image"]  # one object and two, in turn
 x_hat = young.decode(young.encode(x)[0])
 figure = show_grid(torch.cat([x, x_hat]), row_titles=["images", "round trip"])

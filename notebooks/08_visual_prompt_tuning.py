@@ -52,13 +52,13 @@ from lecture26.recipes.adaptation import (
     COMPARED,
     NUM_PROMPTS,
     SHORT_BUDGET,
-    attention_by_products,
     build,
     fit,
     open_task,
 )
 from lecture26.recipes.backbone import accuracy
-from lecture26.recipes.probes import solved_by_reading
+from lecture26.studies.adaptation import attention_by_products
+from lecture26.studies.probes import solved_by_reading
 
 use_style()
 colours = list(PALETTE.values())

@@ -28,17 +28,20 @@ from typer.testing import CliRunner
 
 from lecture26 import recipes
 from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.commands import adapt
 from lecture26.kit.checkpoints import load_card, save_checkpoint
 from lecture26.kit.data import SPLITS, DataError, load
 from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.precision import Choice
 from lecture26.kit.results import load_results, save_results
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes
-from lecture26.kit.training import SampleDraws
-from lecture26.recipes import adaptation, measurements, probes
-from lecture26.recipes.adaptation import METHODS, Budget, Comparison, Progress, load_backbone
+from lecture26.recipes.adaptation import METHODS, Budget, load_backbone
 from lecture26.recipes.backbone import accuracy
+from lecture26.studies import adaptation, measurements, probes
+from lecture26.studies.adaptation import Comparison
+from lecture26.studies.ledger import Ledger, forget_ledger
 from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, load_task, save_task
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
@@ -90,7 +93,7 @@ def small_recipe(folder, image_size=12, **changes):
         image_size=image_size,
         **{"model": TINY | {"patch_size": 4}, "steps": 2, "batch_size": 4, "precision": "fp32"} | changes,
     )
-    return recipe.fitted_to(recipe.load("train"))
+    return recipe.fitted_to(recipe.load_images("train"))
 
 
 def call(*arguments):
@@ -102,7 +105,7 @@ def call(*arguments):
 
 def test_a_sample_is_drawn_by_its_number_alone(photographs):
     recipe = small_recipe(photographs)
-    images = recipe.load("train")
+    images = recipe.load_images("train")
     whole = recipe.draw(images, SampleDraws(3, torch.arange(10)))
     parts = [recipe.draw(images, SampleDraws(3, n)) for n in (torch.arange(4), torch.arange(4, 10))]
     assert whole.keys() == parts[0].keys() == {"image", "class"} and whole["image"].shape == (10, 3, 12, 12)
@@ -147,7 +150,7 @@ def test_images_lose_squares_and_get_tints(photographs):
 
 def test_the_loss_has_smoothed_targets(photographs):
     recipe = small_recipe(photographs)
-    batch = recipe.draw(recipe.load("train"), SampleDraws(0, torch.arange(20)))
+    batch = recipe.draw(recipe.load_images("train"), SampleDraws(0, torch.arange(20)))
     table = normal(3 * 12 * 12, 3, dtype=torch.float32)
     targets = (1 - recipe.smoothing) * F.one_hot(batch["class"], 3) + recipe.smoothing / 3
     log_probs = (batch["image"].flatten(1) @ table).log_softmax(dim=1)
@@ -155,53 +158,53 @@ def test_the_loss_has_smoothed_targets(photographs):
 
 
 @pytest.fixture(scope="module")
-def guide(photographs, data_folder):
-    """A hardly trained guide, 'tiny_guide', which sees 3 by 3 places in 8 channels."""
+def teacher(photographs, data_folder):
+    """A hardly trained teacher, 'tiny_teacher', which sees 3 by 3 places in 8 channels."""
     recipe = dataclasses.replace(
         recipes.find_recipe("convnet_photos32"),
-        **{"name": "tiny_guide", "data": str(photographs), "image_size": 12},
+        **{"name": "tiny_teacher", "data": str(photographs), "image_size": 12},
         **{"model": {"widths": (2, 4, 8)}, "steps": 2, "batch_size": 4},
     )
     recipes.run(recipe, "a command")
-    return recipes.load_model("tiny_guide")
+    return recipes.load_model("tiny_teacher")
 
 
-def test_a_guide_names_images_and_sees_places(photographs, guide):
-    images = small_recipe(photographs).load("test")
+def test_a_teacher_names_images_and_sees_places(photographs, teacher):
+    images = small_recipe(photographs).load_images("test")
     x = images.batch(range(5))["image"]
-    places = guide.stages(x)
+    places = teacher.stages(x)
     assert places.shape == (5, 8, 3, 3)
-    agree(guide(x), F.linear(places.mean(dim=(2, 3)), guide.head.weight, guide.head.bias), 1e-5)
-    assert load_card("tiny_guide")["metrics"] == {"accuracy": pytest.approx(accuracy(guide, images, 4))}
+    agree(teacher(x), F.linear(places.mean(dim=(2, 3)), teacher.head.weight, teacher.head.bias), 1e-5)
+    assert load_card("tiny_teacher")["metrics"] == {"accuracy": pytest.approx(accuracy(teacher, images, 4))}
 
 
 @torch.no_grad()
-def test_a_guided_backbone_is_told_what_is_seen_at_each_place(photographs, guide):
+def test_a_taught_backbone_learns_what_is_seen_at_each_place(photographs, teacher):
     """The mean square between standardised vectors is 2 - 2 times their correlation."""
     alone = small_recipe(photographs, model=TINY | {"patch_size": 4, "depth": 3}, patch_drop=0.0)
-    batch = alone.draw(alone.load("train"), SampleDraws(0, torch.arange(6)))
+    batch = alone.draw(alone.load_images("train"), SampleDraws(0, torch.arange(6)))
     vit = perturbed(alone.build(), torch.float32).eval()
     tokens = vit.patch_embed(batch["image"])
     tokens = torch.cat([vit.cls_token.expand(6, -1, -1), tokens], dim=1) + vit.pos_embed
     for block in vit.blocks[:-1]:
         tokens = block(tokens)
-    seen = guide.stages(batch["image"])
+    seen = teacher.stages(batch["image"])
     correlations = [
         torch.corrcoef(torch.stack([seen[image, :, row, column], tokens[image, 1 + 3 * row + column]]))[0, 1]
         for image in range(6)
         for row in range(3)
         for column in range(3)
     ]
-    guided = dataclasses.replace(alone, guide="tiny_guide", lesson=3.0)
-    lesson = guided.loss(vit, batch) - alone.loss(vit, batch)
+    taught = dataclasses.replace(alone, teacher="tiny_teacher", lesson=3.0)
+    lesson = taught.loss(vit, batch) - alone.loss(vit, batch)
     agree(lesson, 3 * (2 - 2 * torch.stack(correlations).mean()), 1e-2)
     assert not vit.blocks[-1]._forward_pre_hooks
 
 
-def test_a_guide_must_see_as_many_places_as_there_are_patches(photographs, guide):
-    recipe = small_recipe(photographs, guide="tiny_guide", patch_drop=0.0, model=TINY | {"patch_size": 3})
-    batch = recipe.draw(recipe.load("train"), SampleDraws(0, torch.arange(2)))
-    message = r"guide must see 16 places in 8 channels, as the patches are; 'tiny_guide' sees 9 in 8"
+def test_a_teacher_must_see_as_many_places_as_there_are_patches(photographs, teacher):
+    recipe = small_recipe(photographs, teacher="tiny_teacher", patch_drop=0.0, model=TINY | {"patch_size": 3})
+    batch = recipe.draw(recipe.load_images("train"), SampleDraws(0, torch.arange(2)))
+    message = r"teacher must see 16 places in 8 channels, as the patches are; 'tiny_teacher' sees 9 in 8"
     with pytest.raises(ValueError, match=message):
         recipe.loss(recipe.build(), batch)
 
@@ -226,17 +229,17 @@ def test_a_backbone_is_read_again_as_it_was_trained():
     assert type(model) is VisionTransformer
     assert (model.num_classes, model.embed_dim, len(model.blocks)) == (3, 8, 2)
     assert model.patch_embed.img_size == (32, 32) and not model.training
-    batch = card.load("test").batch(range(12))
+    batch = card.load_images("test").batch(range(12))
     share = (model(batch["image"]).argmax(dim=1) == batch["class"]).double().mean().item()
-    assert card.evaluate(model, card.load("test")) == {"accuracy": pytest.approx(share)}
+    assert card.evaluate(model, card.load_images("test")) == {"accuracy": pytest.approx(share)}
 
 
 @pytest.mark.slow
 def test_a_backbone_is_trained_by_the_documented_commands(photographs):
     options = ["--data", photographs, "--steps", "1", "--batch-size", "2", "--precision", "fp32"]
     too_early = call("train", "vit_photos32", "--name", "from_a_folder", *options)
-    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_guided" in too_early.output
-    before = ["convnet_photos32"], ["vit_photos32_masked"], ["vit_photos32_whole"], ["vit_photos32_guided"]
+    assert too_early.exit_code != 0 and "lecture26 train vit_photos32_taught" in too_early.output
+    before = ["convnet_photos32"], ["vit_photos32_masked"], ["vit_photos32_whole"], ["vit_photos32_taught"]
     for arguments in (*before, ["vit_photos32", "--name", "from_a_folder"]):
         result = call("train", *arguments, *options)
         assert result.exit_code == 0, result.output
@@ -717,8 +720,8 @@ def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation, "fit", counted_fit)
 
     def compare(file):
-        progress = Progress(file, {"study": 1})
-        comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0, 1), None, progress)
+        ledger = Ledger(file, {"study": 1})
+        comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET, (0, 1), None, ledger)
         runs = [comparison.run(method, 2, (0.01, 0.03)) for method in ("linear", "vpt-deep")]
         return [{key: value for key, value in run.items() if key != "seconds"} for run in runs]
 
@@ -744,23 +747,23 @@ def test_all_runs_of_a_comparison_are_in_one_precision(tmp_path, monkeypatch):
         adaptation, "fit", lambda *arguments, **o: budgets.append(arguments[3]) or fit(*arguments, **o)
     )
     for methods in (("linear", "vpt-deep"), ("full",)):
-        progress = Progress(tmp_path / "state.json", {})
+        ledger = Ledger(tmp_path / "state.json", {})
         budget = dataclasses.replace(BUDGET, precision="auto")
-        comparison = Comparison(tiny_backbone(), plain_splits(), budget, (0, 1), None, progress)
+        comparison = Comparison(tiny_backbone(), plain_splits(), budget, (0, 1), None, ledger)
         runs = [comparison.run(method, 2, (0.01, 0.03)) for method in methods]
         assert [run["precision"] for run in runs] == ["bf16"] * len(methods)
     assert {budget.precision for budget in budgets} == {"bf16"} and len(budgets) == 9
 
 
-def test_progress_of_another_study_is_refused(tmp_path):
+def test_the_ledger_of_another_study_is_refused(tmp_path):
     file = tmp_path / "state.json"
-    Progress(file, {"steps": 1}).once("a run", lambda: {"accuracy": 0.5})
-    assert Progress(file, {"steps": 1}).once("a run", lambda: pytest.fail("made again")) == {"accuracy": 0.5}
+    Ledger(file, {"steps": 1}).once("a run", lambda: {"accuracy": 0.5})
+    assert Ledger(file, {"steps": 1}).once("a run", lambda: pytest.fail("made again")) == {"accuracy": 0.5}
     with pytest.raises(ValueError, match="state.json belongs to a study with other settings: delete it"):
-        Progress(file, {"steps": 2})
+        Ledger(file, {"steps": 2})
     file.write_text(file.read_text()[:-5])
     with pytest.raises(ValueError, match="state.json is damaged"):
-        Progress(file, {"steps": 1})
+        Ledger(file, {"steps": 1})
 
 
 def test_an_unknown_method_is_refused():
@@ -841,7 +844,7 @@ def test_a_study_has_every_backbone_task_method_and_length(study, data_folder):
     assert study["seeds"] == [0, 1] and study["budget"]["steps"] == 2
     states = data_folder / "states"
     assert [file.name for file in states.iterdir() if "tiny_study" in file.name] == ["tiny_study.json"]
-    adaptation.forget_progress("tiny_study")
+    forget_ledger("tiny_study")
     assert not (states / "tiny_study.json").exists()
     json.dumps(study)
 
@@ -1138,7 +1141,7 @@ def test_without_a_network_the_error_says_what_to_do(aircraft, monkeypatch):
 
 def test_pictures_are_normalised_as_the_backbone_was_trained(lesions):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    images = adaptation.Normalised(load(lesions, "test", 32), mean, std)
+    images = adapt.Normalised(load(lesions, "test", 32), mean, std)
     raw = load(lesions, "test", 32).batch(range(8))
     batch = images.batch(range(8))
     for channel in range(3):
@@ -1158,13 +1161,13 @@ def test_pictures_are_normalised_as_the_backbone_was_trained(lesions):
 def test_the_mean_is_the_backbones_own(aircraft, monkeypatch, backbone, expected):
     tiny_timm(monkeypatch)
     means = []
-    normalised = adaptation.Normalised
+    normalised = adapt.Normalised
 
     def watched(images, mean, std):
         means.append(mean)
         return normalised(images, mean, std)
 
-    monkeypatch.setattr(adaptation, "Normalised", watched)
+    monkeypatch.setattr(adapt, "Normalised", watched)
     options = ["--backbone", backbone, "--method", "linear", *QUICK]
     options += [] if backbone == "tiny_vit" else ["--random-weights"]
     result = call("adapt", "--data", "fgvc_aircraft", *options)
@@ -1211,8 +1214,8 @@ def test_stopped_adapting_goes_on(data_folder, lesions, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "error", "exit_code"),
     [
-        ("lecture26.recipes.adaptation.accuracy", KeyboardInterrupt, EXIT_INTERRUPTED),
-        ("lecture26.kit.results.save_results", OSError, EXIT_USER_ERROR),
+        ("lecture26.studies.adaptation.accuracy", KeyboardInterrupt, EXIT_INTERRUPTED),
+        ("lecture26.commands.adapt.save_results", OSError, EXIT_USER_ERROR),
     ],
 )
 def test_nothing_is_lost_before_it_is_stored(data_folder, lesions, monkeypatch, place, error, exit_code):

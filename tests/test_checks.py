@@ -9,10 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lecture26.checks import Case, Exercise, Misconception, Recording, check, check_recorded, exercise, record
-from lecture26.checks import fixtures as kinds
+from lecture26.checks import (
+    Case,
+    Exercise,
+    Misconception,
+    Recording,
+    callables,
+    check,
+    check_recorded,
+    exercise,
+    record,
+)
+from lecture26.checks.callables import CallableArgument
 from lecture26.checks.core import describe
-from lecture26.checks.fixtures import Fixture
 from lecture26.checks.judging import judge
 from lecture26.checks.recording import record_exercise
 
@@ -176,10 +185,15 @@ BAD_BEHAVIOUR = {
 }
 
 
+def words(text: object) -> str:
+    """A text without its line breaks."""
+    return " ".join(str(text).split())
+
+
 @pytest.mark.parametrize(("candidate", "sentence"), BAD_BEHAVIOUR.items())
 def test_bad_behaviour_gets_a_clear_sentence(recording, candidate, sentence):
     result = judge(recording, candidate)
-    assert sentence in repr(result)
+    assert sentence in words(result)
     assert not result and not result.passed
     assert "Traceback" not in repr(result)
 
@@ -231,14 +245,146 @@ def test_a_misconception_is_named_with_its_hint(wrong, seed):
     assert f'The mistake is known: {wrong.name}. {wrong.hint}\nSee "Toys", equation (0.1).' in result.message
 
 
-def test_a_misconception_on_some_cases_only_is_not_named(recording):
-    wrong = SCALED_NOISE.misconceptions[0].function
-    result = judge(
-        recording, lambda x, v, gain: wrong(x, v, gain) if len(x) == 3 else scaled_noise(x, v, gain)
-    )
+# Two faults at once: the known one is named, and the other one told
+
+
+def variance_for_std(x, variance, gain):
+    return gain * variance * x, variance.sqrt()
+
+
+def on_other(condition, second, first=variance_for_std):
+    """One fault, and another one in the cases of a condition on x."""
+    return lambda x, variance, gain: (second if condition(x) else first)(x, variance, gain)
+
+
+def overwrites(x, variance, gain):
+    result = variance_for_std(x, variance, gain)
+    variance += 1
+    return result
+
+
+def overwrites_and_is_right_first(x, variance, gain):
+    """Right but for the overwriting on the first case, a square."""
+    result = (scaled_noise if x.shape == (3, 3) else variance_for_std)(x, variance, gain)
+    variance += 1
+    return result
+
+
+def detaches(x, variance, gain):
+    noise, std = variance_for_std(x, variance, gain)
+    return noise.detach(), std
+
+
+def halves_the_gradient(x, variance, gain):
+    noise, std = variance_for_std(x, variance, gain)
+    return (noise + noise.detach()) / 2, std
+
+
+def needs_two_rows(x, variance, gain):
+    if len(x) < 2:
+        raise RuntimeError("one row is too few")
+    return variance_for_std(x, variance, gain)
+
+
+def returns_float64(x, variance, gain):
+    noise, std = variance_for_std(x, variance, gain)
+    return noise.double(), std
+
+
+TWO_FAULTS = {
+    overwrites: "And besides, on case 1 of 5 (a square), it changes its argument variance in place",
+    overwrites_and_is_right_first: "And besides, on case 1 of 5 (a square), it changes its argument variance",
+    detaches: "And besides, on case 5 of 5 (gradient), result 1 of 2 has lost its gradient",
+    halves_the_gradient: "And besides, on case 5 of 5 (gradient), the gradient with respect to x is not that",
+    needs_two_rows: "And besides, on case 3 of 5 (a row), it raises RuntimeError (one row is too few)",
+    returns_float64: "And besides, on case 4 of 5 (float32), result 1 of 2 has dtype float64",
+    on_other(
+        lambda x: x.requires_grad, lambda x, variance, gain: (x, variance)
+    ): "And besides, on case 5 of 5 (gradient), result 1 of 2 is off by",
+    on_other(
+        lambda x: x.requires_grad, SCALED_NOISE.misconceptions[1].function
+    ): "And besides, on case 5 of 5 (gradient), it raises RuntimeError",
+    on_other(lambda x: len(x) == 1, sometimes_nothing): "on case 3 of 5 (a row), it returns None",
+    on_other(lambda x: len(x) == 1, scaled_noise): "On case 3 of 5 (a row), however, it is right, where",
+}
+
+
+@pytest.mark.parametrize(("candidate", "sentence"), TWO_FAULTS.items())
+def test_a_known_mistake_is_named_beside_another_fault(recording, candidate, sentence, tmp_path):
+    result = judge(recording, candidate)
+    assert not result
+    assert result.misconception == "variance for standard deviation"
+    assert "The mistake is known: variance for standard deviation. Take the root." in result.message
+    assert sentence in result.message
+    recording.save(tmp_path / "check.safetensors")
+    assert check_recorded(tmp_path / "check.safetensors", candidate) == result
+
+
+def test_what_is_shown_of_two_faults_begins_with_the_known_one(recording):
+    """An argument may be overwritten on the same case, and even on cases before."""
+    for candidate, case in (
+        (overwrites, "case 1 of 5 (a square)"),
+        (overwrites_and_is_right_first, "case 2"),
+    ):
+        assert judge(recording, candidate).message.splitlines()[1].startswith(f"On {case}")
+        assert "result 1 of 2 is off by" in judge(recording, candidate).message.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        # another fault on the first case that fails
+        on_other(lambda x: x.shape == (3, 3), lambda x, variance, gain: (x, variance.sqrt())),
+        on_other(lambda x: x.shape == (3, 3), lambda x, variance, gain: (x, x, x)),
+        on_other(lambda x: x.shape == (3, 3), undefined_name),
+        # the mistake on two cases of five
+        on_other(lambda x: len(x) != 3 or x.requires_grad, scaled_noise),
+        on_other(lambda x: len(x) == 4, lambda x, variance, gain: (x, variance), first=scaled_noise),
+    ],
+)
+def test_no_mistake_is_named_that_the_failing_case_or_most_cases_do_not_show(recording, candidate):
+    result = judge(recording, candidate)
     assert not result
     assert result.misconception is None
-    assert "It is right on 2 of 5 cases." in result.message
+    assert "The mistake is known" not in result.message
+
+
+def test_of_two_mistakes_the_one_on_more_cases_is_named():
+    cases = [Case(f"{n} points", (torch.arange(1.0, n + 1),)) for n in (1, 2, 3, 4, 5)]
+    long_only = Misconception("long ones", lambda x: -x if len(x) != 4 else x, "Some.")
+    all_of_them = Misconception("all", lambda x: -x, "All.")
+    exercise = Exercise(
+        "toy.same", '"Toys"', lambda x: x.clone(), lambda seed: cases, (long_only, all_of_them)
+    )
+    recording = record_exercise(exercise)
+    for wrong in (long_only, all_of_them):
+        assert judge(recording, wrong.function).misconception == wrong.name
+    # both agree on four cases: the first of the list
+    tie = judge(recording, lambda x: -x if len(x) != 4 else 2 * x)
+    assert tie.misconception == "long ones"
+    more = judge(recording, lambda x: -x if len(x) != 5 else 2 * x)
+    assert more.misconception == "all"
+
+
+def test_errors_of_one_type_alone_name_no_mistake():
+    """They may have other causes; unless the mistake, too, does nothing but raise."""
+    cases = [Case(f"{n} x 2", (torch.ones(n, 2),)) for n in (1, 3, 4, 2)]
+    wrong = Misconception("not transposed", lambda x: x @ x, "Transpose.")
+    exercise = Exercise("toy.gram", '"Toys"', lambda x: x @ x.mT, lambda seed: cases, (wrong,))
+    recording = record_exercise(exercise)
+    assert judge(recording, wrong.function).misconception == "not transposed"
+    assert judge(recording, lambda x: x.view(7)).misconception is None
+
+
+def test_the_text_is_wrapped_at_words(recording):
+    for candidate in (*BAD_BEHAVIOUR, *TWO_FAULTS):
+        result = judge(recording, candidate)
+        lines = repr(result).splitlines()
+        assert all(len(line) <= 90 for line in lines)
+        assert words(result) == words(f"{result.exercise}: {result.message}")
+        # a line of the message begins a line of the text, and what is wrapped is indented
+        begun = [line for line in lines if not line.startswith("  ")]
+        assert len(begun) == len(result.message.splitlines())
 
 
 ROOT = Exercise(
@@ -393,7 +539,7 @@ def test_a_recording_needs_neither_the_chapter_nor_its_exercises(tmp_path):
     program = f"""
 import sys
 sys.modules["lecture26.ddpm"] = None  # importing it is an error from here on
-sys.modules["lecture26.checks.ddpm"] = None
+sys.modules["lecture26.checks.chapters.ddpm"] = None
 from lecture26.checks import check_recorded
 right = lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 wrong = lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + (1 - alpha_bar) * noise
@@ -454,7 +600,7 @@ def slope_cases(seed: int) -> list[Case]:
             for shape in ((3, 4), (4,), (4, 2), (5, 3))
         )
         tensors = tuple(tensor.requires_grad_(weights) for tensor in (inward, speed, outward))
-        return Case(note, (Fixture("noisy_classifier", tensors), x, torch.arange(5)), mode)
+        return Case(note, (CallableArgument("noisy_classifier", tensors), x, torch.arange(5)), mode)
 
     return [
         case("plain"),
@@ -480,6 +626,17 @@ def slope_in_the_mode_around(classifier, x, t):
 def slope_with_gradients_on(classifier, x, t):
     with torch.enable_grad():
         return slope_in_the_mode_around(classifier, x, t)
+
+
+def other_step_in_inference_mode(classifier, x, t):
+    return slope_with_gradients_on(classifier, x, t + 1)
+
+
+def slope_with_backward_and_gradients_on(classifier, x, t):
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        classifier(x, t).sum().backward()
+        return x.grad
 
 
 def slope_that_changes_the_classifier(classifier, x, t):
@@ -509,29 +666,29 @@ def slope_recording():
     return record_exercise(SLOPE)
 
 
-def test_a_fixture_is_called_with_what_follows_its_tensors():
+def test_a_callable_argument_is_called_with_what_follows_its_tensors():
     inward, speed, outward, x, t = slope_cases(0)[0].arguments[0].tensors + slope_cases(0)[0].arguments[1:]
     hidden = [[math.sin(x[b] @ inward[:, h] + t[b] * speed[h]) for h in range(4)] for b in range(5)]
     expected = torch.tensor(hidden, dtype=torch.float64) @ outward
-    classifier = Fixture("noisy_classifier", (inward, speed, outward))
+    classifier = CallableArgument("noisy_classifier", (inward, speed, outward))
     torch.testing.assert_close(classifier(x, t), expected)
     torch.testing.assert_close(classifier(x.view(5, 1, 3), t), expected)
 
 
-def test_a_fixture_is_described_in_words():
-    fixture = Fixture("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
-    assert describe("classifier", fixture) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
+def test_a_callable_argument_is_described_in_words():
+    classifier = CallableArgument("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
+    assert describe("classifier", classifier) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
 
 
-def test_a_fixture_of_an_unknown_kind_is_refused():
+def test_a_callable_argument_of_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be one of .*noisy_classifier.*; got 'oracle'"):
-        Fixture("oracle", ())
+        CallableArgument("oracle", ())
 
 
-def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
-    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+def test_another_kind_of_callable_argument_takes_one_function(monkeypatch, tmp_path):
+    monkeypatch.setattr(callables, "_KINDS", dict(callables._KINDS))
 
-    @kinds._kind
+    @callables._kind
     def scaled(factor, x):
         return factor * x
 
@@ -539,7 +696,7 @@ def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
         "toy.twice",
         '"Toys"',
         lambda f, x: f(f(x)),
-        lambda seed: [Case("points", (Fixture("scaled", (torch.tensor(3.0),)), torch.ones(2)))],
+        lambda seed: [Case("points", (CallableArgument("scaled", (torch.tensor(3.0),)), torch.ones(2)))],
         (),
     )
     record_exercise(twice).save(tmp_path / "twice.safetensors")
@@ -548,7 +705,7 @@ def test_another_kind_of_fixture_takes_one_function(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", SLOPE.misconceptions, ids=lambda wrong: wrong.name)
-def test_an_exercise_with_a_fixture_passes_and_fails_as_others_do(slope_recording, wrong, tmp_path):
+def test_an_exercise_with_a_callable_argument_passes_and_fails_as_others_do(slope_recording, wrong, tmp_path):
     slope_recording.save(tmp_path / "slope.safetensors")
     loaded = Recording.load(tmp_path / "slope.safetensors")
     for recording in (slope_recording, loaded):
@@ -557,8 +714,18 @@ def test_an_exercise_with_a_fixture_passes_and_fails_as_others_do(slope_recordin
     assert judge(loaded, wrong.function) == judge(slope_recording, wrong.function)
 
 
+def test_a_known_mistake_is_named_beside_a_graph_that_does_not_survive_inference_mode(slope_recording):
+    for candidate, name in (
+        (other_step_in_inference_mode, "other step"),
+        (slope_with_backward_and_gradients_on, "backward"),
+    ):
+        result = judge(slope_recording, candidate)
+        assert result.misconception == name
+        assert "And besides, on case 5 of 5 (inference), it raises RuntimeError" in result.message
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_exercise_with_a_fixture_is_judged_alike_in_any_mode(slope_recording, mode):
+def test_an_exercise_with_a_callable_argument_is_judged_alike_in_any_mode(slope_recording, mode):
     with mode():
         recording = record_exercise(SLOPE)
         for candidate in (slope, *(wrong.function for wrong in SLOPE.misconceptions)):
@@ -584,11 +751,11 @@ def test_an_exercise_with_a_fixture_is_judged_alike_in_any_mode(slope_recording,
         ),
     ],
 )
-def test_what_happens_to_a_fixture_is_told(slope_recording, candidate, sentence):
+def test_what_happens_to_a_callable_argument_is_told(slope_recording, candidate, sentence):
     assert sentence in judge(slope_recording, candidate).message
 
 
-def test_a_recorded_fixture_stays_as_it_is(slope_recording):
+def test_a_recorded_callable_argument_stays_as_it_is(slope_recording):
     before = [[tensor.clone() for tensor in case.arguments[0].tensors] for case in slope_recording.cases]
     for wrong in SLOPE.misconceptions:
         judge(slope_recording, wrong.function)
@@ -611,13 +778,13 @@ def test_a_case_is_called_in_its_mode():
 
 
 @pytest.mark.slow
-def test_a_recording_with_a_fixture_needs_no_chapter(tmp_path):
+def test_a_recording_with_a_callable_argument_needs_no_chapter(tmp_path):
     path = tmp_path / "check.safetensors"
     record("classifier_guidance.log_prob_gradient").save(path)
     program = f"""
 import sys
 for part in ("classifier_guidance", "unet", "ddpm"):  # importing them is an error from here on
-    sys.modules[f"lecture26.{{part}}"] = sys.modules[f"lecture26.checks.{{part}}"] = None
+    sys.modules[f"lecture26.{{part}}"] = sys.modules[f"lecture26.checks.chapters.{{part}}"] = None
 import torch
 from torch.nn.functional import cross_entropy
 from lecture26.checks import check_recorded

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import math
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lecture26.checks import Recording, check, check_recorded, exercise, exercises, record
+from lecture26.checks.core import difference_in_results
 from lecture26.checks.judging import judge
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -97,6 +99,91 @@ def test_live_and_recorded_verdicts_are_the_same(name, loaded):
 def test_another_seed_makes_a_hidden_test_that_names_every_misconception(name):
     for wrong in exercise(name).misconceptions:
         assert judge(recorded(name, 1), wrong.function).misconception == wrong.name
+
+
+class Disturbed(Exception):
+    """An error that no misconception raises."""
+
+
+def disturbed(function, number):
+    """A function that raises in one of its calls."""
+    calls = itertools.count()
+
+    def candidate(*arguments):
+        if next(calls) == number:
+            raise Disturbed
+        return function(*arguments)
+
+    return candidate
+
+
+def overwriting(function):
+    """A function that writes into its first argument of floating point numbers, where it has one."""
+
+    def candidate(*arguments):
+        result = function(*arguments)
+        result = result.clone() if isinstance(result, Tensor) else result
+        numbers = (a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+        next(numbers, torch.zeros(1)).data.add_(1)
+        return result
+
+    return candidate
+
+
+def wrong_results(recording, wrong):
+    """The numbers of the cases in which a mistake gives wrong results."""
+    pairs = zip(wrong.outcomes, recording.expected, strict=True)
+    return [number for number, pair in enumerate(pairs) if difference_in_results(*pair)]
+
+
+def alike(wrong, other, without=None):
+    """Whether two mistakes give the same results, on all cases but one."""
+    pairs = enumerate(zip(wrong.outcomes, other.outcomes, strict=True))
+    return all(number == without or not difference_in_results(*pair) for number, pair in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", exercises())
+def test_every_misconception_is_named_beside_another_fault(name):
+    """An error on another case, and an argument that is overwritten."""
+    recording, count = recorded(name), len(recorded(name).cases)
+    functions = {wrong.name: wrong.function for wrong in exercise(name).misconceptions}
+    for wrong in recording.misconceptions:
+        cases = wrong_results(recording, wrong)
+        if not cases:
+            continue  # the results are right, and what is wrong is another fault itself
+        other = count - 1 if cases[0] < count - 1 else count - 2
+        result = judge(recording, disturbed(functions[wrong.name], other))
+        if other > cases[0]:
+            same = {m.name for m in recording.misconceptions if alike(wrong, m, without=other)}
+            assert result.misconception in same, (wrong.name, result)
+            assert f"And besides, on case {other + 1} of {count}" in result.message
+            assert "it raises Disturbed" in result.message
+        else:  # the error comes first
+            assert result.misconception is None, (wrong.name, result)
+        result = judge(recording, overwriting(functions[wrong.name]))
+        same = {m.name for m in recording.misconceptions if alike(wrong, m)}
+        assert result.misconception in same, (wrong.name, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", exercises())
+def test_no_misconception_is_named_that_the_failing_case_does_not_show(name):
+    recording = recorded(name)
+    for wrong, known in zip(recording.misconceptions, exercise(name).misconceptions, strict=True):
+        cases = wrong_results(recording, wrong)
+        if cases:
+            result = judge(recording, disturbed(known.function, cases[0]))
+            assert result.misconception is None, (wrong.name, result)
+            assert "it raises Disturbed" in result.message
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_no_misconception_says_only_what_the_checks_say_by_themselves(name):
+    """That an argument is overwritten."""
+    recording = recorded(name)
+    for wrong in recording.misconceptions:
+        assert wrong_results(recording, wrong) or not any(o.changed for o in wrong.outcomes), wrong.name
 
 
 @pytest.mark.parametrize("name", exercises())

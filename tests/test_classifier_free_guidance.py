@@ -32,10 +32,11 @@ from lecture26.ddpm import (
     exact_denoiser,
     linear_betas,
     sample,
+    x_0_from_eps,
 )
 from lecture26.kit.checkpoints import save_checkpoint
 from lecture26.kit.data import load
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, load_model, load_recipe, recipe, run
 from lecture26.recipes.conditional import ConditionalDDPM
 from lecture26.unet import UNet, zero_init
@@ -218,7 +219,8 @@ def test_every_prediction_type_is_guided_to_the_same_noise(prediction, variance)
 
     def network(x_t, t, cond):
         eps = smooth_network(x_t, t, cond)
-        output = spoken.target(spoken.x_0_from_eps(x_t, t, eps), eps, t)
+        alpha_bar = spoken.at(t, x_t).alpha_bar
+        output = spoken.target(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
         return torch.cat([output, eps.cos()], dim=1) if variance == "learned_range" else output
 
     expected = of_noise.p_mean_variance(classifier_free_guided(smooth_network, COND, NULL, 3.0), X, T)
@@ -723,6 +725,7 @@ def test_a_label_that_is_none_is_refused_by_the_network():
         (lambda: drop_labels(COND, 7, 1.2), ValueError, r"p must be a probability in \[0, 1\]; got 1.2"),
         (lambda: drop_labels(COND, 7, -0.2), ValueError, r"p must be a probability in \[0, 1\]; got -0.2"),
         (lambda: drop_labels(COND.double(), 7, 0.2), TypeError, "y must hold integers; got torch.float64"),
+        (lambda: drop_labels(COND > 0, 7, 0.2), TypeError, "y must hold integers; got torch.bool"),
         (lambda: drop_labels(COND, (7, 7), 0.2), ValueError, r"got \(3,\) and null_label \[7, 7\]"),
         (lambda: drop_labels(COND[:, None], 7, 0.2), ValueError, r"got \(3, 1\) and null_label 7"),
         (lambda: drop_labels(COND[0], 7, 0.2), ValueError, r"got \(\) and null_label 7"),

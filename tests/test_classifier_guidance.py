@@ -37,7 +37,7 @@ from lecture26.ddpm import (
     sample,
 )
 from lecture26.kit.data import load
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import classifiers, find_recipe
 
 PREDICTIONS = ("eps", "x_0", "v")

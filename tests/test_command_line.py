@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def tiny_recipe():
         precision="fp32",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recipes._RECIPES, recipe.name, recipe)
+        patch.setitem(recipes.recipe.RECIPES, recipe.name, recipe)
         yield
 
 
@@ -278,6 +279,34 @@ def test_a_checkpoint_of_another_version_is_in_nobodys_way(data_folder, tiny_cla
             file.unlink()
 
 
+def cards_read(monkeypatch, *arguments):
+    """The names of the checkpoints whose cards a command reads, as often as it reads them."""
+    read, read_text = [], Path.read_text
+
+    def counted(file, *arguments, **options):
+        if file.suffix == ".json" and file.parent.name == "checkpoints":
+            read.append(file.stem)
+        return read_text(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", counted)
+        result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return read
+
+
+def test_a_card_is_read_once(data_folder, tiny_classifier, tiny_clip, tmp_path, monkeypatch):
+    sample = ["sample", "--steps", "2", "--count", "1", "--out", tmp_path / "grid.png", "--model", "tiny"]
+    assert cards_read(monkeypatch, *sample) == ["tiny"]
+    for guidance, option, asked in (
+        ("classifier", "--class", "red star"),
+        ("clip", "--prompt", "a red star"),
+    ):
+        read = cards_read(monkeypatch, *sample, "--guidance", guidance, option, asked)
+        assert {"tiny", f"tiny_{guidance}"} <= set(read) and len(read) == len(set(read))
+    assert cards_read(monkeypatch, "evaluate", "tiny") == ["tiny"]
+
+
 def test_guidance_without_a_classifier_for_the_model_is_refused(data_folder, tmp_path):
     out = tmp_path / "grid.png"
     result = call(
@@ -421,15 +450,20 @@ def tiny_text(data_folder, monkeypatch):
         text={"width": 8, "depth": 1},
     )
     for name, made in (("tiny_vae", vae), ("tiny_text", recipe)):
-        made = made.fitted_to(made.load("test"))
+        made = made.fitted_to(made.load_images("test"))
         card = {"recipe": made.family, "settings": made.settings(), "command": "", "data": "", "steps": 0}
         card |= {"seconds": 0, "metrics": {"latent_scale": 1.2}}
         save_checkpoint(name, perturbed(made.build(), torch.float32).state_dict(), card)
-    monkeypatch.setattr("lecture26.__main__.TEXT_MODEL", "tiny_text")
+    monkeypatch.setattr("lecture26.commands.steering.TEXT_MODEL", "tiny_text")
     yield
     for name in ("tiny_vae", "tiny_text"):
         for file in checkpoint_files(name):
             file.unlink()
+
+
+def test_the_cards_of_text_to_image_are_read_once(data_folder, tiny_text, tmp_path, monkeypatch):
+    options = ["--steps", "2", "--count", "1", "--out", tmp_path / "grid.png"]
+    assert cards_read(monkeypatch, "sample", "--prompt", "a star", *options) == ["tiny_text", "tiny_vae"]
 
 
 def test_a_prompt_alone_draws_with_the_text_to_image_model(data_folder, tiny_text, tmp_path, monkeypatch):
@@ -499,7 +533,7 @@ def test_text_to_image_without_its_vae_is_refused_before_anything_else(data_fold
 
 def test_a_start_that_does_not_fit_is_refused_in_one_line(data_folder, monkeypatch):
     recipe = dataclasses.replace(recipes.find_recipe("tiny_recipe"), name="tiny_started", start="tiny")
-    monkeypatch.setitem(recipes._RECIPES, "tiny_started", recipe)
+    monkeypatch.setitem(recipes.recipe.RECIPES, "tiny_started", recipe)
     result = call("train", "tiny_started", "--data", "digits", "--batch-size", "2")
     assert result.exit_code == EXIT_USER_ERROR
     assert "start must be a checkpoint whose weights all fit the network; 'tiny' has " in result.stderr
@@ -533,7 +567,7 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nothing"], "recipe must be one of 'ddpm', 'ddpm_shapes32'"),
+        (["train", "nothing"], "recipe must be one of 'clean_classifier_shapes32', 'clip_shapes32', 'cond"),
         (["train", "ddpm", "--name", "../tiny"], "got '../tiny'"),
         (["train", "ddpm", "--data", "nothing"], "'nothing'"),
         (["train", "ddpm", "--data", "no/such/folder"], "no/such/folder"),
@@ -585,7 +619,16 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
             "needs a denoiser that was trained with labels",
         ),
         ([*SAMPLE, "--guidance", "cfg", "--class", "a", "--scale", "2"], "cfg takes --w and not --scale"),
+        (
+            [*SAMPLE, "--guidance", "cfg", "--class", "a", "--scale", "2"],
+            "w is the scale of other libraries - 1",
+        ),
         ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--w", "2"], "--w is for --guidance cfg"),
+        (
+            [*SAMPLE, "--guidance", "classifier", "--class", "a", "--prompt", "b"],
+            "takes --class and not --prompt: --prompt is for --guidance clip",
+        ),
+        ([*SAMPLE, "--guidance", "classifier", "--class", "a", "--w", "2"], "takes --scale and not --w"),
         ([*SAMPLE, "--guidance", "classifier"], "--guidance classifier needs --class"),
         ([*SAMPLE, "--guidance", "clip"], "--guidance clip needs --prompt"),
         ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--class", "b"], "--prompt and not --class"),
@@ -667,7 +710,7 @@ def fail_with(monkeypatch, error):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("lecture26.ddpm.sample", fail)
+    monkeypatch.setattr("lecture26.commands.drawing.sample", fail)
 
 
 @pytest.mark.parametrize(

@@ -952,6 +952,38 @@ def test_sample_starts_from_standard_normal_noise():
     assert abs(x_T.var().item() - 1) < 4 * math.sqrt(2 / 20_000)
 
 
+def test_sample_starts_midway():
+    diffusion = Diffusion(linear_betas(100)).respace(20)
+    denoiser, x_0, noise = exact_denoiser(MIXTURE, diffusion), normal(3, 2), normal(3, 2, seed=1)
+    x_t = x_7 = diffusion.q_sample(x_0, torch.full((3,), 7), noise)
+    for index in (7, 6, 5, 4, 3, 2, 1, 0):
+        x_t = ddim_step(diffusion, denoiser, x_t, torch.full((3,), index), None)
+    found = sample(diffusion, denoiser, (3, 2), ddim_step, x_T=x_7, start=7, progress=False)
+    agree(found, x_t, 0.0)
+
+
+def test_sample_goes_to_the_device_it_is_given():
+    diffusion = Diffusion(linear_betas(30))
+    shape, expected = (3, 2), []
+    for step in (ddpm_step, ddim_step):
+        denoiser = exact_denoiser(MIXTURE, diffusion)
+        expected.append(sample(diffusion, denoiser, shape, step, seeded(), progress=False))
+    with simulated_device():
+        for step, wanted in zip((ddpm_step, ddim_step), expected, strict=True):
+            found = sample(diffusion, denoiser, shape, step, seeded(), progress=False, device=SIMULATED)
+            agree(values_of(found), wanted, 1e-5)  # one generator on the CPU serves all devices alike
+
+
+def test_ddim_without_noise_is_ddim_without_eta():
+    diffusion, x, t = Diffusion(linear_betas(30)), normal(3, 2), torch.tensor([0, 4, 29])
+
+    def denoiser(x_t, t):
+        return x_t.sin()
+
+    with_noise = ddim_step(diffusion, denoiser, x, t, normal(3, 2, seed=1), eta=0.0)
+    agree(ddim_step(diffusion, denoiser, x, t, None), with_noise, 0.0)
+
+
 def test_sample_treats_the_samples_of_a_batch_alike():
     diffusion = Diffusion(linear_betas(100)).respace(20)
     denoiser, x_T = exact_denoiser(MIXTURE, diffusion), normal(4, 2)
@@ -1036,6 +1068,87 @@ def test_results_have_the_dtype_of_the_input(any_diffusion):
     # The bound's terms in float32 lose some digits near t = 0; the chains amplify what the steps lose.
     for single, double in zip(*results.values(), strict=True):
         torch.testing.assert_close(single.double(), double, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single_precision(any_diffusion, dtype):
+    """Formed after rounding, 1 - alpha_bar is 0 at the first steps, and DDIM divides by its root."""
+    x, noise, t = inputs(dtype)
+    found = list(everything(any_diffusion, x, noise, t, x_T=x))
+    *results, _, _, _ = found  # the bound has no need to be rounded, and chains amplify what a step rounds
+    assert {result.dtype for result in results if result.ndim} == {dtype}  # nor has the loss
+    assert all(result.isfinite().all() for result in found)
+    exactly = everything(any_diffusion, x.double(), noise.double(), t, x_T=x.double())
+    rounding = 8 * torch.finfo(dtype).eps
+    for result, wanted in zip(results, exactly, strict=False):
+        # at t = 0 a small number is divided by a small one, which amplifies what the input rounds
+        torch.testing.assert_close(result.double(), wanted, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gets_noise_at_the_first_steps(dtype):
+    diffusion, t = Diffusion(cosine_betas(1000)), torch.zeros(4096, dtype=torch.int64)
+    x_t = diffusion.q_sample(torch.zeros(4096, 1, dtype=dtype), t, normal(4096, 1, dtype=dtype))
+    std = (1 - diffusion.alpha_bar[0]).sqrt().item()
+    assert abs(x_t.double().std().item() / std - 1) < 4 / math.sqrt(2 * 4096)
+
+
+def test_rounded_numbers_of_a_step_agree_with_each_other():
+    """In float32, 1 - alpha_bar is off by a few parts in ten thousand; the formulas hold all the same."""
+    for betas in (linear_betas(1000), cosine_betas(1000), linear_betas(100_000)):
+        diffusion, t = Diffusion(betas), torch.arange(20)
+        x_0, x_t = normal(20, 3, dtype=torch.float32), normal(20, 3, seed=1, dtype=torch.float32)
+        now = diffusion.at(t, x_t)
+        # the chain: alpha_bar = (1 - beta) alpha_bar_prev, and its complement exactly
+        complement = now.beta + (1 - now.beta) * (1 - now.alpha_bar_prev)
+        agree(complement, 1 - now.alpha_bar, 3e-7 * (1 - now.alpha_bar).max().item())
+        # the last step of sampling returns the predicted x_0, whatever the betas
+        agree(diffusion.q_posterior(x_0, x_t, t).mean[0], x_0[0], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_steps_of_any_integer_type_are_steps(dtype):
+    """Bytes are a mask to torch where they are as many as what they choose from."""
+    diffusion, t = Diffusion(linear_betas(21)), torch.tensor([1, 2, 3, 3, 0, 20])
+    for chosen in (t, t[torch.arange(21) % 6]):
+        x = normal(len(chosen), 2)
+        for found, wanted in zip(diffusion.at(chosen.to(dtype), x), diffusion.at(chosen, x), strict=True):
+            agree(found, wanted, 0.0)
+
+
+def test_a_step_looks_its_numbers_up_once(monkeypatch):
+    diffusion, x, t = Diffusion(linear_betas(30)), normal(3, 2), torch.tensor([0, 4, 29])
+    found, at = [], Diffusion.at
+    monkeypatch.setattr(Diffusion, "at", lambda *arguments: found.append(1) or at(*arguments))
+    for step in (ddpm_step, ddim_step):
+        step(diffusion, lambda x_t, t: x_t, x, t, x)
+        assert found.pop() and not found
+    diffusion.p_mean_variance(lambda x_t, t: x_t, x, t)
+    diffusion.add_score(x, x, t, x)
+    assert len(found) == 2
+
+
+def test_tables_are_made_once_for_each_dtype_and_device():
+    diffusion, t = Diffusion(linear_betas(30)), torch.tensor([0, 4])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
+        diffusion.at(t, torch.zeros(2, 3, dtype=dtype))
+    assert len(diffusion._tables) == 2
+
+
+def test_another_default_device_changes_nothing():
+    x, t = torch.ones(2, 2), torch.tensor([0, 9])
+
+    def results():
+        for betas in (linear_betas(30), cosine_betas(30)):
+            short = Diffusion(betas).respace(10)
+            denoiser = exact_denoiser(GaussianMixture([1.0], [[0.5, 0.5]], [0.2]), short)
+            yield short.q_sample(x, t, x)
+            yield ddpm_step(short, denoiser, x, t, x)
+
+    expected = list(results())
+    with torch.device("meta"):
+        found = list(results())
+    assert all(map(torch.equal, found, expected))
 
 
 def test_mixture_has_the_dtype_of_the_input():
@@ -1220,7 +1333,27 @@ RESPACED = DIFFUSION.respace(10)
         (
             lambda: sample(DIFFUSION, always(X), (4, 3), x_T=X),
             ValueError,
-            r"x_T must have the given shape \(4, 3\); got \(2, 3\)",
+            r"x_T must have the shape \(4, 3\); got \(2, 3\)",
+        ),
+        (
+            lambda: sample(DIFFUSION, always(X), (2, 3), x_T=X, start=30),
+            ValueError,
+            r"start must lie in \[0, 30\); got start=30",
+        ),
+        (
+            lambda: sample(DIFFUSION, always(X), (2, 3), x_T=X, start=-1),
+            ValueError,
+            r"start must lie in \[0, 30\); got start=-1",
+        ),
+        (
+            lambda: sample(DIFFUSION, always(X), (2, 3), start=3),
+            ValueError,
+            "start must come with an x_T.*; got start=3",
+        ),
+        (
+            lambda: ddim_step(DIFFUSION, always(X), X, T, None, eta=0.5),
+            ValueError,
+            r"noise must have the shape of the data, \(2, 3\); got None",
         ),
         # the mixture
         (

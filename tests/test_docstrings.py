@@ -21,6 +21,7 @@ RAISED_BY_CHECKS = {  # the argument checks of lecture26.kit.validation raise on
     "check_choice": {"ValueError"},
     "check_int": {"TypeError"},
     "check_positive_int": {"TypeError", "ValueError"},
+    "check_shape": {"ValueError"},
 }
 
 

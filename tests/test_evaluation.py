@@ -350,7 +350,7 @@ def small_evaluation(monkeypatch):
 def tiny_ddpm(data):
     network = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
     recipe = dataclasses.replace(find_recipe("ddpm"), data=data, model=network)
-    images = recipe.load("test")
+    images = recipe.load_images("test")
     recipe = recipe.fitted_to(images)
     torch.manual_seed(0)
     return recipe, recipe.build(), images

@@ -26,16 +26,9 @@ from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
-from lecture26.kit.training import SampleDraws
-from lecture26.recipes import (
-    find_recipe,
-    latent,
-    load_diffusion,
-    load_model,
-    measurements,
-    sweeps,
-    text_studies,
-)
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
+from lecture26.studies import measurements, sweeps, text_to_image
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -291,11 +284,11 @@ def text_folder(data_folder):
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
         for name, recipe in made:
-            recipe = recipe.fitted_to(recipe.load("test"))
+            recipe = recipe.fitted_to(recipe.load_images("test"))
             card = {"recipe": recipe.family, "settings": recipe.settings(), "command": "", "data": ""}
             card |= {"steps": 0, "seconds": 12, "metrics": {"latent_scale": 1.2}}
             save_checkpoint(name, perturbed(recipe.build(), torch.float32).state_dict(), card)
-        patch.setitem(recipes._RECIPES, "tiny_text", text)
+        patch.setitem(recipes.recipe.RECIPES, "tiny_text", text)
         yield data_folder
 
 
@@ -304,10 +297,10 @@ JUDGES = {"shapes": "judge_shapes", "scenes": "judge_scenes"}
 
 @pytest.fixture(scope="module")
 def evaluation(text_folder):
-    return text_studies.text_to_image_evaluation(
+    return text_to_image.text_to_image_evaluation(
         "tiny_text",
         JUDGES,
-        weights=(0.0, text_studies.WEIGHT),
+        weights=(0.0, text_to_image.WEIGHT),
         sweep_samples=8,
         num_samples=16,
         batch_size=8,
@@ -319,7 +312,7 @@ def test_text_to_image_is_evaluated_by_weight_part_and_split(evaluation):
     settings = [
         tuple(run[name] for name in ("part", "split", "w", "num_samples")) for run in evaluation["runs"]
     ]
-    w = text_studies.WEIGHT
+    w = text_to_image.WEIGHT
     assert settings == [
         ("shapes", "test", 0.0, 8),
         ("scenes", "test", 0.0, 8),
@@ -345,7 +338,7 @@ def test_text_to_image_is_evaluated_by_weight_part_and_split(evaluation):
 @pytest.mark.parametrize(("number", "part", "split", "w"), [(0, 0, "test", 0.0), (5, 1, "held_out", None)])
 def test_an_evaluation_asks_for_captions_and_draws_as_a_notebook_does(evaluation, number, part, split, w):
     """The images of two runs, drawn by hand: a seed for each, in the order of the data."""
-    run, w = evaluation["runs"][number], text_studies.WEIGHT if w is None else w
+    run, w = evaluation["runs"][number], text_to_image.WEIGHT if w is None else w
     pipeline, images = latent.load_pipeline("tiny_text"), load("shapes_and_scenes", split).parts[part]
     judge, count = load_model(f"judge_{run['part']}"), run["num_samples"]
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
@@ -373,7 +366,7 @@ def test_an_evaluation_asks_for_captions_and_draws_as_a_notebook_does(evaluation
 
 def test_objects_of_real_images_are_counted():
     for part, count in zip(load("shapes_and_scenes", "test").parts, (1, 2), strict=True):
-        counted = text_studies.count_objects(part.batch(range(128))["image"])
+        counted = text_to_image.count_objects(part.batch(range(128))["image"])
         assert counted.dtype == torch.int64
         assert (counted == count).double().mean() > 0.98
 
@@ -383,9 +376,9 @@ def test_objects_of_drawn_squares_are_counted():
     images[1:, 0, 2:8, 2:8] = 1.0
     images[2:, 2, 12:18, 12:18] = 1.0
     images[3, 1, 8:12, 8:12] = 1.0  # which touches both, corner to corner
-    assert text_studies.count_objects(images).tolist() == [0, 1, 2, 1]
-    assert text_studies.count_objects(images, pixels=37).tolist() == [0, 0, 0, 1]
-    assert text_studies.count_objects(images, saturation=1.5).tolist() == [0, 0, 0, 0]
+    assert text_to_image.count_objects(images).tolist() == [0, 1, 2, 1]
+    assert text_to_image.count_objects(images, pixels=37).tolist() == [0, 0, 0, 1]
+    assert text_to_image.count_objects(images, saturation=1.5).tolist() == [0, 0, 0, 0]
 
 
 SCENES = load("scenes", "test")
@@ -413,9 +406,9 @@ def changed(**changes):
 def test_outcomes_of_scenes_that_were_drawn_otherwise_than_asked(monkeypatch, seen, outcome):
     """Real images of other attributes, and a reader that never errs."""
     monkeypatch.setattr(
-        text_studies, "read", lambda reader, images: SimpleNamespace(predicted=canonical(seen))
+        text_to_image, "read", lambda reader, images: SimpleNamespace(predicted=canonical(seen))
     )
-    outcomes = text_studies.scene_outcomes(None, SCENES.render(seen, range(200)), WANTED)
+    outcomes = text_to_image.scene_outcomes(None, SCENES.render(seen, range(200)), WANTED)
     # where both objects have one colour or one shape, an exchange of colours may change nothing else
     distinct = (WANTED["shape_1"] != WANTED["shape_2"]) & (WANTED["colour_1"] != WANTED["colour_2"])
     found = [name for name, counts in zip(outcomes, distinct.tolist(), strict=True) if counts]
@@ -425,17 +418,17 @@ def test_outcomes_of_scenes_that_were_drawn_otherwise_than_asked(monkeypatch, se
 def test_outcomes_of_scenes_without_two_objects(monkeypatch):
     other = changed(shape_1=(WANTED["shape_1"] + 3) % 8)
     monkeypatch.setattr(
-        text_studies, "read", lambda reader, images: SimpleNamespace(predicted=canonical(other))
+        text_to_image, "read", lambda reader, images: SimpleNamespace(predicted=canonical(other))
     )
     one_object = load("shapes", "test", 64).batch(range(200))["image"]
-    outcomes = text_studies.scene_outcomes(None, one_object, WANTED)
+    outcomes = text_to_image.scene_outcomes(None, one_object, WANTED)
     assert outcomes.count("not two objects") > 195
 
 
 @pytest.fixture(scope="module")
 def comparison(text_folder):
     plain = {"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "attention_levels": ()}
-    return text_studies.pixel_against_latent(
+    return text_to_image.pixel_against_latent(
         "tiny_text",
         JUDGES,
         seconds=1e-3,
@@ -471,7 +464,7 @@ def test_pixels_and_latents_are_compared_in_cost_and_quality(comparison):
 def test_parameters_and_operations_of_a_step_are_those_of_its_network(comparison):
     """Counted a second time, on the network alone, forwards and backwards."""
     recipe = find_recipe("tiny_text")
-    recipe = replace(recipe, batch_size=4).fitted_to(recipe.load("train"))
+    recipe = replace(recipe, batch_size=4).fitted_to(recipe.load_images("train"))
     model = recipe.build()
     latents = comparison["models"][0]
     assert latents["parameters"] == sum(parameter.numel() for parameter in model.parameters())
@@ -484,9 +477,9 @@ def test_parameters_and_operations_of_a_step_are_those_of_its_network(comparison
 
 def test_the_pixel_model_draws_images_and_no_latents(text_folder):
     recipe = find_recipe("tiny_text")
-    images = text_studies.KeptImages(recipe.load("train").images, "tiny_vae", 12)
+    images = text_to_image.KeptImages(recipe.load_images("train").images, "tiny_vae", 12)
     settings = recipe.fitted_to(images).settings()
-    pixels = text_studies.PixelRecipe(**settings)
+    pixels = text_to_image.PixelRecipe(**settings)
     batch = pixels.draw(images, SampleDraws(0, torch.arange(6)))
     indices = pixels.draw_indices(images, SampleDraws(0, torch.arange(6)))
     assert torch.equal(batch["x_0"], images.batch(indices)["image"])
@@ -505,8 +498,8 @@ def test_stored_measurements_are_of_models_that_have_a_recipe(name):
 
 def test_unknown_readers_and_models_end_before_anything_is_drawn(text_folder):
     with pytest.raises(CheckpointError, match="there is no checkpoint 'absent'"):
-        text_studies.text_to_image_evaluation("absent", JUDGES)
+        text_to_image.text_to_image_evaluation("absent", JUDGES)
     with pytest.raises(CheckpointError, match="there is no checkpoint 'absent'"):
-        text_studies.text_to_image_evaluation("tiny_text", JUDGES | {"scenes": "absent"})
+        text_to_image.text_to_image_evaluation("tiny_text", JUDGES | {"scenes": "absent"})
     with pytest.raises(ValueError, match="model must be one of text to image; got 'drawer'"):
-        text_studies.text_to_image_evaluation("drawer", JUDGES)
+        text_to_image.text_to_image_evaluation("drawer", JUDGES)

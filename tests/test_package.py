@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lecture26"
 HEAVY = ("IPython", "accelerate", "diffusers", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision")
+# Each room may import what comes before it, and itself.
+ROOMS = ("kit", "chapters", "recipes", "studies", "commands", "__main__")
 OUTSIDE = ("benchmarks", "tests", "tools", *(file.stem for file in (ROOT / "tools").glob("*.py")))
 
 FILES = {
@@ -62,13 +64,45 @@ def imports_at_start(source):
 def allowed(module):
     """What a module of the package may import of the package, as the beginnings of names."""
     part = module.split(".")[1] if "." in module else ""
-    if part == "kit":
-        return ["lecture26.kit"]
-    chapters = CHAPTERS[: CHAPTERS.index(part)] if part in CHAPTERS else CHAPTERS
-    below = ["lecture26.kit", *(f"lecture26.{chapter}" for chapter in chapters)]
-    if part in ("recipes", "checks"):
-        return [*below, f"lecture26.{part}"]
-    return [*below, "lecture26.recipes"] if part == "__main__" else below
+    if part in CHAPTERS:
+        return ["lecture26.kit", *(f"lecture26.{name}" for name in CHAPTERS[: CHAPTERS.index(part)])]
+    if part == "checks":
+        return ["lecture26.kit", *(f"lecture26.{name}" for name in CHAPTERS), "lecture26.checks"]
+    rooms = ROOMS[: ROOMS.index(part) + 1] if part in ROOMS else ()
+    return [f"lecture26.{name}" for room in rooms for name in (CHAPTERS if room == "chapters" else [room])]
+
+
+def graph():
+    """The modules of the package that each of its modules imports, anywhere, functions' bodies included.
+
+    A room's own module comes after all the others of that room, whether it imports them or not.
+    """
+    edges = {}
+    for module, file in FILES.items():
+        is_package = file.name == "__init__.py"
+        found = imports(file.read_text(encoding="utf-8"), module, is_package) & FILES.keys()
+        if is_package and "." in module:
+            found |= {name for name in FILES if name.startswith(f"{module}.")}
+        edges[module] = found - {module, "lecture26"}
+    return edges
+
+
+def cycle(edges):
+    """The modules of one circle of imports, each of which imports the next; empty if there is none."""
+    finished = set()
+
+    def visit(module, path):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in finished:
+            return []
+        for other in sorted(edges[module]):
+            if found := visit(other, [*path, module]):
+                return found
+        finished.add(module)
+        return []
+
+    return next(filter(None, (visit(module, []) for module in sorted(edges))), [])
 
 
 def is_part_of(module, names):
@@ -82,6 +116,21 @@ def test_imports_point_one_way(module):
     own = {name for name in found if is_part_of(name, ["lecture26"])} - {"lecture26"}
     assert [name for name in sorted(own) if not is_part_of(name, allowed(module))] == []
     assert [name for name in sorted(found) if is_part_of(name, OUTSIDE)] == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert cycle(graph()) == []
+
+
+def test_the_search_for_circles():
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_the_graph_sees_what_functions_import():
+    edges = graph()
+    assert "lecture26.commands.train" in edges["lecture26.__main__"]  # which imports it when it is called
+    assert "lecture26.recipes.ddpm" in edges["lecture26.recipes"]  # which imports whatever lies there
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -100,7 +149,7 @@ def test_no_module_begins_by_importing_a_heavy_library(module):
 def test_every_module_is_a_chapter_or_known_part():
     """The rules above are about these; a module that is none of them would go unchecked."""
     parts = {name.split(".")[1] for name in FILES if "." in name}
-    assert parts == {*CHAPTERS, "kit", "recipes", "checks", "__main__"}
+    assert parts == {*CHAPTERS, *ROOMS, "checks"} - {"chapters"}
 
 
 def test_the_reading_of_imports():
@@ -171,7 +220,9 @@ SIGNATURES = {
     "ddpm.PMeanVariance": "mean, variance, log_variance, x_0, eps",
     "ddpm.ddpm_step": "diffusion, denoiser, x_t, t, noise, mean_shift=None",
     "ddpm.ddim_step": "diffusion, denoiser, x_t, t, noise, eta=0.0",
-    "ddpm.sample": "diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True",
+    "ddpm.sample": "diffusion, denoiser, shape, step=ddpm_step, generator=None, x_T=None, progress=True, "
+    "device=None, start=None",
+    "ddpm.Diffusion.at": "self, t, x",
     "unet.UNet": "in_channels, base_channels=64, channel_multipliers=(1, 2, 2), num_blocks=2, "
     "attention_levels=None, patch_size=1, out_channels=None, num_classes=None, attention=SelfAttention",
     "unet.UNet.forward": "self, x_t, t, cond=None",

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 from lecture26.kit import figures, paths, progress
 from lecture26.kit.proof import verify
-from lecture26.kit.validation import check_choice, check_positive_int
+from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 
 matplotlib.use("agg")
 
@@ -80,6 +80,23 @@ def test_check_positive_int(value, error):
     check_positive_int("num_steps", 1)
     with pytest.raises(error, match=f"num_steps must be .*; got {value!r}"):
         check_positive_int("num_steps", value)
+
+
+@pytest.mark.parametrize(
+    "value, of, message",
+    [
+        (torch.zeros(2, 3), "x", r"^noise must have the shape of x, \(2, 4\); got \(2, 3\)$"),
+        (torch.zeros(8), "", r"^noise must have the shape \(2, 4\); got \(8,\)$"),
+        (torch.tensor(1.0), "x", r"got \(\)$"),
+        (5, "x", r"got 5$"),
+        (None, "", r"got None$"),
+    ],
+)
+def test_check_shape(value, of, message):
+    check_shape("noise", torch.zeros(2, 4), (2, 4), of)
+    check_shape("noise", torch.zeros(2, 4), torch.zeros(2, 4).shape, of)
+    with pytest.raises(ValueError, match=message):
+        check_shape("noise", value, (2, 4), of)
 
 
 # Paths

@@ -10,12 +10,12 @@ from lecture26.kit.checkpoints import load_card
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy, read
 from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import COLOURS, HELD_OUT_PAIRS, RELATIONS, SHAPES, Scenes, Shapes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes import find_recipe, load_model, load_recipe
-from lecture26.recipes.readers import RECIPES, find_reader, rewrite
+from lecture26.recipes.readers import READERS, find_reader, rewrite
 
-SHIPPED = [recipe.name for recipe in RECIPES]
+SHIPPED = [recipe.name for recipe in READERS]
 OF_DRAWN_IMAGES = ["reader_shapes32", "reader_shapes64", "reader_scenes64"]
 LABELS = {"class": ("0", "1", "2"), "ink": ("dark", "light")}
 
@@ -191,7 +191,7 @@ def test_training_shows_every_combination_and_the_canonical_labels():
 @pytest.mark.parametrize("name", ["reader_shapes32", "reader_digits"])
 def test_a_training_sample_depends_on_its_number_alone(name):
     recipe = find_recipe(name)
-    images = recipe.load("train")
+    images = recipe.load_images("train")
     together = recipe.draw(images, SampleDraws(3, torch.arange(8)))
     alone = recipe.draw(images, SampleDraws(3, torch.tensor([5])))
     for label, values in together.items():
@@ -245,7 +245,7 @@ def test_handwriting_is_moved_and_comes_in_other_sizes():
 
 def test_labels_come_from_the_data_and_go_into_the_card():
     recipe = find_recipe("reader_digits")
-    fitted = recipe.fitted_to(recipe.load("train"))
+    fitted = recipe.fitted_to(recipe.load_images("train"))
     assert fitted.labels == {"class": tuple("0123456789")}
     assert (fitted.channels, fitted.image_size) == (1, 32)
     assert type(fitted)(**fitted.settings()).build().labels == fitted.labels
@@ -284,7 +284,7 @@ def test_images_without_labels_are_refused_before_training(tmp_path):
 @pytest.mark.parametrize("split", ["test", "held_out"])
 @pytest.mark.parametrize("name", OF_DRAWN_IMAGES)
 def test_shipped_reader_reads_every_attribute(name, split):
-    images = load_recipe(name).load(split)
+    images = load_recipe(name).load_images(split)
     wanted = images.batch(range(2000))
     accuracy = attribute_accuracy(load_model(name), wanted.pop("image"), wanted)
     assert accuracy.keys() == {*images.labels, "all"}
@@ -302,7 +302,7 @@ def test_shipped_reader_reads_digits():
 @pytest.mark.parametrize("name", OF_DRAWN_IMAGES)
 def test_shipped_reader_is_as_sure_as_it_is_right(name):
     recipe, reader = load_recipe(name), load_model(name)
-    images = recipe.load("test")
+    images = recipe.load_images("test")
     n = torch.arange(min(2000, len(images)))
     wanted = canonical(images.batch(n))
     spoiled = recipe.spoil(wanted.pop("image"), SampleDraws(1, n))
@@ -317,7 +317,7 @@ def test_shipped_reader_is_as_sure_as_it_is_right(name):
 
 @pytest.mark.parametrize("name", ["reader_shapes32", "reader_shapes64"])
 def test_shipped_reader_is_sure_of_clean_images_and_unsure_of_ghosts(name):
-    images = load_recipe(name).load("test")
+    images = load_recipe(name).load_images("test")
     attributes = images.attributes(range(400))
     other = attributes | {"shape": (attributes["shape"] + 1 + torch.arange(400) % 7) % 8}
     clean = images.render(attributes, range(400))
@@ -333,7 +333,7 @@ def test_shipped_reader_is_sure_of_clean_images_and_unsure_of_ghosts(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_card_of_a_shipped_reader(name):
     card = load_card(name)
-    images = load_recipe(name).load("test")
+    images = load_recipe(name).load_images("test")
     assert card["command"] == f"python -m lecture26 train {name}"
     accuracies = {f"accuracy_{label}" for label in (*images.labels, "all", "spoiled")}
     assert accuracies | {"confident_share", "confidence_spoiled"} <= card["metrics"].keys()
@@ -349,7 +349,7 @@ def test_shipped_readers_are_small():
 
 def test_card_tells_what_evaluation_measures():
     recipe = load_recipe("reader_digits")
-    metrics = recipe.evaluate(load_model("reader_digits"), recipe.load("test"))
+    metrics = recipe.evaluate(load_model("reader_digits"), recipe.load_images("test"))
     # The card's numbers were measured before the weights went to half precision.
     assert metrics == pytest.approx(load_card("reader_digits")["metrics"], abs=5e-3)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import runpy
 
 import pytest
@@ -15,15 +16,26 @@ from lecture26.kit.shapes import (
     COLOUR_RGB,
     COLOURS,
     HELD_OUT_PAIRS,
+    LOSABLE_PARTS,
+    NO_SIDE,
     RELATIONS,
     SHAPES,
+    SIDES,
     SIZES,
     SPLIT_SIZES,
     SPLIT_STARTS,
     Scenes,
     Shapes,
+    leave_out,
+    noun_sides,
+    parts_of,
 )
 
+CAPTIONS = (
+    "a small red star on a striped background",
+    "a small red star to the left of a large blue ring on a dark background",
+    "a large pink heart above a small cyan cross on a checkered background",
+)
 ALL_SETS = [(Shapes, 32), (Shapes, 64), (Scenes, 64)]
 MANY = range(1000)
 
@@ -452,6 +464,66 @@ def test_captions_of_scenes():
 def test_captions_of_scenes_follow_the_labels():
     scenes = Scenes("test")
     assert scenes.captions([3, 1]) == scenes.describe(scenes.attributes([3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("caption", "sides"),
+    [
+        ("a red star", {}),
+        ("", {}),
+        ("a star to the left of a small blue ring on a dark background", {"star": "left", "ring": "right"}),
+        ("a small star to the right of a ring", {"star": "right", "ring": "left"}),
+        ("a red star above a blue star", {2: "above", 6: "below"}),
+        ("a ring below a large star on a light background", {"ring": "below", "star": "above"}),
+    ],
+)
+def test_nouns_stand_where_the_caption_says(caption, sides):
+    words = caption.split()
+    expected = [NO_SIDE] * len(words)
+    for noun, side in sides.items():
+        expected[noun if isinstance(noun, int) else words.index(noun)] = SIDES.index(side)
+    assert noun_sides(caption) == expected
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+@pytest.mark.parametrize("kept", list(itertools.product([True, False], repeat=5)))
+def test_a_caption_lacks_what_is_lost_and_nothing_else(caption, kept):
+    """Told a second way: each part replaced in the text."""
+    objects, background = caption.split(" on a ")
+    phrases = re.findall(r"a (\w+) (\w+) (\w+)", objects)
+    for (size, colour, shape), wanted in zip(phrases, (kept[:2], kept[2:4]), strict=False):
+        told = " ".join(["a", *[size] * wanted[0], *[colour] * wanted[1], shape])
+        objects = objects.replace(f"a {size} {colour} {shape}", told)
+    expected = f"{objects} on a {background}" if kept[4] else objects
+    lost = [part for part, is_kept in zip(LOSABLE_PARTS, kept, strict=True) if not is_kept]
+    assert leave_out(caption, lost) == expected
+
+
+def test_a_shortened_caption_is_still_true():
+    caption = "a small red star on a striped background"
+    assert leave_out(caption, ()) == caption
+    assert leave_out(caption, ("size_1", "background")) == "a red star"
+    assert leave_out(caption, ("colour_1",)) == "a small star on a striped background"
+
+
+@pytest.mark.parametrize(
+    ("caption", "parts"),
+    [
+        ("", []),
+        ("a star", ["article_1", "shape_1"]),
+        (
+            "a red star to the left of a large ring on a dark background",
+            ["article_1", "colour_1", "shape_1", *["relation"] * 4, "article_2", "size_2", "shape_2"]
+            + ["background"] * 4,
+        ),
+        (
+            "a heart above a pink cross",
+            ["article_1", "shape_1", "relation", "article_2", "colour_2", "shape_2"],
+        ),
+    ],
+)
+def test_the_parts_of_a_caption(caption, parts):
+    assert parts_of(caption) == parts
 
 
 # As a data set

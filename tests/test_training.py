@@ -1,4 +1,4 @@
-"""The training loop: restarts, several processes, settings, and what every draw depends on."""
+"""The training loop: restarts, several processes, settings."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from torch import nn
 
 from lecture26.kit import precision as kit_precision
 from lecture26.kit.files import replace_when_complete
-from lecture26.kit.training import SampleDraws, StateError, learning_rate_factor, train
+from lecture26.kit.training import StateError, learning_rate_factor, train
 from lecture26.unet import EMA
 
 PROGRAM = Path(training_run.__file__)
@@ -481,34 +481,3 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_learning_rate_can_stay_constant():
     assert {learning_rate_factor(step, steps=50, warmup_steps=0, decay_to=1.0) for step in range(50)} == {1.0}
-
-
-def test_draws_depend_on_seed_and_sample_only():
-    def draws(seed, n):
-        random = SampleDraws(seed, torch.tensor(n))
-        return random.integers(1000), random.uniform(), random.normal(2, 3)
-
-    together = draws(1, [4, 5, 6])
-    for position, n in enumerate([4, 5, 6]):
-        for batch, alone in zip(together, draws(1, [n]), strict=True):
-            assert torch.equal(batch[position], alone[0])
-    for batch, other_seed in zip(together, draws(2, [4, 5, 6]), strict=True):
-        assert not torch.equal(batch, other_seed)
-
-
-def test_draws_have_the_distributions_they_name():
-    n = 20_000
-    random = SampleDraws(0, torch.arange(n))
-    integers, uniform, normal = random.integers(10), random.uniform(), random.normal(2)
-    assert (integers.dtype, uniform.dtype, normal.dtype) == (torch.int64, torch.float32, torch.float32)
-    assert normal.shape == (n, 2)
-    # Six standard errors: of a count with p = 1/10, and of a mean of n numbers.
-    counts = integers.bincount(minlength=10)
-    assert len(counts) == 10
-    assert (counts - n / 10).abs().max() < 6 * (n * 0.1 * 0.9) ** 0.5
-    assert 0 <= uniform.min() and uniform.max() < 1
-    assert abs(uniform.mean() - 0.5) < 6 * (1 / 12 / n) ** 0.5
-    assert normal.mean(dim=0).abs().max() < 6 / n**0.5
-    assert (normal.var(dim=0) - 1).abs().max() < 6 * (2 / n) ** 0.5
-    # Neighbouring samples, seeded with neighbouring numbers, are uncorrelated.
-    assert (normal[1:, 0] * normal[:-1, 0]).mean().abs() < 6 / n**0.5

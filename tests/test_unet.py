@@ -85,6 +85,12 @@ def test_one_label_needs_no_second_axis():
     agree(embedding(labels[:, None]), embedding(labels), 0.0)
 
 
+def test_labels_of_any_integer_type_are_labels():
+    embedding, labels = LabelEmbedding((3, 5), 8), torch.tensor([[0, 1], [3, 5], [2, 0], [1, 1]])
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        agree(embedding(labels.to(dtype)), embedding(labels), 0.0)
+
+
 # Blocks
 
 
@@ -666,6 +672,11 @@ PLAIN, LABELLED, PATCHED = (
         (lambda: UNet(3, num_blocks=0), ValueError, "num_blocks must be at least 1; got 0"),
         (lambda: UNet(3, patch_size=0), ValueError, "patch_size must be at least 1; got 0"),
         (lambda: LABELLED(X, T), (TypeError, ValueError), "cond must hold .* got None"),
+        (
+            lambda: LABELLED(X, T, torch.ones(2, dtype=torch.bool)),
+            ValueError,
+            "cond must hold .* integer .* got torch.bool",
+        ),
         (lambda: LABELLED(X, T, T + 3), ValueError, r"cond must .*\[0, 3\].* got .*4"),
         (lambda: LABELLED(X, T, T[:1]), ValueError, r"cond must .*2.* got .*\(1,\)"),
         (lambda: PLAIN(X, 5), ValueError, r"t must .*\(2,\).* got 5"),

@@ -26,8 +26,8 @@ from lecture26.kit.checkpoints import checkpoint_files, load_card, save_checkpoi
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import read
 from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Scenes, Shapes, ShapesAndScenes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes import vae as vae_recipes
 from lecture26.vae import (
     KLVAE,
@@ -830,7 +830,7 @@ def data_folder(tmp_path, monkeypatch, recipe):
     """An empty data folder, and the recipe 'tiny_vae' beside the others."""
     monkeypatch.setenv("LECTURE26_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setitem(recipes._RECIPES, "tiny_vae", replace(recipe, steps=4, learning_rate=1e-3))
+    monkeypatch.setitem(recipes.recipe.RECIPES, "tiny_vae", replace(recipe, steps=4, learning_rate=1e-3))
 
 
 def test_recipe_of_the_checkpoint_trains_from_the_command_line(data_folder, few_images):

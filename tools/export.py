@@ -34,6 +34,7 @@ from course import (
 
 GENERATED = "Generated from notebooks/{}, which derives and checks it: edit there, then run `make package`."
 NUMBERING = re.compile(r"^(chapter\s+)?\d+(\.\d+)*[\s.:)·–—-]+", re.IGNORECASE)
+SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
 MENDS = {
     "F821": "; forgot to tag a cell `export`, or is it defined only further down?",
     "F811": "; a name is defined twice in exported cells",
@@ -160,12 +161,12 @@ def reopened_body(cell: Cell, statement: ast.ClassDef, lines: list[Line]) -> lis
 
 
 def headings(cell: Cell) -> list[str]:
-    """The headings of a Markdown cell as plain text, without the marks for mathematics, code and emphasis."""
+    """The headings of sections in a Markdown cell, as plain text; those of exercises do not count."""
     if cell.kind != "markdown":
         return []
     text = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^#{1,6}\s+(.+)$", text, flags=re.MULTILINE)
-    return [re.sub(r"[$`*]", "", heading).strip() for heading in found]
+    found = re.findall(r"^#{1,3}\s+(.+)$", text, flags=re.MULTILINE)
+    return [re.sub(r"[$`*]", "", heading.removesuffix(SECOND_READING)).strip() for heading in found]
 
 
 def docstring(source: Path, cells: list[Cell]) -> str:

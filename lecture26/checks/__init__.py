@@ -2,8 +2,8 @@
 
 `check("ddpm.q_sample", q_sample)` runs the exercise's reference and its misconceptions on a spread of cases,
 and compares what the candidate does on the same cases. Recorded beforehand (`record`, `Recording.save`), a
-check judges without the reference. A chapter's exercises stand in the module of its name in this package, in
-a list EXERCISES, and are imported when first asked for.
+check judges without the reference. A chapter's exercises stand in the module of its name in `chapters`, and
+are imported when first asked for.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
+from . import chapters
 from .core import Case, Exercise, Misconception
 from .judging import CheckResult, judge
 from .recording import Recording, record_exercise
@@ -27,8 +28,6 @@ __all__ = [
     "exercises",
     "record",
 ]
-
-_MACHINERY = {"core", "judging", "recording", "draws", "fixtures"}
 
 
 def check(exercise: str, candidate: Callable) -> CheckResult:
@@ -82,8 +81,8 @@ def exercises() -> list[str]:
 
 
 def _chapters() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _MACHINERY)
+    return sorted(module.name for module in pkgutil.iter_modules(chapters.__path__))
 
 
 def _load(chapter: str) -> list[Exercise]:
-    return importlib.import_module(f"{__name__}.{chapter}").EXERCISES
+    return importlib.import_module(f"{chapters.__name__}.{chapter}").EXERCISES

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fixtures import Fixture
+from .callables import CallableArgument
 
 # Two outcomes agree where |a - b| <= tolerance (1 + |b|). Rewriting a formula costs a few roundings, far less
 # than this. Values are judged in float64; float32 is there to see that the dtype is kept.
@@ -156,28 +156,71 @@ def _silence() -> Iterator[None]:
 
 def difference(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
     """How `actual` differs from `expected`, as a sentence about the function; None where the two agree."""
+    sentence = (
+        _difference_in_arguments(actual, expected, parameters)
+        or difference_in_results(actual, expected)
+        or _difference_in_attachment(actual, expected)
+    )
+    if sentence:
+        return sentence
+    name = wrong_gradient(actual, expected, parameters)
+    if name:
+        return f"the values are right, but not their gradient with respect to {name}: is it cut on the way?"
+    return None
+
+
+def difference_in_results(actual: Outcome, expected: Outcome) -> str | None:
+    """How the results alone, or the errors raised in their place, differ."""
     if actual.error or expected.error:
         return _difference_in_errors(actual, expected)
     if actual.unfilled:
         return "it returns None: a path through the function has no `return`."
+    if (actual.single, len(actual.outputs)) != (expected.single, len(expected.outputs)):
+        return f"it returns {_count(actual)}, where {_count(expected)} is expected."
+    for label, result, wanted in zip(_labels(actual), actual.outputs, expected.outputs, strict=True):
+        sentence = difference_in_kind(result, wanted, label) or _difference_in_values(result, wanted, label)
+        if sentence:
+            return sentence
+    return None
+
+
+def difference_in_traces(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    """How the calls differ in what they did to the arguments, and in which results carry gradient."""
+    in_arguments = _difference_in_arguments(actual, expected, parameters)
+    return in_arguments or _difference_in_attachment(actual, expected)
+
+
+def wrong_gradient(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    """The name of the first argument whose gradient differs, if one does."""
+    # After an error there are no gradients.
+    for name, gradient, wanted in zip(parameters, actual.gradients, expected.gradients, strict=False):
+        if gradient is None and wanted is None:
+            continue
+        # An argument that no gradient arrives at has the gradient 0.
+        gradient = torch.zeros_like(wanted) if gradient is None else gradient
+        wanted = torch.zeros_like(gradient) if wanted is None else wanted
+        if not _agree(gradient, wanted):
+            return name
+    return None
+
+
+def _difference_in_arguments(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
     if actual.changed != expected.changed:
         names = " and ".join(parameters[position] for position in actual.changed)
         return f"it changes its argument {names} in place: compute a new tensor instead."
     if actual.marked != expected.marked:
         names = " and ".join(parameters[position] for position in actual.marked)
         return f"it leaves a .grad behind in its argument {names}."
-    if (actual.single, len(actual.outputs)) != (expected.single, len(expected.outputs)):
-        return f"it returns {_count(actual)}, where {_count(expected)} is expected."
-    for i, (result, wanted) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        label = "the result" if actual.single else f"result {i + 1} of {len(actual.outputs)}"
-        sentence = difference_in_kind(result, wanted, label) or _difference_in_values(result, wanted, label)
-        if sentence:
-            return sentence
-        if expected.attached[i] and not actual.attached[i]:
+    return None
+
+
+def _difference_in_attachment(actual: Outcome, expected: Outcome) -> str | None:
+    for label, attached, wanted in zip(_labels(actual), actual.attached, expected.attached, strict=False):
+        if wanted and not attached:
             return f"{label} has lost its gradient: no detach(), no_grad(), item() or new tensor on the way."
-        if actual.attached[i] and not expected.attached[i]:
+        if attached and not wanted:
             return f"{label} carries gradient, where none is expected: detach it."
-    return _difference_in_gradients(actual, expected, parameters)
+    return None
 
 
 def _difference_in_errors(actual: Outcome, expected: Outcome) -> str | None:
@@ -193,12 +236,8 @@ def difference_in_kind(result: object, wanted: Tensor, label: str = "the result"
     if not isinstance(result, Tensor) or result.layout != wanted.layout:
         return f"{label} is of type {type(result).__name__}, where a dense Tensor is expected."
     if result.shape != wanted.shape:
-        sentence = f"{label} has shape {_shape(result)}, where {_shape(wanted)} is expected."
-        return (
-            f"{sentence} It would broadcast silently: keep every axis."
-            if _widens(result, wanted)
-            else sentence
-        )
+        warning = " It would broadcast silently: keep every axis." if _widens(result, wanted) else ""
+        return f"{label} has shape {_shape(result)}, where {_shape(wanted)} is expected.{warning}"
     if result.dtype != wanted.dtype:
         return f"{label} has dtype {_dtype(result)}, where {_dtype(wanted)} is expected."
     if result.device != wanted.device:
@@ -218,20 +257,6 @@ def _difference_in_values(result: Tensor, wanted: Tensor, label: str) -> str | N
     return f"{label} is off by up to {deviation:.2g}, where the right values reach {wanted.abs().max():.2g}."
 
 
-def _difference_in_gradients(actual: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
-    for name, gradient, wanted in zip(parameters, actual.gradients, expected.gradients, strict=True):
-        if gradient is None and wanted is None:
-            continue
-        # An argument that no gradient arrives at has the gradient 0.
-        gradient = torch.zeros_like(wanted) if gradient is None else gradient
-        wanted = torch.zeros_like(gradient) if wanted is None else wanted
-        if not _agree(gradient, wanted):
-            return (
-                f"the values are right, but not their gradient with respect to {name}: is it cut on the way?"
-            )
-    return None
-
-
 def _agree(actual: Tensor, expected: Tensor) -> bool:
     tolerance = TOLERANCE.get(expected.dtype, 0.0)  # whole numbers must be equal
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -245,16 +270,16 @@ def _widens(result: Tensor, wanted: Tensor) -> bool:
 
 
 def _copy(argument: object) -> object:
-    if isinstance(argument, Fixture):
+    if isinstance(argument, CallableArgument):
         with torch.inference_mode(False):  # a network, other than the data, is made before sampling begins
-            return Fixture(argument.kind, tuple(map(_copy, argument.tensors)))
+            return CallableArgument(argument.kind, tuple(map(_copy, argument.tensors)))
     if not isinstance(argument, Tensor):
         return argument
     return argument.detach().clone().requires_grad_(argument.requires_grad)
 
 
 def _same(one: object, other: object) -> bool:
-    if isinstance(one, Fixture):
+    if isinstance(one, CallableArgument):
         return all(map(_same, one.tensors, other.tensors))
     if not isinstance(one, Tensor):
         return one == other
@@ -262,7 +287,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _has_grad(argument: object) -> bool:
-    tensors = argument.tensors if isinstance(argument, Fixture) else (argument,)
+    tensors = argument.tensors if isinstance(argument, CallableArgument) else (argument,)
     return any(isinstance(tensor, Tensor) and tensor.grad is not None for tensor in tensors)
 
 
@@ -291,8 +316,14 @@ def _count(outcome: Outcome) -> str:
     return "one result" if outcome.single else f"a tuple of {len(outcome.outputs)}"
 
 
+def _labels(outcome: Outcome) -> list[str]:
+    """What each output is called in a sentence."""
+    count = len(outcome.outputs)
+    return ["the result"] if outcome.single else [f"result {i + 1} of {count}" for i in range(count)]
+
+
 def describe(name: str, value: object) -> str:
-    """An argument in a few words: a tensor's dtype and shape, a fixture's kind, or a number's value."""
+    """An argument in a few words: a tensor's dtype and shape, a callable's kind, or a number's value."""
     if isinstance(value, Tensor):
         gradient = " with gradient" if value.requires_grad else ""
         return f"{name} {_dtype(value)} {_shape(value)}{gradient}"

@@ -1,19 +1,32 @@
 """The verdict on a candidate, in words a learner can act on."""
 
 import inspect
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from .core import Case, Outcome, call, describe, difference, difference_in_kind
-from .recording import Recording
+from .core import (
+    Outcome,
+    call,
+    describe,
+    difference,
+    difference_in_kind,
+    difference_in_results,
+    difference_in_traces,
+    wrong_gradient,
+)
+from .recording import RecordedMisconception, Recording
+
+WIDTH = 90  # columns of text, which fit into a cell's output in JupyterLab
 
 
 @dataclass(frozen=True, repr=False)
 class CheckResult:
     """What a check found: true when the candidate passed, and readable as text.
 
+    message: what there is to say; the text is the message in lines of at most WIDTH columns.
     misconception: the name of the mistake the candidate makes; None if it passed or the mistake is unknown.
     """
 
@@ -26,7 +39,10 @@ class CheckResult:
         return self.passed
 
     def __repr__(self) -> str:
-        return f"{self.exercise}: {self.message}"
+        wrapper = textwrap.TextWrapper(
+            WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        return "\n".join(map(wrapper.fill, f"{self.exercise}: {self.message}".splitlines()))
 
 
 def judge(recording: Recording, candidate: Callable) -> CheckResult:
@@ -38,35 +54,21 @@ def judge(recording: Recording, candidate: Callable) -> CheckResult:
     def failed(*lines: str, misconception: str | None = None) -> CheckResult:
         return CheckResult(recording.exercise, False, "\n".join(lines), misconception)
 
-    parameters, cases = recording.parameters, recording.cases
-    problem = _not_callable_with(parameters, candidate)
+    problem = _not_callable_with(recording.parameters, candidate)
     if problem:
         return failed("not right yet.", problem)
-    outcomes = [call(candidate, case, silent=i > 0) for i, case in enumerate(cases)]
+    outcomes = [call(candidate, case, silent=i > 0) for i, case in enumerate(recording.cases)]
     if all(outcome.unfilled for outcome in outcomes):
         return failed("not filled in yet.", "Write its body in place of the `...`, and `return` the result.")
-    differences = _differences(outcomes, recording.expected, parameters)
-    if not any(differences):
-        return CheckResult(recording.exercise, True, f"passed, on all {len(cases)} cases.")
-
-    number = next(i for i, sentence in enumerate(differences) if sentence)
-    case, expected = cases[number], recording.expected[number]
-    lines = [
-        "not right yet.",
-        f"On case {number + 1} of {len(cases)} ({case.note}), {differences[number]}",
-        f"Arguments: {', '.join(map(describe, parameters, case.arguments))}.",
-    ]
+    trial = _Trial(recording, outcomes)
+    if not any(trial.differences):
+        return CheckResult(recording.exercise, True, f"passed, on all {len(outcomes)} cases.")
     derivation = f"See {recording.derivation}."
-    for wrong in recording.misconceptions:
-        if not any(_differences(outcomes, wrong.outcomes, parameters)):
-            known = f"The mistake is known: {wrong.name}. {wrong.hint}"
-            return failed(*lines, known, derivation, misconception=wrong.name)
-    if _varies(candidate, case, expected, parameters):
-        lines.append(
-            "Two calls with the same arguments give different results: it draws random numbers, or keeps "
-            "something between calls. Use the arguments alone."
-        )
-    return failed(*lines, *_remarks(outcomes, recording.expected, differences), derivation)
+    mistake, number = _known_mistake(trial)
+    if mistake:
+        lines = _about_known_mistake(trial, mistake, number)
+        return failed("not right yet.", *lines, derivation, misconception=mistake.name)
+    return failed("not right yet.", *_about_unknown_mistake(trial, candidate, number), derivation)
 
 
 def _not_callable_with(parameters: tuple[str, ...], candidate: object) -> str | None:
@@ -88,30 +90,121 @@ def _not_callable_with(parameters: tuple[str, ...], candidate: object) -> str | 
     return None
 
 
-def _differences(
-    outcomes: list[Outcome], expected: tuple[Outcome, ...], parameters: tuple[str, ...]
-) -> list[str | None]:
-    return [difference(*pair, parameters) for pair in zip(outcomes, expected, strict=True)]
+class _Trial:
+    """What a candidate did on the cases of a recording.
+
+    differences: for each case, how it differs from what is right; in_results: in its results alone.
+    """
+
+    def __init__(self, recording: Recording, outcomes: list[Outcome]) -> None:
+        pairs = list(zip(outcomes, recording.expected, strict=True))
+        self.recording, self.outcomes = recording, outcomes
+        self.differences = [difference(*pair, recording.parameters) for pair in pairs]
+        self.in_results = [difference_in_results(*pair) for pair in pairs]
+
+    def case(self, number: int) -> str:
+        return f"case {number + 1} of {len(self.outcomes)} ({self.recording.cases[number].note})"
+
+    def arguments(self, number: int) -> str:
+        values = self.recording.cases[number].arguments
+        return f"Arguments: {', '.join(map(describe, self.recording.parameters, values))}."
+
+    def alike(self, wrong: RecordedMisconception) -> list[bool]:
+        """For each case, whether a mistake gives the same results."""
+        return [not difference_in_results(*pair) for pair in zip(self.outcomes, wrong.outcomes, strict=True)]
+
+    def equal(self, wrong: RecordedMisconception) -> list[bool]:
+        """For each case, whether a mistake does the same in every respect."""
+        pairs = zip(self.outcomes, wrong.outcomes, strict=True)
+        return [not difference(*pair, self.recording.parameters) for pair in pairs]
 
 
-def _varies(candidate: Callable, case: Case, expected: Outcome, parameters: tuple[str, ...]) -> bool:
-    """Whether calls with the same arguments, but other random numbers, are wrong in different ways."""
-    outcomes = (call(candidate, case, seed) for seed in range(3))
-    return len({difference(outcome, expected, parameters) for outcome in outcomes}) > 1
+def _first(facts: Iterable) -> int | None:
+    """The number of the first one that is true."""
+    return next((number for number, fact in enumerate(facts) if fact), None)
 
 
-def _remarks(
-    outcomes: list[Outcome], expected: tuple[Outcome, ...], differences: list[str | None]
-) -> list[str]:
-    """What else there is to say of a mistake that is not a known one."""
-    relation = _relation(outcomes, expected)
-    right = differences.count(None)
-    remarks = []
+def _known_mistake(trial: _Trial) -> tuple[RecordedMisconception | None, int]:
+    """The mistake that the candidate makes, if it is known, and the number of the case that shows it.
+
+    This is the first case that fails; or, where an argument was overwritten before that, say, the first one
+    with a wrong result. Of several mistakes, the one that is made on more cases.
+    """
+    first, first_result = _first(trial.differences), _first(trial.in_results)
+    for number in (first,) if first_result is None else (first, first_result):
+        found = [wrong for wrong in trial.recording.misconceptions if _makes(trial, wrong, number)]
+        if found:
+            return max(found, key=lambda wrong: (sum(trial.alike(wrong)), sum(trial.equal(wrong)))), number
+    return None, first
+
+
+def _makes(trial: _Trial, wrong: RecordedMisconception, number: int) -> bool:
+    """Whether the candidate makes a mistake on a case and on most of all.
+
+    On that case the results must be the same; if these are right, all the rest must be the same, too.
+    """
+    pair = trial.outcomes[number], wrong.outcomes[number]
+    results_are_right = trial.in_results[number] is None
+    if difference(*pair, trial.recording.parameters) if results_are_right else difference_in_results(*pair):
+        return False
+    alike = trial.alike(wrong)
+    # Errors of one type may have different causes: some results must be the same, unless there are none.
+    returned = any(same and not outcome.error for same, outcome in zip(alike, trial.outcomes, strict=True))
+    only_errors = all(outcome.error for outcome in (*trial.outcomes, *wrong.outcomes))
+    return 2 * sum(alike) > len(alike) and (returned or only_errors)
+
+
+def _about_known_mistake(trial: _Trial, mistake: RecordedMisconception, number: int) -> list[str]:
+    lines = [
+        f"On {trial.case(number)}, {trial.in_results[number] or trial.differences[number]}",
+        trial.arguments(number),
+        f"The mistake is known: {mistake.name}. {mistake.hint}",
+    ]
+    others = [_besides(trial, mistake, i) for i in range(len(trial.outcomes))]
+    alike = trial.alike(mistake)
+    if any(others):
+        other = _first(others)
+        lines.append(f"And besides, on {trial.case(other)}, {others[other]}")
+    elif not all(alike):
+        lines.append(f"On {trial.case(alike.index(False))}, however, it is right, where this mistake is not.")
+    return lines
+
+
+def _besides(trial: _Trial, mistake: RecordedMisconception, number: int) -> str | None:
+    """What is wrong with a candidate on a case, other than the mistake, as a sentence; None if nothing is."""
+    parameters, right = trial.recording.parameters, trial.recording.expected[number]
+    outcome, wrong = trial.outcomes[number], mistake.outcomes[number]
+    if difference_in_results(outcome, wrong):
+        return trial.differences[number]
+    trace = difference_in_traces(outcome, right, parameters)
+    if trace and trace != difference_in_traces(wrong, right, parameters):
+        return trace
+    if outcome.attached == wrong.attached and (name := wrong_gradient(outcome, wrong, parameters)):
+        return f"the gradient with respect to {name} is not that of its values: is it cut on the way?"
+    return None
+
+
+def _about_unknown_mistake(trial: _Trial, candidate: Callable, number: int) -> list[str]:
+    lines = [f"On {trial.case(number)}, {trial.differences[number]}", trial.arguments(number)]
+    if _varies(trial, candidate, number):
+        lines.append(
+            "Two calls with the same arguments give different results: it draws random numbers, or keeps "
+            "something between calls. Use the arguments alone."
+        )
+    relation = _relation(trial.outcomes, trial.recording.expected)
     if relation:
-        remarks.append(f"On every case its values are {relation}.")
+        lines.append(f"On every case its values are {relation}.")
+    right = trial.differences.count(None)
     if right:
-        remarks.append(f"It is right on {right} of {len(differences)} cases.")
-    return remarks
+        lines.append(f"It is right on {right} of {len(trial.differences)} cases.")
+    return lines
+
+
+def _varies(trial: _Trial, candidate: Callable, number: int) -> bool:
+    """Whether calls with the same arguments, but other random numbers, are wrong in different ways."""
+    case, expected = trial.recording.cases[number], trial.recording.expected[number]
+    outcomes = (call(candidate, case, seed) for seed in range(3))
+    return len({difference(outcome, expected, trial.recording.parameters) for outcome in outcomes}) > 1
 
 
 def _relation(outcomes: list[Outcome], expected: tuple[Outcome, ...]) -> str | None:

@@ -3,7 +3,7 @@
 A recording judges a candidate without the reference and without the wrong answers' code, so it can be handed
 out; with another seed the same machinery makes hidden tests. On disk it is one safetensors file: every tensor
 under a running number, the rest as JSON in the file's metadata, with {"tensor": number} in a tensor's place
-and {"fixture": kind, "tensors": [...]} in a fixture's.
+and {"callable": kind, "tensors": [...]} in that of an argument that can be called.
 """
 
 import json
@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .callables import CallableArgument
 from .core import Case, Exercise, Outcome, call, default_state
-from .fixtures import Fixture
 
-FORMAT = "lecture26.checks 1"
+FORMAT = "lecture26.checks 2"
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def _pack(value: object, tensors: dict[str, Tensor]) -> object:
         number = str(len(tensors))
         tensors[number] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": number, "requires_grad": value.requires_grad}
-    if isinstance(value, Fixture):
-        return {"fixture": value.kind, "tensors": _pack(value.tensors, tensors)}
+    if isinstance(value, CallableArgument):
+        return {"callable": value.kind, "tensors": _pack(value.tensors, tensors)}
     if is_dataclass(value):
         return {field.name: _pack(getattr(value, field.name), tensors) for field in fields(value)}
     if isinstance(value, list | tuple):
@@ -124,8 +124,8 @@ def _pack(value: object, tensors: dict[str, Tensor]) -> object:
 
 
 def _unpack(found: dict, file: safe_open) -> object:
-    if "fixture" in found:
-        return Fixture(found["fixture"], tuple(found["tensors"]))
+    if "callable" in found:
+        return CallableArgument(found["callable"], tuple(found["tensors"]))
     if "tensor" not in found:
         return found
     return file.get_tensor(found["tensor"]).requires_grad_(found["requires_grad"])

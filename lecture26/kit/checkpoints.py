@@ -166,11 +166,12 @@ def check_card(card: object) -> None:
         raise ValueError("; ".join(faults))
 
 
-def load_state(name: str) -> dict[str, Tensor]:
+def load_state(name: str, card: dict | None = None) -> dict[str, Tensor]:
     """The weights of a checkpoint, after checking that they are those its card describes.
 
     Args:
         name: the checkpoint's name.
+        card: its card, if it has been read already.
 
     Returns:
         Name to tensor on the CPU, floating-point ones in float32.
@@ -178,7 +179,7 @@ def load_state(name: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such checkpoint, or the file's SHA-256 is not the card's.
     """
-    expected = load_card(name)["sha256"]
+    expected = (load_card(name) if card is None else card)["sha256"]
     weights_file, _ = checkpoint_files(name)
     content = weights_file.read_bytes()
     found = hashlib.sha256(content).hexdigest()

@@ -17,8 +17,8 @@ from torch.nn.functional import max_pool2d
 from lecture26.kit.counter_random import choice, random_bits, uniform
 from lecture26.kit.data import SPLITS, load
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import COLOUR_RGB, SHAPES, SPLIT_STARTS, Shapes, pixel_centres
-from lecture26.kit.training import SampleDraws
 from lecture26.kit.validation import check_choice
 
 IMAGE_SIZE = 32

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lecture26.kit.shapes import RELATIONS
+from lecture26.kit.shapes import OPPOSITE_RELATIONS, RELATIONS
 from lecture26.kit.validation import check_positive_int
 
 GROUPS = 8  # of channels that are normalised together
 
 # A scene can be told in two ways: "A left of B" and "B right of A" are the same picture.
 CANONICAL_RELATIONS = ("left of", "above")
-OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 class Reader(nn.Module):

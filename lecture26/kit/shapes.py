@@ -9,7 +9,7 @@ Images have 8 bits per channel, like those of a file.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,13 @@ SIZES = ("small", "large")
 BACKGROUNDS = ("dark", "light", "striped", "checkered")
 RELATIONS = ("left of", "right of", "above", "below")
 RELATION_PHRASES = ("to the left of", "to the right of", "above", "below")
+OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# In 'A left of B' A is on the left, and B on the other side.
+OTHER_SIDE = {a.removesuffix(" of"): b.removesuffix(" of") for a, b in OPPOSITE_RELATIONS.items()}
+SIDES = tuple(OTHER_SIDE)
+NO_SIDE = -100  # what torch's cross_entropy ignores
+# What a caption may lose and still be true; 1 is its first object, or its only one.
+LOSABLE_PARTS = ("size_1", "colour_1", "size_2", "colour_2", "background")
 
 # (shape, colour) pairs that only the split "held_out" shows: each shape once, each colour once.
 HELD_OUT_PAIRS = (
@@ -338,6 +345,54 @@ DRAW_PAIR_1, DRAW_PAIR_2, DRAW_SIZE_1, DRAW_SIZE_2, DRAW_RELATION, DRAW_BACKGROU
 DRAW_GREY, DRAW_PHASE_X, DRAW_PHASE_Y, DRAW_X, DRAW_Y, DRAW_ACROSS, DRAW_OFFSET = range(6, 13)
 DRAW_ANGLE_1, DRAW_ANGLE_2 = 13, 15
 NUM_DRAWS = 17
+
+
+def parts_of(caption: str) -> list[str]:
+    """What each word of a caption of Shapes or Scenes is, be it whole or shortened.
+
+    Args:
+        caption: as `describe` makes it, with or without LOSABLE_PARTS.
+
+    Returns:
+        For each word "article_1", "size_1", "colour_1" or "shape_1" of the first object or the only one, the
+        same with 2 of the second, "relation" or "background".
+    """
+    parts, number = [], 0
+    for word in caption.split():
+        if word == "on" or parts[-1:] == ["background"]:
+            parts.append("background")
+        elif word == "a":
+            number += 1
+            parts.append(f"article_{number}")
+        else:
+            parts.append(f"{KIND_OF_WORD[word]}_{number}" if word in KIND_OF_WORD else "relation")
+    return parts
+
+
+def leave_out(caption: str, lost: Collection[str]) -> str:
+    """A `caption` without the parts that are `lost`, any of LOSABLE_PARTS; see `parts_of`."""
+    words = zip(caption.split(), parts_of(caption), strict=True)
+    return " ".join(word for word, part in words if part not in lost)
+
+
+def noun_sides(caption: str) -> list[int]:
+    """For each word of a `caption`: a noun's side as its number in SIDES, else NO_SIDE.
+
+    In 'a star to the left of a ring' the star is on the left, and the ring on the right. The only noun of a
+    caption has no side.
+    """
+    words, parts = caption.split(), parts_of(caption)
+    sides = [NO_SIDE] * len(words)
+    for word in words:
+        if word in SIDES:
+            sides[parts.index("shape_1")] = SIDES.index(word)
+            sides[parts.index("shape_2")] = SIDES.index(OTHER_SIDE[word])
+    return sides
+
+
+KIND_OF_WORD = {
+    word: kind for kind, words in (("size", SIZES), ("colour", COLOURS), ("shape", SHAPES)) for word in words
+}
 
 
 def _noun_phrase(shape: int, colour: int, size: int) -> str:

@@ -28,6 +28,7 @@ from lecture26.kit.files import replace_when_complete
 from lecture26.kit.precision import PRECISIONS, Choice, autocast, choose_precision, say
 from lecture26.kit.processes import own_settings, stays_on_cpu
 from lecture26.kit.progress import bar_stream
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.state_dicts import load_plain, plain_names
 from lecture26.kit.validation import check_choice, check_positive_int
 
@@ -39,34 +40,6 @@ CLIP_GRADIENT_NORM = 1.0
 
 class StateError(ValueError):
     """A state file that cannot be continued from: unreadable, or of a run with other settings."""
-
-
-class SampleDraws:
-    """Random draws for a batch, where sample n draws from a generator of its own, seeded with (seed, n).
-
-    Args:
-        seed: a non-negative integer, the seed of the run.
-        n: numbers of the samples within the run, (B,) int64.
-    """
-
-    def __init__(self, seed: int, n: Tensor):
-        # NumPy's generators hash (seed, n) to 128 bits; torch's on the CPU would keep 32 bits of a seed.
-        self._generators = [np.random.default_rng([seed, index]) for index in n.tolist()]
-
-    def integers(self, high: int) -> Tensor:
-        """One integer per sample, uniform on 0, ..., high - 1: (B,) int64."""
-        return torch.tensor([generator.integers(high) for generator in self._generators])
-
-    def uniform(self) -> Tensor:
-        """One number per sample, uniform on [0, 1): (B,) float32."""
-        return torch.tensor([generator.random() for generator in self._generators], dtype=torch.float32)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal noise of the given shape per sample: (B, *shape) float32."""
-        noise = np.empty((len(self._generators), *shape), dtype=np.float32)
-        for generator, row in zip(self._generators, noise, strict=True):
-            generator.standard_normal(dtype=np.float32, out=row)
-        return torch.from_numpy(noise)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 
 def check_choice(name: str, value: object, choices: Sequence) -> None:
     """Raise ValueError unless `value`, that of the argument `name`, is one of `choices`."""
@@ -23,3 +25,14 @@ def check_positive_int(name: str, value: object) -> None:
     check_int(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value!r}")
+
+
+def check_shape(name: str, value: object, shape: Sequence[int], of: str = "") -> None:
+    """Raise ValueError unless `value`, that of the argument `name`, is a tensor of that shape.
+
+    `of` says what else has that shape: the argument, say, that `value` must be like.
+    """
+    found = tuple(value.shape) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or found != tuple(shape):
+        expected = f"of {of}, {tuple(shape)}" if of else f"{tuple(shape)}"
+        raise ValueError(f"{name} must have the shape {expected}; got {found!r}")

@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy, layer_norm, mse_loss, pad
 
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
-from lecture26.kit.training import SampleDraws
-from lecture26.recipes.recipe import Recipe
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.recipes.recipe import Recipe, register
+from lecture26.recipes.trained import load_model
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 has them
 
@@ -84,16 +85,16 @@ class BackboneRecipe(NamingRecipe):
     Attributes:
         patch_drop: the share of patches that training leaves out, others for each image and step: a step
             takes little more than half the time (Liu et al. 2022, *PatchDropout*).
-        guide: the checkpoint of a ConvNet, or None. The network then also learns to see at each place what
-            the guide sees there, which is a lesson for every patch where the class is one for the whole
+        teacher: the checkpoint of a ConvNet, or None. The network then also learns to see at each place what
+            the teacher sees there, which is a lesson for every patch where the class is one for the whole
             image (Li et al. 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets*).
-        lesson: the weight of what the guide teaches, beside that of the classes, 1.
+        lesson: the weight of what the teacher teaches, beside that of the classes, 1.
     """
 
     family: ClassVar[str] = "backbone"
 
     patch_drop: float = 0.0
-    guide: str | None = None
+    teacher: str | None = None
     lesson: float = 1.0
 
     def build(self) -> nn.Module:
@@ -103,32 +104,30 @@ class BackboneRecipe(NamingRecipe):
         return VisionTransformer(**size, **self.model)
 
     def regularise(self, model: nn.Module) -> None:
-        from timm.layers import PatchDropout
+        from timm.layers import PatchDropout  # a second to import
 
         model.patch_drop = PatchDropout(self.patch_drop, model.num_prefix_tokens)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if self.guide is None:
+        if self.teacher is None:
             return super().loss(model, batch)
         logits, tokens = with_tokens(model, batch["image"])
         return self.class_loss(logits, batch["class"]) + self.lesson * self.distance(tokens, batch["image"])
 
     def distance(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """The mean squared distance from tokens (B, N, d) to what the guide sees at their places."""
+        """The mean squared distance from tokens (B, N, d) to what the teacher sees at their places."""
         with torch.no_grad():
-            seen = self._guide.stages(images).flatten(2).transpose(1, 2)  # (B, N, d)
+            seen = self._teacher.stages(images).flatten(2).transpose(1, 2)  # (B, N, d)
         if seen.shape != tokens.shape:
             raise ValueError(
-                f"guide must see {tokens.shape[1]} places in {tokens.shape[2]} channels, as the patches are; "
-                f"{self.guide!r} sees {seen.shape[1]} in {seen.shape[2]}"
+                f"teacher must see {tokens.shape[1]} places in {tokens.shape[2]} channels, as the patches "
+                f"are; {self.teacher!r} sees {seen.shape[1]} in {seen.shape[2]}"
             )
         return mse_loss(standardised(tokens), standardised(seen))
 
     @cached_property
-    def _guide(self) -> "ConvNet":
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
-        return load_model(self.guide).to(process_state().device)
+    def _teacher(self) -> "ConvNet":
+        return load_model(self.teacher).to(process_state().device)
 
 
 def mirror_and_move(x: Tensor, random: SampleDraws) -> Tensor:
@@ -237,10 +236,10 @@ class _Residual(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuideRecipe(NamingRecipe):
-    """A convolutional network that learns the same, and sooner: what guides the Vision Transformer."""
+class TeacherRecipe(NamingRecipe):
+    """A convolutional network that learns the same, and sooner: what teaches the Vision Transformer."""
 
-    family: ClassVar[str] = "guide"
+    family: ClassVar[str] = "teacher"
 
     def build(self) -> nn.Module:
         # On a CPU, convolutions take 0.7 of the time where an image's channels lie side by side.
@@ -248,7 +247,7 @@ class GuideRecipe(NamingRecipe):
         return network.to(memory_format=torch.channels_last)
 
 
-CONVNET_PHOTOS_32 = GuideRecipe(
+CONVNET_PHOTOS_32 = TeacherRecipe(
     name="convnet_photos32",
     data="cifar10",
     image_size=32,
@@ -287,20 +286,20 @@ PHOTOS_32_WHOLE = replace(
     steps=9_000,
     learning_rate=8e-4,
 )
-# ... then with a guide ...
-PHOTOS_32_GUIDED = replace(
+# ... then with a teacher ...
+PHOTOS_32_TAUGHT = replace(
     PHOTOS_32_WHOLE,
-    name="vit_photos32_guided",
+    name="vit_photos32_taught",
     start=PHOTOS_32_WHOLE.name,
-    guide=CONVNET_PHOTOS_32.name,
+    teacher=CONVNET_PHOTOS_32.name,
     steps=4_000,
     warmup_steps=200,
 )
 # ... whose lesson weighs more in the end: at 1 its gradient was a quarter of that of the classes.
 PHOTOS_32 = replace(
-    PHOTOS_32_GUIDED,
+    PHOTOS_32_TAUGHT,
     name="vit_photos32",
-    start=PHOTOS_32_GUIDED.name,
+    start=PHOTOS_32_TAUGHT.name,
     lesson=5.0,
     steps=6_000,
     learning_rate=6e-4,
@@ -320,11 +319,11 @@ def of_width(width: int) -> BackboneRecipe:
     )
 
 
-RECIPES = (
+register(
     CONVNET_PHOTOS_32,
     PHOTOS_32_MASKED,
     PHOTOS_32_WHOLE,
-    PHOTOS_32_GUIDED,
+    PHOTOS_32_TAUGHT,
     PHOTOS_32,
     of_width(96),
     of_width(64),

@@ -11,11 +11,10 @@ from torch.nn.functional import cross_entropy
 from lecture26.classifier_guidance import NoisyClassifier, joint_class
 from lecture26.ddpm import Diffusion
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.training import SampleDraws
-from lecture26.recipes.ddpm import SCHEDULES
-from lecture26.recipes.recipe import Recipe, count_classes
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.latent_diffusion import SCHEDULES
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, count_classes, register
 
-EVALUATION_SEED = 2026
 EVALUATION_IMAGES = 2000
 EVALUATION_STEPS = (0, 200, 400, 600, 800)
 
@@ -103,14 +102,12 @@ NOISY = NoisyClassifierRecipe(
     learning_rate=1e-3,
     weight_decay=1e-4,
 )
-RECIPES = (
+# It has seen hardly any noise: chapter 03 shows why it cannot guide.
+CLEAN = replace(
     NOISY,
-    # It has seen hardly any noise: chapter 03 shows why it cannot guide.
-    replace(
-        NOISY,
-        name="clean_classifier_shapes32",
-        model=NOISY.model | {"base_channels": 16},
-        trained_steps=1,
-        steps=2000,
-    ),
+    name="clean_classifier_shapes32",
+    model=NOISY.model | {"base_channels": 16},
+    trained_steps=1,
+    steps=2000,
 )
+register(NOISY, CLEAN)

@@ -1,8 +1,8 @@
 """Small CLIPs of captioned shapes: one that reads clean images, one that reads noisy ones (chapter 04)."""
 
-import itertools
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from lecture26.clip_guidance import CLIP, Tokenizer, cosine_similarity_matrix, info_nce
 from lecture26.ddpm import Diffusion
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.shapes import Shapes
-from lecture26.kit.training import SampleDraws
-from lecture26.recipes.ddpm import SCHEDULES
-from lecture26.recipes.recipe import Recipe
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.shapes import Shapes, leave_out
+from lecture26.latent_diffusion import SCHEDULES
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 
-EVALUATION_SEED = 2026
 EVALUATION_STEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # of the noise-aware CLIP
 GROUP_SIZE = 128  # of different captions to choose among
 NUM_GROUPS = 8
+LOSABLE = ("size_1", "colour_1", "background")  # of LOSABLE_PARTS, those of a caption of one object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,9 @@ class CLIPRecipe(Recipe):
     def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
         indices = random.integers(len(images))
         attributes = images.attributes(indices)
-        kept = torch.stack([random.uniform() >= self.shorten for _ in range(3)], dim=1).tolist()  # (B, 3)
-        captions = [shortened(*pair) for pair in zip(images.describe(attributes), kept, strict=True)]
+        is_lost = torch.stack([random.uniform() < self.shorten for _ in LOSABLE], dim=1)  # (B, 3)
+        lost = [list(compress(LOSABLE, row)) for row in is_lost.tolist()]
+        captions = list(map(leave_out, images.describe(attributes), lost))
         batch = {"image": images.render(attributes, indices), "tokens": self.tokenizer(captions)}
         if self.noise_aware:
             batch["t"] = random.integers(self.diffusion_steps)  # (B,)
@@ -100,7 +101,7 @@ class CLIPRecipe(Recipe):
         step = 0 if self.noise_aware else None
         metrics = {"retrieval": mean([self.retrieval(model, images, group, step) for group in groups])}
         every = every_caption(images)
-        for name, unseen in (("all", images), ("held_out", self.load("held_out"))):
+        for name, unseen in (("all", images), ("held_out", self.load_images("held_out"))):
             metrics[f"retrieval_{name}"] = self.retrieval(model, unseen, torch.arange(1024), step, every)
         for step in EVALUATION_STEPS if self.noise_aware else ():
             shares = [self.retrieval(model, images, group, step) for group in groups]
@@ -151,13 +152,6 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def shortened(caption: str, kept: tuple[bool, bool, bool]) -> str:
-    """A caption of shapes without its size, colour or background, as far as these are not kept."""
-    article, size, colour, shape, *background = caption.split()
-    parts = [[article], [size] * kept[0], [colour] * kept[1], [shape], background * kept[2]]
-    return " ".join(itertools.chain(*parts))
-
-
 def every_caption(images: Shapes) -> list[str]:
     """All captions there are, those of held-out pairs too."""
     classes = [torch.arange(len(names)) for names in images.labels.values()]
@@ -190,7 +184,5 @@ CLIP_SHAPES_32 = CLIPRecipe(
     learning_rate=1e-3,
     weight_decay=0.01,
 )
-RECIPES = (
-    CLIP_SHAPES_32,
-    replace(CLIP_SHAPES_32, name="noisy_clip_shapes32", noise_aware=True, steps=2000),
-)
+NOISY_CLIP_SHAPES_32 = replace(CLIP_SHAPES_32, name="noisy_clip_shapes32", noise_aware=True, steps=2000)
+register(CLIP_SHAPES_32, NOISY_CLIP_SHAPES_32)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lecture26.classifier_free_guidance import classifier_free_guided, labels_after_dropout
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes.ddpm import DDPM, EVALUATION_SAMPLES
-from lecture26.recipes.ddpm import RECIPES as UNCONDITIONAL
+from lecture26.recipes.ddpm import SHAPES_32 as UNCONDITIONAL
 from lecture26.recipes.readers import find_reader
-from lecture26.recipes.recipe import count_classes
+from lecture26.recipes.recipe import count_classes, register
 from lecture26.unet import UNet, zero_init
 
 EVALUATION_WEIGHTS = (0.0, 1.0)  # w of the evaluation's samples
@@ -111,16 +111,15 @@ class ConditionalDDPM(DDPM):
         return metrics
 
 
-(OF_SHAPES,) = (recipe for recipe in UNCONDITIONAL if recipe.name == "ddpm_shapes32")
-RECIPES = (
+register(
     ConditionalDDPM(
         name="conditional_ddpm_shapes32",
-        data=OF_SHAPES.data,
+        data=UNCONDITIONAL.data,
         labels=("shape", "colour"),
-        image_size=OF_SHAPES.image_size,
-        model=OF_SHAPES.model,
+        image_size=UNCONDITIONAL.image_size,
+        model=UNCONDITIONAL.model,
         steps=12_000,
-        learning_rate=OF_SHAPES.learning_rate,
-        start=OF_SHAPES.name,
-    ),
+        learning_rate=UNCONDITIONAL.learning_rate,
+        start=UNCONDITIONAL.name,
+    )
 )

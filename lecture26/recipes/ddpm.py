@@ -8,17 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lecture26.ddpm import Diffusion, cosine_betas, ddim_step, linear_betas, sample
+from lecture26.ddpm import Diffusion, ddim_step, sample
 from lecture26.kit.evaluation import sample_quality
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.progress import progress_bar
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.latent_diffusion import SCHEDULES
 from lecture26.recipes.readers import find_reader
-from lecture26.recipes.recipe import Recipe
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 from lecture26.unet import UNet
 
-SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
-EVALUATION_SEED = 2026
 EVALUATION_BATCHES = 16  # for the test loss
 EVALUATION_SAMPLES = 512
 EVALUATION_STEPS = 50  # of DDIM
@@ -123,13 +122,11 @@ IMAGES_32 = DDPM(
     steps=20_000,
     learning_rate=1e-3,
 )
-RECIPES = (
+SHAPES_32 = replace(
     IMAGES_32,
-    replace(
-        IMAGES_32,
-        name="ddpm_shapes32",
-        data="shapes",
-        model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
-        steps=22_000,
-    ),
+    name="ddpm_shapes32",
+    data="shapes",
+    model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
+    steps=22_000,
 )
+register(IMAGES_32, SHAPES_32)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -18,14 +19,13 @@ from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
 from lecture26.kit.progress import progress_bar
-from lecture26.kit.readers import OPPOSITE_RELATIONS
-from lecture26.kit.shapes import SHAPES, ShapesAndScenes
-from lecture26.kit.training import SampleDraws
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.shapes import LOSABLE_PARTS, NO_SIDE, SIDES, ShapesAndScenes, leave_out, noun_sides
 from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
 from lecture26.recipes.readers import find_reader
-from lecture26.recipes.recipe import Recipe
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
+from lecture26.recipes.trained import Trained, load_model
 
-EVALUATION_SEED = 2026
 EVALUATION_IMAGES = 1024  # for the test loss
 EVALUATION_BATCHES = 16
 EVALUATION_SAMPLES = 128  # of each kind
@@ -33,11 +33,6 @@ EVALUATION_STEPS = 50  # of DDIM
 EVALUATION_WEIGHT = 2.0  # w of the evaluation's samples
 ENCODING_BATCH = 64
 WORDS_FROM = 4096  # captions, in which every word of the language occurs
-# in 'A left of B' A is on the left, and B on the other side
-OTHER_SIDE = {a.removesuffix(" of"): b.removesuffix(" of") for a, b in OPPOSITE_RELATIONS.items()}
-SIDES = tuple(OTHER_SIDE)
-NO_SIDE = -100  # what cross_entropy ignores
-NUM_KEPT = 5  # parts that a caption may lose: size and colour of either object, and the background
 
 
 class EncodedImages(ImageSet):
@@ -79,9 +74,6 @@ class EncodedImages(ImageSet):
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Of all images, in half precision: 4 kB for each of 64 pixels."""
-
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
         device = process_state().device
         vae = load_model(self._vae).to(device)
         parts = []
@@ -134,8 +126,8 @@ class LatentDiffusionRecipe(Recipe):
     prediction: str = "v"
     words_first: bool = True
 
-    def load(self, split: str) -> EncodedImages:
-        images = super().load(split)
+    def load_images(self, split: str) -> EncodedImages:
+        images = super().load_images(split)
         if not isinstance(images, ShapesAndScenes):
             raise ValueError(f"data must be 'shapes_and_scenes', which has captions; got {self.data!r}")
         count = self.num_encoded if split == "train" else EVALUATION_IMAGES
@@ -179,14 +171,13 @@ class LatentDiffusionRecipe(Recipe):
         Raises:
             ValueError: if that checkpoint is not the one whose latents the model was trained on.
         """
-        if load_card(self.vae)["metrics"].get("latent_scale") != self.latent_scale:
+        vae = Trained(self.vae)
+        if vae.card["metrics"].get("latent_scale") != self.latent_scale:
             raise ValueError(
                 f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
             )
-        from lecture26.recipes import load_model  # not above, since that package imports this module
-
         pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
-        pipeline.vae.load_state_dict(load_model(self.vae).state_dict())
+        pipeline.vae.load_state_dict(vae.network.state_dict())
         pipeline.denoiser.load_state_dict(model.unet.state_dict())
         pipeline.text_encoder.load_state_dict(model.text_encoder.state_dict())
         return pipeline.to(next(model.parameters()).device).eval().requires_grad_(False)
@@ -233,8 +224,9 @@ class LatentDiffusionRecipe(Recipe):
 
     def shortened_captions(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> list[str]:
         """The captions of some images, parts of them left out at random."""
-        kept = torch.stack([random.uniform() >= self.shorten for _ in range(NUM_KEPT)], dim=1)  # (B, 5)
-        return list(map(leave_out, images.captions(indices), kept.tolist()))
+        is_lost = torch.stack([random.uniform() < self.shorten for _ in LOSABLE_PARTS], dim=1)  # (B, 5)
+        lost = [list(compress(LOSABLE_PARTS, row)) for row in is_lost.tolist()]
+        return list(map(leave_out, images.captions(indices), lost))
 
     def sides_of(self, captions: Sequence[str]) -> Tensor:
         """For each token of B captions the number of its side in SIDES, or NO_SIDE: (B, L) int64."""
@@ -274,7 +266,7 @@ class LatentDiffusionRecipe(Recipe):
             "test_loss": replace(self, drop=0.0, lesson=0.0)._test_loss(model, images),
             "test_loss_unconditional": replace(self, drop=1.0, lesson=0.0)._test_loss(model, images),
         }
-        pipeline, held_out = self.pipeline(model), self.load("held_out").images
+        pipeline, held_out = self.pipeline(model), self.load_images("held_out").images
         for number, name in enumerate(("shapes", "scenes")):
             reader = find_reader(name, images.image_size)
             if reader is None:
@@ -298,38 +290,6 @@ class LatentDiffusionRecipe(Recipe):
 
     def _test_loss(self, model: nn.Module, images: EncodedImages) -> float:
         return self.mean_loss(model, images, EVALUATION_BATCHES, EVALUATION_SEED)
-
-
-def noun_sides(caption: str) -> list[int]:
-    """For each word of a caption of Shapes or Scenes: a noun's side as its number in SIDES, else NO_SIDE.
-
-    In 'a star to the left of a ring' the star is on the left, and the ring on the right. The only noun of a
-    caption has no side.
-    """
-    words = caption.split()
-    sides = [NO_SIDE] * len(words)
-    said = [SIDES.index(word) for word in words if word in SIDES]
-    if said:
-        first, second = (place for place, word in enumerate(words) if word in SHAPES)
-        sides[first], sides[second] = said[0], SIDES.index(OTHER_SIDE[SIDES[said[0]]])
-    return sides
-
-
-def leave_out(caption: str, kept: Sequence[bool]) -> str:
-    """A caption of Shapes or Scenes without the parts that are not kept.
-
-    Args:
-        caption: of one object or two, whole.
-        kept: for size and colour of the first object, those of the second, and the background.
-    """
-    words = caption.split()
-    articles = [place for place, word in enumerate(words) if word == "a"]
-    # 'a small red star to the left of a large blue ring on a dark background': the last is the background's
-    *objects, background = articles
-    lost = set() if kept[4] else set(range(background - 1, len(words)))
-    for number, place in enumerate(objects):
-        lost |= {place + 1 + part for part in range(2) if not kept[2 * number + part]}
-    return " ".join(word for place, word in enumerate(words) if place not in lost)
 
 
 def draw_captions(
@@ -366,12 +326,23 @@ def load_pipeline(name: str) -> LatentDiffusion:
         CheckpointError: if it or its VAE is missing or damaged.
         ValueError: if the checkpoint draws no images from text.
     """
-    from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
+    return pipeline_of(Trained(name))
 
-    recipe = load_recipe(name)
+
+def pipeline_of(trained: Trained) -> LatentDiffusion:
+    """The pipeline of a checkpoint that is open already; see `load_pipeline`.
+
+    Args:
+        trained: the checkpoint.
+
+    Raises:
+        CheckpointError: if it or its VAE is missing or damaged.
+        ValueError: if the checkpoint draws no images from text.
+    """
+    recipe = trained.recipe
     if not isinstance(recipe, LatentDiffusionRecipe):
-        raise ValueError(f"model must be one of text to image; got {name!r}, a {recipe.family}")
-    return recipe.pipeline(load_model(name))
+        raise ValueError(f"model must be one of text to image; got {trained.name!r}, a {recipe.family}")
+    return recipe.pipeline(trained.network)
 
 
 TEXT_TO_IMAGE = LatentDiffusionRecipe(
@@ -393,4 +364,4 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     learning_rate=1.2e-3,
     warmup_steps=200,
 )
-RECIPES = (TEXT_TO_IMAGE,)
+register(TEXT_TO_IMAGE)

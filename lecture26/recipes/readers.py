@@ -12,11 +12,10 @@ from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.kit.evaluation import BATCH_SIZE, CONFIDENT, read, read_right
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.readers import Reader, canonical
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import RenderedSet
-from lecture26.kit.training import SampleDraws
-from lecture26.recipes.recipe import Recipe
-
-EVALUATION_SEED = 2026
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
+from lecture26.recipes.trained import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ class ReaderRecipe(Recipe):
         metrics = {f"accuracy_{name}": values.double().mean().item() for name, values in right.items()}
         metrics["confident_share"] = (confidence > CONFIDENT).all(dim=1).double().mean().item()
         if isinstance(images, RenderedSet):
-            right, _ = assess(model, self.load("held_out"))
+            right, _ = assess(model, self.load_images("held_out"))
             metrics["accuracy_held_out"] = right["all"].double().mean().item()
         # Where the confidence means what it says, it is right as often as it is high.
         right, confidence = assess(
@@ -152,9 +151,7 @@ def assess(
 
 def find_reader(data: str, image_size: int) -> Reader | None:
     """The reader, among the checkpoints, of a data set at a size in pixels; None if there is none."""
-    from lecture26.recipes import load_model  # not above, since that package imports this module
-
-    for recipe in RECIPES:
+    for recipe in READERS:
         if (recipe.data, recipe.image_size) == (data, image_size) and recipe.name in list_checkpoints():
             return load_model(recipe.name)
     return None
@@ -170,7 +167,7 @@ SHAPES_32 = ReaderRecipe(
     warmup_steps=100,
     ema_decay=0.99,
 )
-RECIPES = (
+READERS = (
     SHAPES_32,
     replace(
         SHAPES_32,
@@ -189,3 +186,4 @@ RECIPES = (
     ),
     replace(SHAPES_32, name="reader_digits", data="digits", handwriting=True, steps=2000),
 )
+register(*READERS)

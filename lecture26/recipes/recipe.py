@@ -1,4 +1,4 @@
-"""What every recipe has: the settings, the steps from data to checkpoint, and the way back from a card."""
+"""What every recipe has: the settings, the steps from data to checkpoint; and which recipes there are."""
 
 import dataclasses
 import statistics
@@ -18,10 +18,16 @@ from lecture26.kit.files import locked
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
 from lecture26.kit.processes import process_state
-from lecture26.kit.training import History, SampleDraws, train
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.training import History, train
+from lecture26.kit.validation import check_choice
 from lecture26.unet import EMA
 
+EVALUATION_SEED = 2026  # of every draw in an evaluation
 LOSS_CURVE_POINTS = 100
+
+FAMILIES: dict[str, type["Recipe"]] = {}  # by the names that cards have for them
+RECIPES: dict[str, "Recipe"] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ class Recipe(ABC):
             `build` gives.
     """
 
-    family: ClassVar[str]  # the name under which lecture26.recipes finds the class
+    family: ClassVar[str]  # the name that cards have for the class; a subclass that has one registers itself
 
     name: str
     data: str
@@ -58,6 +64,11 @@ class Recipe(ABC):
     seed: int = 0
     precision: str = "auto"
     start: str | None = None
+
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(**arguments)
+        if "family" in vars(cls):
+            FAMILIES[cls.family] = cls
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -89,7 +100,7 @@ class Recipe(ABC):
             losses.append(self.loss(model, batch).item())
         return sum(losses) / len(losses)
 
-    def load(self, split: str) -> ImageSet:
+    def load_images(self, split: str) -> ImageSet:
         """A split of the recipe's data."""
         return load(self.data, split=split, image_size=self.image_size)
 
@@ -106,6 +117,22 @@ class Recipe(ABC):
         if self.start is None:
             del settings["start"]
         return settings
+
+
+def register(*recipes: Recipe) -> None:
+    """Enter `recipes` among those that `find_recipe` finds by their names."""
+    RECIPES.update({recipe.name: recipe for recipe in recipes})
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The names of all recipes, in alphabetical order."""
+    return tuple(sorted(RECIPES))
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that `name`; ValueError if there is none."""
+    check_choice("recipe", name, recipe_names())
+    return RECIPES[name]
 
 
 def count_classes(data: str, images: ImageSet, labels: tuple[str, ...]) -> tuple[int, ...]:
@@ -175,39 +202,22 @@ def sole_use(name: str) -> Iterator[None]:
         yield
 
 
-def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
-    """Train, evaluate and save a checkpoint, going on from the state of an interrupted run.
+def train_network(recipe: Recipe, images: ImageSet, **state) -> tuple[nn.Module, History]:
+    """Train the network of a recipe.
 
     Args:
-        recipe: what to train.
-        command: the command line that does the same, for the card.
-        state_every: seconds between two states written.
+        recipe: what to train, with what the data decide filled in.
+        images: what to train it on.
+        state: `state_file`, `state_every` and `settings` of `lecture26.kit.training.train`.
 
     Returns:
-        dict: the checkpoint's card; None in all but the main one of several processes.
-
-    Raises:
-        InUseError: if another call is training it.
-        DataError: if images cannot be read; and what `train` and `Recipe.load` raise.
+        The averaged network, frozen; and the History of the losses.
     """
-    with sole_use(recipe.name):
-        return _run(recipe, command, state_every)
-
-
-def _run(recipe: Recipe, command: str, state_every: float) -> dict | None:
-    with process_state().main_process_first():  # it may have to download
-        images, unseen = recipe.load("train"), recipe.load("test")
-        if process_state().is_main_process:
-            images.check()  # damage is found now, and not in the middle of the run
-            unseen.check()
-    recipe = recipe.fitted_to(images)
     model = seeded(recipe.seed, recipe.build)
     recipe.regularise(model)
     if recipe.start is not None:
         begin_with(model, recipe.start)
     average = EMA(model, recipe.ema_decay)
-
-    settings = recipe.settings()
     history = train(
         model,
         lambda random: recipe.draw(images, random),
@@ -221,6 +231,41 @@ def _run(recipe: Recipe, command: str, state_every: float) -> dict | None:
         average=average,
         seed=recipe.seed,
         precision=recipe.precision,
+        **state,
+    )
+    return average.model, history
+
+
+def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
+    """Train, evaluate and save a checkpoint, going on from the state of an interrupted run.
+
+    Args:
+        recipe: what to train.
+        command: the command line that does the same, for the card.
+        state_every: seconds between two states written.
+
+    Returns:
+        dict: the checkpoint's card; None in all but the main one of several processes.
+
+    Raises:
+        InUseError: if another call is training it.
+        DataError: if images cannot be read; and what `train` and `Recipe.load_images` raise.
+    """
+    with sole_use(recipe.name):
+        return _run(recipe, command, state_every)
+
+
+def _run(recipe: Recipe, command: str, state_every: float) -> dict | None:
+    with process_state().main_process_first():  # it may have to download
+        images, unseen = recipe.load_images("train"), recipe.load_images("test")
+        if process_state().is_main_process:
+            images.check()  # damage is found now, and not in the middle of the run
+            unseen.check()
+    recipe = recipe.fitted_to(images)
+    settings = recipe.settings()
+    network, history = train_network(
+        recipe,
+        images,
         state_file=state_file(recipe.name),
         state_every=state_every,
         settings=settings | {"images": len(images)},  # a folder's name may come to hold others
@@ -229,7 +274,7 @@ def _run(recipe: Recipe, command: str, state_every: float) -> dict | None:
         return None
     card = save_checkpoint(
         recipe.name,
-        average.model.state_dict(),
+        network.state_dict(),
         {
             "recipe": recipe.family,
             "settings": settings | {"precision": history.precision},
@@ -238,7 +283,7 @@ def _run(recipe: Recipe, command: str, state_every: float) -> dict | None:
             "steps": recipe.steps,
             "processes": process_state().num_processes,
             "seconds": round(history.seconds),
-            "metrics": recipe.evaluate(average.model, unseen),
+            "metrics": recipe.evaluate(network, unseen),
             "loss_curve": loss_curve(history),
         },
     )

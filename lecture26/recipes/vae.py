@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import ShapesAndScenes
-from lecture26.kit.training import SampleDraws
 from lecture26.recipes.readers import find_reader
-from lecture26.recipes.recipe import Recipe
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 from lecture26.vae import (
     KLVAE,
     active_latents,
@@ -24,7 +24,6 @@ from lecture26.vae import (
     vae_loss,
 )
 
-EVALUATION_SEED = 2026
 EVALUATION_IMAGES = 1024  # for what the readers read, of each kind
 EVALUATION_BATCH = 64
 
@@ -175,4 +174,4 @@ VAE_SHAPES_64 = VAERecipe(
     batch_size=32,
     learning_rate=2e-3,
 )
-RECIPES = (VAE_SHAPES_64,)
+register(VAE_SHAPES_64)

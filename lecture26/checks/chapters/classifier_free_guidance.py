@@ -9,27 +9,9 @@ from torch import Tensor
 
 from lecture26 import classifier_free_guidance as guidance
 
-from .classifier_guidance import _by_reference, _transposed, _unit
-from .core import Case, Exercise, Misconception
-from .ddpm import batches, schedule_mistakes
-from .draws import Draws
-
-
-def _detached(reference: Callable) -> Callable:
-    """The reference without any gradient."""
-    return lambda *arguments: reference(
-        *(value.detach() if isinstance(value, Tensor) else value for value in arguments)
-    )
-
-
-def _in_place(reference: Callable) -> Callable:
-    """The reference, with its result written into its first argument."""
-
-    def wrong(first, *others):
-        with torch.no_grad():
-            return first.copy_(reference(first, *others))
-
-    return wrong
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws, batches, cast, transposed
+from ..mistakes import per_sample, schedule_mistakes, unit, with_arguments, with_result
 
 
 def _mixed(draws: Draws, *shape: int, **kind) -> tuple[Tensor, Tensor]:
@@ -38,7 +20,7 @@ def _mixed(draws: Draws, *shape: int, **kind) -> tuple[Tensor, Tensor]:
     def one() -> Tensor:
         each = shape[:1] + (1,) * (len(shape) - 1)
         drawn = draws.uniform(*each, low=0.6, high=1.8) * draws.normal(*shape) + draws.normal(*each)
-        return drawn.to(kind.get("dtype", torch.float64)).requires_grad_(kind.get("gradient", False))
+        return cast(drawn, **kind)
 
     return one(), one()
 
@@ -64,7 +46,7 @@ def _pair_cases(seed: int, settings: tuple[tuple, ...]) -> list[Case]:
         for (note, shape, kind), rest in zip(kinds, settings, strict=True)
     ]
     one, other, *rest = cases[1].arguments
-    return [*cases, Case("images that are not contiguous", (_transposed(one), _transposed(other), *rest))]
+    return [*cases, Case("images that are not contiguous", (transposed(one), transposed(other), *rest))]
 
 
 # The implicit classifier
@@ -73,7 +55,7 @@ def _pair_cases(seed: int, settings: tuple[tuple, ...]) -> list[Case]:
 def _implicit_gradient_cases(seed: int) -> list[Case]:
     cases = [Case(b.note, (b.normal(), b.normal(), b.alpha_bar)) for b in batches(seed)]
     note, (eps_cond, eps_uncond, alpha_bar) = cases[2].note, cases[2].arguments
-    apart = (_transposed(eps_cond), _transposed(eps_uncond), alpha_bar)
+    apart = (transposed(eps_cond), transposed(eps_uncond), alpha_bar)
     return [*cases, Case(f"not contiguous, {note}", apart)]
 
 
@@ -182,7 +164,7 @@ IMPLICIT_GRADIENT = Exercise(
         ),
         Misconception(
             "gradient normalised",
-            lambda *arguments: _unit(guidance.implicit_gradient(*arguments)),
+            with_result(guidance.implicit_gradient, unit),
             "The gradient's length matters: it falls to 0 where the class is certain. Take it as it is.",
         ),
         Misconception(
@@ -198,23 +180,6 @@ IMPLICIT_GRADIENT = Exercise(
             "The gradient must not depend on how many samples there are in the batch.",
         ),
         *schedule_mistakes(guidance.implicit_gradient, "alpha_bar"),
-        Misconception(
-            "overwritten in place",
-            _in_place(guidance.implicit_gradient),
-            "The predictions still belong to the caller: compute a new tensor.",
-        ),
-        Misconception(
-            "unconditional half detached",
-            lambda eps_cond, eps_uncond, alpha_bar: guidance.implicit_gradient(
-                eps_cond, eps_uncond.detach(), alpha_bar
-            ),
-            "The result must carry the gradient of both predictions on: no detach() here.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(guidance.implicit_gradient),
-            "The result must carry the gradient of its arguments on: no detach() here.",
-        ),
     ),
 )
 
@@ -292,21 +257,6 @@ def _mixing_mistakes(reference: Callable) -> tuple[Misconception, ...]:
             "both halves returned",
             lambda *arguments: torch.cat([arguments[0], reference(*arguments)]),
             "The result has the batch size of one half: the mixture alone.",
-        ),
-        Misconception(
-            "unconditional half detached",
-            with_uncond(torch.detach),
-            "The result must carry the gradient of both predictions on: no detach() here.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(reference),
-            "The result must carry the gradient of its arguments on: no detach() here.",
-        ),
-        Misconception(
-            "overwritten in place",
-            _in_place(reference),
-            "The predictions still belong to the caller: compute a new tensor.",
         ),
     )
 
@@ -477,7 +427,7 @@ def _labels_after_dropout_cases(seed: int) -> list[Case]:
         classes = null_label.expand(count, *null_label.shape)
         y = (draws.uniform(*classes.shape) * classes).long()
         u = (torch.arange(count) + draws.uniform(count, low=0.2, high=0.8)) / count
-        order = torch.randperm(count, generator=draws.generator)
+        order = draws.permutation(count)
         if sure is not None:  # whether the first sample loses its labels
             order[[0, int(order.argmin() if sure else order.argmax())]] = order[
                 [int(order.argmin() if sure else order.argmax()), 0]
@@ -502,13 +452,15 @@ def _dropped_where(choose: Callable[[Tensor, float], Tensor]) -> Callable:
     """Labels dropped where any function of the draws and p says so, right or wrong."""
 
     def wrong(y, null_label, u, p):
-        return torch.where(choose(u, p).view(-1, *[1] * (y.ndim - 1)), null_label, y)
+        return torch.where(per_sample(choose(u, p), y), null_label, y)
 
     return wrong
 
 
 def _null_changed(change: Callable[[Tensor], Tensor]) -> Callable:
-    return _by_reference(guidance.labels_after_dropout, null_label=lambda null_label, **_: change(null_label))
+    return with_arguments(
+        guidance.labels_after_dropout, null_label=lambda null_label, **_: change(null_label)
+    )
 
 
 def _columns_kept(kept: Callable[[Tensor], Tensor]) -> Callable:
@@ -615,18 +567,13 @@ LABELS_AFTER_DROPOUT = Exercise(
         ),
         Misconception(
             "null label added",
-            lambda y, null_label, u, p: torch.where((u < p).view(-1, *[1] * (y.ndim - 1)), y + null_label, y),
+            lambda y, null_label, u, p: torch.where(per_sample(u < p, y), y + null_label, y),
             "The null label is added to the class. It takes its place.",
         ),
         Misconception(
             "floating-point labels",
             lambda *arguments: guidance.labels_after_dropout(*arguments).double(),
             "Labels are integers, as y is: multiplying by a mask of numbers turns them into something else.",
-        ),
-        Misconception(
-            "overwritten in place",
-            _in_place(guidance.labels_after_dropout),
-            "The labels still belong to the caller: make a new tensor.",
         ),
     ),
 )
@@ -808,16 +755,6 @@ RESCALED = Exercise(
             lambda guided, cond, phi: (phi * (_std(cond) / _std(guided)).detach() + 1 - phi) * guided,
             "The ratio depends on both predictions: no detach() here.",
         ),
-        Misconception(
-            "cut from the graph",
-            _detached(guidance.rescaled),
-            "The result must carry the gradient of its arguments on: no detach() here.",
-        ),
-        Misconception(
-            "overwritten in place",
-            _in_place(guidance.rescaled),
-            "The guided prediction still belongs to the caller: compute a new tensor.",
-        ),
     ),
 )
 
@@ -833,7 +770,7 @@ def _within_interval_cases(seed: int) -> list[Case]:
         """Both ends, their neighbours, and steps from anywhere; unless steps are given."""
         near = torch.tensor([first, last, first - 1, last + 1]).clamp(0, 999)
         t = torch.cat([near, draws.steps(many, 1000)])[: shape[0]] if steps is None else torch.tensor(steps)
-        order = torch.randperm(len(t), generator=draws.generator)
+        order = draws.permutation(len(t))
         return Case(note, (*_mixed(draws, *shape, **kind), t[order], first, last))
 
     start = draws.integer(150, 300)
@@ -867,7 +804,7 @@ def _guided_where(choose: Callable[[Tensor, int, int], Tensor]) -> Callable:
     """Guided where any function of the steps and the interval's ends says so, right or wrong."""
 
     def wrong(guided, cond, t, first, last):
-        return torch.where(choose(t, first, last).view(-1, *[1] * (guided.ndim - 1)), guided, cond)
+        return torch.where(per_sample(choose(t, first, last), guided), guided, cond)
 
     return wrong
 
@@ -986,21 +923,6 @@ WITHIN_INTERVAL = Exercise(
             "samples outside left out",
             lambda guided, cond, t, first, last: guided[_inside(t, first, last)],
             "The samples outside of the interval are left out. They stay, with the conditional prediction.",
-        ),
-        Misconception(
-            "overwritten in place",
-            _in_place(guidance.within_interval),
-            "The predictions still belong to the caller: make a new tensor.",
-        ),
-        Misconception(
-            "conditional prediction detached",
-            _otherwise(lambda guided, cond: cond.detach()),
-            "The result must carry the gradient of both predictions on: no detach() here.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(guidance.within_interval),
-            "The result must carry the gradient of its arguments on: no detach() here.",
         ),
     ),
 )

@@ -11,15 +11,9 @@ from tqdm import tqdm
 
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.results import load_results
-from lecture26.recipes.adaptation import (
-    EVALUATION_BATCH,
-    NUM_PROMPTS,
-    SMALL_BUDGET,
-    Budget,
-    build,
-    fit,
-    open_task,
-)
+from lecture26.recipes import Trained
+from lecture26.recipes.adaptation import NUM_PROMPTS, SMALL_BUDGET, Budget, build, fit, open_task
+from lecture26.studies.adaptation import EVALUATION_BATCH
 
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 
@@ -103,9 +97,8 @@ def solved_heads(backbone: str, tasks: Sequence[str], budget: Budget = SMALL_BUD
     Raises:
         ValueError: if a comparison is not stored.
     """
-    from lecture26.recipes import load_model, load_recipe  # not above, since that package imports this module
-
-    vit, image_size = load_model(backbone), load_recipe(backbone).image_size
+    checkpoint = Trained(backbone)
+    vit, image_size = checkpoint.network, checkpoint.recipe.image_size
     runs = []
     for task in tqdm(tasks, "solving", unit="task"):
         splits = open_task(task, image_size)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from inspect import signature
 
 import torch
 from torch import Tensor
@@ -10,17 +9,20 @@ from torch.nn import functional as F
 
 from lecture26 import classifier_guidance as guidance
 
-from .core import Case, Exercise, Misconception
-from .ddpm import batches, schedule_mistakes
-from .draws import Draws
-from .fixtures import Fixture
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws, batches, transposed
+from ..mistakes import (
+    gradient_in_the_mode_around,
+    gradient_of,
+    gradient_of_outputs,
+    schedule_mistakes,
+    scores,
+    unit,
+    with_arguments,
+    with_result,
+)
 
 SCALES = (1.0, 2.5, 0.0, 7, 0.4, 3.0, 10.0, 1.7, 4.0, 0.5)  # 1 hides how a scale goes in, 0 all the rest
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    """The same values in another order of memory."""
-    return tensor.mT.contiguous().mT
 
 
 def _guided_eps_cases(seed: int) -> list[Case]:
@@ -29,7 +31,7 @@ def _guided_eps_cases(seed: int) -> list[Case]:
         for b, scale in zip(batches(seed), SCALES, strict=True)
     ]
     note, (eps, gradient, alpha_bar, _) = cases[2].note, cases[2].arguments
-    apart = Case(f"not contiguous, {note}", (_transposed(eps), _transposed(gradient), alpha_bar, 1.3))
+    apart = Case(f"not contiguous, {note}", (transposed(eps), transposed(gradient), alpha_bar, 1.3))
     return [*cases, apart]
 
 
@@ -38,31 +40,8 @@ def _shifted_eps(factor: Callable[[Tensor], Tensor]) -> Callable:
     return lambda eps, gradient, alpha_bar, scale: eps - scale * factor(alpha_bar) * gradient
 
 
-def _by_reference(reference: Callable, **changes: Callable) -> Callable:
-    """The reference, called with some of its arguments changed; each change is a function of all of them."""
-    names = signature(reference).parameters
-
-    def wrong(*arguments):
-        given = dict(zip(names, arguments, strict=True))
-        return reference(**given | {name: change(**given) for name, change in changes.items()})
-
-    return wrong
-
-
 def _eps_with(**changes: Callable) -> Callable:
-    return _by_reference(guidance.guided_eps, **changes)
-
-
-def _unit(gradient: Tensor) -> Tensor:
-    """Each sample's gradient divided by its length."""
-    length = gradient.flatten(1).norm(dim=1)
-    return gradient / length.view(-1, *[1] * (gradient.ndim - 1))
-
-
-def _eps_in_place(eps, gradient, alpha_bar, scale):
-    with torch.no_grad():
-        eps -= scale * (1 - alpha_bar).sqrt() * gradient
-    return eps
+    return with_arguments(guidance.guided_eps, **changes)
 
 
 GUIDED_EPS = Exercise(
@@ -200,7 +179,7 @@ GUIDED_EPS = Exercise(
         ),
         Misconception(
             "gradient normalised",
-            _eps_with(gradient=lambda gradient, **_: _unit(gradient)),
+            _eps_with(gradient=lambda gradient, **_: unit(gradient)),
             "The gradient's length matters: it falls to 0 where the class is certain. Take it as it is.",
         ),
         Misconception(
@@ -214,18 +193,14 @@ GUIDED_EPS = Exercise(
             "eps stays as it is; the gradient is what gets the factors.",
         ),
         *schedule_mistakes(guidance.guided_eps, "alpha_bar"),
-        Misconception(
-            "overwritten in place",
-            _eps_in_place,
-            "The predicted noise still belongs to the caller: compute a new tensor.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _eps_with(eps=lambda eps, **_: eps.detach(), gradient=lambda gradient, **_: gradient.detach()),
-            "The result must carry the gradient of its arguments on: no detach() here.",
-        ),
     ),
 )
+
+
+def _labels(draws: Draws, batch: int, classes: int) -> Tensor:
+    """Labels (batch,) of more than one class, the first and the last one among them."""
+    y = torch.arange(batch) * (classes - 1) // max(batch - 1, 1)
+    return y[draws.permutation(batch)]
 
 
 def _selected_log_probs_cases(seed: int) -> list[Case]:
@@ -235,9 +210,7 @@ def _selected_log_probs_cases(seed: int) -> list[Case]:
     def case(note, batch, classes, stretch=1.0, lift=0.0, **kind):
         logits = stretch * draws.normal(batch, classes, **kind) + lift
         logits = logits.detach().requires_grad_(kind.get("gradient", False))
-        # more than one class is asked for, the first and the last one among them
-        y = torch.arange(batch) * (classes - 1) // max(batch - 1, 1)
-        return Case(note, (logits, y[torch.randperm(batch, generator=draws.generator)]))
+        return Case(note, (logits, _labels(draws, batch, classes)))
 
     turned = case("not contiguous", few, many)
     return [
@@ -251,7 +224,7 @@ def _selected_log_probs_cases(seed: int) -> list[Case]:
         case("a single class, always certain", few, 1),
         case("float32", few, side, dtype=torch.float32),
         case("with gradient", side, many, gradient=True),
-        Case(turned.note, (_transposed(turned.arguments[0]), turned.arguments[1])),
+        Case(turned.note, (transposed(turned.arguments[0]), turned.arguments[1])),
     ]
 
 
@@ -422,11 +395,6 @@ SELECTED_LOG_PROBS = Exercise(
             lambda logits, y: _own(logits.log_softmax(1), y) / logits.shape[1],
             "A mean over the one-hot columns divides by K: sum over them, or pick the column.",
         ),
-        Misconception(
-            "cut from the graph",
-            lambda logits, y: _own(logits.detach().log_softmax(1), y),
-            "The next exercise differentiates this: no detach(), no_grad() or item() on the way.",
-        ),
     ),
 )
 
@@ -438,18 +406,9 @@ def _log_prob_gradient_cases(seed: int) -> list[Case]:
     def case(note, *shape, classes=5, steps=None, mode="grad", change=None, weights=False, **kind):
         x_t = draws.normal(*shape, **kind)
         numbers = dict(dtype=kind.get("dtype", torch.float64), gradient=weights)
-        elements, hidden = x_t[0].numel(), 7
-        classifier = Fixture(
-            "noisy_classifier",
-            (
-                draws.normal(elements, hidden, **numbers),
-                draws.normal(hidden, **numbers),
-                draws.normal(hidden, classes, **numbers),
-            ),
-        )
+        classifier = draws.network("noisy_classifier", x_t[0].numel(), classes, **numbers)
         t = draws.steps(len(x_t), 1000) if steps is None else torch.full((len(x_t),), steps)
-        y = torch.arange(len(x_t)) * (classes - 1) // max(len(x_t) - 1, 1)
-        y = y[torch.randperm(len(x_t), generator=draws.generator)]
+        y = _labels(draws, len(x_t), classes)
         return Case(note, (classifier, x_t if change is None else change(x_t), t, y), mode)
 
     return [
@@ -460,7 +419,7 @@ def _log_prob_gradient_cases(seed: int) -> list[Case]:
         case("two classes, all at the first step", many, 3, classes=2, steps=0),
         case("more classes than samples, all at the last step", few, 6, classes=12, steps=999),
         case("float32 images", few, 3, 4, 2, dtype=torch.float32),
-        case("images that are not contiguous", few, 1, 4, 5, change=_transposed),
+        case("images that are not contiguous", few, 1, 4, 5, change=transposed),
         case("points that carry gradient", few, 3, gradient=True),
         case("a classifier whose weights carry gradient", few, 4, weights=True),
         case("under no_grad, as in a sampler", few, 3, 2, 2, mode="no_grad"),
@@ -474,30 +433,12 @@ def _log_prob_gradient_cases(seed: int) -> list[Case]:
     ]
 
 
-def _gradient_of(score: Callable, create_graph: bool = False) -> Callable:
-    """The gradient with respect to x_t of any score (logits, y) -> numbers, right or wrong, summed."""
-
-    def wrong(classifier, x_t, t, y):
-        with torch.inference_mode(False), torch.enable_grad():
-            x_t, t, y = x_t.detach().clone().requires_grad_(), t.clone(), y.clone()
-            total = score(classifier(x_t, t), y).sum()
-            return torch.autograd.grad(total, x_t, create_graph=create_graph)[0]
-
-    return wrong
-
-
 def _gradient_with(**changes: Callable) -> Callable:
-    return _by_reference(guidance.log_prob_gradient, **changes)
+    return with_arguments(guidance.log_prob_gradient, **changes)
 
 
 def _changed_gradient(change: Callable[[Tensor], Tensor]) -> Callable:
-    return lambda *arguments: change(guidance.log_prob_gradient(*arguments))
-
-
-def _with_respect_to_logits(classifier, x_t, t, y):
-    with torch.inference_mode(False), torch.enable_grad():
-        logits = classifier(x_t.detach().clone(), t.clone()).detach().requires_grad_()
-        return torch.autograd.grad(guidance.selected_log_probs(logits, y.clone()).sum(), logits)[0]
+    return with_result(guidance.log_prob_gradient, change)
 
 
 def _with_backward(classifier, x_t, t, y):
@@ -522,15 +463,12 @@ def _of_whole_vector(classifier, x_t, t, y):
         return torch.autograd.grad(log_probs[0] if len(log_probs) == 1 else log_probs, x_t)[0]
 
 
-def _gradients_not_switched_on(classifier, x_t, t, y):
-    x_t = x_t.detach().clone().requires_grad_()
-    log_probs = guidance.selected_log_probs(classifier(x_t, t), y)
-    return torch.autograd.grad(log_probs.sum(), x_t)[0]
+_in_the_mode_around = gradient_in_the_mode_around(guidance.selected_log_probs)
 
 
 def _inference_mode_not_left(classifier, x_t, t, y):
     with torch.enable_grad():
-        return _gradients_not_switched_on(classifier, x_t, t, y)
+        return _in_the_mode_around(classifier, x_t, t, y)
 
 
 LOG_PROB_GRADIENT = Exercise(
@@ -547,52 +485,52 @@ LOG_PROB_GRADIENT = Exercise(
         ),
         Misconception(
             "probability for log-probability",
-            _gradient_of(lambda logits, y: _own(logits.softmax(1), y)),
+            gradient_of(lambda logits, y: _own(logits.softmax(1), y)),
             "This is the gradient of the probability, which vanishes where the class is improbable. Bayes' "
             "rule has its logarithm.",
         ),
         Misconception(
             "raw logit",
-            _gradient_of(_own),
+            gradient_of(_own),
             "This is the gradient of the logit l_y. The log-probability also pushes the other classes' "
             "logits down.",
         ),
         Misconception(
             "every class of the batch",
-            _gradient_of(lambda logits, y: logits.log_softmax(1)[:, y]),
+            gradient_of(lambda logits, y: logits.log_softmax(1)[:, y]),
             "log_probs[:, y].sum() pulls each sample towards the classes of all samples. Each has its own y "
             "only.",
         ),
         Misconception(
             "all classes",
-            _gradient_of(lambda logits, y: logits.log_softmax(1)),
+            gradient_of(lambda logits, y: logits.log_softmax(1)),
             "The log-probabilities of all classes are summed, and y plays no part. Select each sample's own "
             "class first.",
         ),
         Misconception(
             "argmax for y",
-            _gradient_of(lambda logits, y: logits.log_softmax(1).amax(1)),
+            gradient_of(lambda logits, y: logits.log_softmax(1).amax(1)),
             "This strengthens what the classifier sees already. y says what it shall see.",
         ),
         Misconception(
             "softmax over the batch",
-            _gradient_of(lambda logits, y: _own(logits.log_softmax(0), y)),
+            gradient_of(lambda logits, y: _own(logits.log_softmax(0), y)),
             "The softmax runs over the batch, so that samples compete with each other: it belongs to the "
             "classes, axis 1.",
         ),
         Misconception(
             "softmax before log_softmax",
-            _gradient_of(lambda logits, y: _own(logits.softmax(1).log_softmax(1), y)),
+            gradient_of(lambda logits, y: _own(logits.softmax(1).log_softmax(1), y)),
             "The softmax is taken twice: selected_log_probs expects the logits themselves.",
         ),
         Misconception(
             "sigmoid for softmax",
-            _gradient_of(lambda logits, y: F.logsigmoid(_own(logits, y))),
+            gradient_of(lambda logits, y: F.logsigmoid(_own(logits, y))),
             "A sigmoid looks at one logit alone; the softmax compares all classes.",
         ),
         Misconception(
             "log-odds",
-            _gradient_of(lambda logits, y: _own(logits, y) - _other_classes(logits, y).logsumexp(1)),
+            gradient_of(lambda logits, y: _own(logits, y) - _other_classes(logits, y).logsumexp(1)),
             "This is the gradient of log(p / (1 - p)). The classes under the sum include y.",
         ),
         Misconception(
@@ -640,12 +578,12 @@ LOG_PROB_GRADIENT = Exercise(
         ),
         Misconception(
             "classes counted from 1",
-            _gradient_of(lambda logits, y: _own(logits.log_softmax(1), y - 1)),
+            gradient_of(lambda logits, y: _own(logits.log_softmax(1), y - 1)),
             "y counts from 0, as the logits' columns do: no - 1.",
         ),
         Misconception(
             "first sample only",
-            _gradient_of(lambda logits, y: _own(logits.log_softmax(1), y)[:1]),
+            gradient_of(lambda logits, y: _own(logits.log_softmax(1), y)[:1]),
             "Only the first log-probability is differentiated; the gradients of the others are 0. Sum over "
             "the batch.",
         ),
@@ -667,7 +605,7 @@ LOG_PROB_GRADIENT = Exercise(
         ),
         Misconception(
             "gradient normalised",
-            _changed_gradient(_unit),
+            _changed_gradient(unit),
             "The gradient's length belongs to Bayes' rule: it falls to 0 where the class is certain.",
         ),
         Misconception(
@@ -687,7 +625,7 @@ LOG_PROB_GRADIENT = Exercise(
         ),
         Misconception(
             "gradient with respect to the logits",
-            _with_respect_to_logits,
+            gradient_of_outputs(guidance.selected_log_probs),
             "The gradient is that with respect to the logits, (B, K). Asked for is the one with respect to "
             "x_t, through the classifier.",
         ),
@@ -721,13 +659,13 @@ LOG_PROB_GRADIENT = Exercise(
         ),
         Misconception(
             "graph kept",
-            _gradient_of(guidance.selected_log_probs, create_graph=True),
+            gradient_of(guidance.selected_log_probs, create_graph=True),
             "The gradient carries a graph of its own, so that memory grows with every step: leave "
             "create_graph off.",
         ),
         Misconception(
             "gradients not switched on",
-            _gradients_not_switched_on,
+            _in_the_mode_around,
             "Samplers run under no_grad. Switch gradients on inside, as the lines above the solution do.",
         ),
         Misconception(
@@ -767,13 +705,7 @@ def _guided_mean_cases(seed: int) -> list[Case]:
 
 
 def _mean_with(**changes: Callable) -> Callable:
-    return _by_reference(guidance.guided_mean, **changes)
-
-
-def _mean_in_place(mean, variance, gradient, scale):
-    with torch.no_grad():
-        mean += scale * variance * gradient
-    return mean
+    return with_arguments(guidance.guided_mean, **changes)
 
 
 GUIDED_MEAN = Exercise(
@@ -893,7 +825,7 @@ GUIDED_MEAN = Exercise(
         ),
         Misconception(
             "gradient normalised",
-            _mean_with(gradient=lambda gradient, **_: _unit(gradient)),
+            _mean_with(gradient=lambda gradient, **_: unit(gradient)),
             "The gradient's length matters: it falls to 0 where the class is certain. Take it as it is.",
         ),
         Misconception(
@@ -910,16 +842,6 @@ GUIDED_MEAN = Exercise(
             "matrix product",
             lambda mean, variance, gradient, scale: mean + scale * variance @ gradient,
             "variance holds the diagonal of Sigma: multiply element by element.",
-        ),
-        Misconception(
-            "overwritten in place",
-            _mean_in_place,
-            "The mean still belongs to the caller: compute a new tensor.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _mean_with(gradient=lambda gradient, **_: gradient.detach()),
-            "The result must carry the gradient of its arguments on: no detach() here.",
         ),
     ),
 )
@@ -946,20 +868,15 @@ def _attention_pool_cases(seed: int) -> list[Case]:
         case("a single place", batch, 1, channels, labels),
         case("queries of 0, as at the start of training", batch, places, channels, labels, stretch=0),
         case("large scores, whose exponentials overflow", batch, places, channels, 3, stretch=2000),
-        case("places from a map's last axes", batch, places, channels, labels, change=_transposed),
+        case("places from a map's last axes", batch, places, channels, labels, change=transposed),
         case("float32", batch, places, channels, labels, dtype=torch.float32),
         case("with gradient", batch, places, channels, 3, gradient=True),
     ]
 
 
-def _scores(tokens: Tensor, queries: Tensor) -> Tensor:
-    """What the softmax gets, (B, L, N)."""
-    return queries @ tokens.mT / math.sqrt(tokens.shape[-1])
-
-
 def _pooled(weights: Callable[[Tensor], Tensor]) -> Callable:
     """Pooling with any function from scores (B, L, N) to weights, right or wrong."""
-    return lambda tokens, queries: weights(_scores(tokens, queries)) @ tokens
+    return lambda tokens, queries: weights(scores(queries, tokens)) @ tokens
 
 
 def _with_factor(factor: Callable[[Tensor, Tensor], float]) -> Callable:
@@ -1078,7 +995,7 @@ ATTENTION_POOL = Exercise(
         Misconception(
             "queries mixed instead of places",
             lambda tokens, queries: (
-                _scores(tokens, queries).softmax(-1) @ (tokens @ queries.mT / math.sqrt(tokens.shape[-1]))
+                scores(queries, tokens).softmax(-1) @ (tokens @ queries.mT / math.sqrt(tokens.shape[-1]))
             ),
             "The weights mix the places' features, not their scores.",
         ),
@@ -1103,7 +1020,7 @@ ATTENTION_POOL = Exercise(
         ),
         Misconception(
             "first sample's weights for all",
-            lambda tokens, queries: _scores(tokens[:1], queries).softmax(-1) @ tokens,
+            lambda tokens, queries: scores(queries, tokens[:1]).softmax(-1) @ tokens,
             "The weights are those of the first sample. Each sample has places of its own to be weighed.",
         ),
         Misconception(
@@ -1128,12 +1045,12 @@ ATTENTION_POOL = Exercise(
         ),
         Misconception(
             "weights instead of features",
-            lambda tokens, queries: _scores(tokens, queries).softmax(-1),
+            lambda tokens, queries: scores(queries, tokens).softmax(-1),
             "These are the weights, (B, L, N). Multiply them with the places' features.",
         ),
         Misconception(
             "weights detached",
-            lambda tokens, queries: _scores(tokens, queries).softmax(-1).detach() @ tokens,
+            lambda tokens, queries: scores(queries, tokens).softmax(-1).detach() @ tokens,
             "No gradient reaches the queries, so that they never learn: no detach() at the weights.",
         ),
         Misconception(
@@ -1288,11 +1205,6 @@ JOINT_LOGITS = Exercise(
             "pairs across samples",
             lambda first, second: guidance.joint_logits(first, second.roll(1, dims=0)),
             "The logits of different samples are added: both labels are those of the same sample.",
-        ),
-        Misconception(
-            "cut from the graph",
-            lambda first, second: guidance.joint_logits(first.detach(), second.detach()),
-            "The gradient of both labels is what guides: no detach() here.",
         ),
     ),
 )

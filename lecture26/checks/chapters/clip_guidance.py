@@ -9,14 +9,21 @@ from torch.nn.functional import cross_entropy, normalize
 
 from lecture26 import clip_guidance
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
-from .fixtures import Fixture
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws, cast
+from ..mistakes import (
+    gradient_in_the_mode_around,
+    gradient_of,
+    gradient_of_outputs,
+    scores,
+    with_arguments,
+    with_result,
+)
 
 
 def _unit(draws: Draws, *shape: int, **kind) -> Tensor:
     """Features of length 1."""
-    return normalize(draws.normal(*shape), dim=-1).to(kind.get("dtype", torch.float64))
+    return cast(normalize(draws.normal(*shape), dim=-1), **kind)
 
 
 def _cosine_cases(seed: int) -> list[Case]:
@@ -125,9 +132,8 @@ def _info_nce_cases(seed: int) -> list[Case]:
     n, d, side = draws.integer(6, 7), draws.integer(3, 4), draws.integer(4, 5)
     scale = draws.uniform(low=1.0, high=2.0).item()
 
-    def case(note, n, d, logit_scale, dtype=torch.float64, gradient=False):
-        features = [_unit(draws, n, d).to(dtype).requires_grad_(gradient) for _ in range(2)]
-        return Case(note, (*features, logit_scale))
+    def case(note, n, d, logit_scale, **kind):
+        return Case(note, (_unit(draws, n, d, **kind), _unit(draws, n, d, **kind), logit_scale))
 
     learned = torch.tensor(math.log(1 / 0.07), dtype=torch.float64, requires_grad=True)
     same = _unit(draws, 1, d).expand(n, d).clone()
@@ -311,10 +317,6 @@ def _masked_attention_cases(seed: int) -> list[Case]:
     ]
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.mT / math.sqrt(q.shape[-1])
-
-
 def _masked(scores: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Masked attention with any scores, right or wrong."""
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
@@ -328,37 +330,37 @@ MASKED_ATTENTION = Exercise(
     (
         Misconception(
             "mask inverted",
-            lambda q, k, v, mask: _masked(_scores(q, k), v, ~mask),
+            lambda q, k, v, mask: _masked(scores(q, k), v, ~mask),
             "True means that the query may look at the key: the others are to be masked.",
         ),
         Misconception(
             "mask ignored",
-            lambda q, k, v, mask: _scores(q, k).softmax(-1) @ v,
+            lambda q, k, v, mask: scores(q, k).softmax(-1) @ v,
             "Every query looks at every key here: the mask is not used.",
         ),
         Misconception(
             "masked scores set to 0",
-            lambda q, k, v, mask: (_scores(q, k) * mask).softmax(-1) @ v,
+            lambda q, k, v, mask: (scores(q, k) * mask).softmax(-1) @ v,
             "exp(0) is 1, not 0: a masked key keeps a weight. Its score has to be minus infinity.",
         ),
         Misconception(
             "masked after the softmax",
-            lambda q, k, v, mask: (_scores(q, k).softmax(-1) * mask) @ v,
+            lambda q, k, v, mask: (scores(q, k).softmax(-1) * mask) @ v,
             "The weights of the keys that are left must add up to 1: mask the scores before the softmax.",
         ),
         Misconception(
             "mask transposed",
-            lambda q, k, v, mask: _masked(_scores(q, k), v, mask.mT),
+            lambda q, k, v, mask: _masked(scores(q, k), v, mask.mT),
             "Rows of the mask are queries, columns are keys; here each token looks at those behind it.",
         ),
         Misconception(
             "mask added to the scores",
-            lambda q, k, v, mask: (_scores(q, k) + mask.to(q.dtype)).softmax(-1) @ v,
+            lambda q, k, v, mask: (scores(q, k) + mask.to(q.dtype)).softmax(-1) @ v,
             "This gives allowed keys 1 more and forbids none: the score of a masked key is minus infinity.",
         ),
         Misconception(
             "plus infinity",
-            lambda q, k, v, mask: _scores(q, k).masked_fill(~mask, math.inf).softmax(-1) @ v,
+            lambda q, k, v, mask: scores(q, k).masked_fill(~mask, math.inf).softmax(-1) @ v,
             "exp(-infinity) is 0; plus infinity gives NaN.",
         ),
         Misconception(
@@ -378,17 +380,17 @@ MASKED_ATTENTION = Exercise(
         ),
         Misconception(
             "softmax over the queries",
-            lambda q, k, v, mask: _scores(q, k).masked_fill(~mask, -math.inf).softmax(-2) @ v,
+            lambda q, k, v, mask: scores(q, k).masked_fill(~mask, -math.inf).softmax(-2) @ v,
             "The weights of one query add up to 1 over the keys: the softmax runs over the last axis.",
         ),
         Misconception(
             "no softmax",
-            lambda q, k, v, mask: (_scores(q, k) * mask) @ v,
+            lambda q, k, v, mask: (scores(q, k) * mask) @ v,
             "The scores are used as weights as they are; the softmax over the keys is missing.",
         ),
         Misconception(
             "queries and keys swapped",
-            lambda q, k, v, mask: _masked(_scores(k, q), v, mask),
+            lambda q, k, v, mask: _masked(scores(k, q), v, mask),
             "Rows of the scores are queries, columns are keys: q times k transposed.",
         ),
     ),
@@ -509,11 +511,6 @@ SENTENCE_FEATURES = Exercise(
             "end taken for a place",
             lambda features, tokens, end: features[:, min(end, features.shape[1] - 1)],
             "end is the number of the token, not the place where it stands.",
-        ),
-        Misconception(
-            "detached",
-            lambda features, tokens, end: clip_guidance.sentence_features(features.detach(), tokens, end),
-            "The values are right, but the text tower is to be trained through them: keep the gradient.",
         ),
     ),
 )
@@ -780,8 +777,7 @@ def _similarity_gradient_cases(seed: int) -> list[Case]:
     def case(note, *shape, dim=5, texts=None, mode="grad", weights=False, **kind):
         x_t = draws.normal(*shape, **kind)
         numbers = dict(dtype=kind.get("dtype", torch.float64), gradient=weights)
-        shapes = (x_t[0].numel(), 7), (7,), (7, dim)
-        tower = Fixture("image_tower", tuple(draws.normal(*each, **numbers) for each in shapes))
+        tower = draws.network("image_tower", x_t[0].numel(), dim, **numbers)
         text_features = 3 * draws.normal(texts or len(x_t), dim, dtype=x_t.dtype)
         return Case(note, (tower, x_t, draws.steps(len(x_t), 1000), text_features), mode)
 
@@ -799,38 +795,17 @@ def _similarity_gradient_cases(seed: int) -> list[Case]:
     ]
 
 
-def _gradient_of(score: Callable) -> Callable:
-    """The gradient with respect to x_t of any score (features, text_features) -> numbers, summed."""
-
-    def wrong(tower, x_t, t, text_features):
-        with torch.inference_mode(False), torch.enable_grad():
-            x_t, t = x_t.detach().clone().requires_grad_(), t.clone()
-            features, texts = tower(x_t, t), text_features.detach().clone()
-            return torch.autograd.grad(score(features, texts.expand_as(features)).sum(), x_t)[0]
-
-    return wrong
+def _gradient_of(score: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """The gradient of a score of the features and of a text for each of them, right or wrong."""
+    return gradient_of(lambda features, texts: score(features, texts.expand_as(features)))
 
 
-def _gradient_with(change: Callable) -> Callable:
-    """The right gradient with other arguments."""
-    return lambda *arguments: clip_guidance.similarity_gradient(*change(*arguments))
+def _gradient_with(**changes: Callable) -> Callable:
+    return with_arguments(clip_guidance.similarity_gradient, **changes)
 
 
 def _changed_gradient(change: Callable[[Tensor], Tensor]) -> Callable:
-    return lambda *arguments: change(clip_guidance.similarity_gradient(*arguments))
-
-
-def _with_respect_to_features(tower, x_t, t, text_features):
-    with torch.inference_mode(False), torch.enable_grad():
-        features = tower(x_t.detach().clone(), t.clone()).detach().requires_grad_()
-        similarity = clip_guidance.paired_similarity(features, text_features.clone())
-        return torch.autograd.grad(similarity.sum(), features)[0]
-
-
-def _gradients_not_switched_on(tower, x_t, t, text_features):
-    x_t = x_t.detach().clone().requires_grad_()
-    similarity = clip_guidance.paired_similarity(tower(x_t, t), text_features)
-    return torch.autograd.grad(similarity.sum(), x_t)[0]
+    return with_result(clip_guidance.similarity_gradient, change)
 
 
 SIMILARITY_GRADIENT = Exercise(
@@ -887,32 +862,32 @@ SIMILARITY_GRADIENT = Exercise(
         ),
         Misconception(
             "first text for all",
-            _gradient_with(lambda tower, x_t, t, texts: (tower, x_t, t, texts[:1])),
+            _gradient_with(text_features=lambda text_features, **_: text_features[:1]),
             "The first text is used for all: each sample has its own.",
         ),
         Misconception(
             "clean CLIP on x_t",
-            _gradient_with(lambda tower, x_t, t, texts: (tower, x_t, torch.zeros_like(t), texts)),
+            _gradient_with(t=lambda t, **_: torch.zeros_like(t)),
             "The CLIP is told step 0, whatever t is: it reads noise as if it were the picture's. Give it t.",
         ),
         Misconception(
             "papers' t for code's",
-            _gradient_with(lambda tower, x_t, t, texts: (tower, x_t, t + 1, texts)),
+            _gradient_with(t=lambda t, **_: t + 1),
             "1 is added to t. Code counts steps from 0, and the CLIP was trained with that number.",
         ),
         Misconception(
             "t scaled to [0, 1]",
-            _gradient_with(lambda tower, x_t, t, texts: (tower, x_t, t / 1000, texts)),
+            _gradient_with(t=lambda t, **_: t / 1000),
             "t goes into the CLIP as it is, 0 to T - 1.",
         ),
         Misconception(
             "one step for the whole batch",
-            _gradient_with(lambda tower, x_t, t, texts: (tower, x_t, t[:1].expand_as(t), texts)),
+            _gradient_with(t=lambda t, **_: t[:1].expand_as(t)),
             "The first sample's step is used for all. Each sample has a step of its own.",
         ),
         Misconception(
             "x_t clamped",
-            _gradient_with(lambda tower, x_t, t, texts: (tower, x_t.clamp(-1, 1), t, texts)),
+            _gradient_with(x_t=lambda x_t, **_: x_t.clamp(-1, 1)),
             "The CLIP gets x_t as it is: noisy images leave [-1, 1], and it was trained on such.",
         ),
         Misconception(
@@ -940,12 +915,12 @@ SIMILARITY_GRADIENT = Exercise(
         ),
         Misconception(
             "gradient with respect to the features",
-            _with_respect_to_features,
+            gradient_of_outputs(clip_guidance.paired_similarity),
             "This stops at the image's features: go on to the pixels, through the tower.",
         ),
         Misconception(
             "gradients not switched on",
-            _gradients_not_switched_on,
+            gradient_in_the_mode_around(clip_guidance.paired_similarity),
             "Samplers run under no_grad or inference_mode: without enable_grad nothing is differentiated.",
         ),
         Misconception(

@@ -1,105 +1,15 @@
 """Exercises of chapter 01: schedules, forward process, posterior, predictions, the bound, steps."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from inspect import signature
 
 import torch
 from torch import Tensor
 
 from lecture26 import ddpm
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one shape (B, ...), each at a step of its own, with the schedule there as (B, 1, ...)."""
-
-    note: str
-    draws: Draws
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    gradient: bool
-    t: Tensor  # (B,)
-    beta: Tensor  # (B, 1, ...), as the two below
-    alpha_bar: Tensor
-    alpha_bar_prev: Tensor
-
-    def normal(self) -> Tensor:
-        """Standard normal numbers of the batch's shape."""
-        return self.draws.normal(*self.shape, dtype=self.dtype, gradient=self.gradient)
-
-
-def batches(seed: int) -> list[Batch]:
-    """Batches of all layouts, both schedules and dtypes, with and without gradient."""
-    draws = Draws(seed)
-    side, wide, height, width = (
-        draws.integer(4, 5),
-        draws.integer(6, 8),
-        draws.integer(2, 3),
-        draws.integer(6, 7),
-    )
-    # Where the batch is as long as the last axis, a (B,) tensor along the wrong axis raises no error.
-    points, square_points = (side, wide), (side, side)
-    images, square_images = (side, 3, height, width), (side, 3, side, side)
-    float64, float32 = torch.float64, torch.float32
-    return [
-        _batch(draws, ddpm.linear_betas, square_points, float64),
-        _batch(draws, ddpm.cosine_betas, points, float64),
-        _batch(draws, ddpm.linear_betas, images, float64),
-        _batch(draws, ddpm.cosine_betas, square_images, float64),
-        _batch(draws, ddpm.linear_betas, (1, wide), float64),
-        _batch(draws, ddpm.cosine_betas, (1, 3, height, width), float32),
-        _batch(draws, ddpm.linear_betas, points, float32, gradient=True),
-        _batch(draws, ddpm.cosine_betas, images, float64, gradient=True),
-        _batch(draws, ddpm.linear_betas, points, float64, step="first"),
-        _batch(draws, ddpm.linear_betas, points, float64, step="last"),
-    ]
-
-
-def _batch(draws, schedule, shape, dtype, gradient=False, step=None) -> Batch:
-    num_steps = draws.choice((30, 100, 400, 1000))
-    betas = schedule(num_steps)  # (T,)
-    alpha_bar = (1 - betas).cumprod(0)  # (T,)
-    alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])  # (T,)
-    t = draws.steps(shape[0], num_steps)
-    note = f"{schedule.__name__} of {num_steps} steps"
-    if step is not None:
-        t = torch.full_like(t, 0 if step == "first" else num_steps - 1)
-        note += f", all at the {step} step"
-    # (T,) -> (B, 1, ...)
-    tables = (
-        table[t].to(dtype).view(-1, *[1] * (len(shape) - 1)) for table in (betas, alpha_bar, alpha_bar_prev)
-    )
-    return Batch(note, draws, shape, dtype, gradient, t, *tables)
-
-
-def schedule_mistakes(reference: Callable, *names: str) -> tuple[Misconception, ...]:
-    """Two mistakes that every function with schedule arguments (B, 1, ...) of these names invites."""
-
-    def with_changed(change: Callable) -> Callable:
-        def wrong(*arguments):
-            named = dict(zip(signature(reference).parameters, arguments, strict=True))
-            return reference(**named | {name: change(named[name]) for name in names})
-
-        return wrong
-
-    return (
-        Misconception(
-            "one step for the whole batch",
-            with_changed(lambda table: table[:1]),
-            "The schedule at the first sample's step is used for all. Each sample has a step of its own.",
-        ),
-        Misconception(
-            "schedule along the last axis",
-            with_changed(lambda table: table.flatten()),
-            "A tensor of shape (B,) broadcasts against the last axis, not against the batch: "
-            "keep (B, 1, ...).",
-        ),
-    )
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws, batches, schedule_tables
+from ..mistakes import per_sample, schedule_mistakes
 
 
 def _linear_betas_cases(seed: int) -> list[Case]:
@@ -464,10 +374,8 @@ POSTERIOR_MEAN = Exercise(
 
 def _posterior_variance_cases(seed: int) -> list[Case]:
     gathered = [Case(b.note, (b.beta, b.alpha_bar, b.alpha_bar_prev)) for b in batches(seed)]
-    betas = ddpm.cosine_betas(Draws(seed).integer(30, 60))  # (T,)
-    alpha_bar = (1 - betas).cumprod(0)
-    alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    return [*gathered, Case("whole tables of cosine_betas", (betas, alpha_bar, alpha_bar_prev))]
+    tables = schedule_tables(ddpm.cosine_betas(Draws(seed).integer(30, 60)))
+    return [*gathered, Case("whole tables of cosine_betas", tables)]
 
 
 POSTERIOR_VARIANCE = Exercise(
@@ -569,7 +477,7 @@ def _velocity_cases(seed: int) -> list[Case]:
 
 V_FROM_X_0_AND_EPS = Exercise(
     "ddpm.v_from_x_0_and_eps",
-    '"Three things to predict", equation (1.20)',
+    '"The velocity", equation (1.44)',
     ddpm.v_from_x_0_and_eps,
     _velocity_cases,
     (
@@ -630,7 +538,7 @@ V_FROM_X_0_AND_EPS = Exercise(
 
 X_0_FROM_V = Exercise(
     "ddpm.x_0_from_v",
-    '"Three things to predict", equation (1.21)',
+    '"The velocity", equation (1.45)',
     ddpm.x_0_from_v,
     _velocity_cases,
     (
@@ -709,7 +617,7 @@ def _learned_range_cases(seed: int) -> list[Case]:
 
 LEARNED_RANGE_LOG_VARIANCE = Exercise(
     "ddpm.learned_range_log_variance",
-    '"The model\'s step", equation (1.25)',
+    '"The model\'s step", equation (1.30)',
     ddpm.learned_range_log_variance,
     _learned_range_cases,
     (
@@ -786,13 +694,6 @@ LEARNED_RANGE_LOG_VARIANCE = Exercise(
             "large.",
         ),
         Misconception(
-            "v detached",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                v.detach(), beta, log_posterior_variance
-            ),
-            "The bound trains the variance through v: its gradient must not be cut.",
-        ),
-        Misconception(
             "brackets of the fraction forgotten",
             lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
                 2 * v, beta, log_posterior_variance
@@ -849,7 +750,7 @@ def _kl_of_terms(
 
 NORMAL_KL = Exercise(
     "ddpm.normal_kl",
-    '"The bound", equation (1.24)',
+    '"The bound", equation (1.29)',
     ddpm.normal_kl,
     _normal_kl_cases,
     (
@@ -1040,7 +941,7 @@ def _ancestral_update_cases(seed: int) -> list[Case]:
 
 ANCESTRAL_UPDATE = Exercise(
     "ddpm.ancestral_update",
-    '"Ancestral sampling", equation (1.31)',
+    '"Ancestral sampling", equation (1.37)',
     ddpm.ancestral_update,
     _ancestral_update_cases,
     (
@@ -1052,14 +953,14 @@ ANCESTRAL_UPDATE = Exercise(
         Misconception(
             "noise at the last step only",
             lambda mean, log_variance, noise, t: (
-                mean + _like(t == 0, mean) * (0.5 * log_variance).exp() * noise
+                mean + per_sample(t == 0, mean) * (0.5 * log_variance).exp() * noise
             ),
             "The mask is inverted: noise is added at every step but t = 0.",
         ),
         Misconception(
             "no noise at t = 1",
             lambda mean, log_variance, noise, t: (
-                mean + _like(t > 1, mean) * (0.5 * log_variance).exp() * noise
+                mean + per_sample(t > 1, mean) * (0.5 * log_variance).exp() * noise
             ),
             "The papers' last step t = 1 is t = 0 in code: noise is left out there only.",
         ),
@@ -1094,49 +995,51 @@ ANCESTRAL_UPDATE = Exercise(
         Misconception(
             "mean masked too",
             lambda mean, log_variance, noise, t: (
-                _like(t > 0, mean) * (mean + (0.5 * log_variance).exp() * noise)
+                per_sample(t > 0, mean) * (mean + (0.5 * log_variance).exp() * noise)
             ),
             "Only the noise is left out at t = 0; the mean stays.",
         ),
         Misconception(
             "variance for standard deviation",
-            lambda mean, log_variance, noise, t: mean + _like(t > 0, mean) * log_variance.exp() * noise,
+            lambda mean, log_variance, noise, t: mean + per_sample(t > 0, mean) * log_variance.exp() * noise,
             "The noise is multiplied by the variance. The standard deviation is exp(log_variance / 2).",
         ),
         Misconception(
             "half of the variance for its root",
-            lambda mean, log_variance, noise, t: mean + _like(t > 0, mean) * 0.5 * log_variance.exp() * noise,
+            lambda mean, log_variance, noise, t: (
+                mean + per_sample(t > 0, mean) * 0.5 * log_variance.exp() * noise
+            ),
             "The 1/2 belongs inside the exponential, exp(log_variance / 2): there it makes the root.",
         ),
         Misconception(
             "log-variance for standard deviation",
-            lambda mean, log_variance, noise, t: mean + _like(t > 0, mean) * log_variance * noise,
+            lambda mean, log_variance, noise, t: mean + per_sample(t > 0, mean) * log_variance * noise,
             "The third argument's factor is exp(log_variance / 2), not the logarithm itself.",
         ),
         Misconception(
             "root of the log-variance",
-            lambda mean, log_variance, noise, t: mean + _like(t > 0, mean) * log_variance.sqrt() * noise,
+            lambda mean, log_variance, noise, t: mean + per_sample(t > 0, mean) * log_variance.sqrt() * noise,
             "The standard deviation is exp(log_variance / 2). A logarithm may be negative and has no root "
             "then.",
         ),
         Misconception(
             "reciprocal of the standard deviation",
             lambda mean, log_variance, noise, t: (
-                mean + _like(t > 0, mean) * (-0.5 * log_variance).exp() * noise
+                mean + per_sample(t > 0, mean) * (-0.5 * log_variance).exp() * noise
             ),
             "The exponent's sign is wrong: sigma is exp(log_variance / 2).",
         ),
         Misconception(
             "noise subtracted",
             lambda mean, log_variance, noise, t: (
-                mean - _like(t > 0, mean) * (0.5 * log_variance).exp() * noise
+                mean - per_sample(t > 0, mean) * (0.5 * log_variance).exp() * noise
             ),
             "The noise is added. Subtracted, it has the same distribution, but the same seed gives another "
             "sample.",
         ),
         Misconception(
             "noise not scaled",
-            lambda mean, log_variance, noise, t: mean + _like(t > 0, mean) * noise,
+            lambda mean, log_variance, noise, t: mean + per_sample(t > 0, mean) * noise,
             "The noise is multiplied by the standard deviation, exp(log_variance / 2).",
         ),
         Misconception(
@@ -1147,17 +1050,12 @@ ANCESTRAL_UPDATE = Exercise(
         Misconception(
             "fresh noise for the argument",
             lambda mean, log_variance, noise, t: (
-                mean + _like(t > 0, mean) * (0.5 * log_variance).exp() * torch.randn_like(mean)
+                mean + per_sample(t > 0, mean) * (0.5 * log_variance).exp() * torch.randn_like(mean)
             ),
             "It draws noise of its own: use the argument, so that a seed decides the sample.",
         ),
     ),
 )
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask over samples, (B,), as (B, 1, ...) of x's dtype."""
-    return mask.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def _ddim_update_cases(seed: int) -> list[Case]:
@@ -1183,7 +1081,7 @@ def _ddim_with_sigma(
 
 DDIM_UPDATE = Exercise(
     "ddpm.ddim_update",
-    '"DDIM", equation (1.32)',
+    '"DDIM", equation (1.38)',
     ddpm.ddim_update,
     _ddim_update_cases,
     (
@@ -1417,7 +1315,7 @@ def _alpha_bar_before(alpha_bar: Tensor) -> Tensor:
 
 RESPACED_BETAS = Exercise(
     "ddpm.respaced_betas",
-    '"Fewer steps", equation (1.36)',
+    '"Fewer steps", equation (1.43)',
     ddpm.respaced_betas,
     _respaced_betas_cases,
     (

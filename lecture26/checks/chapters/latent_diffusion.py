@@ -10,12 +10,10 @@ from torch.nn.functional import normalize
 from lecture26 import latent_diffusion, vae
 from lecture26.ddpm import q_sample
 
-from .classifier_free_guidance import _detached, _in_place
-from .classifier_guidance import _by_reference, _transposed
-from .core import Case, Exercise, Misconception
-from .ddpm import schedule_mistakes
-from .draws import Draws
-from .fixtures import Fixture
+from ..callables import CallableArgument
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws, cast, transposed
+from ..mistakes import schedule_mistakes, scores, with_arguments, with_result
 
 # Into the latent space
 
@@ -163,25 +161,15 @@ TO_LATENTS = Exercise(
         ),
         Misconception(
             "one draw for the whole batch",
-            _by_reference(latent_diffusion.to_latents, noise=lambda noise, **_: noise[:1].expand_as(noise)),
+            with_arguments(latent_diffusion.to_latents, noise=lambda noise, **_: noise[:1].expand_as(noise)),
             "The first sample's noise is used for all. Each sample has its own.",
         ),
         Misconception(
             "first sample's variance for all",
-            _by_reference(
+            with_arguments(
                 latent_diffusion.to_latents, log_variance=lambda log_variance, **_: log_variance[:1]
             ),
             "The first sample's log-variance is used for all. Each sample has its own.",
-        ),
-        Misconception(
-            "overwritten in place",
-            _in_place(latent_diffusion.to_latents),
-            "The mean still belongs to the caller: compute a new tensor.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(latent_diffusion.to_latents),
-            "The result must carry the gradient of its arguments on: no detach() here.",
         ),
     ),
 )
@@ -197,7 +185,7 @@ def _from_latents_cases(seed: int) -> list[Case]:
     def case(note, *shape, scale, colours=3, mode="grad", **kind):
         latents = draws.normal(*shape, **kind)
         tensors = draws.normal(shape[1], 4 * colours), draws.normal(4 * colours)
-        decode = Fixture("decoder", tuple(tensor.to(latents.dtype) for tensor in tensors))
+        decode = CallableArgument("decoder", tuple(tensor.to(latents.dtype) for tensor in tensors))
         return Case(note, (decode, latents, scale), mode)
 
     return [
@@ -221,17 +209,6 @@ def _decoded_at(change: Callable[[Tensor, float], Tensor]) -> Callable:
 def _images_changed(change: Callable[[Tensor, float], Tensor]) -> Callable:
     """Any function of the right images and the scale."""
     return lambda decode, latents, scale: change(latent_diffusion.from_latents(decode, latents, scale), scale)
-
-
-def _decoded_without_gradient(decode, latents, scale):
-    with torch.no_grad():
-        return latent_diffusion.from_latents(decode, latents, scale)
-
-
-def _latents_in_place(decode, latents, scale):
-    with torch.no_grad():
-        latents /= scale
-    return decode(latents)
 
 
 FROM_LATENTS = Exercise(
@@ -322,16 +299,6 @@ FROM_LATENTS = Exercise(
             _decoded_at(lambda z, scale: (z[:1] / scale).expand_as(z)),
             "The first sample's latents are decoded for all.",
         ),
-        Misconception(
-            "overwritten in place",
-            _latents_in_place,
-            "The latents still belong to the caller: compute a new tensor.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _decoded_without_gradient,
-            "The images must carry the gradient of the latents on: guidance in pixels needs it.",
-        ),
     ),
 )
 
@@ -386,10 +353,6 @@ def _word_weights_cases(seed: int) -> list[Case]:
     ]
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.mT / math.sqrt(q.shape[-1])
-
-
 def _softmax(scores: Tensor, mask: Tensor, axis: int = -1) -> Tensor:
     """The softmax of any scores (B, heads, N, M), right or wrong, over the tokens of the mask."""
     return scores.masked_fill(~mask[:, None, None], -math.inf).softmax(axis)
@@ -401,7 +364,7 @@ def _with_factor(factor: Callable[[Tensor, Tensor], float]) -> Callable:
 
 
 def _changed_weights(change: Callable[[Tensor], Tensor]) -> Callable:
-    return lambda *arguments: change(latent_diffusion.word_weights(*arguments))
+    return with_result(latent_diffusion.word_weights, change)
 
 
 WORD_WEIGHTS = Exercise(
@@ -412,19 +375,19 @@ WORD_WEIGHTS = Exercise(
     (
         Misconception(
             "softmax over the places",
-            lambda q, k, mask: _softmax(_scores(q, k), mask, axis=-2),
+            lambda q, k, mask: _softmax(scores(q, k), mask, axis=-2),
             "Here the places share out each word. It is the words that each place shares out its attention "
             "over: the weights of one place add up to 1.",
         ),
         Misconception(
             "softmax over the heads",
-            lambda q, k, mask: _softmax(_scores(q, k), mask, axis=1),
+            lambda q, k, mask: _softmax(scores(q, k), mask, axis=1),
             "Each head has weights of its own, which add up to 1 over the tokens.",
         ),
         Misconception(
             "softmax over places and tokens",
             lambda q, k, mask: (
-                _scores(q, k)
+                scores(q, k)
                 .masked_fill(~mask[:, None, None], -math.inf)
                 .flatten(2)
                 .softmax(-1)
@@ -434,17 +397,17 @@ WORD_WEIGHTS = Exercise(
         ),
         Misconception(
             "no softmax",
-            lambda q, k, mask: _scores(q, k) * mask[:, None, None],
+            lambda q, k, mask: scores(q, k) * mask[:, None, None],
             "These are scores, of either sign; weights are positive and add up to 1.",
         ),
         Misconception(
             "exponentials not normalised",
-            lambda q, k, mask: _scores(q, k).exp().masked_fill(~mask[:, None, None], 0.0),
+            lambda q, k, mask: scores(q, k).exp().masked_fill(~mask[:, None, None], 0.0),
             "The exponentials are not divided by their sum over the tokens.",
         ),
         Misconception(
             "sigmoid for softmax",
-            lambda q, k, mask: _scores(q, k).sigmoid() * mask[:, None, None],
+            lambda q, k, mask: scores(q, k).sigmoid() * mask[:, None, None],
             "A sigmoid asks for each word by itself; the weights of one place have to add up to 1.",
         ),
         Misconception(
@@ -493,32 +456,32 @@ WORD_WEIGHTS = Exercise(
         ),
         Misconception(
             "mask ignored",
-            lambda q, k, mask: _scores(q, k).softmax(-1),
+            lambda q, k, mask: scores(q, k).softmax(-1),
             "Places look at padding, too: the mask is not used.",
         ),
         Misconception(
             "mask inverted",
-            lambda q, k, mask: _softmax(_scores(q, k), ~mask),
+            lambda q, k, mask: _softmax(scores(q, k), ~mask),
             "True stands for the tokens that are there; these are the ones to look at.",
         ),
         Misconception(
             "masked scores set to 0",
-            lambda q, k, mask: (_scores(q, k) * mask[:, None, None]).softmax(-1),
+            lambda q, k, mask: (scores(q, k) * mask[:, None, None]).softmax(-1),
             "exp(0) is 1, not 0: padding keeps a weight. Think of the score whose exponential is 0.",
         ),
         Misconception(
             "masked after the softmax",
-            lambda q, k, mask: _scores(q, k).softmax(-1) * mask[:, None, None],
+            lambda q, k, mask: scores(q, k).softmax(-1) * mask[:, None, None],
             "What the padding had is missing from the sum: mask the scores, before the softmax.",
         ),
         Misconception(
             "mask added to the scores",
-            lambda q, k, mask: (_scores(q, k) + mask[:, None, None]).softmax(-1),
+            lambda q, k, mask: (scores(q, k) + mask[:, None, None]).softmax(-1),
             "This gives the tokens that are there 1 more, and takes nothing from the others.",
         ),
         Misconception(
             "plus infinity",
-            lambda q, k, mask: _scores(q, k).masked_fill(~mask[:, None, None], math.inf).softmax(-1),
+            lambda q, k, mask: scores(q, k).masked_fill(~mask[:, None, None], math.inf).softmax(-1),
             "exp(-infinity) is 0; plus infinity gives NaN.",
         ),
         Misconception(
@@ -528,23 +491,23 @@ WORD_WEIGHTS = Exercise(
         ),
         Misconception(
             "words masked that one text lacks",
-            lambda q, k, mask: _softmax(_scores(q, k), mask.all(0, keepdim=True).expand_as(mask)),
+            lambda q, k, mask: _softmax(scores(q, k), mask.all(0, keepdim=True).expand_as(mask)),
             "A token is masked for all texts as soon as one of them lacks it. Each text has its own mask.",
         ),
         Misconception(
             "mask along the heads",
-            lambda q, k, mask: _scores(q, k).masked_fill(~mask[:, None], -math.inf).softmax(-1),
+            lambda q, k, mask: scores(q, k).masked_fill(~mask[:, None], -math.inf).softmax(-1),
             "A mask of shape (B, 1, M) meets the heads, not the batch: it needs two axes of length 1, for "
             "heads and places.",
         ),
         Misconception(
             "mask along the places",
-            lambda q, k, mask: _scores(q, k).masked_fill(~mask[:, None, :, None], -math.inf).softmax(-1),
+            lambda q, k, mask: scores(q, k).masked_fill(~mask[:, None, :, None], -math.inf).softmax(-1),
             "The mask is about tokens, the last axis of the scores, not about the places.",
         ),
         Misconception(
             "queries and keys swapped",
-            lambda q, k, mask: _softmax(_scores(k, q), mask),
+            lambda q, k, mask: _softmax(scores(k, q), mask),
             "Rows of the scores are places, columns are tokens: queries times keys transposed.",
         ),
         Misconception(
@@ -561,11 +524,6 @@ WORD_WEIGHTS = Exercise(
             "first head's weights for all",
             _changed_weights(lambda weights: weights[:, :1].expand_as(weights)),
             "The first head decides for all. Each of them looks by itself.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(latent_diffusion.word_weights),
-            "The result must carry the gradient of its arguments on: no detach() here.",
         ),
     ),
 )
@@ -670,7 +628,7 @@ CROSS_ATTENTION = Exercise(
         Misconception(
             "queries from the words",
             lambda x, context, w_q, w_k, w_v, heads, mask: _attention_of(
-                mix=lambda q, k, v, mask: _scores(q, k).softmax(-1) @ v
+                mix=lambda q, k, v, mask: scores(q, k).softmax(-1) @ v
             )(context, x, w_q, w_k, w_v, heads, mask),
             "Here the words ask and the image answers. It is each place of the image that asks: the queries "
             "come from x, the keys and values from the context.",
@@ -693,25 +651,25 @@ CROSS_ATTENTION = Exercise(
         Misconception(
             "self-attention of the image",
             lambda x, context, w_q, w_k, w_v, heads, mask: _attention_of(
-                mix=lambda q, k, v, mask: _scores(q, k).softmax(-1) @ v
+                mix=lambda q, k, v, mask: scores(q, k).softmax(-1) @ v
             )(x, x, w_q, w_k, w_v, heads, mask),
             "The image looks at itself: the context is not used. Keys and values come from the words.",
         ),
         Misconception(
             "keys and values swapped",
-            _by_reference(
+            with_arguments(
                 latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v, w_v=lambda w_k, **_: w_k
             ),
             "w_k and w_v have changed places: keys are compared with the queries, values are mixed.",
         ),
         Misconception(
             "values are the keys",
-            _by_reference(latent_diffusion.cross_attention, w_v=lambda w_k, **_: w_k),
+            with_arguments(latent_diffusion.cross_attention, w_v=lambda w_k, **_: w_k),
             "The keys are mixed, and w_v is not used: what a word is found by is not what it says.",
         ),
         Misconception(
             "keys are the values",
-            _by_reference(latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v),
+            with_arguments(latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v),
             "The queries are compared with the values, and w_k is not used.",
         ),
         Misconception(
@@ -768,7 +726,7 @@ CROSS_ATTENTION = Exercise(
         ),
         Misconception(
             "one head",
-            _by_reference(latent_diffusion.cross_attention, heads=lambda **_: 1),
+            with_arguments(latent_diffusion.cross_attention, heads=lambda **_: 1),
             "All features are taken as one head. Each head asks with its own part of them.",
         ),
         Misconception(
@@ -808,17 +766,17 @@ CROSS_ATTENTION = Exercise(
         ),
         Misconception(
             "softmax over the places",
-            _mixed(lambda q, k, mask: _softmax(_scores(q, k), mask, axis=-2)),
+            _mixed(lambda q, k, mask: _softmax(scores(q, k), mask, axis=-2)),
             "The places share out each word here. The weights of one place add up to 1 over the tokens.",
         ),
         Misconception(
             "softmax over the heads",
-            _mixed(lambda q, k, mask: _softmax(_scores(q, k), mask, axis=1)),
+            _mixed(lambda q, k, mask: _softmax(scores(q, k), mask, axis=1)),
             "The heads share out each word here. The weights of one head add up to 1 over the tokens.",
         ),
         Misconception(
             "no softmax",
-            _mixed(lambda q, k, mask: _scores(q, k) * mask[:, None, None]),
+            _mixed(lambda q, k, mask: scores(q, k) * mask[:, None, None]),
             "The scores are used as weights as they are: the softmax is missing.",
         ),
         Misconception(
@@ -828,27 +786,27 @@ CROSS_ATTENTION = Exercise(
         ),
         Misconception(
             "mask ignored",
-            _mixed(lambda q, k, mask: _scores(q, k).softmax(-1)),
+            _mixed(lambda q, k, mask: scores(q, k).softmax(-1)),
             "Padding is looked at, too: the mask is not used.",
         ),
         Misconception(
             "mask inverted",
-            _mixed(lambda q, k, mask: _softmax(_scores(q, k), ~mask)),
+            _mixed(lambda q, k, mask: _softmax(scores(q, k), ~mask)),
             "True stands for the tokens that are there; these are the ones to look at.",
         ),
         Misconception(
             "masked scores set to 0",
-            _mixed(lambda q, k, mask: (_scores(q, k) * mask[:, None, None]).softmax(-1)),
+            _mixed(lambda q, k, mask: (scores(q, k) * mask[:, None, None]).softmax(-1)),
             "exp(0) is 1, not 0: padding keeps a weight.",
         ),
         Misconception(
             "masked after the softmax",
-            _mixed(lambda q, k, mask: _scores(q, k).softmax(-1) * mask[:, None, None]),
+            _mixed(lambda q, k, mask: scores(q, k).softmax(-1) * mask[:, None, None]),
             "What the padding had is missing from the sum: mask the scores, before the softmax.",
         ),
         Misconception(
             "masked words set to 0",
-            _by_reference(
+            with_arguments(
                 latent_diffusion.cross_attention,
                 context=lambda context, mask, **_: context * mask[:, :, None],
                 mask=lambda mask, **_: torch.ones_like(mask),
@@ -857,12 +815,12 @@ CROSS_ATTENTION = Exercise(
         ),
         Misconception(
             "first text's mask for all",
-            _by_reference(latent_diffusion.cross_attention, mask=lambda mask, **_: mask[:1].expand_as(mask)),
+            with_arguments(latent_diffusion.cross_attention, mask=lambda mask, **_: mask[:1].expand_as(mask)),
             "The first text's mask is used for all. Each text has a length of its own.",
         ),
         Misconception(
             "first text for all",
-            _by_reference(
+            with_arguments(
                 latent_diffusion.cross_attention,
                 context=lambda context, **_: context[:1].expand_as(context),
                 mask=lambda mask, **_: mask[:1].expand_as(mask),
@@ -876,13 +834,8 @@ CROSS_ATTENTION = Exercise(
         ),
         Misconception(
             "words cut from the graph",
-            _by_reference(latent_diffusion.cross_attention, context=lambda context, **_: context.detach()),
+            with_arguments(latent_diffusion.cross_attention, context=lambda context, **_: context.detach()),
             "The text encoder learns through the context: its gradient must not be cut.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(latent_diffusion.cross_attention),
-            "The result must carry the gradient of its arguments on: no detach() here.",
         ),
     ),
 )
@@ -899,8 +852,7 @@ def _word_maps_cases(seed: int) -> list[Case]:
     def case(note, batch, heads, height, width, tokens, padding=0, **kind):
         scores = draws.normal(batch, heads, height * width, tokens)
         weights = torch.where(torch.arange(tokens) < tokens - padding, scores, -math.inf).softmax(-1)
-        weights = weights.to(kind.get("dtype", torch.float64)).requires_grad_(kind.get("gradient", False))
-        return Case(note, (weights, height, width))
+        return Case(note, (cast(weights, **kind), height, width))
 
     return [
         case("as many samples, heads, places and tokens", 4, 4, 2, 2, 4),
@@ -923,7 +875,7 @@ def _maps_of(heads: Callable[[Tensor], Tensor]) -> Callable:
 
 
 def _changed_maps(change: Callable[[Tensor], Tensor]) -> Callable:
-    return lambda *arguments: change(latent_diffusion.word_maps(*arguments))
+    return with_result(latent_diffusion.word_maps, change)
 
 
 WORD_MAPS = Exercise(
@@ -1035,11 +987,6 @@ WORD_MAPS = Exercise(
             _changed_maps(lambda maps: maps * maps.shape[1]),
             "The weights are multiplied by the number of tokens. Asked for are the weights themselves.",
         ),
-        Misconception(
-            "cut from the graph",
-            _detached(latent_diffusion.word_maps),
-            "The result must carry the gradient of its arguments on: no detach() here.",
-        ),
     ),
 )
 
@@ -1078,7 +1025,7 @@ def _keep_known_cases(seed: int) -> list[Case]:
         case("hardly any noise", few, 4, 3, 4, low=0.97, high=0.999),
         case("float32", few, 4, 4, 5, dtype=torch.float32),
         case("with gradient", few, 4, 3, 3, gradient=True),
-        Case(middle.note, (_transposed(z_t), _transposed(known), *others)),
+        Case(middle.note, (transposed(z_t), transposed(known), *others)),
     ]
 
 
@@ -1097,7 +1044,7 @@ def _joined(join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
 
 
 def _with_mask(change: Callable[[Tensor], Tensor]) -> Callable:
-    return _by_reference(latent_diffusion.keep_known, is_known=lambda is_known, **_: change(is_known))
+    return with_arguments(latent_diffusion.keep_known, is_known=lambda is_known, **_: change(is_known))
 
 
 KEEP_KNOWN = Exercise(
@@ -1233,12 +1180,12 @@ KEEP_KNOWN = Exercise(
         ),
         Misconception(
             "same noise for all",
-            _by_reference(latent_diffusion.keep_known, noise=lambda noise, **_: noise[:1].expand_as(noise)),
+            with_arguments(latent_diffusion.keep_known, noise=lambda noise, **_: noise[:1].expand_as(noise)),
             "The first sample's noise is used for all. Each has its own.",
         ),
         Misconception(
             "fresh noise",
-            _by_reference(latent_diffusion.keep_known, noise=lambda noise, **_: torch.randn_like(noise)),
+            with_arguments(latent_diffusion.keep_known, noise=lambda noise, **_: torch.randn_like(noise)),
             "The noise that is given is not used, but drawn anew. The known part is to follow one path from "
             "step to step.",
         ),
@@ -1248,16 +1195,6 @@ KEEP_KNOWN = Exercise(
             "Latents have no bounds, and noisy ones least of all: do not clamp.",
         ),
         *schedule_mistakes(latent_diffusion.keep_known, "alpha_bar"),
-        Misconception(
-            "overwritten in place",
-            _in_place(latent_diffusion.keep_known),
-            "z_t still belongs to the caller: make a new tensor.",
-        ),
-        Misconception(
-            "cut from the graph",
-            _detached(latent_diffusion.keep_known),
-            "The result must carry the gradient of its arguments on: no detach() here.",
-        ),
     ),
 )
 

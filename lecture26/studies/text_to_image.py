@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -23,18 +23,18 @@ from lecture26.kit.image_set import ImageSet
 from lecture26.kit.precision import choose_precision, say
 from lecture26.kit.processes import process_state
 from lecture26.kit.readers import Reader, canonical
-from lecture26.kit.training import SampleDraws, train
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.shapes import SIDES
 from lecture26.latent_diffusion import LatentDiffusion, TextAttention, TextDenoiser, TextEncoder
-from lecture26.recipes import find_recipe, load_model, load_recipe
+from lecture26.recipes import Trained, find_recipe, load_model
 from lecture26.recipes.latent import (
-    SIDES,
     EncodedImages,
     LatentDiffusionRecipe,
     draw_captions,
-    load_pipeline,
+    pipeline_of,
 )
-from lecture26.recipes.recipe import seeded
-from lecture26.unet import EMA, UNet
+from lecture26.recipes.recipe import seeded, train_network
+from lecture26.unet import UNet
 
 BATCH_SIZE = 64  # also of the notebook's small version, which draws the first batch
 STEPS = 50
@@ -105,11 +105,10 @@ def text_to_image_evaluation(
         `scene_outcomes`; "first_batch": the accuracies of the first batch alone; and "sweep": what
         `sample_quality` says of the first `sweep_samples`, so that weights can be compared.
     """
-
-    pipeline = load_pipeline(model).to(process_state().device)
-    recipe = load_recipe(model)
+    checkpoint = Trained(model)
+    recipe, pipeline = checkpoint.recipe, pipeline_of(checkpoint).to(process_state().device)
     judges = {part: load_model(name).to(process_state().device) for part, name in readers.items()}
-    sets = {split: recipe.load(split).images.parts for split in ("test", "held_out")}
+    sets = {split: recipe.load_images(split).images.parts for split in ("test", "held_out")}
     settings = [(part, "test", w, sweep_samples) for w in weights if w != WEIGHT for part in PARTS]
     settings += [(part, split, WEIGHT, num_samples) for split in sets for part in PARTS]
     runs = []
@@ -206,18 +205,14 @@ def count_objects(images: Tensor, saturation: float = 0.4, pixels: int = 24) -> 
     Returns:
         (B,) int64.
     """
-    batch, _, height, width = images.shape
+    from scipy import ndimage  # takes half a second to import
+
     is_coloured = images.amax(dim=1) - images.amin(dim=1) > saturation  # (B, H, W)
-    # Each area takes the highest of its pixels' numbers, which spreads from neighbour to neighbour.
-    numbers = torch.arange(1.0, height * width + 1).view(1, height, width) * is_coloured
-    while True:
-        spread = F.max_pool2d(numbers[:, None], 3, stride=1, padding=1)[:, 0] * is_coloured
-        if torch.equal(spread, numbers):
-            break
-        numbers = spread
-    sizes = torch.zeros(batch, height * width + 1)
-    sizes.scatter_add_(1, numbers.flatten(1).long(), is_coloured.flatten(1).float())
-    return (sizes[:, 1:] >= pixels).sum(dim=1)
+    counts = []
+    for mask in is_coloured.cpu().numpy():
+        areas, _ = ndimage.label(mask, np.ones((3, 3)))  # neighbours across a corner belong together
+        counts.append(int((np.bincount(areas.ravel())[1:] >= pixels).sum()))
+    return torch.tensor(counts)
 
 
 class KeptImages(EncodedImages):
@@ -290,9 +285,9 @@ def pixel_against_latent(
     """
     base = find_recipe(recipe)
     base = replace(base, num_encoded=num_encoded, batch_size=batch_size, words_first=False)
-    images = KeptImages(base.load("train").images, base.vae, num_encoded)
+    images = KeptImages(base.load_images("train").images, base.vae, num_encoded)
     images.kept([0])  # renders them all, which is no part of anybody's time
-    unseen = base.load("test")
+    unseen = base.load_images("test")
     base = base.fitted_to(images)
     settings = base.settings()
     recipes = {"latents": base}
@@ -306,14 +301,16 @@ def pixel_against_latent(
         each = in_faster_precision(each, images)
         cost = step_cost(each, images)
         num_steps = max(1, int((seconds - encoding) / cost["seconds_per_step"]))
-        model, training_seconds = trained(each, images, num_steps)
+        warmup_steps = min(each.warmup_steps, num_steps // 10)
+        from_nothing = replace(each, start=None, steps=num_steps, warmup_steps=warmup_steps)
+        model, history = train_network(from_nothing, images)
         measured = cost | {
             "precision": each.precision,
             "encoding_seconds": encoding,
             "training_steps": num_steps,
-            "training_seconds": training_seconds,
+            "training_seconds": history.seconds,
         }
-        draw = drawer(each, model, steps, batch_size)
+        draw = drawer(each, model.cpu(), steps, batch_size)
         for part, of_part in zip(PARTS, unseen.images.parts, strict=True):
             drawn, per_image = draw(of_part.captions(range(num_samples)))
             wanted = of_part.attributes(range(num_samples))
@@ -389,25 +386,6 @@ def step_cost(recipe: LatentDiffusionRecipe, images: ImageSet) -> dict:
         "seconds_per_step": statistics.median(step(number) for number in range(1, 1 + EQUAL_TIMED_STEPS)),
         "activation_bytes": sum(kept.values()),
     }
-
-
-def trained(recipe: LatentDiffusionRecipe, images: ImageSet, steps: int) -> tuple[nn.Module, float]:
-    """The averaged network of a recipe after so many steps, frozen; and the seconds of its training."""
-    model = seeded(recipe.seed, recipe.build)
-    average = EMA(model, recipe.ema_decay)
-    history = train(
-        model,
-        lambda random: recipe.draw(images, random),
-        recipe.loss,
-        steps=steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=min(recipe.warmup_steps, steps // 10),
-        average=average,
-        seed=recipe.seed,
-        precision=recipe.precision,
-    )
-    return average.model.cpu(), history.seconds
 
 
 def drawer(recipe: LatentDiffusionRecipe, model: TextDenoiser, steps: int, batch_size: int) -> Callable:

@@ -7,16 +7,12 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
-from lecture26.recipes.adaptation import (
-    PROMPT_COUNTS,
-    SHORT_BUDGET,
-    SMALL_TASKS,
-    adaptation,
-    forget_progress,
-)
-from lecture26.recipes.probes import solved_heads
+from lecture26.recipes.adaptation import SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
-from lecture26.recipes.sweeps import (
+from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
+from lecture26.studies.ledger import forget_ledger
+from lecture26.studies.probes import solved_heads
+from lecture26.studies.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
     Study,
@@ -24,7 +20,7 @@ from lecture26.recipes.sweeps import (
     classifier_guidance_sweep,
     clip_guidance_sweep,
 )
-from lecture26.recipes.text_studies import pixel_against_latent, text_to_image_evaluation
+from lecture26.studies.text_to_image import pixel_against_latent, text_to_image_evaluation
 
 STEP_COUNTS = (10, 20, 50, 100, 250, 1000)
 READERS_64 = {"shapes": "reader_shapes64", "scenes": "reader_scenes64"}
@@ -128,5 +124,5 @@ def measure(name: str, command: str) -> dict:
     check_choice("measurement", name, tuple(MEASUREMENTS))
     with sole_use(name):
         stored = save_results(name, command, MEASUREMENTS[name]())
-        forget_progress(name)
+        forget_ledger(name)
     return stored

@@ -14,8 +14,8 @@ from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddim_step, ddpm_step, sample
 from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.processes import process_state
-from lecture26.recipes import load_diffusion, load_model, load_recipe
-from lecture26.recipes.clip import shortened
+from lecture26.kit.shapes import leave_out
+from lecture26.recipes import Trained, load_model
 
 BATCH_SIZE = 64  # also of the notebooks' small versions, which draw the first batch
 NUM_SAMPLES = 512
@@ -48,17 +48,16 @@ class Study:
         batch_size: samples drawn at once; batch b with a generator seeded with b.
 
     Attributes:
-        network, diffusion: the denoiser and what it was trained for.
+        network, diffusion, recipe: the denoiser, what it was trained for, and how.
         device: where everything is done.
     """
 
     def __init__(self, model: str, reader: str, batch_size: int = BATCH_SIZE):
-
+        checkpoint = Trained(model)
         self.device = process_state().device
-        self.network = load_model(model).to(self.device)
-        self.diffusion = load_diffusion(model)
+        self.network = checkpoint.network.to(self.device)
+        self.diffusion, self.recipe = checkpoint.diffusion, checkpoint.recipe
         self._judge = load_model(reader).to(self.device)
-        self._recipe = load_recipe(model)
         self._batch_size = batch_size
 
     def run(
@@ -85,10 +84,10 @@ class Study:
             and `attribute_accuracy` ("accuracy_LABEL", "accuracy_all") say of the samples; "first_batch":
             what they say of the first batch alone.
         """
-        images = self._recipe.load(split)
+        images = self.recipe.load_images(split)
         attributes = images.attributes(range(num_samples))
         diffusion = self.diffusion.respace(steps)
-        shape = (self._batch_size, self._recipe.channels, self._recipe.image_size, self._recipe.image_size)
+        shape = (self._batch_size, self.recipe.channels, self.recipe.image_size, self.recipe.image_size)
         batches, seconds = [], []
         for seed, indices in enumerate(torch.arange(num_samples).split(self._batch_size)):
             generator = torch.Generator().manual_seed(seed)  # on the CPU: the same samples on every device
@@ -139,8 +138,8 @@ def classifier_guidance_sweep(
         "mean shift"), "sampler" and "scale", and what `Study.run` says.
     """
     study = Study(model, reader, batch_size)
-    network = load_model(classifier).to(study.device)
-    recipe = load_recipe(classifier)
+    checkpoint = Trained(classifier)
+    network, recipe = checkpoint.network.to(study.device), checkpoint.recipe
 
     def guide(form: str, sampler: str, scale: float, wanted: dict[str, Tensor]) -> tuple[Callable, Callable]:
         y = recipe.classes(wanted)
@@ -190,14 +189,15 @@ def clip_guidance_sweep(
     """
     study = Study(model, reader, batch_size)
     networks = {through: load_model(name).to(study.device) for through, name in clips.items()}
-    images = load_recipe(model).load("test")
+    images = study.recipe.load_images("test")
 
     def guide(
         through: str, sampler: str, scale: float, whole: bool, wanted: dict[str, Tensor]
     ) -> tuple[Callable, Callable]:
         denoiser = study.network
         if through != "none":
-            captions = [shortened(caption, (whole, True, whole)) for caption in images.describe(wanted)]
+            lost = () if whole else ("size_1", "background")
+            captions = [leave_out(caption, lost) for caption in images.describe(wanted)]
             clip = networks[through]
             with torch.no_grad():
                 text_features = clip.encode_text(clip.tokenizer(captions).to(study.device))
@@ -242,7 +242,7 @@ def classifier_free_guidance_sweep(
         differs from the wanted one, by one class) and what `Study.run` says.
     """
     study = Study(model, reader, batch_size)
-    recipe = load_recipe(model)
+    recipe = study.recipe
 
     def guide(setting: dict, wanted: dict[str, Tensor]) -> tuple[Callable, Callable]:
         cond = recipe.conditions(wanted)

@@ -9,8 +9,8 @@ from torch.nn.functional import mse_loss
 
 from lecture26 import vae
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
 
 
 def _per_sample(values: Tensor) -> Tensor:
@@ -488,11 +488,6 @@ REPARAMETERIZE = Exercise(
             "The first sample's variance is used for all: each sample has its own.",
         ),
         Misconception(
-            "draw detached",
-            lambda m, v, eps: vae.reparameterize(m, v, eps).detach(),
-            "The values are right, but the encoder learns through this draw: keep the gradient.",
-        ),
-        Misconception(
             "spread detached",
             lambda m, v, eps: vae.reparameterize(m, v.detach(), eps),
             "The values are right, but the encoder learns its spread through this draw: keep that gradient.",
@@ -717,7 +712,7 @@ def _active_cases(seed: int) -> list[Case]:
 
     def case(note, count, *shape, threshold=0.01, moves=MOVES, dtype=torch.float64):
         size = math.prod(shape)
-        order = torch.randperm(size, generator=draws.generator) % len(moves)
+        order = draws.permutation(size) % len(moves)
         spread, middle = torch.tensor(moves, dtype=torch.float64)[order].T  # (size,) each
         shape_of_moves = draws.normal(count, size)
         shape_of_moves = (shape_of_moves - shape_of_moves.mean(dim=0)) / shape_of_moves.std(dim=0)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lecture26 import unet
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws
+from ..mistakes import patch_grid, scores
 
 
 def _timestep_embedding_cases(seed: int) -> list[Case]:
@@ -395,48 +396,44 @@ ATTENTION = Exercise(
         ),
         Misconception(
             "softmax over the queries",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-2) @ v,
+            lambda q, k, v: scores(q, k).softmax(-2) @ v,
             "The weights of one query add up to 1 over the keys: the softmax runs over the last axis of the "
             "scores.",
         ),
         Misconception(
             "softmax over the batch",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(0) @ v,
+            lambda q, k, v: scores(q, k).softmax(0) @ v,
             "The softmax runs over the first axis and mixes samples; it belongs to the keys, the last axis.",
         ),
         Misconception(
             "softmax over the heads",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(1) @ v,
+            lambda q, k, v: scores(q, k).softmax(1) @ v,
             "The softmax runs over axis 1; count axes from the end: the keys are the last one of the scores.",
         ),
         Misconception(
             "no softmax",
-            lambda q, k, v: q @ k.mT / math.sqrt(q.shape[-1]) @ v,
+            lambda q, k, v: scores(q, k) @ v,
             "The scores are used as weights as they are; the softmax over the keys is missing.",
         ),
         Misconception(
             "softmax without its maximum taken off",
-            lambda q, k, v: (
-                (q @ k.mT / math.sqrt(q.shape[-1])).exp()
-                / (q @ k.mT / math.sqrt(q.shape[-1])).exp().sum(-1, keepdim=True)
-                @ v
-            ),
+            lambda q, k, v: scores(q, k).exp() / scores(q, k).exp().sum(-1, keepdim=True) @ v,
             "exp overflows for large scores and the quotient is NaN: use softmax, or subtract the maximum "
             "first.",
         ),
         Misconception(
             "sigmoid for softmax",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).sigmoid() @ v,
+            lambda q, k, v: scores(q, k).sigmoid() @ v,
             "A sigmoid gives each key a weight of its own; the softmax makes them add up to 1.",
         ),
         Misconception(
             "softmax of the result",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1]) @ v).softmax(-1),
+            lambda q, k, v: (scores(q, k) @ v).softmax(-1),
             "The softmax turns the scores into weights, before the values are mixed.",
         ),
         Misconception(
             "logarithm of the weights",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).log_softmax(-1) @ v,
+            lambda q, k, v: scores(q, k).log_softmax(-1) @ v,
             "The weights are the softmax itself, not its logarithm.",
         ),
         Misconception(
@@ -471,7 +468,7 @@ ATTENTION = Exercise(
         ),
         Misconception(
             "weights transposed",
-            lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mT @ v,
+            lambda q, k, v: scores(q, k).softmax(-1).mT @ v,
             "The weights have a row for each query already: multiply them by v as they are.",
         ),
         Misconception(
@@ -482,7 +479,7 @@ ATTENTION = Exercise(
         Misconception(
             "causal mask",
             lambda q, k, v: (
-                (q @ k.mT / math.sqrt(q.shape[-1]))
+                (scores(q, k))
                 .masked_fill(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1), -math.inf)
                 .softmax(-1)
                 @ v
@@ -512,11 +509,6 @@ def _patchify_cases(seed: int) -> list[Case]:
     ]
 
 
-def _blocks(x: Tensor, p: int) -> Tensor:
-    """(B, C, H, W) to (B, C, H / p, i, W / p, j): each pixel's patch, and its place (i, j) in there."""
-    return x.unflatten(3, (-1, p)).unflatten(2, (-1, p))
-
-
 PATCHIFY = Exercise(
     "unet.patchify",
     '"Patches", equation (2.15)',
@@ -525,28 +517,28 @@ PATCHIFY = Exercise(
     (
         Misconception(
             "channels last in the new channels",
-            lambda x, patch_size: _blocks(x, patch_size).permute(0, 3, 5, 1, 2, 4).flatten(1, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).permute(0, 3, 5, 1, 2, 4).flatten(1, 3),
             "Here pixel (i, j) of channel c lands in channel (i p + j) C + c. The old channel comes first: c "
             "p^2 + i p + j.",
         ),
         Misconception(
             "channels in the middle of the new channels",
-            lambda x, patch_size: _blocks(x, patch_size).permute(0, 3, 1, 5, 2, 4).flatten(1, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).permute(0, 3, 1, 5, 2, 4).flatten(1, 3),
             "The old channel stands between i and j in the new one. It comes first: c p^2 + i p + j.",
         ),
         Misconception(
             "rows and columns within a patch swapped",
-            lambda x, patch_size: _blocks(x, patch_size).permute(0, 1, 5, 3, 2, 4).flatten(1, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).permute(0, 1, 5, 3, 2, 4).flatten(1, 3),
             "Pixel (i, j) lands in channel j p + i: the row i counts p, the column j counts 1.",
         ),
         Misconception(
             "rows and columns of patches swapped",
-            lambda x, patch_size: _blocks(x, patch_size).permute(0, 1, 3, 5, 4, 2).flatten(1, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).permute(0, 1, 3, 5, 4, 2).flatten(1, 3),
             "The image comes out transposed: patches keep their rows and columns, H / p before W / p.",
         ),
         Misconception(
             "everything transposed",
-            lambda x, patch_size: _blocks(x, patch_size).permute(0, 1, 5, 3, 4, 2).flatten(1, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).permute(0, 1, 5, 3, 4, 2).flatten(1, 3),
             "The image comes out transposed, between patches and within them: rows stay before columns.",
         ),
         Misconception(
@@ -559,7 +551,7 @@ PATCHIFY = Exercise(
         ),
         Misconception(
             "split without permuting",
-            lambda x, patch_size: _blocks(x, patch_size).flatten(1, 3).flatten(2, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).flatten(1, 3).flatten(2, 3),
             "The axes are split but not permuted, so that rows of patches end up in the channels.",
         ),
         Misconception(
@@ -575,7 +567,7 @@ PATCHIFY = Exercise(
         ),
         Misconception(
             "patches and pixels swapped",
-            lambda x, patch_size: _blocks(x, patch_size).permute(0, 1, 2, 4, 3, 5).flatten(1, 3),
+            lambda x, patch_size: patch_grid(x, patch_size).permute(0, 1, 2, 4, 3, 5).flatten(1, 3),
             "The patches have gone into the channels and the pixels within them stayed outside; it is the "
             "other way round.",
         ),
@@ -691,12 +683,6 @@ EMA_UPDATE = Exercise(
             "parameter returned",
             lambda average, parameter, decay: parameter.clone(),
             "The parameter comes back; nothing of the average is kept.",
-        ),
-        Misconception(
-            "updated in place",
-            lambda average, parameter, decay: average.mul_(decay).add_(parameter, alpha=1 - decay),
-            "The values are right, but the average is overwritten. This function returns a new tensor, and "
-            "its caller writes it back.",
         ),
     ),
 )

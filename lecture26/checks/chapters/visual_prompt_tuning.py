@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lecture26 import visual_prompt_tuning
 
-from .core import Case, Exercise, Misconception
-from .draws import Draws
+from ..core import Case, Exercise, Misconception
+from ..draws import Draws, cast
+from ..mistakes import patch_grid
 
 
 def _patches_cases(seed: int) -> list[Case]:
@@ -34,15 +35,9 @@ def _patches_cases(seed: int) -> list[Case]:
     ]
 
 
-def _grid(x: Tensor, p: int) -> Tensor:
-    """Pixels by (B, channel, row of patches, row inside, column of patches, column inside)."""
-    batch, channels, height, width = x.shape
-    return x.reshape(batch, channels, height // p, p, width // p, p)
-
-
 def _ordered(*order: int):
-    """The six axes of _grid in another order; the first three of them count the tokens."""
-    return lambda x, p: _grid(x, p).permute(*order).flatten(3).flatten(1, 2)
+    """The six axes of patch_grid in another order; the first three of them count the tokens."""
+    return lambda x, p: patch_grid(x, p).permute(*order).flatten(3).flatten(1, 2)
 
 
 def _square_grid(x: Tensor, p: int) -> Tensor:
@@ -126,7 +121,7 @@ PATCHES = Exercise(
         ),
         Misconception(
             "every channel's patches for themselves",
-            lambda x, p: _grid(x, p).permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(1, 3),
+            lambda x, p: patch_grid(x, p).permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(1, 3),
             "A token holds all channels of its patch; here each channel makes tokens of its own.",
         ),
         Misconception(
@@ -143,11 +138,6 @@ PATCHES = Exercise(
             "the first patch alone",
             lambda x, p: visual_prompt_tuning.patches(x, p)[:, :1],
             "All patches of the picture are wanted, not the first one alone.",
-        ),
-        Misconception(
-            "detached",
-            lambda x, p: visual_prompt_tuning.patches(x.detach(), p),
-            "The values are right, but pictures may carry gradient: keep it.",
         ),
     ),
 )
@@ -322,8 +312,7 @@ def _initial_cases(seed: int) -> list[Case]:
     n, d, depth, p = draws.integer(3, 4), draws.integer(6, 8), draws.integer(2, 3), draws.integer(3, 5)
 
     def case(note, *shape, values, **kind):
-        dtype, gradient = kind.get("dtype", torch.float64), kind.get("gradient", False)
-        return Case(note, (draws.uniform(*shape, dtype=dtype).requires_grad_(gradient), values))
+        return Case(note, (draws.uniform(*shape, **kind), values))
 
     ends = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1 - 2**-24]], dtype=torch.float64)
     return [
@@ -468,11 +457,6 @@ def _replaced_at(place):
     return put
 
 
-def _replaced_in_place(tokens: Tensor, prompts: Tensor, num_prefix: int) -> Tensor:
-    tokens[:, num_prefix : num_prefix + prompts.shape[-2]] = prompts
-    return tokens
-
-
 def _without_old(tokens: Tensor, prompts: Tensor, num_prefix: int) -> Tensor:
     return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + prompts.shape[-2] :]], dim=1)
 
@@ -577,11 +561,6 @@ REPLACE_PROMPTS = Exercise(
             "The first num_prefix tokens are gone: they stay in front of the prompts.",
         ),
         Misconception(
-            "changed in place",
-            _replaced_in_place,
-            "The argument is written into, where others still need it, autograd among them: make new tokens.",
-        ),
-        Misconception(
             "first sample's prompts for all",
             lambda tokens, prompts, num_prefix: visual_prompt_tuning.replace_prompts(
                 tokens, _first_of(prompts), num_prefix
@@ -616,11 +595,9 @@ def _attention_cases(seed: int) -> list[Case]:
     )
     side = draws.integer(5, 6)
 
-    def case(note, batch, heads, count, num_prefix, n, gradient=False, **kind):
+    def case(note, batch, heads, count, num_prefix, n, **kind):
         weights = (2 * draws.normal(batch, heads, count, count)).softmax(dim=-1)
-        return Case(
-            note, (weights.to(kind.get("dtype", torch.float64)).requires_grad_(gradient), num_prefix, n)
-        )
+        return Case(note, (cast(weights, **kind), num_prefix, n))
 
     uniform = torch.full((batch, heads, count, count), 1 / count, dtype=torch.float64)
     return [
@@ -753,11 +730,6 @@ ATTENTION_TO_PROMPTS = Exercise(
             lambda weights, num_prefix, n: _to_prompts(weights.softmax(dim=-1), num_prefix, n).sum(dim=-1),
             "The weights of a row add up to 1 already: they have been through the softmax.",
         ),
-        Misconception(
-            "detached",
-            lambda weights, num_prefix, n: _to_prompts(weights.detach(), num_prefix, n).sum(dim=-1),
-            "The values are right, but the gradient is cut.",
-        ),
     ),
 )
 
@@ -773,9 +745,7 @@ def _storage_cases(seed: int) -> list[Case]:
         return torch.tensor([draws.integer(low, high) for _ in range(count)])
 
     def case(note, models, **kind):
-        dtype = kind.get("dtype", torch.float64)
-        backbone = draws.uniform(models, low=1e4, high=1e6).round().to(dtype)
-        backbone.requires_grad_(kind.get("gradient", False))
+        backbone = cast(draws.uniform(models, low=1e4, high=1e6).round(), **kind)
         sizes = counts(models, 2, 12), counts(models, 1, 8), counts(models, 16, 48)
         return Case(note, (backbone, *sizes, classes))
 
@@ -1005,11 +975,6 @@ BIAS_GRADIENT = Exercise(
             _changed_bias(lambda total: total / total.norm()),
             "The gradient has the length that it has: no normalisation.",
         ),
-        Misconception(
-            "detached",
-            lambda g: _rows(g.detach()).sum(dim=0),
-            "The values are right, but the gradient of the gradient is cut.",
-        ),
     ),
 )
 
@@ -1158,13 +1123,6 @@ OWN_HEAD = Exercise(
                 features, weights, biases, tasks
             ).softmax(dim=1),
             "The logits are asked for: the loss takes the softmax.",
-        ),
-        Misconception(
-            "detached",
-            lambda features, weights, biases, tasks: visual_prompt_tuning.own_head(
-                features.detach(), weights.detach(), biases.detach(), tasks
-            ),
-            "The values are right, but heads and prompts learn through them: keep the gradient.",
         ),
     ),
 )

@@ -17,8 +17,8 @@ _KINDS: dict[str, Callable] = {}
 
 
 @dataclass(frozen=True, eq=False)
-class Fixture:
-    """A callable made of tensors, such as a small classifier with these weights.
+class CallableArgument:
+    """An argument made of tensors that can be called, such as a small classifier with these weights.
 
     kind: the name of one of the functions below.
     tensors: what this function takes first.

@@ -1,0 +1,1 @@
+"""What is measured of the trained models, and takes too long for a notebook's cell."""
