@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from lecture26.kit.results import save_results
 from lecture26.unet import UNet
 
-BATCH_SIZE, IMAGE_SIZE, REPEATS = 64, 32, 5
+BATCH_SIZE, IMAGE_SIZE, REPEATS = 32, 32, 7
 WIDTHS = (32, 64, 96)
 
 

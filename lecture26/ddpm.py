@@ -86,6 +86,9 @@ def cosine_betas(num_steps):
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
 # --- A laboratory where everything is exact ---
 
 

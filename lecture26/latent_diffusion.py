@@ -4,8 +4,6 @@ Generated from notebooks/07_latent_diffusion.py, which derives and checks it: ed
 package`.
 """
 
-import hashlib
-import json
 import math
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,24 +12,21 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import nn
 from torch.nn import functional as F
 
 from lecture26.classifier_free_guidance import classifier_free_guided
-from lecture26.clip_guidance import TextTransformer, Tokenizer
+from lecture26.clip_guidance import TextTransformer, Tokenizer, masked_attention
 from lecture26.ddpm import (
+    SCHEDULES,
     Diffusion,
-    cosine_betas,
     ddim_step,
-    linear_betas,
     noise_like,
     q_sample,
     sample,
 )
-from lecture26.kit.files import replace_when_complete
-from lecture26.kit.validation import check_choice, check_positive_int
+from lecture26.kit.tensor_files import read_parts, write_parts
+from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 from lecture26.unet import SelfAttention, UNet, group_norm, zero_init
 from lecture26.vae import KLVAE, reparameterize
 
@@ -119,9 +114,9 @@ def word_weights(q, k, mask):
 
     Source: Vaswani et al. 2017, section 3.2.1; Rombach et al. 2022, section 3.3.
     """
-    # a = softmax over the tokens of q k^T / sqrt(d), with the score -inf for tokens that are not there
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, N, M)
-    return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(dim=-1)
+    # a = softmax over the tokens of q k^T / sqrt(d), which are there; a mixture of unit vectors is a itself
+    unit_vectors = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)  # (M, M), one for each token
+    return masked_attention(q, k, unit_vectors, mask[:, None, None, :])
 
 
 # --- Queries from the image, keys and values from the words ---
@@ -130,6 +125,18 @@ def word_weights(q, k, mask):
 def split_heads(features, heads):
     """Cut features (B, N, heads * d) into heads, (B, heads, N, d): head i gets the i-th d of them."""
     return features.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def attention_in_heads(q, k, v, heads, mask):
+    """Let queries q (B, N, heads * d) mix values v by keys k (B, M, heads * d): (B, N, heads * d).
+
+    mask, (B, M) bool, is True for the tokens to be looked at.
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+    """
+    q, k, v = (split_heads(features, heads) for features in (q, k, v))  # (B, heads, N or M, d)
+    mixed = masked_attention(q, k, v, mask[:, None, None, :])  # a V in each head, (B, heads, N, d)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
@@ -148,11 +155,8 @@ def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
 
     Source: Rombach et al. 2022, section 3.3; Vaswani et al. 2017, section 3.2.2.
     """
-    # Q = x W_q^T, K = c W_k^T, V = c W_v^T; each head by itself: a V
-    q = split_heads(x @ w_q.T, heads)  # (B, heads, N, d)
-    k, v = (split_heads(context @ w.T, heads) for w in (w_k, w_v))  # (B, heads, M, d)
-    mixed = word_weights(q, k, mask) @ v  # (B, heads, N, d)
-    return mixed.transpose(1, 2).flatten(2)
+    # Q = x W_q^T, K = c W_k^T, V = c W_v^T
+    return attention_in_heads(x @ w_q.T, context @ w_k.T, context @ w_v.T, heads, mask)
 
 
 # --- As a layer ---
@@ -183,35 +187,27 @@ class CrossAttention(nn.Module):
         }
         for name, value in sizes.items():
             check_positive_int(name, value)
-        self.heads = heads
+        self.query_dim, self.context_dim, self.heads = query_dim, context_dim, heads
         self.to_q = nn.Linear(query_dim, heads * head_dim, bias=False)
         self.to_k = nn.Linear(context_dim, heads * head_dim, bias=False)
         self.to_v = nn.Linear(context_dim, heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, query_dim)
 
     def forward(self, x, context, mask=None):
-        """Let each place look at the tokens.
+        """Let each place, of features x (B, N, C), look at tokens of features context (B, M, E): (B, N, C).
 
-        Args:
-            x: features of the places, (B, N, C).
-            context: features of the tokens, (B, M, E).
-            mask: (B, M) bool, True for the tokens to be looked at; None for all.
-
-        Returns:
-            (B, N, C).
-
-        Raises:
-            TypeError: if mask is not bool.
-            ValueError: if shapes do not fit, or a row of mask leaves no token.
+        mask, (B, M) bool, is True for the tokens to be looked at; None means all. Raises TypeError if it is
+        not bool, ValueError if shapes do not fit, or a row of it leaves no token.
         """
         mask = self.checked_mask(x, context, mask)
-        matrices = self.to_q.weight, self.to_k.weight, self.to_v.weight
-        return self.to_out(cross_attention(x, context, *matrices, self.heads, mask))
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attention_in_heads(q, k, v, self.heads, mask))
 
     def weights(self, x, context, mask=None):
         """How much each place looks at each token, (B, heads, N, M); x, context and mask as in forward."""
         mask = self.checked_mask(x, context, mask)
-        return word_weights(*(split_heads(h, self.heads) for h in (self.to_q(x), self.to_k(context))), mask)
+        q, k = self.to_q(x), self.to_k(context)
+        return word_weights(split_heads(q, self.heads), split_heads(k, self.heads), mask)
 
     def checked_mask(self, x, context, mask):
         """The mask (B, M), all True if mask is None, once x, context and mask fit each other and the layer.
@@ -219,8 +215,8 @@ class CrossAttention(nn.Module):
         Raises TypeError or ValueError, as forward says, where they do not.
         """
         for name, value, dim in (
-            ("x", x, self.to_q.in_features),
-            ("context", context, self.to_k.in_features),
+            ("x", x, self.query_dim),
+            ("context", context, self.context_dim),
         ):
             if value.ndim != 3 or value.shape[2] != dim or len(value) != len(x):
                 raise ValueError(f"{name} must be of shape ({len(x)}, N, {dim}); got {tuple(value.shape)}")
@@ -228,8 +224,7 @@ class CrossAttention(nn.Module):
             return torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, True for tokens to be looked at; got {mask.dtype}")
-        if mask.shape != context.shape[:2]:
-            raise ValueError(f"mask must be of shape {tuple(context.shape[:2])}; got {tuple(mask.shape)}")
+        check_shape("mask", mask, context.shape[:2], of="the tokens")
         if not mask.any(dim=1).all():
             raise ValueError(f"mask must leave at least one token in every row; got {mask}")
         return mask
@@ -506,15 +501,8 @@ class LatentDiffusion(nn.Module):
             raise ValueError(
                 "only a pipeline made by from_settings or load can be saved; this has no settings"
             )
-        folder, hashes = Path(folder), {"settings": settings_hash(self.settings)}
-        for name in PARTS:
-            state = {key: value.cpu().contiguous() for key, value in getattr(self, name).state_dict().items()}
-            content = save_safetensors(state)
-            hashes[name] = hashlib.sha256(content).hexdigest()
-            with replace_when_complete(folder / f"{name}.safetensors") as temporary:
-                temporary.write_bytes(content)
-        with replace_when_complete(folder / "pipeline.json") as temporary:
-            temporary.write_text(json.dumps({"settings": self.settings, "sha256": hashes}, indent=2) + "\n")
+        states = {name: getattr(self, name).state_dict() for name in PARTS}
+        write_parts(Path(folder, "pipeline.json"), self.settings, states)
 
     @classmethod
     def load(cls, folder):
@@ -523,22 +511,10 @@ class LatentDiffusion(nn.Module):
         Raises:
             ValueError: if a file is missing, or is not what was saved.
         """
-        folder = Path(folder)
-        try:
-            description = json.loads((folder / "pipeline.json").read_text())
-            contents = {name: (folder / f"{name}.safetensors").read_bytes() for name in PARTS}
-            found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-            found["settings"] = settings_hash(description["settings"])
-            changed = [name for name in found if description["sha256"][name] != found[name]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"folder must hold a saved pipeline; {folder} does not: {type(error).__name__}: {error}"
-            ) from error
-        if changed:
-            raise ValueError(f"{folder} is not what was saved, but has another {', '.join(changed)}")
-        pipeline = cls.from_settings(description["settings"])
-        for name, content in contents.items():
-            getattr(pipeline, name).load_state_dict(load_safetensors(content))
+        settings, states = read_parts(Path(folder, "pipeline.json"), PARTS)
+        pipeline = cls.from_settings(settings)
+        for name, state in states.items():
+            getattr(pipeline, name).load_state_dict(state)
         return pipeline.eval().requires_grad_(False)
 
     # --- From a picture to a picture ---
@@ -606,9 +582,7 @@ class LatentDiffusion(nn.Module):
         check_images(images, prompts)
         if is_unknown.dtype != torch.bool:
             raise TypeError(f"is_unknown must be bool; got {is_unknown.dtype}")
-        if is_unknown.shape != (len(images), 1, *images.shape[2:]):
-            expected = (len(images), 1, *images.shape[2:])
-            raise ValueError(f"is_unknown must be of shape {expected}; got {tuple(is_unknown.shape)}")
+        check_shape("is_unknown", is_unknown, (len(images), 1, *images.shape[2:]))
         images = images.to(self.example())
         is_unknown = is_unknown.to(images.device)
         diffusion = self.respaced(steps)
@@ -677,13 +651,7 @@ def to_pil(images):
     return [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in levels]
 
 
-SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
 PARTS = ("vae", "denoiser", "text_encoder")
-
-
-def settings_hash(settings):
-    """The SHA-256 of a pipeline's settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 # --- Which one goes where ---
@@ -708,16 +676,10 @@ class TextDenoiser(nn.Module):
         self.side = nn.Linear(text_encoder.width, num_sides)
 
     def forward(self, x_t, t, tokens):
-        """Denoise, and say where the nouns stand.
+        """Denoise x_t (B, c, h, w) at steps t (B,) as tokens (B, L) say, and say where the nouns stand.
 
-        Args:
-            x_t: noisy latents, (B, c, h, w).
-            t: steps, (B,).
-            tokens: (B, L).
-
-        Returns:
-            output: the raw output, like x_t.
-            sides: logits of each token's side, (B, num_sides, L), as cross_entropy takes them.
+        Returns the raw output, like x_t, and logits (B, num_sides, L) of each token's side, as cross_entropy
+        takes them.
         """
         cond = self.text_encoder(tokens)
         return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)

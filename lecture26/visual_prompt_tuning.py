@@ -8,15 +8,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
-from lecture26.kit.files import replace_when_complete
-from lecture26.kit.validation import check_int, check_positive_int
+from lecture26.kit.tensor_files import read_tensors, tensor_bytes, write_tensors
+from lecture26.kit.validation import check_int, check_positive_int, check_shape
 
 # --- A picture as a sequence ---
 
@@ -223,15 +220,9 @@ def _check_images(x, vit):
 
 
 def pooled(vit, tokens, num_prompts):
-    """The features of images: what the backbone's own head would read, with the prompts taken out.
+    """What a backbone's own head would read, (B, d): the class token, or as it pools, without prompts.
 
-    Args:
-        vit: a timm VisionTransformer in evaluation mode.
-        tokens: what `prompted_tokens` returns, (B, N + n, d).
-        num_prompts: n.
-
-    Returns:
-        (B, d): the class token, or as the backbone pools.
+    tokens, (B, N + n, d) with n = num_prompts, are what `prompted_tokens` returns for vit.
     """
     first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
     tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
@@ -328,11 +319,7 @@ class VPT(nn.Module):
         check_task_state(state, self.vit, backbone_fingerprint(self.vit))
         own = {name: self.get_parameter(name) for name in TASK_TENSORS}
         for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
-                raise ValueError(
-                    f"state must fit the model; it has {name} of shape {tuple(state[name].shape)}, and the "
-                    f"model {tuple(tensor.shape)}"
-                )
+            check_shape(name, state[name], tensor.shape, of="the model's")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
@@ -383,12 +370,8 @@ def backbone_fingerprint(vit):
     for name, tensor in sorted(vit.state_dict().items()):
         if not name.startswith(("head.", "head_dist.")):
             digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-            digest.update(_bytes(tensor.float()))
+            digest.update(tensor_bytes(tensor.float()))
     return digest.hexdigest()
-
-
-def _bytes(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 TASK_TENSORS = ("prompts", "head.weight", "head.bias")  # all that is trained and stored
@@ -443,10 +426,7 @@ def save_task(file, state):
         raise ValueError(
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    metadata = {"format": TASK_FORMAT, "backbone": state.backbone, "checksum": _checksum(tensors)}
-    with replace_when_complete(file) as temporary:
-        temporary.write_bytes(save(tensors, metadata))
+    write_tensors(file, state, {"format": TASK_FORMAT, "backbone": state.backbone})
 
 
 def load_task(file):
@@ -462,46 +442,21 @@ def load_task(file):
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or no task's file.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no task file {file}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            state = OrderedDict((name, opened.get_tensor(name)) for name in opened.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged, or no task file ({error})") from error
-    if metadata.get("format") != TASK_FORMAT or "backbone" not in metadata:
-        raise ValueError(f"{file} is a safetensors file, but not a task's")
-    if metadata.get("checksum") != _checksum(state):
-        raise ValueError(f"{file} is damaged: its checksum is wrong")
+    tensors, metadata = read_tensors(file, format=TASK_FORMAT)
+    if "backbone" not in metadata:
+        raise ValueError(f"{file} is damaged: it does not say what backbone it belongs to")
+    state = OrderedDict(tensors)
     state.backbone = metadata["backbone"]
     return state
-
-
-def _checksum(tensors):
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
-        digest.update(_bytes(tensors[name]))
-    return digest.hexdigest()
 
 
 # --- The alternatives ---
 
 
 def linear_probe(vit, num_classes):
-    """A frozen backbone with a new linear head: a `VPT` without prompts, with all that belongs to it.
+    """A frozen backbone vit with a new linear head for num_classes classes: a `VPT` without prompts.
 
-    Args:
-        vit: a VisionTransformer of timm; shared, and frozen in place.
-        num_classes: K.
-
-    Returns:
-        A VPT with num_prompts = 0.
-
-    Raises:
-        TypeError, ValueError: as `VPT` does.
+    The backbone is shared, and frozen in place. Raises TypeError or ValueError as `VPT` does.
     """
     return VPT(vit, num_classes, num_prompts=0)
 

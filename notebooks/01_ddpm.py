@@ -327,6 +327,9 @@ def cosine_betas(num_steps):
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
 # %%
 u = torch.arange(1, 1000) / 1000
 curve = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
@@ -342,7 +345,7 @@ verify("1.8", (1 - cosine_betas(1000)).cumprod(dim=0)[:-1], curve, atol=1e-12)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-for (name, table), colour in zip({"linear": linear_betas, "cosine": cosine_betas}.items(), colours):
+for (name, table), colour in zip(SCHEDULES.items(), colours):
     kept = (1 - table(1000)).cumprod(dim=0)
     axes[0].plot(kept, label=name, color=colour)
     axes[1].plot((kept / (1 - kept)).log(), label=name, color=colour)
@@ -360,7 +363,7 @@ show(
 # quarter of the way under the linear schedule, and half of the way under the cosine one, which plunges at the very end.*
 
 # %%
-for name, table in {"linear": linear_betas, "cosine": cosine_betas}.items():
+for name, table in SCHEDULES.items():
     kept = (1 - table(1000)).cumprod(dim=0)
     print(
         f"{name}: signal and noise are equal near t = {(kept - 0.5).abs().argmin() + 1}; "
@@ -1935,7 +1938,8 @@ assert ((shares_large - mixture.weights).abs() < 4 * standard_error).all()
 
 
 # %%
-denoiser = exact_denoiser(mixture, diffusion)
+coarse = Diffusion(linear_betas(30))
+denoiser = exact_denoiser(mixture, coarse)
 
 
 def trajectories(step, x_T, seed=4):
@@ -1947,7 +1951,7 @@ def trajectories(step, x_T, seed=4):
         return path[-1]
 
     noise_source = torch.Generator().manual_seed(seed)
-    sample(diffusion.respace(30), denoiser, x_T.shape, recording_step, noise_source, x_T, progress=False)
+    sample(coarse, denoiser, x_T.shape, recording_step, noise_source, x_T, progress=False)
     return torch.stack(path)
 
 

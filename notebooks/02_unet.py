@@ -73,7 +73,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lecture26.kit.state_dicts import without_compilation
-from lecture26.kit.validation import check_positive_int
+from lecture26.kit.validation import check_positive_int, check_shape
 
 # %% [markdown]
 # ## What the network has to do
@@ -256,6 +256,27 @@ show(
 #
 # Two linear layers with a nonlinearity between them turn this code into the **embedding** that every block of the
 # network receives. The nonlinearity in this chapter is always the SiLU, $x\,/\,(1+e^{-x})$, a smooth ReLU.
+
+
+# %% tags=["export"]
+class StepEmbedding(nn.Sequential):
+    """Turn steps into the embedding that every block receives: their code, then two layers.
+
+    Args:
+        code_dim: length of the code, as `timestep_embedding` makes it; even.
+        dim: length of the embedding.
+
+    Source: Ho et al. 2020, appendix B.
+    """
+
+    def __init__(self, code_dim, dim):
+        super().__init__(nn.Linear(code_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        """Map steps t (B,) to (B, dim), in the dtype of the layers."""
+        first = self[0]
+        return super().forward(timestep_embedding(t, first.in_features).to(first.weight.dtype))
+
 
 # %% [markdown]
 # ### Labels
@@ -716,7 +737,9 @@ show(
 #
 # The modules: a `Stage` is a residual block, with attention if wanted; a `DownLevel` and an `UpLevel` hold the stages of
 # one resolution. A level on the way up has one stage more, for the skip that the last halving, or the very first
-# convolution, left behind. The kind of attention is a parameter: chapter 07 will pass one that looks at a text.
+# convolution, left behind. `DownLevels` is the whole way down, which gives back every map on it; chapters 03 and 04
+# will use it without a way up, to say what an image shows. The kind of attention is a parameter: chapter 07 will pass one
+# that looks at a text.
 
 
 # %% tags=["export"]
@@ -766,6 +789,30 @@ class DownLevel(nn.Module):
         if self.downsample is not None:
             outputs.append(self.downsample(h))
         return outputs
+
+
+class DownLevels(nn.ModuleList):
+    """The way down: a DownLevel for each resolution, from the highest to the lowest.
+
+    Args:
+        widths: the channels of each level.
+        num_blocks, embedding_dim: as in DownLevel.
+        attention_at: for each level None, or a factory as in Stage.
+    """
+
+    def __init__(self, widths, num_blocks, embedding_dim, attention_at):
+        last = len(widths) - 1
+        super().__init__(
+            DownLevel(before, after, num_blocks, embedding_dim, attention_at[level], level == last)
+            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
+        )
+
+    def forward(self, h, embedding, cond):
+        """Map h (B, widths[0], H, W), with embedding and cond, to all maps on the way, h the first."""
+        maps = [h]
+        for level in self:
+            maps += level(maps[-1], embedding, cond)
+        return maps
 
 
 class UpLevel(nn.Module):
@@ -944,22 +991,15 @@ class UNet(nn.Module):
                 f"base_channels must be even, for as many cosines as sines; got base_channels={base_channels}"
             )
         self.patch_size = patch_size
-        self.base_channels = base_channels
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         attention_at = [attention if level in attention_levels else None for level in range(len(widths))]
-        last = len(widths) - 1
 
         embedding_dim = 4 * base_channels
-        self.time_mlp = nn.Sequential(
-            nn.Linear(base_channels, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
-        )
+        self.time_mlp = StepEmbedding(base_channels, embedding_dim)
         self.labels = None if num_classes is None else LabelEmbedding(num_classes, embedding_dim)
 
         self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            DownLevel(before, after, num_blocks, embedding_dim, attention_at[level], level == last)
-            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
-        )
+        self.down = DownLevels(widths, num_blocks, embedding_dim, attention_at)
         self.middle_in = Stage(widths[-1], widths[-1], embedding_dim, attention_at[-1])
         self.middle_out = Stage(widths[-1], widths[-1], embedding_dim)
 
@@ -980,9 +1020,7 @@ class UNet(nn.Module):
         multiple = self.patch_size * 2 ** (len(self.down) - 1)
         if height % multiple or width % multiple:
             raise ValueError(f"x_t must have sides that are multiples of {multiple}; got {height} x {width}")
-        if not isinstance(t, torch.Tensor) or t.shape != x_t.shape[:1]:
-            found = tuple(t.shape) if isinstance(t, torch.Tensor) else t
-            raise ValueError(f"t must hold one step per image, shape ({len(x_t)},); got {found}")
+        check_shape("t", t, x_t.shape[:1], of="one step per image")
         if self.labels is not None and (cond is None or len(cond) != len(x_t)):
             found = None if cond is None else tuple(cond.shape)
             raise ValueError(f"cond must hold the labels of {len(x_t)} image(s); got {found}")
@@ -990,14 +1028,11 @@ class UNet(nn.Module):
     def forward(self, x_t, t, cond=None):
         """Map x_t (B, C, H, W), steps t (B,) and labels cond to the raw output (B, out_channels, H, W)."""
         self.check_arguments(x_t, t, cond)
-        embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x_t.dtype))
+        embedding = self.time_mlp(t)
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
 
-        h = self.stem(patchify(x_t, self.patch_size))
-        skips = [h]
-        for level in self.down:
-            skips += level(skips[-1], embedding, cond)
+        skips = self.down(self.stem(patchify(x_t, self.patch_size)), embedding, cond)
         h = self.middle_out(self.middle_in(skips[-1], embedding, cond), embedding, cond)
         for level in self.up:
             h = level(h, skips, embedding, cond)

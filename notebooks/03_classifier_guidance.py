@@ -55,21 +55,20 @@ colours = list(PALETTE.values())
 # %% tags=["export"]
 import math
 from functools import partial, reduce
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lecture26.kit.validation import check_positive_int
+from lecture26.kit.validation import check_positive_int, check_shape
 from lecture26.unet import (
-    DownLevel,
+    DownLevels,
     SelfAttention,
+    StepEmbedding,
     attention,
     group_norm,
     levels_with_attention,
     patchify,
-    timestep_embedding,
 )
 
 # %% [markdown]
@@ -356,12 +355,8 @@ check("classifier_guidance.log_prob_gradient", log_prob_gradient)
 def exact_classifier(mixture, diffusion):
     """The noisy classifier that a perfectly trained network would be, for data from a Gaussian mixture.
 
-    Args:
-        mixture: a GaussianMixture; its components are the classes.
-        diffusion: the Diffusion whose steps the classifier gets; respaced or not.
-
-    Returns:
-        classifier(x_t (B, D), t (B,)) -> logits (B, K), whose softmax is q(component | x_t).
+    Its classes are the mixture's components: classifier(x_t (B, D), t (B,)) -> logits (B, K), whose softmax
+    is q(component | x_t), for the steps of a diffusion, respaced or not.
 
     Source: Bayes' rule, with `GaussianMixture.joint_log_density`.
     """
@@ -941,24 +936,14 @@ class DownPath(nn.Module):
         attention_levels = levels_with_attention(channel_multipliers, attention_levels)
         check_positive_int("num_blocks", num_blocks)
         check_positive_int("patch_size", patch_size)
-        self.base_channels, self.patch_size = base_channels, patch_size
+        self.patch_size = patch_size
         self.embedding_dim = 4 * base_channels
-        self.time_mlp = None
-        if noise_aware:
-            self.time_mlp = nn.Sequential(
-                nn.Linear(base_channels, self.embedding_dim),
-                nn.SiLU(),
-                nn.Linear(self.embedding_dim, self.embedding_dim),
-            )
+        self.time_mlp = StepEmbedding(base_channels, self.embedding_dim) if noise_aware else None
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         attention_at = [SelfAttention if level in attention_levels else None for level in range(len(widths))]
-        last = len(widths) - 1
         self.out_channels = widths[-1]
         self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            DownLevel(before, after, num_blocks, self.embedding_dim, attention_at[level], level == last)
-            for level, (before, after) in enumerate(pairwise([widths[0], *widths]))
-        )
+        self.levels = DownLevels(widths, num_blocks, self.embedding_dim, attention_at)
         self.norm = group_norm(widths[-1])
 
     def features(self, x, t=None):
@@ -972,13 +957,10 @@ class DownPath(nn.Module):
             raise ValueError(f"this network reads {kind}")
         if t is None:
             embedding = x.new_zeros(len(x), self.embedding_dim)
-        elif t.shape != x.shape[:1]:
-            raise ValueError(f"t must hold one step per image, shape ({len(x)},); got {tuple(t.shape)}")
         else:
-            embedding = self.time_mlp(timestep_embedding(t, self.base_channels).to(x.dtype))
-        h = self.stem(patchify(x, self.patch_size))
-        for level in self.levels:
-            *_, h = level(h, embedding, None)
+            check_shape("t", t, x.shape[:1], of="one step per image")
+            embedding = self.time_mlp(t)
+        *_, h = self.levels(self.stem(patchify(x, self.patch_size)), embedding, None)
         return F.silu(self.norm(h))
 
 

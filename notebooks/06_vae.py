@@ -65,7 +65,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lecture26.kit.validation import check_positive_int
+from lecture26.kit.validation import check_positive_int, check_shape
 from lecture26.unet import group_norm, levels_with_attention, patchify, unpatchify, zero_init
 
 # %% [markdown]
@@ -263,8 +263,7 @@ def negative_log_likelihood(x, x_hat, decoder_std):
 
     Source: Kingma and Welling 2014, appendix C.2.
     """
-    if x_hat.shape != x.shape:
-        raise ValueError(f"x_hat must have the shape of x, {tuple(x.shape)}; got {tuple(x_hat.shape)}")
+    check_shape("x_hat", x_hat, x.shape, of="x")
     ### BEGIN SOLUTION
     # -log N(x; x_hat, sigma^2 I) = |x - x_hat|^2 / (2 sigma^2) + D/2 log(2 pi sigma^2)
     squares = ((x - x_hat) ** 2).flatten(1)  # (B, D)
@@ -498,8 +497,7 @@ def vae_loss(x, x_hat, mean, log_variance, kl_weight):
     Source: Kingma and Welling 2014, equation 10, times the variance of the decoder's noise; Higgins et al.
         2017, equation 4, whose beta is kl_weight over that variance.
     """
-    if x_hat.shape != x.shape:
-        raise ValueError(f"x_hat must have the shape of x, {tuple(x.shape)}; got {tuple(x_hat.shape)}")
+    check_shape("x_hat", x_hat, x.shape, of="x")
     ### BEGIN SOLUTION
     # L = mean over the batch of 1/2 |x - x_hat|^2 + beta KL
     squared_error = ((x - x_hat) ** 2).flatten(1).sum(dim=1)  # (B,)
@@ -956,8 +954,7 @@ def psnr(x, x_hat):
 
     Source: equation 6.16 of the chapter.
     """
-    if x_hat.shape != x.shape:
-        raise ValueError(f"x_hat must have the shape of x, {tuple(x.shape)}; got {tuple(x_hat.shape)}")
+    check_shape("x_hat", x_hat, x.shape, of="x")
     ### BEGIN SOLUTION
     mean_squared_error = ((x - x_hat) ** 2).flatten(1).mean(dim=1)  # (B,)
     # 10 log10(range^2 / MSE); the range of [-1, 1] is 2
@@ -1198,10 +1195,7 @@ class KLVAE(KLVAE):
             ValueError: if x is no image that encode takes, or noise has another shape than the mean.
         """
         mean, log_variance = self.encode(x)
-        if noise.shape != mean.shape:
-            raise ValueError(
-                f"noise must have the shape of the latents, {tuple(mean.shape)}; got {tuple(noise.shape)}"
-            )
+        check_shape("noise", noise, mean.shape, of="the latents")
         return self.decode(reparameterize(mean, log_variance, noise)), mean, log_variance
 
 

@@ -148,7 +148,7 @@ def test_truncated_file_is_refused(folder, state):
 @pytest.mark.parametrize(
     ("suffixes", "message"),
     [
-        ([".safetensors"], "is not the file that its card describes"),
+        ([".safetensors"], "is not what was saved: its SHA-256 must be"),
         ([".safetensors", ".json"], "is the card of 'other', not of 'tiny'"),
     ],
 )

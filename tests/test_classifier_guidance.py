@@ -887,12 +887,12 @@ def test_a_wrong_label_is_refused(use, y, error, message):
         (
             lambda: NoisyClassifier(3, 5, **SMALL)(X, T[:1]),
             ValueError,
-            r"t must hold one step per image, shape \(2,\); got \(1,\)",
+            r"t must have the shape of one step per image, \(2,\); got \(1,\)",
         ),
         (
             lambda: NoisyClassifier(3, 5, **SMALL)(X, T[0]),
             ValueError,
-            r"t must hold one step per image, shape \(2,\); got \(\)",
+            r"t must have the shape of one step per image, \(2,\); got \(\)",
         ),
         (
             lambda: NoisyClassifier(3, 5, **SMALL, patch_size=2)(X[..., :7], T),

@@ -732,7 +732,7 @@ def no_gradient(x_t, t):
         (lambda: NOISY.encode_image(PIXELS), "noisy images: it needs t"),
         (
             lambda: NOISY.encode_image(PIXELS, STEPS[:1]),
-            r"t must hold one step per image, shape \(2,\); got \(1,\)",
+            r"t must have the shape of one step per image, \(2,\); got \(1,\)",
         ),
         (
             lambda: paired_similarity(unit(2, 3), unit(3, 3)),

@@ -4,6 +4,9 @@ A docstring has one of two forms. The short one is prose that mentions every arg
 says of an argument holds for its methods, too. The long one has headings, and then each that applies: 'Args:'
 with an entry for every argument, 'Returns:' or 'Yields:' where a value comes back. In both, every exception
 that the body raises is named, and in a chapter a function that computes an equation gives its 'Source:'.
+
+A docstring does not outweigh the code: a function of few lines gets the short form. Exercises keep theirs in
+full, since a learner writes from it.
 """
 
 import ast
@@ -15,8 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from lecture26.checks import exercises
+
 PACKAGE = Path(__file__).parents[1] / "lecture26"
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
+SHORT, LONG = 3, 8  # lines of code that want a short docstring, and the most lines that such a one has
 RAISED_BY_CHECKS = {  # the argument checks of lecture26.kit.validation raise on their caller's behalf
     "check_choice": {"ValueError"},
     "check_int": {"TypeError"},
@@ -120,6 +126,14 @@ def computes_an_equation(item):
     return any(token.type == tokenize.COMMENT and " = " in token.string for token in tokens)
 
 
+def outweighs_its_code(item):
+    """Whether a function of few lines has a docstring of many; one without code is a promise."""
+    first, *rest = item.node.body
+    lines = item.source.splitlines()[first.end_lineno - item.node.lineno + 1 :]
+    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    return bool(rest) and len(code) <= SHORT and first.end_lineno - first.lineno + 1 > LONG
+
+
 def mentions(text, name):
     return re.search(rf"(?<!\w){name}(?!\w)", text) is not None
 
@@ -190,6 +204,14 @@ def test_docstrings_are_complete(module):
         for fault in faults(item, is_chapter=module in CHAPTERS)
     ]
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_do_not_outweigh_the_code(module):
+    of_learners = set(exercises())
+    functions = [item for item in public(MODULES[module], CLASSES) if isinstance(item.node, ast.FunctionDef)]
+    others = [item for item in functions if item.docstring and f"{module}.{item.name}" not in of_learners]
+    assert [item.name for item in others if outweighs_its_code(item)] == []
 
 
 FUNCTION = '''

@@ -1,5 +1,6 @@
 """Chapter 07 against oracles: torch's attention, diffusers' networks and steps, an invertible VAE."""
 
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save
 from simulated_device import SIMULATED, simulated_device, values_of
 from tensors import agree, normal, perturbed, seeded
 from torch import nn
@@ -144,6 +146,41 @@ def test_weights_are_those_that_mix_the_values():
     values = split_heads(layer.to_v(CONTEXT), 3)
     agree(layer.to_out((weights @ values).transpose(1, 2).flatten(2)), layer(X, CONTEXT, MASK), 1e-12)
     agree(layer.weights(X, CONTEXT), layer.weights(X, CONTEXT, torch.ones_like(MASK)), 0.0)
+
+
+class LowRank(nn.Module):
+    """A layer with a product of two thin matrices added, as LoRA has it (Hu et al. 2022)."""
+
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.layer = layer
+        self.down = normal(rank, layer.in_features, seed=2)
+        self.up = normal(layer.out_features, rank, seed=3)
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v"])
+def test_a_layer_put_in_the_place_of_another_acts_in_output_and_weights(name):
+    adapted, merged = attention_layer(), attention_layer()
+    before = adapted(X, CONTEXT, MASK)
+    setattr(adapted, name, LowRank(getattr(adapted, name)))
+    with torch.no_grad():
+        getattr(merged, name).weight += getattr(adapted, name).up @ getattr(adapted, name).down
+    agree(adapted(X, CONTEXT, MASK), merged(X, CONTEXT, MASK), 1e-12)
+    agree(adapted.weights(X, CONTEXT, MASK), merged.weights(X, CONTEXT, MASK), 1e-12)
+    assert not torch.allclose(adapted(X, CONTEXT, MASK), before)
+
+
+def test_a_hook_acts_in_output_and_weights():
+    hooked, doubled = attention_layer(), attention_layer()
+    hooked.to_q.register_forward_hook(lambda layer, arguments, output: 2 * output)
+    with torch.no_grad():
+        doubled.to_q.weight *= 2
+    agree(hooked(X, CONTEXT, MASK), doubled(X, CONTEXT, MASK), 1e-12)
+    agree(hooked.weights(X, CONTEXT, MASK), doubled.weights(X, CONTEXT, MASK), 1e-12)
+    assert not torch.allclose(hooked.weights(X, CONTEXT, MASK), attention_layer().weights(X, CONTEXT, MASK))
 
 
 def test_large_scores_do_not_overflow():
@@ -867,6 +904,19 @@ def test_a_loaded_pipeline_can_be_saved_again(folder, tmp_path):
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
 
 
+def test_a_pipeline_is_written_as_it_always_was(folder):
+    """So that what was saved by any version can be loaded: the files spelled out."""
+    pipeline, hashes = small_pipeline(dtype=torch.float32), {}
+    for part in ("vae", "denoiser", "text_encoder"):
+        content = save({k: v.contiguous() for k, v in getattr(pipeline, part).state_dict().items()})
+        assert (folder / f"{part}.safetensors").read_bytes() == content
+        hashes[part] = hashlib.sha256(content).hexdigest()
+    settings = json.dumps(pipeline.settings, sort_keys=True)
+    hashes["settings"] = hashlib.sha256(settings.encode()).hexdigest()
+    description = json.loads((folder / "pipeline.json").read_text())
+    assert description == {"settings": json.loads(settings), "sha256": hashes}
+
+
 def test_weights_in_half_precision_are_loaded_as_they_were_saved(tmp_path):
     pipeline = small_pipeline(dtype=torch.float32).half()
     pipeline.save(tmp_path)
@@ -881,7 +931,7 @@ def test_a_damaged_file_is_refused(folder, part):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"is not what was saved, but has another {part}"):
+    with pytest.raises(ValueError, match=f"{part}.safetensors is not what was saved"):
         LatentDiffusion.load(folder)
 
 
@@ -898,7 +948,7 @@ def test_files_of_another_pipeline_are_refused(folder, tmp_path):
         other.denoiser.stem.bias += 1
     other.save(tmp_path / "other")
     (folder / "denoiser.safetensors").write_bytes((tmp_path / "other" / "denoiser.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="is not what was saved, but has another denoiser$"):
+    with pytest.raises(ValueError, match="denoiser.safetensors is not what was saved: its SHA-256"):
         LatentDiffusion.load(folder)
 
 
@@ -1508,11 +1558,19 @@ LONG = "a red star a red star"
         (lambda: LAYER(X[..., :9], CONTEXT), ValueError, r"x must be of shape \(3, N, 10\); got \(3, 6, 9\)"),
         (lambda: LAYER(X, X), ValueError, r"context must be of shape \(3, N, 5\); got \(3, 6, 10\)"),
         (lambda: LAYER(X, CONTEXT[:2]), ValueError, r"context must be of shape \(3, N, 5\); got \(2, 7, 5\)"),
-        (lambda: LAYER(X, CONTEXT, MASK[:2]), ValueError, r"mask must be of shape \(3, 7\); got \(2, 7\)"),
-        (lambda: LAYER(X, CONTEXT, MASK[:, :6]), ValueError, r"mask must be of shape \(3, 7\); got \(3, 6\)"),
+        (
+            lambda: LAYER(X, CONTEXT, MASK[:2]),
+            ValueError,
+            r"mask must have the shape .*, \(3, 7\); got \(2, 7\)",
+        ),
+        (
+            lambda: LAYER(X, CONTEXT, MASK[:, :6]),
+            ValueError,
+            r"mask must .* of the tokens, \(3, 7\); got \(3, 6\)",
+        ),
         (lambda: LAYER(X, CONTEXT, MASK.double()), TypeError, "mask must be bool.*got torch.float64"),
         (lambda: LAYER(X, CONTEXT, MASK & False), ValueError, "at least one token in every row"),
-        (lambda: LAYER.weights(X, CONTEXT, MASK[:2]), ValueError, r"mask must be of shape \(3, 7\)"),
+        (lambda: LAYER.weights(X, CONTEXT, MASK[:2]), ValueError, r"mask must .* \(3, 7\)"),
         (lambda: TextAttention(12, 5, head_dim=8), ValueError, "channels must be a multiple of head_dim=8"),
         (
             lambda: text_unet()(normal(3, 4, 4, 4), torch.tensor([1, 2, 3])),
@@ -1631,12 +1689,12 @@ LONG = "a red star a red star"
         (
             lambda: PIPELINE.inpaint(PIXELS, hole(PIXELS)[:, 0], PROMPTS),
             ValueError,
-            r"is_unknown must be of shape \(3, 1, 16, 16\); got \(3, 16, 16\)",
+            r"is_unknown must have the shape \(3, 1, 16, 16\); got \(3, 16, 16\)",
         ),
         (
             lambda: PIPELINE.inpaint(PIXELS, hole(PIXELS).expand(-1, 3, -1, -1), PROMPTS),
             ValueError,
-            r"is_unknown must be of shape \(3, 1, 16, 16\); got \(3, 3, 16, 16\)",
+            r"is_unknown must have the shape \(3, 1, 16, 16\); got \(3, 3, 16, 16\)",
         ),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import editions
 from course import ROOT, module_name, notebook_sources, read_cells
 from lecture26.checks import check, exercises
+from wrong_sides import load_wrong_sides, proved
 
 SOURCES = notebook_sources(ROOT)
 every_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -71,6 +72,20 @@ def texts(source, kind):
 def test_every_numbered_result_is_verified(source):
     chapter = int(source.stem[:2])
     assert equation_faults(chapter, texts(source, "markdown"), texts(source, "code")) == []
+
+
+CHAPTERS_WITH_TRIALS = (1,)  # the others get theirs in their own pass
+
+
+def test_every_proof_is_tried_with_a_wrong_side():
+    """The trials themselves run in the rehearsals of the notebooks."""
+    wrong_sides = load_wrong_sides()
+    proofs = {int(source.stem[:2]): set(sum(map(proved, read_cells(source)), [])) for source in SOURCES}
+    tried = {chapter: {n for n in wrong_sides if n.startswith(f"{chapter}.")} for chapter in proofs}
+    for chapter, numbers in tried.items():
+        assert numbers <= proofs[chapter]
+        assert numbers == proofs[chapter] or chapter not in CHAPTERS_WITH_TRIALS
+    assert sum(map(len, tried.values())) == len(wrong_sides)
 
 
 @every_notebook

@@ -18,9 +18,11 @@ from lecture26 import unet
 from lecture26.ddpm import Diffusion, ddim_step, ddpm_step, linear_betas, sample
 from lecture26.unet import (
     EMA,
+    DownLevels,
     LabelEmbedding,
     ResidualBlock,
     SelfAttention,
+    StepEmbedding,
     UNet,
     attention,
     ema_update,
@@ -324,6 +326,31 @@ def test_unet_takes_an_empty_batch():
     for step in (ddpm_step, ddim_step):
         samples = sample(diffusion, lambda x_t, t: model(x_t, t, labels), (0, 3, 8, 8), step, progress=False)
         assert samples.shape == (0, 3, 8, 8)
+
+
+def test_a_way_down_gives_every_map_in_its_order():
+    torch.manual_seed(0)
+    down = perturbed(DownLevels((4, 8), 2, 6, (None, SelfAttention)))
+    h, embedding = normal(2, 4, 6, 6), normal(2, 6, seed=1)
+    (first, second), maps = down, down(h, embedding, None)
+    halved = first(h, embedding, None)[-1]
+    expected = [h, *first(h, embedding, None), *second(halved, embedding, None)]
+    assert len(maps) == 6  # what comes in, two stages and a halving, two stages
+    for found, wanted in zip(maps, expected, strict=True):
+        agree(found, wanted, 0.0)
+    assert [tuple(found.shape[1:]) for found in maps] == [(4, 6, 6)] * 3 + [(4, 3, 3)] + [(8, 3, 3)] * 2
+    # the names of the levels in every stored network
+    assert {name.split(".")[0] for name in down.state_dict()} == {"0", "1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_embedding_is_two_layers_on_the_code_of_the_step(dtype):
+    torch.manual_seed(0)
+    layers, t = perturbed(StepEmbedding(8, 12), dtype), torch.tensor([0, 3, 999])
+    code = timestep_embedding(t, 8).to(dtype)
+    hidden = F.silu(F.linear(code, layers[0].weight, layers[0].bias))
+    agree(layers(t), F.linear(hidden, layers[2].weight, layers[2].bias), 0.0)
+    assert layers(t).dtype == dtype
 
 
 def test_unet_knows_the_step():

@@ -1,6 +1,7 @@
 """Chapter 08 against oracles: timm's own forward pass with hooks, on many backbones; files; the bank."""
 
 import copy
+import hashlib
 import io
 import math
 import pickle
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from simulated_device import SIMULATED, simulated_device, values_of
 from tensors import agree, normal, perturbed
@@ -562,6 +564,24 @@ def test_a_task_file_gives_the_same_task_again(tmp_path, num_prompts, dtype):
     assert file.stat().st_size < numbers * dtype.itemsize + 1000
 
 
+def test_a_task_file_is_written_as_it_always_was(tmp_path):
+    """So that the files of any version can be read: the file spelled out."""
+    vit, checksum = small_vit(), hashlib.sha256()
+    state = small_vpt(vit).task_state_dict()
+    for name in ("head.bias", "head.weight", "prompts"):
+        checksum.update(f"{name} torch.float64 {tuple(state[name].shape)} ".encode())
+        checksum.update(state[name].numpy().tobytes())
+    told = {"format": "lecture26 task", "backbone": state.backbone, "checksum": checksum.hexdigest()}
+    save_task(tmp_path / "new", state)
+    with safe_open(tmp_path / "new", "pt") as file:
+        assert file.metadata() == told
+    save_file(state, tmp_path / "old", metadata=told)
+    assert same_tensors(load_task(tmp_path / "old"), state)
+    save_file(state, tmp_path / "without", metadata=told | {"checksum": "0"})
+    with pytest.raises(ValueError, match="without is damaged: its checksum is wrong"):
+        load_task(tmp_path / "without")
+
+
 def test_a_task_of_the_chapters_size_takes_few_kilobytes(tmp_path):
     vit = VisionTransformer(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
     save_task(tmp_path / "task", VPT(vit, 10, 8, deep=True).task_state_dict())
@@ -615,9 +635,9 @@ def test_a_task_of_another_backbone_is_refused(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_prompts": 5}, r"prompts of shape \(3, 5, 24\), and the model \(3, 4, 24\)"),
-        ({"deep": False}, r"prompts of shape \(1, 4, 24\), and the model \(3, 4, 24\)"),
-        ({"num_classes": 7}, r"head.weight of shape \(7, 24\), and the model \(3, 24\)"),
+        ({"num_prompts": 5}, r"prompts must have the shape of the model's, \(3, 4, 24\); got \(3, 5, 24\)"),
+        ({"deep": False}, r"prompts must have the shape of the model's, \(3, 4, 24\); got \(1, 4, 24\)"),
+        ({"num_classes": 7}, r"head.weight must have the shape of the model's, \(3, 24\); got \(7, 24\)"),
     ],
 )
 def test_a_task_of_other_sizes_is_refused_and_changes_nothing(options, message):
@@ -673,14 +693,16 @@ def test_half_a_task_file_is_refused(tmp_path, length):
     file = tmp_path / "task.safetensors"
     save_task(file, small_vpt(small_vit()).task_state_dict())
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match="task.safetensors is damaged, or no task file"):
+    with pytest.raises(ValueError, match="task.safetensors is damaged, or no safetensors file"):
         load_task(file)
 
 
 def test_other_files_are_refused(tmp_path):
     state = dict(small_vpt(small_vit()).task_state_dict())
     save_file(state, tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="plain.safetensors is a safetensors file, but not a task's"):
+    with pytest.raises(
+        ValueError, match="plain.safetensors is a safetensors file, but its format is not 'lecture26 task'"
+    ):
         load_task(tmp_path / "plain.safetensors")
     torch.save(state, tmp_path / "pickled.pt")
     (tmp_path / "text").write_text("a text that is longer than a header's length")
@@ -688,10 +710,10 @@ def test_other_files_are_refused(tmp_path):
     pickle.dump(_Trap(), buffer)
     (tmp_path / "trap").write_bytes(buffer.getvalue())
     for name in ("pickled.pt", "text", "trap"):
-        with pytest.raises(ValueError, match=f"{name} is damaged, or no task file"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, or no safetensors file"):
             load_task(tmp_path / name)
     assert not _Trap.sprung
-    with pytest.raises(FileNotFoundError, match="there is no task file .*absent"):
+    with pytest.raises(FileNotFoundError, match="there is no file .*absent"):
         load_task(tmp_path / "absent")
 
 

@@ -22,6 +22,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, module_name, notebook_sources, read_cells
 from lecture26.kit.files import replace_when_complete
+from wrong_sides import load_wrong_sides, trials
 
 BEGIN, END = SOLUTION_MARKERS
 SOLUTION = re.compile(rf"^( *){BEGIN}\n(.*?)^ *{END}(?:\n|\Z)", re.MULTILINE | re.DOTALL)
@@ -52,16 +53,19 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
 
     One run of it serves three: every cell of the notebook runs and must give its stored output, the checks of
     the solved exercises among them; and so does the learner's copy run with all exercises left open, since
-    what follows an exercise gets the finished function from the package.
+    what follows an exercise gets the finished function from the package. Behind a proof stand the trials of
+    its wrong sides.
     """
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     stored, notebook.cells = notebook.cells, []
-    for stored_cell, (cell, exercise) in zip(stored, with_exercise_above(read_cells(source)), strict=True):
+    cells = read_cells(source)
+    wrong = trials(cells, load_wrong_sides(source.parents[1]))
+    for stored_cell, (cell, exercise) in zip(stored, with_exercise_above(cells), strict=True):
         notebook.cells.append(stored_cell)
+        notebook.cells += [hidden_cell(trial) for trial in wrong.get(cell.number, [])]
         if exercise is not None:
-            cells = unsolved(exercise, cell, module_name(source))
-            cells[1].metadata["tags"] = ["nbval-ignore-output"]  # the check of what is not solved
-            notebook.cells += cells
+            to_solve, check, *rest = unsolved(exercise, cell, module_name(source))
+            notebook.cells += [to_solve, hidden_cell(check.source), *rest]  # the check of what is not solved
     return notebook
 
 
@@ -87,6 +91,11 @@ def unsolved(exercise: Cell, check: Cell, module: str) -> list[nbformat.Notebook
 def code_cell(cell: Cell) -> nbformat.NotebookNode:
     """A code cell without outputs."""
     return new_code_cell(cell.source, metadata={"tags": list(cell.tags)} if cell.tags else {})
+
+
+def hidden_cell(code: str) -> nbformat.NotebookNode:
+    """A code cell that must run, whatever its output."""
+    return new_code_cell(code, metadata={"tags": ["nbval-ignore-output"]})
 
 
 def to_fill_in(exercise: Cell) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lecture26.kit.tensor_files import read_tensors, write_tensors
 
 from .callables import CallableArgument
 from .core import Case, Exercise, Outcome, call, default_state
@@ -46,7 +46,7 @@ class Recording:
         """Write the recording into one safetensors file."""
         tensors: dict[str, Tensor] = {}
         header = json.dumps(_pack(self, tensors))
-        save_file(tensors, path, metadata={"format": FORMAT, "recording": header})
+        write_tensors(path, tensors, {"format": FORMAT, "recording": header})
 
     @classmethod
     def load(cls, path: str | Path) -> "Recording":
@@ -55,12 +55,9 @@ class Recording:
         Raises FileNotFoundError where there is no file, ValueError where the file is not a recording.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is not a recorded check: its format must be {FORMAT!r}")
-                plain = json.loads(metadata["recording"], object_hook=lambda found: _unpack(found, file))
-        except SafetensorError as error:
+            tensors, metadata = read_tensors(path, format=FORMAT)
+            plain = json.loads(metadata["recording"], object_hook=lambda found: _unpack(found, tensors))
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a recorded check: {error}") from error
         return cls(
             exercise=plain["exercise"],
@@ -123,12 +120,12 @@ def _pack(value: object, tensors: dict[str, Tensor]) -> object:
     return value
 
 
-def _unpack(found: dict, file: safe_open) -> object:
+def _unpack(found: dict, tensors: dict[str, Tensor]) -> object:
     if "callable" in found:
         return CallableArgument(found["callable"], tuple(found["tensors"]))
     if "tensor" not in found:
         return found
-    return file.get_tensor(found["tensor"]).requires_grad_(found["requires_grad"])
+    return tensors[found["tensor"]].requires_grad_(found["requires_grad"])
 
 
 def _outcome(plain: dict) -> Outcome:

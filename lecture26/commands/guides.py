@@ -39,18 +39,9 @@ def parse_class(words: str, labels: Mapping[str, Sequence[str]]) -> dict[str, in
 
 
 def wanted_attributes(recipe: Recipe, words: str, count: int) -> dict[str, Tensor]:
-    """The attributes of images that are all to show one class.
+    """The attributes of count images that all show the class in words: (B,) int64 for a recipe's labels.
 
-    Args:
-        recipe: of a network with the setting `labels`.
-        words: the class, as `parse_class` takes it.
-        count: B, the number of images.
-
-    Returns:
-        For each of the recipe's labels (B,) int64.
-
-    Raises:
-        ValueError: if the words name no class.
+    Raises ValueError if the words name no class, see `parse_class`.
     """
     classes_of = recipe.load_images("test").labels
     classes = parse_class(words, {label: classes_of[label] for label in recipe.labels})

@@ -4,7 +4,6 @@ Weights are stored in half precision and loaded in single precision. Nothing is 
 what is loaded is exactly what the card describes: the card holds the file's SHA-256.
 """
 
-import hashlib
 import json
 import platform
 import re
@@ -13,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from lecture26.kit.files import replace_when_complete
+from lecture26.kit.files import write_json
 from lecture26.kit.paths import checkpoints_dir, find, names_in
 from lecture26.kit.state_dicts import plain_names
+from lecture26.kit.tensor_files import read_tensors, write_tensors
 
 # What a card must be given; save_checkpoint adds the rest of CARD_FIELDS.
 GIVEN_FIELDS = ("recipe", "settings", "command", "data", "steps", "seconds", "metrics")
@@ -101,19 +100,16 @@ def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
         )
 
     stored = {key: _to_half(key, tensor) for key, tensor in plain_names(state).items()}
-    content = save(stored)
+    sha256 = write_tensors(weights_file, stored)
     card = {"name": name} | card
     card |= {
         "parameters": sum(tensor.numel() for tensor in stored.values() if tensor.is_floating_point()),
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": weights_file.stat().st_size,
+        "sha256": sha256,
     }
-    with replace_when_complete(weights_file) as temporary:
-        temporary.write_bytes(content)
-    with replace_when_complete(card_file) as temporary:
-        temporary.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_json(card_file, card)
     return card
 
 
@@ -181,16 +177,11 @@ def load_state(name: str, card: dict | None = None) -> dict[str, Tensor]:
     """
     expected = (load_card(name) if card is None else card)["sha256"]
     weights_file, _ = checkpoint_files(name)
-    content = weights_file.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise CheckpointError(
-            f"{weights_file} is not the file that its card describes: the card says SHA-256 {expected}, "
-            f"the file has {found}. {_how_to_mend(name, weights_file)}"
-        )
-    return {
-        key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in load(content).items()
-    }
+    try:
+        stored, _ = read_tensors(weights_file, sha256=expected)
+    except ValueError as error:
+        raise CheckpointError(f"{error}. {_how_to_mend(name, weights_file)}") from error
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in stored.items()}
 
 
 def list_checkpoints() -> list[str]:
@@ -226,7 +217,6 @@ def _is_number(value: object, kind: type) -> bool:
 
 
 def _to_half(key: str, tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
     if not tensor.is_floating_point():
         return tensor
     half = tensor.half()

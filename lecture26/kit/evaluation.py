@@ -193,19 +193,10 @@ def _check_finite(**features: Tensor) -> None:
 
 
 def real_against_real(reader: Reader, images: ImageSet, num_samples: int) -> float:
-    """The Frechet distance of a perfect model: between the set's first N images and its next N.
+    """The Fréchet distance of a perfect model: between a set's first num_samples images and as many more.
 
-    Args:
-        reader: a trained reader of such images.
-        images: real images, at least 2 N.
-        num_samples: N, as many as were drawn by the model that it is compared with.
-
-    Returns:
-        The distance.
-
-    Raises:
-        ValueError: too few images for N, or too few samples (see `frechet_distance`).
-        TypeError: `num_samples` is not an int.
+    The reader is one of such images. Raises ValueError if there are too few images, or too few samples (see
+    `frechet_distance`), TypeError if num_samples is not an int.
     """
     return frechet_distance(*_two_real_sets(reader, images, num_samples))
 

@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,12 @@ def replace_when_complete(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write `content`, plain values, into a JSON file at `path`, whole or not at all."""
+    with replace_when_complete(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -97,16 +97,9 @@ class Reader(nn.Module):
         return self.summary(self.stages(images))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The logits of each label's classes.
+        """The logits (B, classes) of each label, by its name, for images (B, C, H, W) in [-1, 1].
 
-        Args:
-            images: (B, C, H, W) in [-1, 1], of the reader's channels and size.
-
-        Returns:
-            For each label's name (B, classes).
-
-        Raises:
-            ValueError: images of another shape.
+        Raises ValueError on images of another shape than the reader's.
         """
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}

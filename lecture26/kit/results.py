@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lecture26.kit.checkpoints import describe_machine, describe_versions
-from lecture26.kit.files import replace_when_complete
+from lecture26.kit.files import write_json
 from lecture26.kit.paths import find, names_in, results_dir
 
 
@@ -31,8 +31,7 @@ def save_results(name: str, command: str, results: dict) -> dict:
         "versions": describe_versions(),
     }
     content |= results
-    with replace_when_complete(results_dir() / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(results_dir() / f"{name}.json", content)
     return content
 
 

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.kit.data import SPLITS, DataError
 from lecture26.kit.downstream import downstream
-from lecture26.kit.files import replace_when_complete
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.tensor_files import write_tensors
 from lecture26.kit.training import History, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import mirror_and_move
@@ -138,13 +137,10 @@ def save_trained(file: Path, model: nn.Module) -> None:
     if isinstance(model, VPT):
         save_task(file, model.task_state_dict())
         return
-    weights = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    with replace_when_complete(file) as temporary:
-        temporary.write_bytes(save(weights))
+    write_tensors(
+        file,
+        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+    )
 
 
 def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lecture26.classifier_guidance import NoisyClassifier, joint_class
-from lecture26.ddpm import Diffusion
+from lecture26.ddpm import SCHEDULES, Diffusion
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
-from lecture26.latent_diffusion import SCHEDULES
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, count_classes, register
 
 EVALUATION_IMAGES = 2000

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lecture26.clip_guidance import CLIP, Tokenizer, cosine_similarity_matrix, info_nce
-from lecture26.ddpm import Diffusion
+from lecture26.ddpm import SCHEDULES, Diffusion
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes, leave_out
-from lecture26.latent_diffusion import SCHEDULES
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 
 EVALUATION_STEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # of the noise-aware CLIP

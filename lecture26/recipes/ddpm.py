@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lecture26.ddpm import Diffusion, ddim_step, sample
+from lecture26.ddpm import SCHEDULES, Diffusion, ddim_step, sample
 from lecture26.kit.evaluation import sample_quality
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.progress import progress_bar
 from lecture26.kit.sample_draws import SampleDraws
-from lecture26.latent_diffusion import SCHEDULES
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 from lecture26.unet import UNet

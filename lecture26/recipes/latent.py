@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lecture26.classifier_free_guidance import labels_after_dropout
 from lecture26.clip_guidance import Tokenizer
-from lecture26.ddpm import Diffusion
+from lecture26.ddpm import SCHEDULES, Diffusion
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
@@ -21,7 +21,7 @@ from lecture26.kit.processes import process_state
 from lecture26.kit.progress import progress_bar
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import LOSABLE_PARTS, NO_SIDE, SIDES, ShapesAndScenes, leave_out, noun_sides
-from lecture26.latent_diffusion import SCHEDULES, LatentDiffusion, TextDenoiser, to_latents
+from lecture26.latent_diffusion import LatentDiffusion, TextDenoiser, to_latents
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
 from lecture26.recipes.trained import Trained, load_model

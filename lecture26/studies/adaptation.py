@@ -251,14 +251,9 @@ class Comparison:
 
 
 def best_rate(validation: dict[float, float]) -> float:
-    """The learning rate that does best.
+    """The learning rate of the largest validation accuracy; of several the middle or the upper middle one.
 
-    Args:
-        validation: the accuracy with each rate; at least one.
-
-    Returns:
-        The rate with the largest accuracy; where several have it, the middle one of these (of an even number
-        the upper one of the middle two).
+    validation: the accuracy with each rate; at least one.
     """
     equal = [rate for rate in sorted(validation) if validation[rate] == max(validation.values())]
     return equal[len(equal) // 2]

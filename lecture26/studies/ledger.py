@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lecture26.kit.files import replace_when_complete
+from lecture26.kit.files import write_json
 from lecture26.kit.processes import process_state
 from lecture26.recipes.recipe import state_file
 
@@ -43,8 +43,7 @@ class Ledger:
             measured = json.loads(json.dumps(compute()))
             (self._done[key],) = broadcast_object_list([measured])
             if self._file is not None and process_state().is_main_process:
-                with replace_when_complete(self._file) as temporary:
-                    temporary.write_text(json.dumps({"settings": self._settings, "done": self._done}))
+                write_json(self._file, {"settings": self._settings, "done": self._done})
         return self._done[key]
 
 

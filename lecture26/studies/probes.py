@@ -34,14 +34,9 @@ READINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def see(network: Callable[[Tensor], Tensor], images: ImageSet) -> tuple[Tensor, Tensor]:
-    """What a network makes of all images of a set.
+    """What a network returns for all images of a set, (N, ...), and their classes, (N,).
 
-    Args:
-        network: network(images (B, 3, H, W)) -> (B, ...), on the CPU.
-        images: with the label "class".
-
-    Returns:
-        What it returns for all of them, (N, ...), and their classes, (N,).
+    The network takes images (B, 3, H, W), on the CPU.
     """
     batches = [images.batch(indices) for indices in torch.arange(len(images)).split(EVALUATION_BATCH)]
     classes = torch.cat([batch["class"] for batch in batches])
