@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lecture26.kit.files import write_json
 from lecture26.kit.paths import checkpoints_dir, find, names_in
-from lecture26.kit.state_dicts import plain_names
 from lecture26.kit.tensor_files import read_tensors, write_tensors
 
 # What a card must be given; save_checkpoint adds the rest of CARD_FIELDS.
@@ -99,7 +98,7 @@ def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
             f"the card of {name!r} must have {', '.join(GIVEN_FIELDS)}; missing: {', '.join(missing)}"
         )
 
-    stored = {key: _to_half(key, tensor) for key, tensor in plain_names(state).items()}
+    stored = {key: _to_half(key, tensor) for key, tensor in state.items()}
     sha256 = write_tensors(weights_file, stored)
     card = {"name": name} | card
     card |= {

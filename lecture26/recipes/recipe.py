@@ -252,43 +252,39 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
         DataError: if images cannot be read; and what `train` and `Recipe.load_images` raise.
     """
     with sole_use(recipe.name):
-        return _run(recipe, command, state_every)
-
-
-def _run(recipe: Recipe, command: str, state_every: float) -> dict | None:
-    with process_state().main_process_first():  # it may have to download
-        images, unseen = recipe.load_images("train"), recipe.load_images("test")
-        if process_state().is_main_process:
-            images.check()  # damage is found now, and not in the middle of the run
-            unseen.check()
-    recipe = recipe.fitted_to(images)
-    settings = recipe.settings()
-    network, history = train_network(
-        recipe,
-        images,
-        state_file=state_file(recipe.name),
-        state_every=state_every,
-        settings=settings | {"images": len(images)},  # a folder's name may come to hold others
-    )
-    if not process_state().is_main_process:
-        return None
-    card = save_checkpoint(
-        recipe.name,
-        network.state_dict(),
-        {
-            "recipe": recipe.family,
-            "settings": settings | {"precision": history.precision},
-            "command": command,
-            "data": f"{recipe.data}, {len(images)} images of {images.image_size} pixels",
-            "steps": recipe.steps,
-            "processes": process_state().num_processes,
-            "seconds": round(history.seconds),
-            "metrics": recipe.evaluate(network, unseen),
-            "loss_curve": loss_curve(history),
-        },
-    )
-    state_file(recipe.name).unlink()
-    return card
+        with process_state().main_process_first():  # it may have to download
+            images, unseen = recipe.load_images("train"), recipe.load_images("test")
+            if process_state().is_main_process:
+                images.check()  # damage is found now, and not in the middle of the run
+                unseen.check()
+        recipe = recipe.fitted_to(images)
+        settings = recipe.settings()
+        network, history = train_network(
+            recipe,
+            images,
+            state_file=state_file(recipe.name),
+            state_every=state_every,
+            settings=settings | {"images": len(images)},  # a folder's name may come to hold others
+        )
+        if not process_state().is_main_process:
+            return None
+        card = save_checkpoint(
+            recipe.name,
+            network.state_dict(),
+            {
+                "recipe": recipe.family,
+                "settings": settings | {"precision": history.precision},
+                "command": command,
+                "data": f"{recipe.data}, {len(images)} images of {images.image_size} pixels",
+                "steps": recipe.steps,
+                "processes": process_state().num_processes,
+                "seconds": round(history.seconds),
+                "metrics": recipe.evaluate(network, unseen),
+                "loss_curve": loss_curve(history),
+            },
+        )
+        state_file(recipe.name).unlink()
+        return card
 
 
 def loss_curve(history: History) -> dict[str, list]:
