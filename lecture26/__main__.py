@@ -5,6 +5,7 @@ What a command needs is imported inside it, so that --help answers at once.
 
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +34,7 @@ Guidance = StrEnum("Guidance", {way.name: way.name for way in STEERINGS if way.n
 class Precision(StrEnum):
     """What networks compute in while training."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -57,22 +59,47 @@ class Sampler(StrEnum):
 
 @contextmanager
 def errors_in_one_line():
-    """Report what the user can mend in one line, without a traceback.
+    """Report what the user can mend in one line, without a traceback; what the data warn of too.
 
     These are the errors whose messages speak to the user; any other one is a fault of the course.
     """
-    from torch import OutOfMemoryError
-
     from lecture26.kit.data import DataError
+    from lecture26.kit.files import NOT_WRITABLE
+    from lecture26.kit.paths import OWN_FOLDER, data_dir
 
     try:
-        yield
-    except OutOfMemoryError as error:
-        typer.echo(f"error: {error} Try a smaller --batch-size or --count", err=True)
-        raise typer.Exit(EXIT_USER_ERROR) from error
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except BrokenPipeError:  # whoever reads the output has had enough, and is told nothing
+        raise
     except (ValueError, DataError, FloatingPointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        is_of_data = isinstance(error, OSError) and str(error.filename).startswith(str(data_dir()))
+        hint = f". {OWN_FOLDER}" if is_of_data and error.errno in NOT_WRITABLE else ""
+        typer.echo(f"error: {error}{hint}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        typer.echo(f"error: out of memory. Try a smaller --batch-size or --count ({error})", err=True)
+        raise typer.Exit(EXIT_USER_ERROR) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python has found no memory; of that of the CPU torch says so in words alone."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _show_warning(message, category, *place) -> None:
+    """What the data warn of, in one line; other warnings as Python shows them."""
+    from lecture26.kit.data import DataWarning
+
+    if issubclass(category, DataWarning):
+        typer.echo(f"note: {message}", err=True)
+    else:
+        typer.echo(warnings.formatwarning(message, category, *place[:2]), err=True)
 
 
 @contextmanager
@@ -108,7 +135,7 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED)] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="bf16 is faster on GPUs and processors with AMX or AVX512-BF16, slower elsewhere."),
+        typer.Option(help="auto, the default, tries which is faster; bf16 needs a device with units for it."),
     ] = None,
     state_every: Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")] = 60.0,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a checkpoint of that name.")] = False,
@@ -205,7 +232,7 @@ def adapt(
         typer.Option(help="Several times: the validation images choose. Else the method's own are tried."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, for the spread.")] = 1,
-    precision: Annotated[Precision, typer.Option(help="bf16 is faster on GPUs.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="auto tries which is faster.")] = Precision.auto,
     augment: Annotated[bool, typer.Option("--augment", help="Mirror and move training images.")] = False,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Fetch no weights for a backbone of timm: to try out.")
@@ -287,4 +314,5 @@ def checkpoints(
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     app(prog_name="python -m lecture26")

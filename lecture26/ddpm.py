@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lecture26.kit.progress import bar_stream
 from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 
 # --- A schedule ---
@@ -848,7 +849,8 @@ def sample(
         raise ValueError(f"start must lie in [0, {diffusion.num_steps}); got start={start}")
     x_t = x_T if device is None else x_T.to(device)
     steps = range(start, -1, -1)
-    for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
+    bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
+    for index in bar:
         t = torch.full((len(x_t),), index, device=x_t.device)
         # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
         noise = None if step is ddim_step else noise_like(x_t, generator)

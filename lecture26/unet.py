@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lecture26.kit.state_dicts import without_compilation
 from lecture26.kit.validation import check_positive_int, check_shape
 
 # --- Telling the network the step ---
@@ -489,7 +490,7 @@ class EMA(nn.Module):
     (1 + n) / (10 + n) after n updates, if that is smaller.
 
     Args:
-        model: the model to follow; it is copied.
+        model: the model to follow; it is copied, without what torch.compile has made of it.
         decay: how much of the average each update keeps, in [0, 1].
 
     Raises:
@@ -501,7 +502,7 @@ class EMA(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()

@@ -428,10 +428,9 @@ def save_task(file, state):
         raise ValueError(
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
-    metadata = {"format": TASK_FORMAT, "backbone": state.backbone}
-    if getattr(state, "about", None):
-        metadata["about"] = json.dumps(state.about)
-    write_tensors(file, state, metadata)
+    about = getattr(state, "about", {})
+    told = {"format": TASK_FORMAT, "backbone": state.backbone}
+    write_tensors(file, state, told | ({"about": json.dumps(about)} if about else {}))
 
 
 def load_task(file):

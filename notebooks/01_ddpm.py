@@ -55,6 +55,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lecture26.kit.progress import bar_stream
 from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 
 # %% [markdown]
@@ -1776,7 +1777,8 @@ def sample(
         raise ValueError(f"start must lie in [0, {diffusion.num_steps}); got start={start}")
     x_t = x_T if device is None else x_T.to(device)
     steps = range(start, -1, -1)
-    for index in tqdm(steps, "sampling", delay=2, leave=False) if progress else steps:
+    bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
+    for index in bar:
         t = torch.full((len(x_t),), index, device=x_t.device)
         # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
         noise = None if step is ddim_step else noise_like(x_t, generator)
@@ -2158,7 +2160,7 @@ optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
 generator = torch.Generator().manual_seed(9)
 losses = []
-for _ in tqdm(range(2000), "training"):
+for _ in tqdm(range(2000), "training", file=bar_stream()):
     x_0, _ = mixture.sample(256, generator)
     t = torch.randint(0, diffusion_steps, (256,), generator=generator)
     loss = learned.loss(network, x_0, t, noise_like(x_0, generator))

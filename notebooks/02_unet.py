@@ -33,7 +33,6 @@ import matplotlib.pyplot as plt
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
-from tqdm import tqdm
 from typer.testing import CliRunner
 
 from lecture26.__main__ import app
@@ -52,6 +51,7 @@ from lecture26.ddpm import (
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import sample_quality
 from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
 from lecture26.kit.training import train
@@ -72,6 +72,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lecture26.kit.state_dicts import without_compilation
 from lecture26.kit.validation import check_positive_int, check_shape
 
 # %% [markdown]
@@ -1273,7 +1274,7 @@ class EMA(nn.Module):
     (1 + n) / (10 + n) after n updates, if that is smaller.
 
     Args:
-        model: the model to follow; it is copied.
+        model: the model to follow; it is copied, without what torch.compile has made of it.
         decay: how much of the average each update keeps, in [0, 1].
 
     Raises:
@@ -1285,7 +1286,7 @@ class EMA(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -1339,7 +1340,7 @@ optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 generator = torch.Generator().manual_seed(0)
 losses, steps = [], [0]
 unseen_losses = {"as they stand": [unseen_loss(network)], "averaged": [unseen_loss(ema.model)]}
-for step in tqdm(range(400), "training"):
+for step in progress_bar(range(400), "training"):
     x_0 = images.batch(torch.randint(len(images), (16,), generator=generator))["image"]
     t = torch.randint(diffusion.num_steps, (16,), generator=generator)
     loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator))

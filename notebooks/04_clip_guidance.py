@@ -32,7 +32,6 @@ from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 from lecture26.checks import check
 from lecture26.ddpm import (
@@ -49,6 +48,7 @@ from lecture26.ddpm import (
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
 from lecture26.kit.shapes import BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES
@@ -917,7 +917,7 @@ def retrieved(encode_image, clip, x=x_unseen, captions=unseen_captions):
 # %%
 optimizer = torch.optim.AdamW(clip.parameters())
 losses, kappas, retrieval = [], [], {0: retrieved(clip.encode_image, clip)}
-for step in tqdm(range(1, 121), "training"):
+for step in progress_bar(range(1, 121), "training"):
     optimizer.param_groups[0]["lr"] = 5e-4 * min(1, step / 20)
     loss = info_nce(*clip(*draw(128)))
     optimizer.zero_grad()

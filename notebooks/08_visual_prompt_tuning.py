@@ -1249,8 +1249,8 @@ def check_task_state(state, vit, fingerprint):
 
 # %% [markdown]
 # On the disk it is a safetensors file, raw numbers: unlike a pickle, reading it executes nothing. Beside the numbers it
-# says what it is, to which backbone it belongs, and whatever a state tells in its attribute `about`, such as the names
-# of the classes. The kit adds a checksum, which reveals damage.
+# says what it is and to which backbone it belongs. The kit adds a checksum, which reveals damage. Numbers do not say what
+# they are about: the attribute `about` of a state goes into the file, too, such as the names of the classes.
 
 
 # %% tags=["export"]
@@ -1272,10 +1272,9 @@ def save_task(file, state):
         raise ValueError(
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
-    metadata = {"format": TASK_FORMAT, "backbone": state.backbone}
-    if getattr(state, "about", None):
-        metadata["about"] = json.dumps(state.about)
-    write_tensors(file, state, metadata)
+    about = getattr(state, "about", {})
+    told = {"format": TASK_FORMAT, "backbone": state.backbone}
+    write_tensors(file, state, told | ({"about": json.dumps(about)} if about else {}))
 
 
 def load_task(file):

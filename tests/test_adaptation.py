@@ -34,6 +34,7 @@ from lecture26.kit.checkpoints import load_card, save_checkpoint
 from lecture26.kit.data import SPLITS, DataError, load
 from lecture26.kit.downstream import COUNTS, TASKS, Coloured, downstream
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.precision import Choice
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes
@@ -45,7 +46,7 @@ from lecture26.studies.ledger import Ledger, forget_ledger
 from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, full_fine_tune, load_task, save_task
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
-BUDGET = Budget(steps=2, batch_size=4)
+BUDGET = Budget(steps=2, batch_size=4, precision="fp32")
 COURSE_DATA = os.environ.get("LECTURE26_DATA")
 
 
@@ -736,6 +737,25 @@ def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     assert went_on == compare(None)
 
 
+def test_all_runs_of_a_comparison_are_in_one_precision(tmp_path, monkeypatch):
+    """It is decided once, whatever would be found later, and stands in the results."""
+    found = iter(["bf16", "fp32"])
+    monkeypatch.setattr(
+        adaptation, "choose_precision", lambda *arguments: Choice(next(found), "as a test would have it")
+    )
+    budgets, fit = [], adaptation.fit
+    monkeypatch.setattr(
+        adaptation, "fit", lambda *arguments, **o: budgets.append(arguments[3]) or fit(*arguments, **o)
+    )
+    for methods in (("linear", "vpt-deep"), ("full",)):
+        ledger = Ledger(tmp_path / "state.json", {})
+        budget = dataclasses.replace(BUDGET, precision="auto")
+        comparison = Comparison(tiny_backbone(), plain_splits(), budget, (0, 1), None, ledger)
+        runs = [comparison.run(method, 2, (0.01, 0.03)) for method in methods]
+        assert [run["precision"] for run in runs] == ["bf16"] * len(methods)
+    assert {budget.precision for budget in budgets} == {"bf16"} and len(budgets) == 9
+
+
 def test_the_ledger_of_another_study_is_refused(tmp_path):
     file = tmp_path / "state.json"
     Ledger(file, {"steps": 1}).once("a run", lambda: {"accuracy": 0.5})
@@ -944,7 +964,7 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
 # The command `adapt`
 
 
-QUICK = ["--steps", "2", "--batch-size", "4", "--learning-rate", "0.01"]
+QUICK = ["--steps", "2", "--batch-size", "4", "--learning-rate", "0.01", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -1229,10 +1249,10 @@ def test_two_processes_adapt_as_one_does_with_the_doubled_batch(data_folder, les
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch was built without gloo")
     arguments = ["--backbone", "tiny_vit", "--data", str(lesions), "--method", "full", "--steps", "3"]
-    arguments += ["--learning-rate", "0.01", "--learning-rate", "0.03"]
+    arguments += ["--learning-rate", "0.01", "--learning-rate", "0.03", "--precision", "fp32"]
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two += ["-m", "lecture26", "adapt", *arguments, "--batch-size", "2", "--name", "by_two"]
-    subprocess.run(two, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    subprocess.run(two, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
     assert call("adapt", *arguments, "--batch-size", "4", "--name", "by_one").exit_code == 0
     stored = {name: load_results(name) for name in ("by_one", "by_two")}
     assert stored["by_two"]["command"].startswith("torchrun --nproc-per-node 2 -m lecture26 adapt")

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from lecture26.kit import paths
 from lecture26.kit.checkpoints import (
     CARD_FIELDS,
     CheckpointError,
@@ -17,7 +20,9 @@ from lecture26.kit.checkpoints import (
     load_state,
     save_checkpoint,
 )
+from lecture26.kit.results import load_results, save_results
 
+DATA_DIRS = paths.data_dirs  # before conftest takes its place
 SHIPPED = list_checkpoints()  # before the fixture below points elsewhere
 CARD = {
     "recipe": "ddpm",
@@ -89,6 +94,12 @@ def test_the_same_weights_make_the_same_file(folder, state):
     first = save_checkpoint("tiny", state, CARD)
     second = save_checkpoint("other", dict(reversed(state.items())), CARD)
     assert first["sha256"] == second["sha256"]
+
+
+def test_a_compiled_model_is_stored_under_its_plain_names(folder):
+    model = nn.Sequential(torch.compile(nn.Linear(2, 3), backend="eager"), nn.Linear(3, 1))
+    save_checkpoint("tiny", torch.compile(model, backend="eager").state_dict(), CARD)
+    assert load_state("tiny").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def test_later_checkpoint_replaces_the_earlier(folder, state):
@@ -174,6 +185,82 @@ def test_damaged_card_is_refused(folder, state, content, message):
     with pytest.raises(CheckpointError) as refusal:
         load_card("tiny")
     assert message in str(refusal.value)
+
+
+DAMAGED_VALUES = {
+    "name": 3,
+    "recipe": None,
+    "settings": [],
+    "command": ["python"],
+    "data": {},
+    "steps": 1.5,
+    "seconds": None,
+    "metrics": [],
+    "parameters": -1,
+    "machine": "a machine",
+    "versions": None,
+    "bytes": True,
+    "sha256": "abc",
+}
+
+
+@pytest.mark.parametrize("field", CARD_FIELDS)
+def test_a_card_with_a_damaged_value_is_refused(folder, state, field):
+    card = save_checkpoint("tiny", state, CARD)
+    (folder / "tiny.json").write_text(json.dumps(card | {field: DAMAGED_VALUES[field]}))
+    with pytest.raises(CheckpointError, match=rf"tiny.json is damaged \({field} must be .*; got "):
+        load_card("tiny")
+
+
+def test_a_metric_that_is_no_number_is_refused_and_all_faults_are_named(folder, state):
+    card = save_checkpoint("tiny", state, CARD)
+    del card["data"]
+    (folder / "tiny.json").write_text(json.dumps(card | {"metrics": {"loss": "low"}, "seconds": None}))
+    with pytest.raises(CheckpointError, match="no data; seconds must be .* None; metrics must be .* 'low'"):
+        load_card("tiny")
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A data folder that came with the course, beside one's own."""
+    monkeypatch.setenv("LECTURE26_DATA", str(tmp_path / "own"))
+    monkeypatch.setattr(paths, "data_dirs", lambda: (tmp_path / "own", tmp_path / "shipped"))
+    return tmp_path / "shipped"
+
+
+def test_shipped_checkpoints_are_found_beside_ones_own(shared, tmp_path, monkeypatch, state):
+    with monkeypatch.context() as patch:
+        patch.setenv("LECTURE26_DATA", str(shared))
+        save_checkpoint("shipped", state, CARD)
+        save_checkpoint("both", state, CARD)
+    before = {file: file.read_bytes() for file in shared.rglob("*") if file.is_file()}
+    save_checkpoint("both", state, CARD | {"steps": 20})
+    save_checkpoint("own", state, CARD)
+    (tmp_path / "own" / "checkpoints" / "shipped.safetensors").touch()  # of a run that was killed
+    assert list_checkpoints() == ["both", "own", "shipped"]
+    assert load_card("both")["steps"] == 20 and load_card("shipped")["steps"] == 10
+    assert checkpoint_files("new")[0] == tmp_path / "own" / "checkpoints" / "new.safetensors"
+    assert load_state("shipped").keys() == state.keys()
+    assert {file: file.read_bytes() for file in shared.rglob("*") if file.is_file()} == before
+
+
+def test_shipped_results_are_found_beside_ones_own(shared, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("LECTURE26_DATA", str(shared))
+        save_results("sweep", "a command", {"runs": 1})
+    assert load_results("sweep")["runs"] == 1
+    save_results("sweep", "a command", {"runs": 2})
+    assert load_results("sweep")["runs"] == 2
+    assert json.loads((shared / "results" / "sweep.json").read_text())["runs"] == 1
+    with pytest.raises(ValueError, match=r"no results 'other': .*own.results.other.json .*present: sweep"):
+        load_results("other")
+
+
+def test_without_a_folder_of_ones_own_the_shipped_one_is_the_only(monkeypatch):
+    monkeypatch.delenv("LECTURE26_DATA", raising=False)
+    assert DATA_DIRS() == (paths.shipped_data_dir(),) == (paths.data_dir(),)
+    monkeypatch.setenv("LECTURE26_DATA", "~")
+    assert DATA_DIRS() == (Path.home(), paths.shipped_data_dir())
 
 
 @pytest.mark.parametrize("name", ["", "../tiny", "a/b", "Tiny", ".tiny", "tiny.json", "-tiny", "tiny\n"])

@@ -32,7 +32,12 @@ def tiny_recipe():
     """A recipe whose training takes a moment."""
     network = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
     recipe = dataclasses.replace(
-        recipes.find_recipe("ddpm"), name="tiny_recipe", data="shapes", model=network, steps=4
+        recipes.find_recipe("ddpm"),
+        name="tiny_recipe",
+        data="shapes",
+        model=network,
+        steps=4,
+        precision="fp32",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(recipes.recipe.RECIPES, recipe.name, recipe)
@@ -130,6 +135,49 @@ def test_training_does_not_go_on_with_other_images(data_folder, tmp_path, monkey
     assert grown.exit_code == EXIT_USER_ERROR
     assert "with other settings: images was 4 and is now 5. " in grown.stderr
     (data_folder / "states" / "grown.pt").unlink()
+
+
+def test_the_card_says_in_which_precision_it_was_trained(data_folder):
+    result = call(*TRAIN, "--name", "open", "--precision", "auto")
+    assert result.exit_code == 0, result.output
+    precision = json.loads((data_folder / "checkpoints" / "open.json").read_text())["settings"]["precision"]
+    assert precision in ("fp32", "bf16")
+    assert f"precision: {precision} (" in result.stderr
+
+
+def test_the_second_of_two_trainings_of_one_name_is_refused(data_folder):
+    lock = data_folder / "states" / "twice.lock"
+    hold = "import sys; from lecture26.kit.files import locked\n"
+    hold += "with locked(sys.argv[1], ''): print(flush=True), input()"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], **options) as other:
+        other.stdout.readline()
+        refused = call(*TRAIN, "--name", "twice")
+        other.kill()  # which leaves the file, and not the lock
+    assert refused.exit_code == EXIT_USER_ERROR
+    assert "'twice' is being made by another process: wait for it, or choose another name" in refused.stderr
+    assert lock.exists()
+    assert call(*TRAIN, "--name", "twice").exit_code == 0
+    assert not lock.exists()
+
+
+def test_damaged_images_are_named_before_training(data_folder, tmp_path, monkeypatch):
+    noise = torch.randint(256, (60, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for split in ("train", "val", "test"):
+        for number in range(4):
+            file = tmp_path / split / f"{number}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(noise.numpy()).save(file)
+    for number in (1, 3):
+        file = tmp_path / "train" / f"{number}.png"
+        file.write_bytes(file.read_bytes()[:2000])
+    monkeypatch.setattr(ddpm.DDPM, "draw", lambda *arguments: pytest.fail("training began"))
+    arguments = [*TRAIN, "--data", tmp_path, "--image-size", "16", "--name", "damaged"]
+    result = call(*arguments)
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "2 of 4 files are not readable images: " in result.stderr
+    assert "1.png" in result.stderr and "3.png" in result.stderr
+    assert list((data_folder / "states").iterdir()) == []
 
 
 def test_training_on_a_folder_of_images(data_folder, tmp_path):
@@ -763,6 +811,116 @@ def test_damaged_checkpoint_is_refused(data_folder, tmp_path, monkeypatch):
         result = call(*arguments)
         assert result.exit_code == EXIT_USER_ERROR
         assert "SHA-256" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("settings", {"schedule": "unheard of"}),
+        ("settings", {"model": {"base_channels": 16, "channel_multipliers": (1,), "patch_size": 4}}),
+        ("settings", {"model": {"base_channels": "wide"}}),
+        ("settings", {"channels": None}),
+        ("metrics", []),
+        ("seconds", None),
+    ],
+)
+def test_a_card_with_damaged_values_ends_in_one_line_and_no_listing(data_folder, tmp_path, field, change):
+    for file in checkpoint_files("tiny"):
+        shutil.copy(file, file.with_stem("a_bad_one"))
+    _, file = checkpoint_files("a_bad_one")
+    card = json.loads(file.read_text()) | {"name": "a_bad_one"}
+    file.write_text(json.dumps(card | {field: card[field] | change if isinstance(change, dict) else change}))
+    picture = tmp_path / "grid.png"
+    try:
+        for command in (["evaluate", "a_bad_one"], [*SAMPLE, "--model", "a_bad_one", "--out", picture]):
+            result = call(*command)
+            assert result.exit_code == EXIT_USER_ERROR, result.exception
+            assert "a_bad_one" in result.stderr and result.stderr.count("\n") == 1
+        listed = call("checkpoints")
+        assert listed.exit_code == 0 and "\ntiny: " in "\n" + listed.stdout
+        assert ("a_bad_one: " in listed.stdout) == (field == "settings")
+    finally:
+        for file in checkpoint_files("a_bad_one"):
+            file.unlink()
+
+
+def fail_with(monkeypatch, error):
+    """Have the sampler raise an error."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("lecture26.commands.drawing.sample", fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:129] data. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_out_of_memory_ends_in_one_line(data_folder, tmp_path, monkeypatch, error):
+    fail_with(monkeypatch, error)
+    result = call(*SAMPLE, "--out", tmp_path / "grid.png")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert result.stderr.startswith("error: out of memory. Try a smaller --batch-size or --count")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_fault_of_the_course_is_no_error_of_the_users(data_folder, tmp_path, monkeypatch):
+    fail_with(monkeypatch, RuntimeError("shapes cannot be multiplied"))
+    result = call(*SAMPLE, "--out", tmp_path / "grid.png")
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_a_data_folder_that_cannot_be_written_to_is_told_at_the_start(data_folder, monkeypatch):
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("lecture26.recipes.recipe.locked", refuse)
+    monkeypatch.setattr(ddpm.DDPM, "draw", lambda *arguments: pytest.fail("training began"))
+    result = call(*TRAIN, "--name", "nowhere")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "Permission denied" in result.stderr and "LECTURE26_DATA" in result.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_found_before_sampling(data_folder, tmp_path, monkeypatch):
+    fail_with(monkeypatch, AssertionError("sampled"))
+    for out in (tmp_path / f"{'long' * 100}.png", tmp_path / "link.png", "\0.png"):
+        (tmp_path / "link.png").unlink(missing_ok=True)
+        (tmp_path / "link.png").symlink_to(tmp_path / "no" / "folder" / "grid.png")
+        result = call(*SAMPLE, "--out", out)
+        assert result.exit_code == EXIT_USER_ERROR, result.exception
+
+
+def test_a_picture_that_is_there_stays_until_the_new_one_comes(data_folder, tmp_path, monkeypatch):
+    (tmp_path / "grid.png").write_bytes(b"old")
+    fail_with(monkeypatch, ValueError("no samples"))
+    assert call(*SAMPLE, "--out", tmp_path / "grid.png").exit_code == EXIT_USER_ERROR
+    assert (tmp_path / "grid.png").read_bytes() == b"old"
+
+
+def test_what_the_data_warn_of_is_one_line(data_folder, tmp_path):
+    for split in ("train", "test"):
+        for number in range(3):
+            file = tmp_path / split / "a class" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), 80 * number).save(file)
+    (tmp_path / "train" / "a class" / "3.heic").touch()
+    result = call(*TRAIN, "--data", tmp_path, "--image-size", "16", "--name", "warned")
+    assert result.exit_code == 0, result.output
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "left out 1 .heic" in notes[0] and "has a single class, 'a class'" in notes[1]
+
+
+def test_a_reader_that_has_had_enough_is_told_nothing(data_folder):
+    command = [sys.executable, "-m", "lecture26", "checkpoints", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # long before anything is written
+        assert process.stderr.read() == ""
 
 
 def test_error_as_a_user_sees_it(data_folder):

@@ -1,5 +1,6 @@
 """load: every data set by name, folders of images, and what goes wrong with them."""
 
+import errno
 import gzip
 import os
 import tarfile
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, features
 
 from lecture26.kit import data
-from lecture26.kit.data import DataError, StoredImages, load
+from lecture26.kit.data import DataError, DataWarning, StoredImages, load
 from lecture26.kit.image_set import ImageSet
 
 SPLITS = ("train", "validation", "test")
@@ -365,6 +366,208 @@ def test_other_files_and_hidden_folders_are_ignored(tmp_path):
     write_image(tmp_path / ".cache" / "thumbnail.png")
     images = [load(tmp_path, split) for split in SPLITS]
     assert sum(map(len, images)) == 40 and images[0].labels == {"class": ("cat", "dog")}
+
+
+@pytest.fixture
+def told(recwarn):
+    """What the data warn of, as texts."""
+    return lambda: [str(warning.message) for warning in recwarn if warning.category is DataWarning]
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path, told):
+    write_folder(tmp_path / "store", 20, classes=("wolf", "cat"))
+    pets = tmp_path / "pets"
+    pets.mkdir()
+    (pets / "dog").symlink_to(tmp_path / "store" / "wolf")
+    (pets / "cat").mkdir()
+    for file in (tmp_path / "store" / "cat").iterdir():
+        (pets / "cat" / file.name).symlink_to(file)
+    images = [load(pets, split) for split in SPLITS]
+    assert images[0].labels == {"class": ("cat", "dog")} and sum(map(len, images)) == 40
+    assert told() == []
+
+
+def test_links_in_a_circle_end(tmp_path):
+    write_folder(tmp_path / "pets", 20)
+    (tmp_path / "pets" / "cat" / "again").symlink_to(tmp_path / "pets")
+    (tmp_path / "pets" / "dog" / "above").symlink_to(tmp_path)
+    assert sum(len(load(tmp_path / "pets", split)) for split in SPLITS) == 40
+
+
+def test_a_link_to_nothing_is_damage(tmp_path):
+    write_folder(tmp_path, 3)
+    (tmp_path / "bird").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="bird is a link to nothing"):
+        load(tmp_path)
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path):
+    write_folder(tmp_path, 20, classes=("x.png", "y.png"))
+    images = [load(tmp_path, split) for split in SPLITS]
+    assert images[0].labels == {"class": ("x.png", "y.png")} and sum(map(len, images)) == 40
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPG", ".avif"])
+def test_suffixes_of_images(tmp_path, told, suffix):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow was built without avif")
+    write_folder(tmp_path, 20)
+    for file in (tmp_path / "cat").iterdir():
+        Image.open(file).save(file.with_suffix(suffix), {".avif": "AVIF"}.get(suffix, "JPEG"))
+        file.unlink()
+    images = [load(tmp_path, split) for split in SPLITS]
+    assert images[0].labels == {"class": ("cat", "dog")} and sum(map(len, images)) == 40
+    assert told() == []
+
+
+def test_what_is_left_out_is_told(tmp_path, told):
+    write_folder(tmp_path, 20)
+    for name in ("1.heic", "2.HEIC", "notes", "list.txt"):
+        (tmp_path / "cat" / name).write_bytes(b"")
+    load(tmp_path)
+    (message,) = told()
+    assert message.startswith(f"{tmp_path}: left out 2 .heic, 1 .txt, 1 without a suffix; what is read")
+
+
+def test_what_lies_beside_the_splits_is_told(tmp_path, told):
+    for split in SPLITS:
+        write_folder(tmp_path / split, 2)
+    write_image(tmp_path / "stray.png")
+    load(tmp_path)
+    assert "left out 1 .png" in told()[0]
+
+
+def test_only_images_left_out_are_told_in_the_error(tmp_path):
+    (tmp_path / "1.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"has no images \(.*\), but 1 \.heic"):
+        load(tmp_path)
+
+
+def test_one_class_is_told(tmp_path, told):
+    write_folder(tmp_path, 20, classes=("cat",))
+    load(tmp_path)
+    assert told() == [f"{tmp_path} has a single class, 'cat'"]
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    for name in ("train", "val", "validation"):
+        write_folder(tmp_path / name, 2)
+    with pytest.raises(DataError, match="val and validation, which are the same split"):
+        load(tmp_path)
+
+
+def test_a_name_that_is_no_text_is_a_name(tmp_path):
+    write_folder(tmp_path, 20)
+    for folder in ("cat", "dog"):
+        try:
+            os.rename(
+                tmp_path / folder / "000.png", os.path.join(os.fsencode(tmp_path / folder), b"\xff.png")
+            )
+        except OSError:
+            pytest.skip("this file system takes names in UTF-8 only")
+    assert sum(len(load(tmp_path, split)) for split in SPLITS) == 40
+    (tmp_path / "cat" / os.fsdecode(b"\xfe.png")).write_bytes(b"")
+    with pytest.raises(DataError, match="1 of 41 files are not readable images"):
+        load(tmp_path)
+
+
+def test_no_home_folder():
+    with pytest.raises(FileNotFoundError, match="no home folder for '~nobody-of-this-name/x'"):
+        load("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "P", "RGB with a transparent colour", "L with one"])
+def test_transparent_images_are_seen_on_white(tmp_path, kind):
+    """Left half opaque grey, right half invisible, of a colour that must not be learned."""
+    shown, hidden = (100, 100, 100), (255, 0, 255) if kind in ("RGBA", "P", "PA") else (7, 7, 7)
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[:, :4], pixels[:, 4:] = (*shown, 255), (*hidden, 0)
+    image, options = Image.fromarray(pixels, "RGBA"), {}
+    if kind == "LA":
+        image = image.convert("LA")
+    elif kind in ("P", "PA"):
+        image = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8), "P")
+        image.putpalette([*shown, *hidden])
+        options = {"transparency": 1}
+        if kind == "PA":
+            image = Image.merge("PA", (image, Image.fromarray(pixels[..., 3])))
+            options = {}
+    elif kind != "RGBA":
+        image = image.convert("RGB" if kind.startswith("RGB") else "L")
+        options = {"transparency": hidden if image.mode == "RGB" else hidden[0]}
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        image.save(tmp_path / split / ("0.tiff" if kind == "PA" else "0.png"), **options)
+    seen = images_of(tmp_path)["image"]
+    agree_with = torch.cat([torch.full((8, 4), 100 / 127.5 - 1), torch.ones(8, 4)], dim=1)
+    assert (seen - agree_with).abs().max() < 1e-6
+
+
+def test_half_transparent_images_let_white_through(tmp_path):
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        Image.new("RGBA", (8, 8), (0, 100, 200, 51)).save(tmp_path / split / "0.png")
+    seen = (images_of(tmp_path)["image"][0, :, 0, 0] + 1) * 127.5
+    assert seen.tolist() == pytest.approx([0.8 * 255, 0.8 * 255 + 20, 0.8 * 255 + 40], abs=1)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, data.CACHE_BYTES])
+def test_all_damaged_images_are_named_at_once(tmp_path, monkeypatch, cache_bytes):
+    monkeypatch.setattr(data, "CACHE_BYTES", cache_bytes)
+    for split in SPLITS:
+        write_folder(tmp_path / split, 5)
+    load(tmp_path).check()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
+    for name in ("cat/001.png", "dog/003.png"):
+        Image.fromarray(noise).save(tmp_path / "train" / name)
+        (tmp_path / "train" / name).write_bytes((tmp_path / "train" / name).read_bytes()[:2000])
+    images = load(tmp_path)
+    with pytest.raises(DataError) as caught:
+        images.check()
+    message = str(caught.value)
+    assert message.startswith("2 of 10 files are not readable images: ")
+    assert "cat/001.png (image file is truncated)" in message and "dog/003.png (" in message
+    load(tmp_path, "test").check()
+
+
+def test_sets_without_files_have_nothing_to_check():
+    assert load("digits").check() is None and load("shapes").check() is None
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path, 3)
+    write_image(tmp_path / "cat" / "huge.png", size=(50, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30)
+    with pytest.raises(
+        DataError, match=r"1 of 7 files .*huge.png \(Image size \(2500 pixels\) exceeds limit"
+    ):
+        load(tmp_path)
+
+
+def test_damage_of_any_kind_is_named(tmp_path, monkeypatch):
+    """Pillow's readers raise what they stumble over."""
+    write_folder(tmp_path / "train", 3)
+    images = load(tmp_path)
+
+    def stumble(*arguments):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", stumble)
+    with pytest.raises(DataError, match=r"\.png is not a readable image \(division by zero\)"):
+        images.batch([0])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_to_is_not_called_damaged(monkeypatch, data_folder, number):
+    def constructor(folder, train, download):
+        raise OSError(number, os.strerror(number), str(folder))
+
+    fake_torchvision(monkeypatch, "MNIST", constructor)
+    with pytest.raises(DataError) as caught:
+        load("mnist")
+    message = str(caught.value)
+    assert message.startswith(f"MNIST cannot be put into {data_folder / 'downloads' / 'MNIST'} ")
+    assert "LECTURE26_DATA" in message and "delete" not in message
 
 
 @pytest.mark.parametrize("cache_bytes", [0, data.CACHE_BYTES])

@@ -917,6 +917,22 @@ def test_a_pipeline_is_written_as_it_always_was(folder):
     assert description == {"settings": json.loads(settings), "sha256": hashes}
 
 
+def test_a_compiled_pipeline_is_saved_as_the_plain_one(tmp_path, monkeypatch):
+    """And ~ is the home folder, for saving and for loading."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pipeline = small_pipeline(dtype=torch.float32)
+    expected = pipeline.state_dict()
+    pipeline.denoiser = torch.compile(pipeline.denoiser, backend="eager")
+    pipeline.vae.encoder = torch.compile(pipeline.vae.encoder, backend="eager")
+    pipeline.save("~/pipe")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe"]
+    loaded = LatentDiffusion.load("~/pipe").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+
+
 def test_weights_in_half_precision_are_loaded_as_they_were_saved(tmp_path):
     pipeline = small_pipeline(dtype=torch.float32).half()
     pipeline.save(tmp_path)
@@ -1603,7 +1619,7 @@ LONG = "a red star a red star"
         (
             lambda: LatentDiffusion.from_settings(PIPELINE.settings | {"schedule": "sigmoid"}),
             ValueError,
-            "schedule must be one of 'cosine', 'linear'; got 'sigmoid'",
+            "schedule must be one of 'linear', 'cosine'; got 'sigmoid'",
         ),
         (lambda: PIPELINE([LONG]), ValueError, f"a text must have at most 5 words; got 6 in '{LONG}'"),
         (lambda: PIPELINE(""), ValueError, "prompts must not be empty"),

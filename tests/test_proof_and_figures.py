@@ -1,6 +1,8 @@
 """The small tools of the kit: verify, argument checks, paths, show_grid, show_table."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from lecture26.kit import figures, paths
+from lecture26.kit import figures, paths, progress
 from lecture26.kit.proof import verify
 from lecture26.kit.validation import check_choice, check_positive_int, check_shape
 
@@ -176,6 +178,7 @@ def test_style_uses_the_palette():
         figures.use_style()
         cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
         assert cycle == list(figures.PALETTE.values())
+        assert matplotlib.rcParams["figure.dpi"] == 72
 
 
 def test_show_passes_the_description_on(monkeypatch):
@@ -241,3 +244,17 @@ def test_table_is_read_by_a_markdown_parser(table_of):
 def test_show_table_refuses(rows, error, message):
     with pytest.raises(error, match=message):
         figures.show_table(rows, ["first", "second"])
+
+
+# Progress
+
+
+def test_bars_are_drawn_on_stderr_but_in_a_notebook(monkeypatch):
+    """JupyterLab shows stderr in red, and a bar that is gone leaves an empty red field."""
+    import IPython
+
+    assert progress.bar_stream() is sys.stderr
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=None))
+    assert progress.bar_stream() is sys.stdout
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace())  # IPython in a terminal
+    assert progress.bar_stream() is sys.stderr

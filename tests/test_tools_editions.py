@@ -24,7 +24,6 @@ def course(tmp_path, monkeypatch):
     """The sample course, without stored notebooks, as a place for a learner's copies."""
     root = tmp_path / "course"
     shutil.copytree(SAMPLE, root)
-    shutil.copy(ROOT / "notebooks" / "matplotlibrc", root / "notebooks")
     monkeypatch.setenv("PYTHONPATH", str(root))  # the notebook imports the sample's own lecture26
     return root
 
@@ -71,9 +70,26 @@ def test_check_answer_and_finished_function_follow_in_this_order(course):
 
 def test_copy_has_no_outputs_and_no_pair(course):
     notebook = learners_copy(course)
-    assert set(notebook.metadata) == {"kernelspec"}
     assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
-    assert [path.name for path in sorted((course / "work").iterdir())] == ["01_waves.ipynb", "matplotlibrc"]
+    assert [path.name for path in sorted((course / "work").iterdir())] == ["01_waves.ipynb"]
+
+
+@pytest.mark.slow
+def test_opening_a_copy_does_not_modify_it(course):
+    """JupyterLab writes into a notebook what its kernel says of itself; where that is new, it is modified."""
+    from jupyter_client.manager import start_new_kernel
+
+    notebook = learners_copy(course)
+    manager, client = start_new_kernel(kernel_name=notebook.metadata["kernelspec"]["name"])
+    try:
+        said = client.kernel_info(reply=True, timeout=1800)["content"]["language_info"]
+        spec = manager.kernel_spec
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert notebook.metadata["language_info"] == said
+    expected = {"name": "python3", "display_name": spec.display_name, "language": spec.language}
+    assert notebook.metadata["kernelspec"] == expected
 
 
 def test_work_folder_is_outside_jupytexts_settings():

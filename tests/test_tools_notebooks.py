@@ -20,7 +20,7 @@ def built_course(tmp_path_factory):
     """The sample course after `make package` and `make notebooks`."""
     root = tmp_path_factory.mktemp("built") / "course"
     shutil.copytree(SAMPLE, root)
-    for name in ("pyproject.toml", "notebooks/jupytext.toml", "notebooks/matplotlibrc"):
+    for name in ("pyproject.toml", "notebooks/jupytext.toml"):
         shutil.copy(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(root))  # the notebook imports the sample's own lecture26
@@ -66,7 +66,7 @@ def test_built_course_passes_and_the_check_changes_nothing(course):
 def test_stored_notebook_holds_outputs_and_no_noise(course):
     stored = (course / "notebooks" / "01_waves.ipynb").read_text()
     notebook = json.loads(stored)
-    assert set(notebook["metadata"]) == {"jupytext", "kernelspec", "language_info"}
+    assert set(notebook["metadata"]) == {"jupytext", "kernelspec", "language_info", "lecture26"}
     assert notebook["metadata"]["language_info"] == {"name": "python"}
     assert notebook["cells"][-1]["outputs"][1]["data"]["text/plain"] == ["[1.000, -0.779, 0.607]"]
     assert "execution" not in stored.replace("execution_count", "")
@@ -138,6 +138,69 @@ def test_drift_of_the_stored_notebook_alone(course):
     edit_stored(course / "notebooks" / "01_waves.ipynb", edit)
     (problem,) = notebooks.check(course)
     assert "jupytext --to py:percent notebooks/01_waves.ipynb" in problem
+
+
+def print_rate(notebook):
+    """An edit of the last cell."""
+    assert "print(wave)" in notebook.cells[-1].source
+    notebook.cells[-1].source = notebook.cells[-1].source.replace("print(wave)", "print(wave.rate)")
+
+
+@pytest.mark.parametrize("tool", ["build", "export"])
+def test_edits_of_the_stored_notebook_alone_are_not_lost(course, tool):
+    edit_stored(course / "notebooks" / "01_waves.ipynb", print_rate)
+    before = contents(course)
+    with pytest.raises(CourseError) as refusal:
+        notebooks.run(course, store=True) if tool == "build" else export.export(course)
+    message = str(refusal.value)
+    assert message.startswith(
+        "notebooks/01_waves.ipynb holds edits that notebooks/01_waves.py lacks; it is the newer of the two"
+    )
+    assert "+print(wave.rate)" in message
+    assert "`jupytext --to py:percent notebooks/01_waves.ipynb`" in message
+    assert contents(course) == before
+
+
+def test_edits_of_both_sides_are_said_to_be(course):
+    edit_stored(course / "notebooks" / "01_waves.ipynb", print_rate)
+    replace(course / "notebooks" / "01_waves.py", "print(wave)", "print(wave, wave)")
+    with pytest.raises(CourseError, match="both were edited since they were built"):
+        export.export(course)
+
+
+@pytest.mark.parametrize("kept", [".py", ".ipynb"])
+def test_what_the_refusal_advises_mends_it(course, kept):
+    from jupytext.cli import jupytext
+
+    stored = course / "notebooks" / "01_waves.ipynb"
+    edit_stored(stored, print_rate)
+    if kept == ".ipynb":
+        jupytext(["--quiet", "--to", "py:percent", str(stored)])
+    else:
+        jupytext(["--quiet", "--update", "--to", "ipynb", str(stored.with_suffix(".py"))])
+    notebooks.run(course, store=True)
+    assert ("wave.rate" in stored.read_text()) == (kept == ".ipynb")
+    assert notebooks.check(course) == []
+
+
+def test_edits_of_the_source_alone_are_built(course):
+    replace(course / "notebooks" / "01_waves.py", "print(wave)", "print(wave.rate)")
+    (problem,) = notebooks.check(course)
+    assert "differs from notebooks/01_waves.py; edited since they were built: .py" in problem
+    export.export(course)
+    notebooks.run(course, store=True)
+    assert notebooks.check(course) == []
+
+
+def test_a_notebook_that_does_not_say_from_what_it_was_built_is_built_from_its_source(course):
+    def forget(notebook):
+        print_rate(notebook)
+        del notebook.metadata["lecture26"]
+
+    edit_stored(course / "notebooks" / "01_waves.ipynb", forget)
+    export.export(course)
+    notebooks.run(course, store=True)
+    assert notebooks.check(course) == []
 
 
 def test_drift_of_exported_code_concerns_module_and_notebook(course):

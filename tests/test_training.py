@@ -1,5 +1,7 @@
 """The training loop: restarts, several processes, settings."""
 
+import copy
+import itertools
 import os
 import signal
 import socket
@@ -12,11 +14,13 @@ import torch
 import training_run
 from torch import nn
 
+from lecture26.kit import precision as kit_precision
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.training import StateError, learning_rate_factor, train
 from lecture26.unet import EMA
 
 PROGRAM = Path(training_run.__file__)
+HANGS = 1800  # seconds after which a process is taken to hang, however busy the machine
 
 
 @pytest.fixture(autouse=True)
@@ -96,16 +100,17 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
         monkeypatch.delenv("ACCELERATE_USE_CPU")  # needed only where there is something else to use
     state_file, out = tmp_path / "two.pt", tmp_path / "two"
 
+    # Each would choose another precision by itself; all take the main one's.
     # Stopped through one of them, both finish the same step and write one state; and both go on from it.
     processes = start_two(state_file, out, delay=0.05)
-    wait_for_steps(processes[1], 8)
+    wait_for_steps(processes[1], 1 + 8)  # the first batch is drawn to choose the precision
     processes[1].terminate()
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=HANGS)
         assert process.returncode == training_run.EXIT_STOPPED
     assert 8 <= len(torch.load(state_file)["losses"]) < training_run.STEPS
     for process in start_two(state_file, out, delay=0.0):
-        process.communicate(timeout=60)
+        process.communicate(timeout=HANGS)
         assert process.returncode == 0
 
     two = torch.load(out)
@@ -135,6 +140,27 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, and Accelerate found 1: .*USE_CPU"):
         tiny_run(nn.Linear(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "aot_eager"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_settings_of_the_environment_do_not_change_a_training(monkeypatch, variable, value):
+    torch.manual_seed(0)
+    first = nn.Linear(3, 1)
+    second = copy.deepcopy(first)
+    history = tiny_run(first)
+    monkeypatch.setenv(variable, value)
+    assert tiny_run(second).losses == history.losses
+    assert torch.equal(first.weight, second.weight)
+    assert os.environ[variable] == value
 
 
 def test_finished_run_is_not_repeated(tmp_path):
@@ -191,6 +217,29 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    file = tmp_path / "file"
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    leftover, of_a_live_one = (tmp_path / f".file.{number}.part" for number in (process.pid, os.getppid()))
+    of_another_file = tmp_path / f".file2.{process.pid}.part"
+    for other in (leftover, of_a_live_one, of_another_file):
+        other.touch()
+    with replace_when_complete(file) as temporary:
+        temporary.write_text("new")
+    assert {*tmp_path.iterdir()} == {file, of_a_live_one, of_another_file}
+
+
+def test_a_path_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with replace_when_complete("~/made/file") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "made" / "file").read_text() == "new"
+    assert not (tmp_path / "~").exists()
+
+
 def test_average_follows_the_model():
     model = nn.Linear(3, 1)
     average = EMA(model, decay=0.5)
@@ -199,6 +248,43 @@ def test_average_follows_the_model():
     assert average.num_updates == 4
     assert not torch.equal(average.model.weight, start)
     assert not torch.equal(average.model.weight, model.weight)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def test_a_run_may_be_stopped_compiled_and_go_on_plain_or_the_other_way_round(tmp_path):
+    def network(wrap_whole, wrap_part):
+        torch.manual_seed(0)
+        return wrap_whole(nn.Sequential(wrap_part(nn.Linear(3, 3)), nn.Linear(3, 1)))
+
+    def plain(model):
+        return model
+
+    kinds = {"plain": (plain, plain), "whole": (compiled, plain), "part": (plain, compiled)}
+    expected = None
+    for first, second in itertools.permutations(kinds, 2):
+        state_file = tmp_path / f"{first}_{second}.pt"
+        steps_begun = itertools.count(1)
+
+        def stop_in_step_2(random, steps_begun=steps_begun):
+            if next(steps_begun) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return normal_batch(random)
+
+        model = network(*kinds[first])
+        with pytest.raises(KeyboardInterrupt):
+            options = dict(steps=4, batch_size=2, learning_rate=0.1, progress=False, state_file=state_file)
+            train(model, stop_in_step_2, mean_squared_output, average=EMA(model, 0.5), **options)
+        model = network(*kinds[second])
+        average = EMA(model, 0.5)
+        tiny_run(model, average=average, state_file=state_file)
+        names = list(average.model.state_dict())
+        assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+        weights = torch.cat([weight.flatten() for weight in average.model.state_dict().values()])
+        expected = weights if expected is None else expected
+        torch.testing.assert_close(weights, expected)
 
 
 def test_training_learns():
@@ -242,6 +328,115 @@ def test_precision_decides_what_the_network_computes_in(precision, dtype):
     assert model.weight.dtype == torch.float32
 
 
+def timed(monkeypatch, fp32, bf16):
+    """Have a step take so many seconds in either precision, on a device that has units for bfloat16."""
+    monkeypatch.setattr(kit_precision, "has_bfloat16_units", lambda device: True)
+    seconds = {"fp32": fp32, "bf16": bf16}
+    monkeypatch.setattr(kit_precision, "_time_step", lambda *arguments: seconds[arguments[-1]])
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen"),
+    [(2.0, 1.0, "bf16"), (1.0, 2.0, "fp32"), (1.05, 1.0, "fp32"), (float("inf"), 1.0, "bf16")],
+)
+def test_the_faster_precision_is_chosen_and_said(monkeypatch, capsys, fp32, bf16, chosen):
+    timed(monkeypatch, fp32, bf16)
+    history = tiny_run(nn.Linear(3, 1), precision="auto", progress=True)
+    assert history.precision == chosen
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("precision: ")]
+    assert told == [f"precision: {chosen} (a step takes {bf16:.2g} s in bf16 and {fp32:.2g} s in fp32)"]
+
+
+def test_without_units_for_bfloat16_it_is_not_tried(monkeypatch):
+    monkeypatch.setattr(kit_precision, "has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr(kit_precision, "_time_step", lambda *arguments: pytest.fail("tried"))
+    assert tiny_run(nn.Linear(3, 1), precision="auto").precision == "fp32"
+
+
+def test_choosing_changes_nothing_of_the_training(monkeypatch):
+    """It runs the network, whose dropout draws numbers and whose statistics move."""
+    monkeypatch.setattr(kit_precision, "has_bfloat16_units", lambda device: True)
+    monkeypatch.setattr(kit_precision, "ADVANTAGE", float("inf"))
+    torch.manual_seed(0)
+    fixed = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    chosen = copy.deepcopy(fixed)
+    expected = tiny_run(fixed, batch_size=4).losses
+    state = torch.random.get_rng_state()
+    assert tiny_run(chosen, batch_size=4, precision="auto").losses == expected
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, tensor in fixed.state_dict().items():
+        assert torch.equal(tensor, chosen.state_dict()[name]), name
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
+    timed(monkeypatch, fp32=2.0, bf16=1.0)
+
+    def run(state_file, stop=False):
+        torch.manual_seed(0)
+        model, steps_begun = nn.Linear(3, 1), itertools.count(1)
+
+        def draw(random):
+            if next(steps_begun) == 3 and stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return normal_batch(random)
+
+        options = dict(steps=4, batch_size=2, learning_rate=0.1, progress=False, precision="auto")
+        return train(model, draw, mean_squared_output, state_file=state_file, **options)
+
+    expected = run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped.pt", stop=True)
+    timed(monkeypatch, fp32=1.0, bf16=2.0)
+    history = run(tmp_path / "stopped.pt")
+    assert (history.precision, history.losses) == ("bf16", expected.losses)
+
+
+class Unlucky(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["draw", "loss"])
+def test_an_error_in_a_step_loses_none_of_those_before(tmp_path, where):
+    def run(state_file, luck=True):
+        torch.manual_seed(0)
+        model, calls = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)), itertools.count()
+
+        def meet_fate(place):
+            if place == where and next(calls) == 2 and not luck:
+                raise Unlucky
+
+        def draw(random):
+            meet_fate("draw")
+            return normal_batch(random)
+
+        def loss(network, batch):
+            meet_fate("loss")
+            return mean_squared_output(network, batch)
+
+        options = dict(steps=4, batch_size=2, learning_rate=0.1, progress=False)
+        return train(model, draw, loss, state_file=state_file, **options).losses
+
+    state_file = tmp_path / "unlucky.pt"
+    with pytest.raises(Unlucky):
+        run(state_file, luck=False)
+    assert len(torch.load(state_file)["losses"]) == 2
+    assert run(state_file) == run(tmp_path / "lucky.pt")
+
+
+def test_a_state_that_finds_no_room_is_one_error_of_the_system(tmp_path):
+    resource = pytest.importorskip("resource")
+    state_file = tmp_path / "state.pt"
+    torch.manual_seed(0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # a file must not grow further
+        with pytest.raises(OSError, match=r"training state .*state.pt could not be written; .* MB free"):
+            tiny_run(nn.Linear(3, 10_000), state_file=state_file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_diverging_loss_stops_the_run(tmp_path):
     def loss(model, batch):
         return model(batch["x"]).sum() * float("nan")
@@ -267,7 +462,7 @@ def test_diverging_loss_stops_the_run(tmp_path):
         ({"steps": 2.0}, TypeError, "steps must be an int; got 2.0"),
         ({"batch_size": -1}, ValueError, "batch_size must be at least 1; got -1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be above 0; got 0.0"),
-        ({"precision": "fp16"}, ValueError, "precision must be one of 'fp32', 'bf16'; got 'fp16'"),
+        ({"precision": "fp16"}, ValueError, "precision must be one of 'auto', 'fp32', 'bf16'; got 'fp16'"),
     ],
 )
 def test_bad_arguments(changes, error, message):

@@ -597,6 +597,18 @@ def test_ema_round_trip_through_its_state():
         agree(value, expected[name], 0.0)
 
 
+def test_ema_of_a_compiled_network_is_one_of_the_network_itself():
+    torch.manual_seed(0)
+    network = nn.Sequential(torch.compile(nn.Linear(2, 3), backend="eager"), nn.BatchNorm1d(3))
+    ema = EMA(torch.compile(network, backend="eager"), decay=0.5)
+    plain = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    plain.load_state_dict(ema.model.state_dict())  # the names are the plain ones
+    ema.update(network)
+    assert type(network[0]) is not nn.Linear  # what is followed stays compiled
+    x = torch.randn(4, 2)
+    agree(ema.model(x), plain.eval()(x), 1e-6)
+
+
 def test_ema_of_another_network_is_refused():
     ema = EMA(network())
     with pytest.raises((ValueError, RuntimeError)):

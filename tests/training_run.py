@@ -10,6 +10,8 @@ import time
 import torch
 from torch import nn
 
+from lecture26.kit import training
+from lecture26.kit.precision import Choice
 from lecture26.kit.processes import process_state
 from lecture26.kit.training import train
 from lecture26.unet import EMA
@@ -18,7 +20,7 @@ STEPS = 20
 EXIT_STOPPED = 3
 
 
-def run(state_file, batch_size=4, dropout=0.5, before_step=lambda: None):
+def run(state_file, batch_size=4, dropout=0.5, before_step=lambda: None, precision="fp32"):
     """Train a small convolutional network; returns its weights, their average and the losses."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -44,6 +46,7 @@ def run(state_file, batch_size=4, dropout=0.5, before_step=lambda: None):
         warmup_steps=5,
         average=average,
         seed=3,
+        precision=precision,
         state_file=state_file,
         state_every=0.0,
         progress=False,
@@ -58,8 +61,10 @@ def main(state_file, out_file, batch_size, dropout, delay):
 
     torch.set_num_threads(1)
     is_main = process_state().is_main_process  # asked before training, as a recipe does
+    by_itself = Choice("fp32" if is_main else "bf16", "as a test would have it")
+    training.choose_precision = lambda *arguments: by_itself
     try:
-        result = run(state_file, int(batch_size), float(dropout), before_step)
+        result = run(state_file, int(batch_size), float(dropout), before_step, "auto")
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
 

@@ -1,12 +1,18 @@
 """What every tool needs: where the course lies, which notebooks it has, and their cells with line numbers."""
 
+import difflib
+import hashlib
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
+import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_METADATA = "lecture26"  # a stored notebook's: the digest of the source it was built from
 SOLUTION_MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
 
 
@@ -60,3 +66,58 @@ def read_cells(source: Path) -> list[Cell]:
         Cell(where, number, marker + 1, cell.cell_type, cell.source, tuple(cell.metadata.get("tags", ())))
         for number, (cell, marker) in enumerate(zip(cells, markers, strict=True), start=1)
     ]
+
+
+def digest(cells: Iterable[tuple[str, str, tuple[str, ...]]]) -> str:
+    """What tells a notebook's text from others: a hash of the kind, source and tags of its cells."""
+    return hashlib.sha256(json.dumps([list(cell) for cell in cells]).encode()).hexdigest()
+
+
+def cells_of_source(source: Path) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Kind, source and tags of the cells of a notebook's source."""
+    return [(cell.kind, cell.source, cell.tags) for cell in read_cells(source)]
+
+
+def cells_of_notebook(notebook: nbformat.NotebookNode) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Kind, source and tags of the cells of a stored notebook."""
+    return [(cell.cell_type, cell.source, tuple(cell.metadata.get("tags", ()))) for cell in notebook.cells]
+
+
+def edited_sides(source: Path, notebook: nbformat.NotebookNode) -> set[str] | None:
+    """Which of ".py" and ".ipynb" have another text than when the notebook was built.
+
+    None where that is not known, since the notebook does not say from what it was built.
+    """
+    built_from = notebook.metadata.get(OWN_METADATA, {}).get("built_from")
+    if built_from is None:
+        return None
+    found = {".py": digest(cells_of_source(source)), ".ipynb": digest(cells_of_notebook(notebook))}
+    return {suffix for suffix, text in found.items() if text != built_from}
+
+
+def check_nothing_is_lost(source: Path) -> None:
+    """Raise CourseError if the stored notebook holds edits that its source, from which all is made, lacks."""
+    stored = source.with_suffix(".ipynb")
+    if not stored.exists():
+        return
+    notebook = nbformat.read(stored, as_version=4)
+    texts = [
+        "\n".join(text for _, text, _ in cells)
+        for cells in (cells_of_source(source), cells_of_notebook(notebook))
+    ]
+    edited = edited_sides(source, notebook)
+    if not edited or ".ipynb" not in edited or cells_of_source(source) == cells_of_notebook(notebook):
+        return
+    newer = "it is the newer of the two" if edited == {".ipynb"} else "both were edited since they were built"
+    raise CourseError(
+        f"notebooks/{stored.name} holds edits that notebooks/{source.name} lacks; {newer}"
+        f"{first_difference(*texts)}"
+        f"  to keep the .ipynb's text, run `jupytext --to py:percent notebooks/{stored.name}`\n"
+        f"  to keep the .py's, run `jupytext --update --to ipynb notebooks/{source.name}`"
+    )
+
+
+def first_difference(source: str, stored: str) -> str:
+    """The first lines that differ between a source and what the stored notebook makes of it."""
+    lines = list(difflib.unified_diff(source.splitlines(), stored.splitlines(), n=0, lineterm=""))
+    return "".join(f"\n    {line}" for line in lines[2:5]) + "\n"

@@ -10,7 +10,6 @@ solves every exercise and one who solves none.
 import argparse
 import ast
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from ipykernel.ipkernel import IPythonKernel
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, module_name, notebook_sources, read_cells
@@ -42,7 +42,10 @@ def learners_copy(source: Path) -> nbformat.NotebookNode:
         elif "exercise" not in cell.tags:
             cells.append(code_cell(cell) if cell.kind == "code" else new_markdown_cell(cell.source))
     kernelspec = jupytext.read(source).metadata["kernelspec"]
-    return new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
+    # JupyterLab writes down the kernel's language when it opens a notebook; where that stands already, an
+    # untouched notebook stays unmodified.
+    language = IPythonKernel.language_info
+    return new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": language})
 
 
 def rehearsal(source: Path) -> nbformat.NotebookNode:
@@ -118,7 +121,6 @@ def make_copies(root: Path, names: list[str] | None = None) -> list[str]:
     """Put the copies that are not there yet into root/work; returns a line for each notebook."""
     work = root / "work"
     work.mkdir(exist_ok=True)
-    shutil.copy(root / "notebooks" / "matplotlibrc", work)
     lines = []
     for source in notebook_sources(root, names):
         copy = work / f"{source.stem}.ipynb"
@@ -134,7 +136,6 @@ def make_copies(root: Path, names: list[str] | None = None) -> list[str]:
 def make_rehearsals(root: Path, folder: Path, names: list[str] | None = None) -> list[str]:
     """Put the rehearsals of the notebooks into a folder; returns a line for each."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(root / "notebooks" / "matplotlibrc", folder)
     lines = []
     for source in notebook_sources(root, names):
         nbformat.write(rehearsal(source), folder / f"{source.stem}.ipynb")

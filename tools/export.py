@@ -21,7 +21,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, module_name, notebook_sources, read_cells
+from course import (
+    ROOT,
+    SOLUTION_MARKERS,
+    Cell,
+    CourseError,
+    check_nothing_is_lost,
+    module_name,
+    notebook_sources,
+    read_cells,
+)
 
 GENERATED = "Generated from notebooks/{}, which derives and checks it: edit there, then run `make package`."
 NUMBERING = re.compile(r"^(chapter\s+)?\d+(\.\d+)*[\s.:)·–—-]+", re.IGNORECASE)
@@ -226,9 +235,15 @@ def ruff(arguments: list[str], text: str, root: Path, filename: str) -> str:
 
 
 def export(root: Path, names: list[str] | None = None) -> list[Path]:
-    """Write the modules of all notebooks, or of some; returns those that changed."""
+    """Write the modules of all notebooks, or of some; returns those that changed.
+
+    None is written if a stored notebook holds edits that its source lacks.
+    """
     changed = []
-    for source in notebook_sources(root, names):
+    sources = notebook_sources(root, names)
+    for source in sources:
+        check_nothing_is_lost(source)
+    for source in sources:
         text = export_notebook(source, root)
         module = root / "lecture26" / f"{module_name(source)}.py"
         if text is not None and (not module.exists() or module.read_text(encoding="utf-8") != text):

@@ -1,7 +1,8 @@
 """Build, run and check the notebooks.
 
 - `python tools/notebooks.py build` executes every notebook and stores it with its outputs;
-  `python tools/notebooks.py build ddpm` does one of them.
+  `python tools/notebooks.py build ddpm` does one of them. It refuses where a stored notebook holds edits that
+  its source lacks, since they would be lost.
 - `python tools/notebooks.py run` executes them and stores nothing.
 - `python tools/notebooks.py check` fails where a source, its stored notebook and its module do not agree.
 
@@ -9,7 +10,6 @@
 """
 
 import argparse
-import difflib
 import os
 import re
 import shutil
@@ -28,7 +28,17 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert.preprocessors import CellExecutionError, ClearMetadataPreprocessor, ExecutePreprocessor
 
 import export
-from course import ROOT, CourseError, notebook_sources
+from course import (
+    OWN_METADATA,
+    ROOT,
+    CourseError,
+    cells_of_notebook,
+    check_nothing_is_lost,
+    digest,
+    edited_sides,
+    first_difference,
+    notebook_sources,
+)
 from lecture26.kit.files import replace_when_complete
 
 CELL_TIMEOUT = 600  # seconds
@@ -108,6 +118,9 @@ def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Run:
 def run(root: Path, names: list[str] | None = None, store: bool = False) -> list[Run]:
     """Execute all notebooks, or some, with a line for each; with `store`, keep them with their outputs."""
     sources = notebook_sources(root, names)
+    if store:
+        for source in sources:
+            check_nothing_is_lost(source)
     runs = []
     for number, source in enumerate(sources, start=1):
         print(f"[{number}/{len(sources)}] {source.stem} ...", end=" ", flush=True)
@@ -146,6 +159,7 @@ def store_notebook(notebook: nbformat.NotebookNode, source: Path) -> None:
         preserve_nb_metadata_mask={"jupytext", "kernelspec", ("language_info", "name")},
     )
     notebook, _ = clear.preprocess(notebook, {})
+    notebook.metadata[OWN_METADATA] = {"built_from": digest(cells_of_notebook(notebook))}
     with replace_when_complete(source.with_suffix(".ipynb")) as temporary:
         nbformat.write(notebook, temporary)
     text = source_of(notebook)
@@ -181,8 +195,10 @@ def drift(source: Path) -> list[str]:
     problems = [f"notebooks/{stored.name}: {fault}" for fault in output_faults(notebook)]
     text_back = source_of(notebook)
     if updated(source) != stored_text:
+        edited = edited_sides(source, notebook)
+        newer = f"; edited since they were built: {', '.join(sorted(edited))}" if edited else ""
         problems.append(
-            f"notebooks/{stored.name} differs from notebooks/{source.name}"
+            f"notebooks/{stored.name} differs from notebooks/{source.name}{newer}"
             f"{first_difference(source_text, text_back)}"
             f"  to keep the .ipynb's text, first run `jupytext --to py:percent notebooks/{stored.name}`\n"
             "  to bring the two together"
@@ -194,12 +210,6 @@ def drift(source: Path) -> list[str]:
             "  to lay it out"
         )
     return problems
-
-
-def first_difference(source: str, stored: str) -> str:
-    """The first lines that differ between a source and what the stored notebook makes of it."""
-    lines = list(difflib.unified_diff(source.splitlines(), stored.splitlines(), n=0, lineterm=""))
-    return "".join(f"\n    {line}" for line in lines[2:5]) + "\n"
 
 
 def output_faults(notebook: nbformat.NotebookNode) -> list[str]:

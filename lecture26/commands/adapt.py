@@ -18,7 +18,7 @@ from lecture26.kit.processes import process_state
 from lecture26.kit.results import results_file, save_results
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.adaptation import COMPARED, METHODS, WEIGHT_DECAY, Budget, load_backbone
-from lecture26.recipes.recipe import state_file
+from lecture26.recipes.recipe import sole_use, state_file
 from lecture26.studies.adaptation import Comparison
 from lecture26.studies.ledger import Ledger, forget_ledger, ledger_file
 from lecture26.visual_prompt_tuning import backbone_fingerprint
@@ -150,16 +150,23 @@ def compare_on(
         their numbers), "images" (of each split), "budget", "seeds" and "runs" (see `Comparison.run`).
 
     Raises:
-        ValueError, DataError, OSError: on a wrong name, images without classes, or weights out of reach.
+        ValueError, DataError, OSError: on a wrong name, images without classes, or weights out of reach; an
+            InUseError if another call of this name is under way.
         KeyboardInterrupt: when stopped, with the state written.
     """
     methods = list(methods)
     for method in methods:
         check_choice("method", method, tuple(METHODS))
+    for rate in learning_rates or ():
+        if not rate > 0:
+            raise ValueError(f"learning_rate must be above 0; got {rate}")
     with process_state().main_process_first():  # it may have to download
         vit = load_backbone(backbone, pretrained)
         size, mean, std = wanted_images(vit, backbone)
         images = {split: load(data, split, size) for split in SPLITS}
+        if process_state().is_main_process:
+            for of_split in images.values():
+                of_split.check()  # damage is found now, and not in the middle of a run
     splits = {split: Normalised(of_split, mean, std) for split, of_split in images.items()}
     about = {"backbone": backbone, "pretrained": pretrained, "channels": images["train"].channels}
     settings = about | {
@@ -185,7 +192,8 @@ def compare_on(
         tasks_dir(name),
         about=about,
     )
-    runs = [comparison.run(method, num_prompts, learning_rates) for method in methods]
+    with sole_use(name):
+        runs = [comparison.run(method, num_prompts, learning_rates) for method in methods]
     return settings | {"seeds": list(seeds), "runs": runs}
 
 

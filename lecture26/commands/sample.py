@@ -3,7 +3,6 @@
 import math
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import typer
 from torch import Tensor
@@ -12,6 +11,7 @@ from lecture26.clip_guidance import split_words
 from lecture26.commands.drawing import Drawing
 from lecture26.commands.steering import OPTIONS, WORDS, Steering, choose
 from lecture26.ddpm import ddim_step, ddpm_step
+from lecture26.kit.files import check_writable
 from lecture26.kit.paths import expanded
 from lecture26.kit.processes import process_state
 from lecture26.recipes import Trained
@@ -96,10 +96,7 @@ def check_can_be_written(out: Path) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"--out must be a file; {out} is a folder")
     try:
-        # permissions do not tell: on a read-only disk root has them all
-        TemporaryFile(dir=out.parent).close()
-        if out.exists():
-            out.open("ab").close()
+        check_writable(out)
     except OSError as error:
         place = "in a folder that exists and can be written to"
         raise OSError(f"--out must be a file {place}; got {out} ({error.strerror})") from error

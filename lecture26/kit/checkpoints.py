@@ -7,7 +7,7 @@ what is loaded is exactly what the card describes: the card holds the file's SHA
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,12 +15,33 @@ import torch
 from torch import Tensor
 
 from lecture26.kit.files import write_json
-from lecture26.kit.paths import checkpoints_dir
+from lecture26.kit.paths import checkpoints_dir, find, names_in
 from lecture26.kit.tensor_files import read_tensors, write_tensors
 
 # What a card must be given; save_checkpoint adds the rest of CARD_FIELDS.
 GIVEN_FIELDS = ("recipe", "settings", "command", "data", "steps", "seconds", "metrics")
 CARD_FIELDS = ("name", *GIVEN_FIELDS, "parameters", "machine", "versions", "bytes", "sha256")
+
+# what a card's values must be: in words, and whether one is
+KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "text": ("a text", lambda value: isinstance(value, str)),
+    "count": ("a whole number from 0 on", lambda value: _is_number(value, int) and value >= 0),
+    "number": ("a number from 0 on", lambda value: _is_number(value, int | float) and value >= 0),
+    "object": ("a JSON object", lambda value: isinstance(value, dict)),
+    "numbers": (
+        "a JSON object of numbers",
+        lambda value: isinstance(value, dict) and all(_is_number(one, int | float) for one in value.values()),
+    ),
+    "hash": ("64 hexadecimal digits", lambda value: bool(re.fullmatch("[0-9a-f]{64}", str(value)))),
+}
+FIELDS_BY_KIND = {
+    "text": ("name", "recipe", "command", "data"),
+    "count": ("steps", "parameters", "bytes"),
+    "number": ("seconds",),
+    "object": ("settings", "machine", "versions"),
+    "numbers": ("metrics",),
+    "hash": ("sha256",),
+}
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -36,7 +57,8 @@ def checkpoint_files(name: str) -> tuple[Path, Path]:
         name: lower-case letters, digits, - and _, beginning with a letter or digit.
 
     Returns:
-        The weights (.safetensors) and the card (.json), whether or not they exist.
+        The weights (.safetensors) and the card (.json): in the own data folder, or those that came with the
+        course, or where they would be made.
 
     Raises:
         ValueError: if the name has other characters.
@@ -46,7 +68,7 @@ def checkpoint_files(name: str) -> tuple[Path, Path]:
             "a checkpoint's name is made of lower-case letters, digits, - and _, "
             f"beginning with a letter or digit; got {name!r}"
         )
-    return checkpoints_dir() / f"{name}.safetensors", checkpoints_dir() / f"{name}.json"
+    return find("checkpoints", f"{name}.safetensors", f"{name}.json")
 
 
 def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
@@ -54,7 +76,7 @@ def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
 
     Args:
         name: the checkpoint's name, see `checkpoint_files`.
-        state: a state dict; floating-point tensors are stored in half precision.
+        state: a state dict, of a compiled model too; floating-point tensors are stored in half precision.
         card: dict with at least GIVEN_FIELDS, plain values (JSON):
             recipe: the family of models it belongs to, as known to lecture26.recipes.
             settings: every setting of the recipe, the model's arguments included.
@@ -69,7 +91,7 @@ def save_checkpoint(name: str, state: Mapping[str, Tensor], card: dict) -> dict:
     Raises:
         ValueError: if a field is missing, or a weight is not finite in half precision.
     """
-    weights_file, card_file = checkpoint_files(name)
+    weights_file, card_file = (checkpoints_dir() / file.name for file in checkpoint_files(name))
     missing = [field for field in GIVEN_FIELDS if field not in card]
     if missing:
         raise ValueError(
@@ -112,18 +134,31 @@ def load_card(name: str) -> dict:
             )
     try:
         card = json.loads(card_file.read_text(encoding="utf-8"))
-        missing = [field for field in CARD_FIELDS if field not in card]
-    except (ValueError, TypeError) as error:
+        check_card(card)
+    except ValueError as error:
         raise CheckpointError(f"{card_file} is damaged ({error}). {_how_to_mend(name, card_file)}") from error
-    if missing:
-        raise CheckpointError(
-            f"{card_file} is damaged (no {', '.join(missing)}). {_how_to_mend(name, card_file)}"
-        )
     if card["name"] != name:
         raise CheckpointError(
             f"{card_file} is the card of {card['name']!r}, not of {name!r}. {_how_to_mend(name, card_file)}"
         )
     return card
+
+
+def check_card(card: object) -> None:
+    """Raise ValueError, which names all faults, unless `card` has CARD_FIELDS with values of their kinds."""
+    if not isinstance(card, dict):
+        raise ValueError(f"it must be a JSON object; got {card!r}")
+    missing = [field for field in CARD_FIELDS if field not in card]
+    faults = [f"no {', '.join(missing)}"] if missing else []
+    for kind, fields in FIELDS_BY_KIND.items():
+        described, is_of_kind = KINDS[kind]
+        faults += [
+            f"{field} must be {described}; got {card[field]!r}"
+            for field in fields
+            if field in card and not is_of_kind(card[field])
+        ]
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def load_state(name: str, card: dict | None = None) -> dict[str, Tensor]:
@@ -150,7 +185,7 @@ def load_state(name: str, card: dict | None = None) -> dict[str, Tensor]:
 
 def list_checkpoints() -> list[str]:
     """The names of the checkpoints present, each with weights and card, in alphabetical order."""
-    names = (file.stem for file in checkpoints_dir().glob("*.safetensors"))
+    names = names_in("checkpoints", ".safetensors")
     return sorted(name for name in names if NAME.fullmatch(name) and is_complete(name))
 
 
@@ -173,6 +208,11 @@ def describe_versions() -> dict[str, str]:
     """The versions that decide what a training run computes: dict of name to version."""
     packages = ("lecture26", "torch", "timm", "numpy", "accelerate", "safetensors")
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """Whether a value is a number of a kind; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _to_half(key: str, tensor: Tensor) -> Tensor:

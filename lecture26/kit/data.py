@@ -3,9 +3,11 @@
 import hashlib
 import math
 import os
+import warnings
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from tarfile import TarError
@@ -13,10 +15,12 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from lecture26.kit.files import NOT_WRITABLE
 from lecture26.kit.image_set import ImageSet
-from lecture26.kit.paths import downloads_dir
+from lecture26.kit.paths import OWN_FOLDER, expanded, find
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.shapes import Scenes, Shapes, ShapesAndScenes
 from lecture26.kit.validation import check_choice, check_positive_int
 
@@ -24,16 +28,28 @@ SPLITS = ("train", "validation", "test")
 DEFAULT_IMAGE_SIZE = 32
 DEFAULT_LARGE_IMAGE_SIZE = 64  # of photographs that need the detail
 CACHE_BYTES = 512 * 2**20
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    *((".avif",) if features.check("avif") else ()),  # Pillow may have been built without
+)
 GREY_MODES = ("1", "L", "LA")
 EIGHT_BIT_MODES = (*GREY_MODES, "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError)
 DAMAGE_ERRORS = (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError, TarError, zlib.error)
+MEND_IMAGES = (
+    "mend or delete it (a training that has begun wants as many images as before: there, put a copy of "
+    "another in its place)"
+)
+LISTED = 50  # unreadable files that are named one by one
 AIRCRAFT_BANNER_HEIGHT = 20  # a line of text at the bottom of each aircraft photograph
 
 
 class DataError(RuntimeError):
     """Images are missing or damaged; the message says what to do."""
+
+
+class DataWarning(UserWarning):
+    """Images can be used, but perhaps not as they were meant."""
 
 
 def load(name: str | Path, split: str = "train", image_size: int | None = None) -> ImageSet:
@@ -45,6 +61,7 @@ def load(name: str | Path, split: str = "train", image_size: int | None = None) 
             when first asked for), or a folder of images: a Path, or a str with a separator such as
             "./photos". A folder holds train/, validation/ (or val/) and test/, or at least train/; in each of
             these, or in the folder itself where it has none, images lie in one folder per class, or directly.
+            Folders and files may be links. Transparent images are seen on white.
         split: "train", "validation" or "test"; shapes and scenes have "held_out" too. Where a set brings no
             validation split, a tenth of its training images is set aside; where a folder brings no test
             split, another tenth.
@@ -58,11 +75,14 @@ def load(name: str | Path, split: str = "train", image_size: int | None = None) 
         ValueError, TypeError: an unknown name, split or size.
         FileNotFoundError, NotADirectoryError: no such folder.
         DataError: a download that failed or is damaged, a folder without images, unreadable files.
+
+    Warns:
+        DataWarning: a folder has a single class, or files that are left out, since they are no images.
     """
     if isinstance(name, Path) or (
         isinstance(name, str) and any(s and s in name for s in (os.sep, os.altsep))
     ):
-        return _load_folder(Path(name).expanduser(), split, image_size)
+        return _load_folder(expanded(name), split, image_size)
     if name not in LOADERS:
         raise ValueError(
             f"name must be one of {', '.join(map(repr, LOADERS))}, or a folder given as a Path or with a "
@@ -170,18 +190,51 @@ class FileImages(PixelSet):
             self._is_cached[i] = True
         return self._cache[indices]
 
+    def check(self) -> None:
+        unreadable = {}
+        for i in progress_bar(range(len(self)), "looking at all images"):
+            try:
+                self._pixels(torch.tensor([i]))
+            except DataError as error:
+                unreadable[self._files[i]] = error.__context__
+        _raise_if_any(unreadable, len(self))
+
     def _decode(self, index: int) -> torch.Tensor:
         file = self._files[index]
         try:
             with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("L" if self.channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
-            raise DataError(f"{file} is not a readable image ({error}): mend or delete it") from None
+                image = ImageOps.exif_transpose(image)
+                image = _on_white(image).convert("L" if self.channels == 1 else "RGB")
+        except Exception as error:  # what Pillow raises depends on the format, and on what is damaged
+            raise DataError(f"{file} is not a readable image ({error}): {MEND_IMAGES}") from None
         if self._banner_height:
             image = image.crop((0, 0, image.width, image.height - self._banner_height))
         image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3)
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """What is seen of an image on a white page, where it is transparent; else the image itself."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _raise_if_any(unreadable: Mapping[Path, Exception], count: int) -> None:
+    """Raise DataError if some of `count` files are not readable, naming up to LISTED of them, and why."""
+    if not unreadable:
+        return
+    named = [
+        str(file) if isinstance(error, UnidentifiedImageError) else f"{file} ({error})"
+        for file, error in unreadable.items()
+    ]
+    more = f", and {len(named) - LISTED} more" if len(named) > LISTED else ""
+    raise DataError(
+        f"{len(named)} of {count} files are not readable images: {', '.join(named[:LISTED])}{more}. "
+        f"Each of these: {MEND_IMAGES}"
+    )
 
 
 def _image_size(image_size: int | None, default: int = DEFAULT_IMAGE_SIZE) -> int:
@@ -241,7 +294,10 @@ def _download(class_name: str, **options):
         # torchvision lets some network errors through and wraps others in a RuntimeError.
         is_offline = isinstance(error, NETWORK_ERRORS) or "urlopen" in str(error)
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        is_not_writable = isinstance(error, OSError) and error.errno in NOT_WRITABLE
     folder = _folder_of(class_name)
+    if is_not_writable:
+        raise DataError(f"{class_name} cannot be put into {folder} ({reason}). {OWN_FOLDER}")
     if not is_offline:
         raise DataError(f"{class_name} is incomplete or damaged ({reason}): {_delete_and_repeat(class_name)}")
     leftover = f"; what is in {folder} is incomplete" if any(f.is_file() for f in folder.rglob("*")) else ""
@@ -253,7 +309,7 @@ def _download(class_name: str, **options):
 
 
 def _folder_of(class_name: str) -> Path:
-    return downloads_dir() / class_name
+    return find("downloads", class_name)[0]
 
 
 def _delete_and_repeat(class_name: str) -> str:
@@ -267,10 +323,13 @@ def _load_folder(folder: Path, split: str, image_size: int | None) -> ImageSet:
         raise NotADirectoryError(f"{folder} is a file, not a folder of images; unpack it if it is an archive")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} (from here: {folder.absolute()})")
-    files = _files_by_split(folder)
+    files, left_out = _files_by_split(folder)
     everything = [file for members in files.values() for file in members]
+    told = _counted(left_out)
     if not everything:
-        raise DataError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(
+            f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})" + (f", but {told}" if told else "")
+        )
     if not files[split]:
         counts = ", ".join(f"{len(members)} for {name}" for name, members in files.items())
         raise DataError(f"{folder} has no images for the split {split!r} ({counts})")
@@ -279,13 +338,27 @@ def _load_folder(folder: Path, split: str, image_size: int | None) -> ImageSet:
     if class_names and unclassed:
         raise DataError(f"{folder} has folders of classes, but {unclassed[0]} is in none of them")
     channels = _common_channels([file for file, _ in everything])
+    if told:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        warnings.warn(f"{folder}: left out {told}; what is read are {suffixes}", DataWarning, stacklevel=3)
+    if len(class_names) == 1:
+        warnings.warn(f"{folder} has a single class, {class_names[0]!r}", DataWarning, stacklevel=3)
     number = {class_name: i for i, class_name in enumerate(class_names)}
     targets = [number.get(parts[0], 0) for _, parts in files[split]]
     return FileImages([file for file, _ in files[split]], targets, class_names, channels, image_size)
 
 
-def _files_by_split(folder: Path) -> dict[str, list[tuple[Path, tuple[str, ...]]]]:
-    """The image files of each split, each with the parts of its path inside the split's folder, sorted."""
+def _counted(files: Sequence[Path]) -> str:
+    """How many files there are of each suffix, such as '2 .heic, 1 .txt'."""
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def _files_by_split(folder: Path) -> tuple[dict[str, list[tuple[Path, tuple[str, ...]]]], list[Path]]:
+    """The image files of each split, each with the parts of its path inside the split's folder, sorted.
+
+    Also the files that are left out, of all splits together.
+    """
     folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
     # A class may be called "train" as well, so that these are splits only if they are all there is.
     has_splits = "train" in folders and set(folders) <= {*SPLITS, "val"}
@@ -298,48 +371,80 @@ def _files_by_split(folder: Path) -> dict[str, list[tuple[Path, tuple[str, ...]]
         )
     if not has_splits:
         folders = {"train": folder}
+    if {"val", "validation"} <= set(folders):
+        raise DataError(f"{folder} has val and validation, which are the same split: join them")
     if "val" in folders:
-        folders.setdefault("validation", folders["val"])
-    files = {split: _image_files(folders[split]) if split in folders else [] for split in SPLITS}
+        folders["validation"] = folders["val"]
+    files = {split: [] for split in SPLITS}
+    left_out = []
+    if has_splits:
+        left_out += [entry for entry in folder.iterdir() if not entry.is_dir() and entry.name[0] != "."]
+    for split in SPLITS:
+        if split in folders:
+            files[split], others = _image_files(folders[split])
+            left_out += others
     # What has no folder of its own gets a tenth of the training images.
     for tenth, split in enumerate(SPLITS[1:]):
         if split not in folders:
             files[split] = [entry for entry in files["train"] if _tenth(entry[1]) == tenth]
             files["train"] = [entry for entry in files["train"] if _tenth(entry[1]) != tenth]
-    return files
+    return files, left_out
 
 
-def _image_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    found = []
-    for file in folder.rglob("*"):
-        parts = file.relative_to(folder).parts
-        is_hidden = any(part.startswith(".") for part in parts)
-        if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden:
-            found.append((file, parts))
-    return sorted(found, key=lambda entry: entry[1])
+def _image_files(folder: Path) -> tuple[list[tuple[Path, tuple[str, ...]]], list[Path]]:
+    """The image files in a folder and those in it, linked ones too, with the parts of their paths, sorted.
+
+    Also the files left out, which have other suffixes. What is hidden, begins with a dot, counts as absent.
+
+    Raises:
+        OSError: if a folder cannot be read.
+        DataError: if there is a link to nothing.
+    """
+    found, left_out = [], []
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        here = Path(path).absolute()
+        above = {place.resolve() for place in (here, *here.parents)}
+        folders[:] = [
+            name
+            for name in folders
+            if name[0] != "." and Path(path, name).resolve() not in above  # a circle
+        ]
+        for name in files:
+            file = Path(path, name)
+            if name[0] == ".":
+                continue
+            if not file.exists():
+                raise DataError(f"{file} is a link to nothing: mend or delete it")
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                found.append((file, file.relative_to(folder).parts))
+            else:
+                left_out.append(file)
+    return sorted(found, key=lambda entry: entry[1]), left_out
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _tenth(parts: tuple[str, ...]) -> int:
     """A number of 0, ..., 9 that depends on the path alone, so that new files move no old one."""
-    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:8]) % 10
+    return int.from_bytes(hashlib.sha256(os.fsencode("/".join(parts))).digest()[:8]) % 10
 
 
 def _common_channels(files: Sequence[Path]) -> int:
     """1 if all files are grey, else 3; only their headers are read."""
-    modes, unreadable = set(), []
+    modes, unreadable = set(), {}
     for file in files:
         try:
             with Image.open(file) as image:
                 mode = image.mode
-        except (OSError, SyntaxError, ValueError):
-            unreadable.append(file)
+        except Exception as error:  # what Pillow raises depends on the format, and on what is damaged
+            unreadable[file] = error
             continue
         if mode not in EIGHT_BIT_MODES:
             raise DataError(f"{file} has the pixel format {mode!r}: convert it to 8 bits per channel")
         modes.add(mode)
-    if unreadable:
-        names = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
-        raise DataError(f"{len(unreadable)} of {len(files)} files are not readable images: {names}")
+    _raise_if_any(unreadable, len(files))
     return 1 if modes <= set(GREY_MODES) else 3
 
 

@@ -38,6 +38,9 @@ class ImageSet(ABC):
             IndexError: an index is out of range.
         """
 
+    def check(self) -> None:  # noqa: B027 - what is made by code or held in memory cannot be damaged
+        """Look at every image, which takes a while for files; DataError names all that cannot be read."""
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """The dict of `batch` for one image, without the batch axis."""
         return {name: values[0] for name, values in self.batch([index]).items()}

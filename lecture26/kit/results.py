@@ -5,12 +5,12 @@ from pathlib import Path
 
 from lecture26.kit.checkpoints import describe_machine, describe_versions
 from lecture26.kit.files import write_json
-from lecture26.kit.paths import results_dir
+from lecture26.kit.paths import find, names_in, results_dir
 
 
 def results_file(name: str) -> Path:
-    """Where the measurement of that name lies, whether or not it exists."""
-    return results_dir() / f"{name}.json"
+    """Where the measurement of that name lies: the own one, the course's, or where it would be made."""
+    return find("results", f"{name}.json")[0]
 
 
 def save_results(name: str, command: str, results: dict) -> dict:
@@ -31,7 +31,7 @@ def save_results(name: str, command: str, results: dict) -> dict:
         "versions": describe_versions(),
     }
     content |= results
-    write_json(results_file(name), content)
+    write_json(results_dir() / f"{name}.json", content)
     return content
 
 
@@ -47,7 +47,7 @@ def load_results(name: str) -> dict:
         f"anew by `python -m lecture26 measure {name} --replace`, benchmarks by the programs in benchmarks/."
     )
     if not file.is_file():
-        known = ", ".join(sorted(other.stem for other in results_dir().glob("*.json"))) or "none"
+        known = ", ".join(sorted(names_in("results", ".json"))) or "none"
         raise ValueError(
             f"there are no results {name!r}: {file} is missing (present: {known}). {how_to_mend}"
         )

@@ -15,6 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lecture26.kit.files import replace_when_complete, write_json
+from lecture26.kit.paths import expanded
+from lecture26.kit.state_dicts import plain_names
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -27,14 +29,14 @@ def write_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
     Args:
         file: the path; its folder is made if need be.
-        tensors: name to tensor, of any device.
+        tensors: name to tensor, of any device; those of a compiled model get its plain names.
         metadata: None, or what the file says of itself, texts by name: "format", which `read_tensors` asks
             for, and any others. A checksum of the tensors, and of the text "about" if there is one, is added.
 
     Returns:
         The SHA-256 of the file.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_names(tensors).items()}
     if metadata is not None:
         metadata = metadata | {"checksum": _checksum(tensors, metadata.get("about", ""))}
     content = save(tensors, metadata)
@@ -60,7 +62,7 @@ def read_tensors(
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or another one.
     """
-    file = Path(file)
+    file = expanded(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     content = file.read_bytes()
@@ -106,7 +108,7 @@ def read_parts(file: str | Path, names: Iterable[str]) -> tuple[dict, dict[str, 
     Raises:
         ValueError: if a file is missing, or is not what was saved.
     """
-    file = Path(file)
+    file = expanded(file)
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         settings, hashes = description["settings"], description["sha256"]

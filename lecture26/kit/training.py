@@ -8,12 +8,13 @@ several processes holds the very samples that one process would have drawn.
 
 import math
 import os
+import shutil
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +25,16 @@ from torch import Tensor, nn
 from tqdm import TqdmWarning, tqdm
 
 from lecture26.kit.files import replace_when_complete
-from lecture26.kit.processes import stays_on_cpu
+from lecture26.kit.precision import PRECISIONS, Choice, autocast, choose_precision, say
+from lecture26.kit.processes import own_settings, stays_on_cpu
+from lecture26.kit.progress import bar_stream
 from lecture26.kit.sample_draws import SampleDraws
+from lecture26.kit.state_dicts import load_plain, plain_names
 from lecture26.kit.validation import check_choice, check_positive_int
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PRECISIONS = ("fp32", "bf16")
 CLIP_GRADIENT_NORM = 1.0
 
 
@@ -46,10 +49,12 @@ class History:
     Attributes:
         losses: the loss of each step, the mean over the global batch.
         seconds: the time spent training, all interrupted parts together.
+        precision: in which the network computed, "fp32" or "bf16".
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    precision: str = "fp32"
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay_to: float) -> float:
@@ -93,7 +98,8 @@ def train(
 
     With a state file, the run can be killed at any moment: the same call continues it, and on a CPU
     ends with bitwise the same weights as an uninterrupted one (same versions and threads). Ctrl-C and
-    SIGTERM finish the step, write the state and raise KeyboardInterrupt.
+    SIGTERM finish the step, write the state and raise KeyboardInterrupt; an error while a batch
+    is drawn or its loss computed is raised on when the state is written.
 
     P processes of batch size B take the same steps as one process of batch size P B, but for rounding
     and for what the model itself draws (dropout).
@@ -110,8 +116,8 @@ def train(
         decay_to: the fraction of the rate left at the end of the cosine decay; 1 keeps it constant.
         average: None, or an nn.Module with `update(model)`, called after each step (an EMA of the weights).
         seed: a non-negative integer that decides every draw.
-        precision: "fp32", or "bf16" for autocast to bfloat16 (faster where the processor multiplies
-            bfloat16 matrices in hardware: measure it).
+        precision: "fp32", "bf16" for autocast to bfloat16, or "auto" for what is faster on the device (see
+            `lecture26.kit.precision`): decided before the first step and kept in the state.
         state_file: where to keep the state; None keeps none.
         state_every: seconds between two states written.
         settings: dict of plain values that name what is trained on what; a state with others is refused.
@@ -125,6 +131,7 @@ def train(
         ValueError: if several processes were started that Accelerate does not see.
         StateError: if the state file is unreadable or belongs to a run with other settings.
         FloatingPointError: if the loss is no longer finite.
+        OSError: if the state cannot be written.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with the state written.
     """
     check_positive_int("steps", steps)
@@ -139,15 +146,28 @@ def train(
         from accelerate import Accelerator  # takes a second to import, and only training needs it
 
     # Autocast is our own, below: Accelerate's would stay in the model, and fixes one precision per process.
-    accelerator = Accelerator(cpu=stays_on_cpu(), mixed_precision="no")
+    with own_settings():
+        accelerator = Accelerator(cpu=stays_on_cpu(), mixed_precision="no")
     _check_processes(accelerator.num_processes)
+    first_of_process, global_batch = (
+        accelerator.process_index * batch_size,
+        batch_size * accelerator.num_processes,
+    )
+
+    def drawn(step: int) -> dict[str, Tensor]:
+        n = step * global_batch + first_of_process + torch.arange(batch_size)  # (B,)
+        return {name: value.to(accelerator.device) for name, value in draw(SampleDraws(seed, n)).items()}
+
+    model.to(accelerator.device)
+    state = None if state_file is None else _read_state(Path(state_file))
+    if precision == "auto":
+        precision = _decided(state, lambda: choose_precision(model, drawn(0), loss), progress)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if average is not None:
         average.to(accelerator.device)
 
-    global_batch = batch_size * accelerator.num_processes
     run = _Run(
         parts={"model": model, "optimizer": optimizer} | ({} if average is None else {"average": average}),
         fingerprint=(settings or {})
@@ -163,26 +183,34 @@ def train(
             "average": average is not None,
             "num_trained": sum(parameter.numel() for parameter in parameters),
         },
-        file=None if state_file is None else Path(state_file),
+        # the states of several processes are the same, and one of them writes
+        file=Path(state_file) if state_file is not None and accelerator.is_main_process else None,
     )
-    history = run.resume()
-    first_of_process = accelerator.process_index * batch_size
+    history = History(precision=precision) if state is None else run.resume(state, Path(state_file))
     started = saved = time.monotonic()
     seconds_before = history.seconds
     model.train()
 
     show = progress and accelerator.is_main_process and not os.environ.get("TQDM_DISABLE")
-    bar = tqdm(total=steps, initial=len(history.losses), disable=not show, unit="step", mininterval=0.5)
+    bar = tqdm(
+        total=steps,
+        initial=len(history.losses),
+        disable=not show,
+        unit="step",
+        mininterval=0.5,
+        file=bar_stream(),
+    )
     # The loop seeds torch's global generators, and the caller must not notice.
     gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), _stop_signals() as stop, bar:
         for step in range(len(history.losses), steps):
-            n = step * global_batch + first_of_process + torch.arange(batch_size)  # (B,)
-            batch = {name: value.to(accelerator.device) for name, value in draw(SampleDraws(seed, n)).items()}
-            torch.manual_seed(_hash(seed, step, accelerator.process_index))  # for dropout
+            with run.kept_on_error(history):
+                batch = drawn(step)
+                torch.manual_seed(_hash(seed, step, accelerator.process_index))  # for dropout
+                batch_loss = _find_gradient(accelerator, wrapped, optimizer, loss, batch, precision)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * learning_rate_factor(step, steps, warmup_steps, decay_to)
-            batch_loss = _take_step(accelerator, wrapped, optimizer, loss, batch, precision)
+            optimizer.step()
             if average is not None:
                 average.update(model)
 
@@ -196,8 +224,7 @@ def train(
 
             finished = step == steps - 1
             if told_to_stop or finished or time.monotonic() - saved >= state_every:
-                if accelerator.is_main_process:
-                    run.save(history)
+                run.save(history)
                 saved = time.monotonic()
             if told_to_stop and not finished:
                 raise KeyboardInterrupt(f"training stopped after step {step}")
@@ -214,7 +241,20 @@ def _check_processes(found: int) -> None:
         )
 
 
-def _take_step(
+def _decided(state: dict | None, choose: Callable[[], Choice], tell: bool) -> str:
+    """The precision of a run that may choose: that of its state, else what is faster, by the main process."""
+    from accelerate.utils import broadcast_object_list
+
+    if state is not None:
+        choice = Choice(state["fingerprint"].get("precision"), "as it was until now")
+    else:
+        (choice,) = broadcast_object_list([choose()])
+    if tell:
+        say(choice)
+    return choice.precision
+
+
+def _find_gradient(
     accelerator: "Accelerator",
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -222,13 +262,12 @@ def _take_step(
     batch: dict[str, Tensor],
     precision: str,
 ) -> Tensor:
-    """One step of the optimiser; returns this process' loss before it."""
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """Put the clipped gradient into the parameters; returns this process' loss."""
+    with autocast(accelerator.device, precision):
         batch_loss = loss(model, batch)
     optimizer.zero_grad()
     accelerator.backward(batch_loss)
     accelerator.clip_grad_norm_(model.parameters(), CLIP_GRADIENT_NORM)
-    optimizer.step()
     return batch_loss.detach().float()
 
 
@@ -250,36 +289,65 @@ def _hash(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
+def _read_state(file: Path) -> dict | None:
+    """What a state file holds; None if there is none."""
+    if not file.exists():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state["fingerprint"].get("precision")
+    except Exception as error:  # torch raises half a dozen types on a broken file
+        raise StateError(
+            f"{file} is not a readable training state ({error}). Delete {file} to start anew."
+        ) from error
+    return state
+
+
 @dataclass
 class _Run:
-    """What a state file holds: the state of every part, the history, and the settings it belongs to."""
+    """What a state file holds: the state of every part, the history, and the settings it belongs to.
+
+    `file` is where it is kept, None for nowhere.
+    """
 
     parts: dict
     fingerprint: dict
     file: Path | None
 
     def save(self, history: History) -> None:
+        """Write the state; OSError if that is not possible."""
         if self.file is None:
             return
         state = {
             "fingerprint": self.fingerprint,
             "losses": history.losses,
             "seconds": history.seconds,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "parts": {name: _state_of(part) for name, part in self.parts.items()},
         }
         with replace_when_complete(self.file) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # torch's own way to say that a file cannot be written
+                free = shutil.disk_usage(self.file.parent).free / 1e6
+                raise OSError(
+                    f"the training state {self.file} could not be written; its disk has {free:,.0f} MB free "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
 
-    def resume(self) -> History:
-        """Put the parts into the state of the file, if there is one, and return the history so far."""
-        if self.file is None or not self.file.exists():
-            return History()
-        advice = f"Delete {self.file} to start anew."
+    @contextmanager
+    def kept_on_error(self, history: History) -> Iterator[None]:
+        """Write the state when a step fails before it has changed the weights, so that no step is lost."""
         try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True)
-            fingerprint = state["fingerprint"]
-        except Exception as error:  # torch raises half a dozen types on a broken file
-            raise StateError(f"{self.file} is not a readable training state ({error}). {advice}") from error
+            yield
+        except Exception:
+            if history.losses:
+                with suppress(OSError):  # the first error is the one to report
+                    self.save(history)
+            raise
+
+    def resume(self, state: dict, file: Path) -> History:
+        """Put the parts into the state that `file` holds, and return the history so far."""
+        fingerprint = state["fingerprint"]
         differing = [
             f"{name} was {fingerprint.get(name)!r} and is now {self.fingerprint.get(name)!r}"
             for name in sorted(fingerprint.keys() | self.fingerprint.keys())
@@ -287,11 +355,21 @@ class _Run:
         ]
         if differing:
             raise StateError(
-                f"{self.file} belongs to a run with other settings: {'; '.join(differing)}. {advice}"
+                f"{file} belongs to a run with other settings: {'; '.join(differing)}. "
+                f"Delete {file} to start anew."
             )
         for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        return History(state["losses"], state["seconds"])
+            if isinstance(part, nn.Module):
+                load_plain(part, state["parts"][name])
+            else:
+                part.load_state_dict(state["parts"][name])
+        return History(state["losses"], state["seconds"], self.fingerprint["precision"])
+
+
+def _state_of(part) -> dict:
+    """The state of a part, under names that do not depend on what is compiled."""
+    state = part.state_dict()
+    return plain_names(state) if isinstance(part, nn.Module) else state
 
 
 @contextmanager

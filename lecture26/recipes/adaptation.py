@@ -63,18 +63,20 @@ class Budget:
     """What every method gets alike.
 
     Attributes:
-        steps, batch_size, precision: as `lecture26.kit.training.train` takes them.
+        steps, batch_size, precision: as `lecture26.kit.training.train` takes them; "auto" is decided once for
+            all runs of a comparison.
         augment: whether training images are mirrored and moved.
     """
 
     steps: int = 300
     batch_size: int = 64
-    precision: str = "fp32"
+    precision: str = "auto"
     augment: bool = False
 
 
 SMALL_BUDGET = Budget(steps=600, batch_size=16)
-SHORT_BUDGET = Budget(steps=200, batch_size=16)  # for choosing a learning rate, and for a notebook
+# for choosing a learning rate, and for a notebook, whose numbers shall not depend on what is faster where
+SHORT_BUDGET = Budget(steps=200, batch_size=16, precision="fp32")
 
 
 def fit(
@@ -108,7 +110,7 @@ def fit(
     return train(
         model,
         draw,
-        lambda model, batch: cross_entropy(model(batch["image"]).float(), batch["class"]),
+        class_loss,
         steps=budget.steps,
         batch_size=budget.batch_size,
         learning_rate=learning_rate,
@@ -118,6 +120,11 @@ def fit(
         precision=budget.precision,
         **options,
     )
+
+
+def class_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The cross entropy of a model's logits at the classes of a batch, its mean."""
+    return cross_entropy(model(batch["image"]).float(), batch["class"])
 
 
 def build(method: str, vit: nn.Module, num_classes: int, num_prompts: int, seed: int) -> nn.Module:

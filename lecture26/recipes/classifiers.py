@@ -100,7 +100,6 @@ NOISY = NoisyClassifierRecipe(
     steps=8000,
     learning_rate=1e-3,
     weight_decay=1e-4,
-    precision="bf16",
 )
 # It has seen hardly any noise: chapter 03 shows why it cannot guide.
 CLEAN = replace(

@@ -182,7 +182,6 @@ CLIP_SHAPES_32 = CLIPRecipe(
     batch_size=256,
     learning_rate=1e-3,
     weight_decay=0.01,
-    precision="bf16",
 )
 NOISY_CLIP_SHAPES_32 = replace(CLIP_SHAPES_32, name="noisy_clip_shapes32", noise_aware=True, steps=2000)
 register(CLIP_SHAPES_32, NOISY_CLIP_SHAPES_32)

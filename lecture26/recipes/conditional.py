@@ -120,7 +120,6 @@ register(
         model=UNCONDITIONAL.model,
         steps=12_000,
         learning_rate=UNCONDITIONAL.learning_rate,
-        precision=UNCONDITIONAL.precision,
         start=UNCONDITIONAL.name,
     )
 )

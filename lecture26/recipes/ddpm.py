@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lecture26.ddpm import SCHEDULES, Diffusion, ddim_step, sample
 from lecture26.kit.evaluation import sample_quality
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, register
@@ -105,7 +105,7 @@ class DDPM(Recipe):
         x_T = torch.randn(count, self.channels, self.image_size, self.image_size, generator=generator)
         samples = []
         batches = torch.arange(count).split(self.batch_size)
-        for indices in tqdm(batches, "sampling", delay=2, leave=False):
+        for indices in progress_bar(batches, "sampling"):
             denoiser, noise = denoiser_of(indices), x_T[indices].to(device)
             x_0 = sample(diffusion, denoiser, noise.shape, ddim_step, generator, noise, progress=False)
             samples.append(x_0)
@@ -121,13 +121,11 @@ IMAGES_32 = DDPM(
     steps=20_000,
     learning_rate=1e-3,
 )
-# Trained where bfloat16 made a step 1.4 to 1.9 times as fast.
 SHAPES_32 = replace(
     IMAGES_32,
     name="ddpm_shapes32",
     data="shapes",
     model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
     steps=22_000,
-    precision="bf16",
 )
 register(IMAGES_32, SHAPES_32)

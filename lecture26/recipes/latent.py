@@ -18,6 +18,7 @@ from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
+from lecture26.kit.progress import progress_bar
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import LOSABLE_PARTS, NO_SIDE, SIDES, ShapesAndScenes, leave_out, noun_sides
 from lecture26.latent_diffusion import LatentDiffusion, TextDenoiser, to_latents
@@ -134,6 +135,8 @@ class LatentDiffusionRecipe(Recipe):
 
     def fitted_to(self, images: EncodedImages) -> "LatentDiffusionRecipe":
         card = load_card(self.vae)
+        if "latent_scale" not in card["metrics"]:
+            raise ValueError(f"vae must be a VAE, whose card has a latent_scale; {self.vae!r} has none")
         captions = images.images.captions(range(WORDS_FROM))
         return replace(
             super().fitted_to(images),
@@ -169,7 +172,7 @@ class LatentDiffusionRecipe(Recipe):
             ValueError: if that checkpoint is not the one whose latents the model was trained on.
         """
         vae = Trained(self.vae)
-        if vae.card["metrics"]["latent_scale"] != self.latent_scale:
+        if vae.card["metrics"].get("latent_scale") != self.latent_scale:
             raise ValueError(
                 f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
             )
@@ -308,7 +311,7 @@ def draw_captions(
     """
     images = []
     starts = range(0, len(captions), batch_size)
-    for start in tqdm(starts, "sampling", delay=2, leave=False):
+    for start in progress_bar(starts, "sampling"):
         part = list(captions[start : start + batch_size])
         generators = [torch.Generator().manual_seed(first_seed + start + place) for place in range(len(part))]
         drawn = pipeline.text_to_image(part, w=w, steps=steps, generator=generators, progress=False)

@@ -3,7 +3,8 @@
 import dataclasses
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lecture26.kit.checkpoints import load_state, save_checkpoint
 from lecture26.kit.data import load
+from lecture26.kit.files import locked
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
 from lecture26.kit.processes import process_state
@@ -60,7 +62,7 @@ class Recipe(ABC):
     decay_to: float = 0.0
     ema_decay: float = 0.999
     seed: int = 0
-    precision: str = "fp32"
+    precision: str = "auto"
     start: str | None = None
 
     def __init_subclass__(cls, **arguments):
@@ -189,6 +191,17 @@ def state_file(name: str) -> Path:
     return data_dir() / "states" / f"{name}.pt"
 
 
+@contextmanager
+def sole_use(name: str) -> Iterator[None]:
+    """Refuse, by an InUseError, what is under way already in another call; processes of one call are one."""
+    if not process_state().is_main_process:
+        yield
+        return
+    told = f"{name!r} is being made by another process: wait for it, or choose another name"
+    with locked(state_file(name).with_suffix(".lock"), told):
+        yield
+
+
 def train_network(recipe: Recipe, images: ImageSet, **state) -> tuple[nn.Module, History]:
     """Train the network of a recipe.
 
@@ -233,37 +246,45 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
 
     Returns:
         dict: the checkpoint's card; None in all but the main one of several processes.
+
+    Raises:
+        InUseError: if another call is training it.
+        DataError: if images cannot be read; and what `train` and `Recipe.load_images` raise.
     """
-    with process_state().main_process_first():  # it may have to download
-        images, unseen = recipe.load_images("train"), recipe.load_images("test")
-    recipe = recipe.fitted_to(images)
-    settings = recipe.settings()
-    network, history = train_network(
-        recipe,
-        images,
-        state_file=state_file(recipe.name),
-        state_every=state_every,
-        settings=settings | {"images": len(images)},  # a folder's name may come to hold others
-    )
-    if not process_state().is_main_process:
-        return None
-    card = save_checkpoint(
-        recipe.name,
-        network.state_dict(),
-        {
-            "recipe": recipe.family,
-            "settings": settings,
-            "command": command,
-            "data": f"{recipe.data}, {len(images)} images of {images.image_size} pixels",
-            "steps": recipe.steps,
-            "processes": process_state().num_processes,
-            "seconds": round(history.seconds),
-            "metrics": recipe.evaluate(network, unseen),
-            "loss_curve": loss_curve(history),
-        },
-    )
-    state_file(recipe.name).unlink()
-    return card
+    with sole_use(recipe.name):
+        with process_state().main_process_first():  # it may have to download
+            images, unseen = recipe.load_images("train"), recipe.load_images("test")
+            if process_state().is_main_process:
+                images.check()  # damage is found now, and not in the middle of the run
+                unseen.check()
+        recipe = recipe.fitted_to(images)
+        settings = recipe.settings()
+        network, history = train_network(
+            recipe,
+            images,
+            state_file=state_file(recipe.name),
+            state_every=state_every,
+            settings=settings | {"images": len(images)},  # a folder's name may come to hold others
+        )
+        if not process_state().is_main_process:
+            return None
+        card = save_checkpoint(
+            recipe.name,
+            network.state_dict(),
+            {
+                "recipe": recipe.family,
+                "settings": settings | {"precision": history.precision},
+                "command": command,
+                "data": f"{recipe.data}, {len(images)} images of {images.image_size} pixels",
+                "steps": recipe.steps,
+                "processes": process_state().num_processes,
+                "seconds": round(history.seconds),
+                "metrics": recipe.evaluate(network, unseen),
+                "loss_curve": loss_curve(history),
+            },
+        )
+        state_file(recipe.name).unlink()
+        return card
 
 
 def loss_curve(history: History) -> dict[str, list]:

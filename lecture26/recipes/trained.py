@@ -1,7 +1,10 @@
 """The way from a checkpoint back to what was trained: its recipe, its diffusion and its network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import shorten
 
 from torch import nn
 
@@ -35,12 +38,24 @@ class Trained:
         Raises:
             CheckpointError: if this version of the course cannot read the card.
         """
+        with self._readable():
+            recipe = FAMILIES[self.card["recipe"]](**self.card["settings"])
+            # What else the settings make; the network is made below.
+            for process in ("diffusion", "forward_process"):
+                getattr(recipe, process, None)
+        return recipe
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Make a CheckpointError of whatever settings lead to that do not fit the course."""
         try:
-            return FAMILIES[self.card["recipe"]](**self.card["settings"])
-        except (KeyError, TypeError) as error:
+            yield
+        except (CheckpointError, OSError, MemoryError):
+            raise
+        except Exception as error:
             raise CheckpointError(
-                f"the checkpoint {self.name!r} was made by another version of the course ({error}): "
-                "train it anew"
+                f"the checkpoint {self.name!r} was made by another version of the course, or its card is "
+                f"damaged ({type(error).__name__}: {shorten(str(error), 200)}): train it anew"
             ) from error
 
     @cached_property
@@ -59,10 +74,13 @@ class Trained:
         """The network: averaged weights, in evaluation mode, frozen, on the CPU.
 
         Raises:
-            CheckpointError: if the file is not the one that the card describes.
+            CheckpointError: if the file is not the one that the card describes, or the card not that of its
+                weights.
         """
-        network = self.recipe.build()
-        network.load_state_dict(load_state(self.name, self.card))
+        recipe, state = self.recipe, load_state(self.name, self.card)
+        with self._readable():
+            network = recipe.build()
+            network.load_state_dict(state)
         return network.eval().requires_grad_(False)
 
 

@@ -173,6 +173,5 @@ VAE_SHAPES_64 = VAERecipe(
     steps=5000,
     batch_size=32,
     learning_rate=2e-3,
-    precision="bf16",
 )
 register(VAE_SHAPES_64)

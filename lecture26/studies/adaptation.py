@@ -4,9 +4,10 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.downstream import TASKS, Coloured
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.precision import choose_precision, say
 from lecture26.kit.processes import process_state
 from lecture26.kit.training import History
 from lecture26.kit.validation import check_choice
@@ -27,6 +29,7 @@ from lecture26.recipes.adaptation import (
     WEIGHT_DECAY,
     Budget,
     build,
+    class_loss,
     fit,
     open_task,
     save_trained,
@@ -103,7 +106,8 @@ class Comparison:
             "method", "num_prompts"; "learning_rate", the one chosen, "at_edge", whether it is the lowest or
             the highest that was tried, and "validation", the accuracy with each; "accuracy", on the test
             images for each seed, and "tested", how many these are; "trained", the number of parameters that
-            train, and "bytes", that they take in float32; "seconds", the mean of a training run;
+            train, and "bytes", that they take in float32; "seconds", the mean of a training run,
+            and "precision", in which it computed;
             "operations", of an image's forward pass; with upstream images "upstream", for each seed the
             accuracy on these with the adapted weights and the old head, "upstream_before", and for prompts
             "upstream_prompted", with the prompts left in.
@@ -193,6 +197,7 @@ class Comparison:
             "accuracy": accuracy(model, self.splits["test"], EVALUATION_BATCH),
             "validation": accuracy(model, self.splits["validation"], EVALUATION_BATCH),
             "seconds": history.seconds,
+            "precision": history.precision,
             "trained": trained,
             "bytes": 4 * trained,
             "operations": operations(model, self.splits["test"]),
@@ -210,8 +215,24 @@ class Comparison:
         """A model after its training, in evaluation mode, and the history of this."""
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
         model = build(method, self.vit, len(self.classes), num_prompts, seed)
+        budget = replace(budget, precision=self._precision(budget, model))
         history = fit(model, self.splits["train"], learning_rate, budget, seed, **state)
         return model.eval(), history
+
+    def _precision(self, budget: Budget, model: nn.Module) -> str:
+        """The precision of all runs: where the budget leaves it open, what is faster for the first model."""
+        if budget.precision != "auto":
+            return budget.precision
+
+        def choose() -> dict:
+            device = process_state().device
+            batch = self.splits["train"].batch(torch.arange(budget.batch_size) % len(self.splits["train"]))
+            batch = {name: values.to(device) for name, values in batch.items()}
+            choice = choose_precision(model.to(device), batch, class_loss)
+            say(choice)
+            return {"precision": choice.precision}
+
+        return self.ledger.once(f"precision {self.name}", choose)["precision"]
 
     def _file(self, method: str, learning_rate: float) -> Path:
         return self.folder / f".{method}_{learning_rate:g}.safetensors"

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.adaptation import SHORT_BUDGET
+from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
@@ -118,8 +119,10 @@ def measure(name: str, command: str) -> dict:
     Raises:
         ValueError: if there is no such measurement.
         CheckpointError: if a checkpoint that it needs is missing or damaged.
+        InUseError: if another call is making it.
     """
     check_choice("measurement", name, tuple(MEASUREMENTS))
-    stored = save_results(name, command, MEASUREMENTS[name]())
-    forget_ledger(name)
+    with sole_use(name):
+        stored = save_results(name, command, MEASUREMENTS[name]())
+        forget_ledger(name)
     return stored

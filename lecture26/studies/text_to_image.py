@@ -20,6 +20,7 @@ from lecture26.ddpm import Diffusion, ddim_step, sample
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy, read, sample_quality
 from lecture26.kit.image_set import ImageSet
+from lecture26.kit.precision import choose_precision, say
 from lecture26.kit.processes import process_state
 from lecture26.kit.readers import Reader, canonical
 from lecture26.kit.sample_draws import SampleDraws
@@ -276,10 +277,11 @@ def pixel_against_latent(
     Returns:
         "recipe", "readers", "seconds", "w", "steps", "batch_size", "num_samples" and "num_images"; "vae":
         name, seconds of training and parameters of the VAE; and "models": for each a dict of "name",
-        "parameters", "gflops_per_step", "seconds_per_step" (the median of a few), "activation_bytes" that a
-        step keeps for its backward pass, "encoding_seconds", "training_steps", "training_seconds", and for
-        each part "PART_sampling_seconds_per_image", decoding included, "PART_NAME" for what `judged` and
-        `sample_quality` say, and "PART_pictures", a PNG of the first samples in base64.
+        "precision", in which its steps are faster, "parameters", "gflops_per_step", "seconds_per_step" (the
+        median of a few), "activation_bytes" that a step keeps for its backward pass, "encoding_seconds",
+        "training_steps", "training_seconds", and for each part "PART_sampling_seconds_per_image", decoding
+        included, "PART_NAME" for what `judged` and `sample_quality` say, and "PART_pictures", a PNG of the
+        first samples in base64.
     """
     base = find_recipe(recipe)
     base = replace(base, num_encoded=num_encoded, batch_size=batch_size, words_first=False)
@@ -296,12 +298,14 @@ def pixel_against_latent(
         started = time.monotonic()
         each.draw(images, SampleDraws(0, torch.arange(1)))  # encodes all images, for the model of latents
         encoding = time.monotonic() - started if each is base else 0.0
+        each = in_faster_precision(each, images)
         cost = step_cost(each, images)
         num_steps = max(1, int((seconds - encoding) / cost["seconds_per_step"]))
         warmup_steps = min(each.warmup_steps, num_steps // 10)
         from_nothing = replace(each, start=None, steps=num_steps, warmup_steps=warmup_steps)
         model, history = train_network(from_nothing, images)
         measured = cost | {
+            "precision": each.precision,
             "encoding_seconds": encoding,
             "training_steps": num_steps,
             "training_seconds": history.seconds,
@@ -330,6 +334,18 @@ def pixel_against_latent(
         "vae": {"name": base.vae, "seconds": card["seconds"], "parameters": card["parameters"]},
         "models": models,
     }
+
+
+def in_faster_precision(recipe: LatentDiffusionRecipe, images: ImageSet) -> LatentDiffusionRecipe:
+    """A recipe whose precision is decided: one that leaves it open gets that in which it is faster."""
+    if recipe.precision != "auto":
+        return recipe
+    device = process_state().device
+    batch = recipe.draw(images, SampleDraws(0, torch.arange(recipe.batch_size)))
+    batch = {name: values.to(device) for name, values in batch.items()}
+    choice = choose_precision(seeded(recipe.seed, recipe.build).to(device), batch, recipe.loss)
+    say(choice)
+    return replace(recipe, precision=choice.precision)
 
 
 def step_cost(recipe: LatentDiffusionRecipe, images: ImageSet) -> dict:
