@@ -1415,7 +1415,7 @@ def test_a_task_of_before_which_has_no_names_is_refused(data_folder, learned):
     folder = data_folder / "tasks" / "plain"
     folder.mkdir()
     save_file({"head.weight": torch.zeros(2, 8)}, folder / "full.safetensors")  # as `full` was kept before
-    assert "format is not 'lecture26 task', or from an earlier version" in (refusal("--task", "plain"))
+    assert "format is not 'lecture26 task', or from an earlier version" in refusal("--task", "plain")
 
 
 def test_a_task_that_does_not_fit_is_refused(data_folder, learned):

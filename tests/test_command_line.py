@@ -740,11 +740,10 @@ def unwritable(case, folder, monkeypatch):
     elif case == "in a file":
         (folder / "file").touch()
         return folder / "file" / "grid.png"
-    elif case == "in a read-only place":  # whatever permissions say
-        monkeypatch.setattr("lecture26.commands.sample.TemporaryFile", read_only)
-    elif case == "read-only":
-        out.touch()
-        monkeypatch.setattr(Path, "open", read_only)
+    elif case.startswith("read-only"):  # whatever permissions say
+        monkeypatch.setattr("lecture26.kit.files.open", read_only, raising=False)
+        if case == "read-only file":
+            out.touch()
     return out if case != "nowhere" else folder / "no" / "grid.png"
 
 
@@ -758,8 +757,8 @@ def read_only(*arguments, **options):
         ("a folder", "--out must be a file; .*grid.png is a folder"),
         ("nowhere", r"--out must be a file in a folder that exists .*grid.png \(No such file"),
         ("in a file", r"--out must be a file in a folder that exists .*grid.png \(Not a directory"),
-        ("in a read-only place", r"and can be written to; got .*grid.png \(Read-only file system\)"),
-        ("read-only", r"and can be written to; got .*grid.png \(Read-only file system\)"),
+        ("read-only place", r"and can be written to; got .*grid.png \(Read-only file system\)"),
+        ("read-only file", r"and can be written to; got .*grid.png \(Read-only file system\)"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(
