@@ -1,8 +1,9 @@
-"""The command line: python -m lecture26 train | sample | adapt | evaluate | measure | checkpoints.
+"""The command line: python -m lecture26 train | sample | adapt | classify | evaluate | measure | checkpoints.
 
 What a command needs is imported inside it, so that --help answers at once.
 """
 
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ app = typer.Typer(
     help="Train, sample and measure the models of the course.",
 )
 
-LARGEST_SEED = 2**63 - 1  # that torch's generators take
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_NOBODY_READS = 141  # as shells report a program that such a pipe has ended
+LARGEST_SEED = 2**64 - 1  # that torch takes
 # By what samples are steered towards what is asked for.
 Guidance = StrEnum("Guidance", {way.name: way.name for way in STEERINGS if way.name is not None})
 
@@ -101,6 +103,17 @@ def _show_warning(message, category, *place) -> None:
 
 
 @contextmanager
+def quiet_when_nobody_reads():
+    """End without a word when the reader of what is printed has gone, as after `| head -1`."""
+    try:
+        yield
+    except BrokenPipeError as gone:
+        # Python writes what is left at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_NOBODY_READS) from gone
+
+
+@contextmanager
 def stopped_in_one_line():
     """Tell whoever stops a call that keeps its state how to go on, without a traceback."""
     try:
@@ -132,7 +145,7 @@ def train(
     Stop it whenever you like: the same command goes on from the last saved state. To use several GPUs:
     accelerate launch -m lecture26 train RECIPE.
     """
-    with errors_in_one_line(), stopped_in_one_line():
+    with errors_in_one_line(), stopped_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.train import train
 
         changes = {
@@ -160,7 +173,9 @@ def sample(
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps, at most those of the checkpoint.")] = 50,
     sampler: Annotated[Sampler, typer.Option()] = Sampler.ddim,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM, 0 to 1.")] = 0.0,
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many images; the first are the same at any count.")
+    ] = 16,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     guidance: Annotated[Guidance | None, typer.Option(help="Steer towards --class or --prompt.")] = None,
     wish: Annotated[
@@ -184,7 +199,7 @@ def sample(
     ] = None,
 ):
     """Draw images from a trained model, and save them as one grid."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.sample import sample
 
         sample(
@@ -231,7 +246,7 @@ def adapt(
     Stop it whenever you like: the same command goes on. Numbers go to data/results/NAME.json, and what was
     trained to data/tasks/NAME. To use several GPUs or processes: accelerate launch -m lecture26 adapt ...
     """
-    with errors_in_one_line(), stopped_in_one_line():
+    with errors_in_one_line(), stopped_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.adapt import adapt
         from lecture26.recipes.adaptation import Budget
 
@@ -251,9 +266,25 @@ def adapt(
 
 
 @app.command()
+def classify(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="PICTURE")],
+    task: Annotated[str, typer.Option(help="The name of the results of adapt.")],
+    method: Annotated[
+        str | None, typer.Option(help="If the task was learned by several: the one to name by.")
+    ] = None,
+):
+    """Name pictures by the classes of a task that adapt has learned, each with its probability."""
+    with errors_in_one_line(), quiet_when_nobody_reads():
+        from lecture26.commands.classify import classify
+
+        if not classify(task, method, pictures):
+            raise typer.Exit(EXIT_USER_ERROR)
+
+
+@app.command()
 def evaluate(model: Annotated[str, typer.Argument(help="A checkpoint.")]):
     """Measure a checkpoint anew, and print its metrics as JSON."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.evaluate import evaluate
 
         evaluate(model)
@@ -265,7 +296,7 @@ def measure(
     replace: Annotated[bool, typer.Option("--replace", help="Write over the results of that name.")] = False,
 ):
     """Make a measurement that takes too long for a notebook, and store it in data/results."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.measure import measure
 
         measure(name, replace)
@@ -276,7 +307,7 @@ def checkpoints(
     model: Annotated[str | None, typer.Argument(help="Print its card, whole.")] = None,
 ):
     """List the checkpoints, or print the card of one."""
-    with errors_in_one_line():
+    with errors_in_one_line(), quiet_when_nobody_reads():
         from lecture26.commands.checkpoints import checkpoints
 
         checkpoints(model)

@@ -5,6 +5,7 @@ package`.
 """
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -67,11 +68,19 @@ def info_nce(image_features, text_features, logit_scale):
 # --- Words to numbers ---
 
 
+def split_words(text):
+    """The words of a text in lower case, as a list; punctuation between words is left out.
+
+    Hyphens and apostrophes count as parts of a word, since they stand within some.
+    """
+    return re.sub(r'[.,;:!?…"“”()]', " ", text.lower()).split()
+
+
 class Tokenizer:
     """Turn texts into numbers, one for each word: begin, the words, end, padding.
 
     Args:
-        words: the words there are, in lower case, each once.
+        words: the words there are, as `split_words` gives them, each once.
         length: L, of every row of tokens; a text has at most L - 2 words.
 
     Attributes:
@@ -79,7 +88,7 @@ class Tokenizer:
         num_tokens: how many numbers there are.
 
     Raises:
-        ValueError: if a word appears twice, or length leaves no room for a word.
+        ValueError: if a word appears twice or holds what no word does, or length leaves no room for a word.
     """
 
     padding, begin, end = 0, 1, 2
@@ -88,13 +97,16 @@ class Tokenizer:
         self.words, self.length = tuple(words), length
         if len(set(self.words)) != len(self.words):
             raise ValueError(f"words must differ; got {sorted(self.words)}")
+        unfit = [word for word in self.words if split_words(word) != [word]]
+        if unfit:
+            raise ValueError(f"words must be in lower case, without blanks and punctuation; got {unfit}")
         if length < 3:
             raise ValueError(f"length must be at least 3, for begin, a word and end; got {length}")
         self.num_tokens = 3 + len(self.words)
         self._numbers = {word: number for number, word in enumerate(self.words, start=3)}
 
     def __call__(self, texts):
-        """Map B texts to tokens (B, L) int64; upper case counts as lower case.
+        """Map B texts to tokens (B, L) int64, whatever their capitals and punctuation.
 
         Raises:
             TypeError: if texts is a single str, or holds anything but texts.
@@ -106,7 +118,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
 
     def _row(self, text):
-        words = text.lower().split()
+        words = split_words(text)
         for word in words:
             if word not in self._numbers:
                 raise ValueError(f"unknown word {word!r} in {text!r}; the words are: {', '.join(self.words)}")

@@ -5,6 +5,7 @@ package`.
 """
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -417,7 +418,8 @@ def save_task(file, state):
 
     Args:
         file: the path; a file that is there is replaced as a whole.
-        state: what `VPT.task_state_dict` returns.
+        state: what `VPT.task_state_dict` returns. Its attribute `about`, if it has one, is a dict of plain
+            values (JSON) to keep beside the numbers, such as the names of the classes.
 
     Raises:
         ValueError: if the state does not say what backbone it belongs to.
@@ -426,7 +428,9 @@ def save_task(file, state):
         raise ValueError(
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
-    write_tensors(file, state, {"format": TASK_FORMAT, "backbone": state.backbone})
+    about = getattr(state, "about", {})
+    told = {"format": TASK_FORMAT, "backbone": state.backbone}
+    write_tensors(file, state, told | ({"about": json.dumps(about)} if about else {}))
 
 
 def load_task(file):
@@ -436,7 +440,7 @@ def load_task(file):
         file: the path.
 
     Returns:
-        An OrderedDict like that of `VPT.task_state_dict`.
+        An OrderedDict like that of `VPT.task_state_dict`, with the attribute `about`, {} if nothing was told.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -446,7 +450,7 @@ def load_task(file):
     if "backbone" not in metadata:
         raise ValueError(f"{file} is damaged: it does not say what backbone it belongs to")
     state = OrderedDict(tensors)
-    state.backbone = metadata["backbone"]
+    state.backbone, state.about = metadata["backbone"], json.loads(metadata.get("about", "{}"))
     return state
 
 

@@ -9,20 +9,23 @@
 # %% [markdown]
 # # 00 Start here
 #
-# A diffusion model turns noise into images. This course is about making it draw what was asked for (guidance by a
-# classifier, by CLIP, and without a classifier), making that cheap (latent diffusion), and adapting a large
-# frozen model to a new task with a handful of new parameters (visual prompt tuning). Each chapter derives its
-# equations, proves them with numbers on the spot, and builds the thing from scratch in PyTorch.
+# [Next: 01 DDPM](01_ddpm.ipynb)
+#
+# A diffusion model turns noise into images. This course is about making it draw what was asked for (*guidance*), making that
+# cheap (*latent diffusion*), and adapting a large finished model to new tasks with few new parameters (*visual prompt
+# tuning*). Each chapter derives equations, proves them with numbers, and builds the thing from scratch in PyTorch.
 #
 # **What you will be able to do after this chapter**
 #
-# - find your way: what builds on what, what the symbols mean, from where steps are counted;
-# - load each data set of the course, and any folder of images of your own;
-# - read the two kinds of check: the proof of an equation, and the verdict on an exercise with its hint;
-# - work through a chapter, start in its middle, and use its code elsewhere.
+# - say which problem a diffusion model solves, and what the noise is good for;
+# - find your way: what builds on what, what symbols mean, from where steps are counted;
+# - read the proof of an equation and the verdict on an exercise.
 #
-# **What it needs**: Python, and some acquaintance with PyTorch's tensors. **What it takes**: under a minute to
-# run on two cores, and no network.
+# **What it takes**: 30 to 40 minutes of study; under 20 seconds to run, on two cores without GPU. Sections marked *(at a
+# second reading)* can wait; the rest is core.
+#
+# **A `NameError` after a restart of the kernel?** What the cells above had made is gone. Click on the cell and choose *Run →
+# Run All Above Selected Cell*, in any chapter.
 
 # %%
 import textwrap
@@ -30,108 +33,392 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from torchvision.utils import save_image
 
 from lecture26.checks import check
-from lecture26.ddpm import Diffusion, linear_betas
+from lecture26.classifier_free_guidance import classifier_free_guided
+from lecture26.ddpm import Diffusion, GaussianMixture, cosine_betas, ddim_step, exact_denoiser
 from lecture26.kit.data import load
-from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.figures import PALETTE, show, show_grid, show_table, use_style
 from lecture26.kit.proof import verify
 from lecture26.kit.shapes import HELD_OUT_PAIRS, Shapes
+from lecture26.recipes import load_diffusion, load_model
 
 use_style()
 
+# %% [markdown] tags=["core"]
+# ## Twelve red stars
+#
+# A network that was trained on small pictures of shapes, and comes with the course, draws twelve new ones. It is told 'star'
+# and 'red', and starts from nothing but noise:
+
+
+# %%
+@torch.no_grad()
+def film_of(diffusion, denoiser, x_T):
+    """Every picture on the way from noise x_T to images: a list of tensors like x_T, the noise first."""
+    film = [x_T]
+    for t in reversed(range(diffusion.num_steps)):
+        film.append(ddim_step(diffusion, denoiser, film[-1], torch.full((len(x_T),), t), noise=None))
+    return film
+
+
+shapes = load("shapes")
+words = [shapes.labels["shape"].index("star"), shapes.labels["colour"].index("red")]
+wanted = torch.tensor(words).expand(12, 2)  # 12 pictures, 2 class numbers for each
+anything = torch.tensor([8, 8]).expand(12, 2)  # the classes are 0 to 7, and 8 means 'not told'
+
+network = load_model("conditional_ddpm_shapes32")
+denoiser = classifier_free_guided(network, wanted, anything, w=0.5)  # chapter 05
+every_step = load_diffusion("conditional_ddpm_shapes32")
+few_steps = every_step.respace(25)  # 25 of the 1000 steps it was trained on
+
+x_T = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+film = film_of(few_steps, denoiser, x_T)
+show(
+    show_grid(film[-1], columns=6, inches_per_image=1.3),
+    "Twelve small pictures of red stars, large and small, on dark, light, striped and checkered ground.",
+)
+
 # %% [markdown]
+# *Twelve drawings, none left out. Ask for a blue heart: change the two words and run the cell again.*
+#
+# How three of them came about:
+
+# %%
+frames = [0, 8, 13, 17, 21, 25]  # of the film's 26
+steps = [few_steps.steps[24 - frame].item() for frame in frames[:-1]]  # as code counts, from 999 down
+titles = [f"paper t = {step + 1}\ncode t = {step}" for step in steps] + ["paper t = 0\nthe image"]
+strip = torch.stack([film[frame][:3] for frame in frames], dim=1).flatten(0, 1)  # (3 * 6, 3, 32, 32)
+figure = show_grid(strip, columns=6, titles=titles, inches_per_image=1.6)
+figure.set_figheight(5.3)  # room for the titles
+show(
+    figure,
+    "Three rows of six pictures: on the left pure noise, then a red blur under noise, on the right stars.",
+)
+
+# %% [markdown]
+# *From noise to image, a little noise less at each step. Papers and code count steps differently (see below).*
+
+# %% [markdown] tags=["core"]
+# ## The problem, and why noise helps
+#
+# Given are **samples**, say photographs, from an unknown probability distribution $q$: a law that makes some images likely
+# and nearly all others, which look like static, impossible. Wanted are *new* samples.
+#
+# One would like to start anywhere and move to where $q$ is large. But where there are no samples, nothing shows the way.
+# Here a sample is a point in the plane, and $q$ has three islands:
+
+# %%
+mixture = GaussianMixture(  # q, for once known: three normal distributions; a network would get points only
+    weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
+)
+plane = Diffusion(cosine_betas(1000))
+plane_denoiser = exact_denoiser(mixture, plane)  # guesses the noise in x_t as well as anyone can
+generator = torch.Generator().manual_seed(0)
+given, _ = mixture.sample(300, generator)  # x_0, (300, 2)
+noise = torch.randn(2, 300, 2, dtype=given.dtype, generator=generator)
+drawn = film_of(plane.respace(25), plane_denoiser, noise[1])  # new points, on their way from noise
+
+
+# %%
+def plot_arrows(axis, t):
+    """The way back, away from the guessed noise, wherever noisy samples are likely."""
+    side = torch.linspace(-2, 2, 19, dtype=torch.float64)
+    places = torch.cartesian_prod(side, side)  # (361, 2)
+    places = places[mixture.log_prob(places, plane.alpha_bar[t]).exp() > 0.02]
+    eps = plane_denoiser(places, torch.full((len(places),), t))
+    way_back = -eps / eps.norm(dim=1, keepdim=True)  # the direction alone
+    axis.quiver(*places.T, *way_back.T, angles="xy", scale_units="xy", scale=5, width=0.008)
+
+
+frames = [25, 22, 18, 12, 0]  # the film backwards: from points of q to noise
+figure, axes = plt.subplots(2, 5, figsize=(12, 5.2), layout="constrained", sharex=True, sharey=True)
+for (above, below), frame in zip(axes.T, frames, strict=True):
+    if frame == 25:
+        above.scatter(*given.T, s=3, color=PALETTE["sky"])
+        above.set_title("paper t = 0, no noise")
+    else:
+        t = plane.respace(25).steps[24 - frame].item()
+        x_t = plane.q_sample(given, torch.full((300,), t), noise[0])
+        above.scatter(*x_t.T, s=3, color=PALETTE["sky"])
+        plot_arrows(above, t)
+        above.set_title(f"paper t = {t + 1}")
+    below.scatter(*drawn[frame].T, s=3, color=PALETTE["vermilion"])
+    above.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), aspect="equal")
+    below.set(aspect="equal")
+axes[0, 0].set_ylabel("given samples:\nadd noise →", fontsize="large")
+axes[1, 0].set_ylabel("new samples:\n← take noise away", fontsize="large")
+show(
+    figure,
+    "Above, three clusters of points that noise spreads into one cloud, with arrows back to the clusters wherever "
+    "points lie; below, other points that leave the same cloud and gather in three clusters.",
+)
+
+# %% [markdown]
+# *Above, from left to right: noise spreads the samples until they have been everywhere. The arrows can be learned from them:
+# which noise was probably added, and so the way back. Below, from right to left: new points start as pure noise and follow
+# the arrows.*
+#
+# That is the whole idea. Noise fills the gaps, so that there are examples everywhere. From them a network, the **denoiser**,
+# learns to guess the noise in a noisy sample. With enough noise every data set looks like a normal distribution: draw from
+# that, and walk back, a little less noise at a time.
+
+# %% [markdown] tags=["core"]
 # ## The map
 #
 # ![Map of the course: 00, 01 and 02 in a row; 02 leads to guidance (03, then 04 and 05) and to visual prompt
 # tuning (08); 02 leads to the VAE (06); 04, 05 and 06 lead to latent diffusion (07); all lead to 09](../docs/map.png)
 #
-# *An arrow leads to a chapter from what it builds on. Filled boxes are here today; dashed ones are planned.*
+# *What builds on what. Filled boxes are here; dashed ones are planned.*
 #
-# What each chapter derives and builds, on which it rests, and what a run of it takes on two cores without a GPU
-# (`make course` measures this anew):
+# Each chapter explains the words of its row. Time and memory are those of a run on two cores:
 #
 # | chapter | what it derives and builds | builds on | time | peak memory |
 # |---|---|---|---|---|
-# | [00 Start here](00_start_here.ipynb) | the map, the notation, the data, how proofs, checks and hints work | | 11 s | 0.9 GB |
-# | [01 DDPM](01_ddpm.ipynb) | forward process and posterior, the bound and the simple loss, noise, data or velocity as what is predicted, learned variance, DDPM and DDIM sampling with all steps or few; all of it on a Gaussian mixture, where the right answer is known exactly | 00 | 26 s | 0.9 GB |
-# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, U-Net, averaged weights; a DDPM trained on images | 01 | 134 s | 1.2 GB |
-# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, the mean-shift form and the noise form, what a scale above 1 does, why a classifier of clean images fails | 02 | 87 s | 1.0 GB |
-# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by the similarity of image and text | 03 | 58 s | 1.2 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | the implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts; the three guidances in one table | 03 (04 to compare) | 81 s | 1.1 GB |
-# | [06 VAE](06_vae.ipynb) | the evidence lower bound, reparameterisation, an autoencoder of images with a KL term, the latent scale | 01, 02 | 90 s | 1.3 GB |
-# | [07 Latent diffusion](07_latent_diffusion.ipynb) | into the latent space and out of it, cross-attention, text to image, where each word is looked at from, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 79 s | 1.4 GB |
-# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer taken apart, and what is wrong with a wrapper that runs; prompts for a frozen one, shallow and deep, beside a linear probe, biases and full fine-tuning; storage, forgetting, many tasks on one backbone | 02 (attention) | 67 s | 1.4 GB |
-# | 09 The slides, checked | a miniature Stable Diffusion made of the finished parts; each number of the lecture beside the papers' and our own | all | planned | |
+# | [00 Start here](00_start_here.ipynb) | first pictures, the problem, a self-test, notation, proofs and checks, data | | 11 s | 0.9 GB |
+# | [01 DDPM](01_ddpm.ipynb) | forward process, posterior, bound and simple loss; noise, data or velocity as target; learned variance; DDPM and DDIM sampling; on a Gaussian mixture, where all is known | 00 | 26 s | 0.9 GB |
+# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, averaged weights; a DDPM of images | 01 | 134 s | 1.2 GB |
+# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, mean-shift and noise form, why a clean classifier fails | 02 | 87 s | 1.0 GB |
+# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by similarity | 03 | 58 s | 1.2 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts | 03 (04 to compare) | 81 s | 1.1 GB |
+# | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 90 s | 1.3 GB |
+# | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 79 s | 1.4 GB |
+# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 67 s | 1.4 GB |
+# | 09 The slides, checked | a miniature Stable Diffusion; the lecture's numbers beside the papers' and our own | all | planned | |
+#
+# Chapters import what they need of earlier ones: begin anywhere.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
+# ## Are you ready? A self-test
+#
+# Six questions, ten minutes, pencil and paper. Five right: go on. Fewer: read up where the answers point. MML is Deisenroth,
+# Faisal, Ong, *Mathematics for Machine Learning*, free at [mml-book.com](https://mml-book.com).
+#
+# **1. Variance of a sum.** $x$ and $\epsilon$ are independent, with mean 0 and variances 0.5 and 1. What is the variance of
+# $\sqrt{0.6}\,x+\sqrt{0.4}\,\epsilon$?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# Factors are squared, and variances of independent numbers add up: $0.6\cdot0.5+0.4\cdot1=0.7$. (MML 6.4)
+#
+# </details>
+#
+# **2. Bayes on two normals.** $x$ is drawn from $\mathcal N(0,1)$, the normal distribution with mean 0 and variance 1. You
+# see $y=x+\epsilon$ with $\epsilon\sim\mathcal N(0,1)$, and it is 2. How is $x$ distributed now?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# $p(x\mid y)\propto p(x)\,p(y\mid x)\propto e^{-x^2/2}\,e^{-(2-x)^2/2}\propto e^{-(x-1)^2}$, which is
+# $\mathcal N(1,\tfrac12)$. (MML 6.3, 6.5)
+#
+# </details>
+#
+# **3. Gradient of a log-density.** What is $\frac{d}{dx}\log\mathcal N(x;\,m,\sigma^2)$, and for $x=3$, $m=1$, $\sigma=2$?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# $-(x-m)/\sigma^2=-\tfrac12$: it points to the mean. It is called the *score*; the arrows above show its direction. (MML
+# 5.2, 6.5)
+#
+# </details>
+#
+# **4. Divergence.** The Kullback-Leibler divergence $\mathrm{KL}(q\,\|\,p)=\mathbb E_q[\log q(x)-\log p(x)]$, a mean
+# over $x$ from $q$, tells how badly $p$ stands in for $q$. What is it for $q=\mathcal N(1,1)$ and $p=\mathcal N(0,1)$? When is
+# it zero?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# $\mathbb E_q[\tfrac12x^2-\tfrac12(x-1)^2]=\mathbb E_q[x]-\tfrac12=\tfrac12$. It is zero only if $q=p$. (Goodfellow, Bengio, Courville, [*Deep Learning*](https://www.deeplearningbook.org), 3.13)
+#
+# </details>
+#
+# **5. Broadcasting.** `factor` has shape (B,), one number per image; `x` has shape (B, 3, 32, 32). What does `factor * x`
+# do for B = 4, what for B = 32, and how is it meant?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# Shapes are aligned at their *last* axes: 4 against 32 is an error; with 32, each column of pixels gets a factor instead of
+# each image. ([Broadcasting semantics](https://pytorch.org/docs/stable/notes/broadcasting.html))
+#
+# ```python
+# factor, x = torch.arange(32.0), torch.ones(32, 3, 32, 32)
+# assert (factor * x)[5, 0, 0].tolist() == factor.tolist()
+# assert (factor[:, None, None, None] * x)[5].unique() == 5  # as it is meant
+# ```
+#
+# </details>
+#
+# **6. Automatic differentiation.** `f` maps images (B, C, H, W) to a number each, (B,). How do you get each number's gradient
+# by its image, in one call?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# Of the sum: the other images' numbers do not depend on this image.
+# ([Introduction to torch.autograd](https://pytorch.org/tutorials/beginner/blitz/autograd_tutorial.html))
+#
+# ```python
+# x = torch.randn(4, 3, 8, 8, requires_grad=True)
+# f = lambda x: (x**2).sum(dim=(1, 2, 3))
+# (gradient,) = torch.autograd.grad(f(x).sum(), x)
+# assert torch.allclose(gradient, 2 * x)
+# ```
+#
+# </details>
+
+# %% [markdown] tags=["core"]
 # ## Notation
 #
-# Noise is mixed into an image $x_0$ over $T$ steps. Step $t$ adds noise of variance $\beta_t$; what is left of
-# the signal's variance after it is $\bar\alpha_t$:
+# Noise is mixed into an image $x_0$ over $T$ steps. Step $t$ adds noise of variance $\beta_t$; what is left of the
+# signal's variance after it is $\bar\alpha_t$:
 #
 # $$x_t=\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\;\epsilon,\qquad
-#   \bar\alpha_t=\prod_{s=1}^{t}(1-\beta_s),\qquad \epsilon\sim\mathcal N(0,I) \tag{0.1, definition}$$
+#   \bar\alpha_t=\prod_{i=1}^{t}(1-\beta_i),\qquad \epsilon\sim\mathcal N(0,I) \tag{0.1, definition}$$
 #
 # | symbol | in code | what it is |
 # |---|---|---|
-# | $x_0$ | `x_0` | a clean image, or a point of the mixture; pixels lie in $[-1,1]$ |
-# | $x_t$ | `x_t` | the same with the noise of step $t$; $x_T$ is nothing but noise |
-# | $\epsilon$ | `eps`, `noise` | the noise that went into $x_t$; $\hat\epsilon$ is a network's guess of it |
-# | $\beta_t$ | `betas` | the variance of the noise that step $t$ adds |
-# | $\bar\alpha_t$ | `alpha_bar` | what is left of the signal's variance at step $t$; from nearly 1 down to nearly 0 |
-# | $\lambda_t$ | `log_snr` | $\log\bigl(\bar\alpha_t/(1-\bar\alpha_t)\bigr)$, the logarithm of the signal-to-noise ratio; the lecture's $z_\lambda$ is $x_t$ at that ratio |
-# | $s$ | `scale` | a gradient scale: how strongly a classifier's or CLIP's gradient pulls (chapters 03 and 04) |
-# | $w$ | `w` | the weight of classifier-free guidance as its authors count it (chapter 05); other libraries' `guidance_scale` is $1+w$ |
-
-# %% [markdown]
-# ### One rule: code counts from 0
+# | $q$ | | given: the distribution of the data, unknown, and the noising (0.1), chosen |
+# | $p_\theta$ | `denoiser` | learned: the model of the way back, with parameters $\theta$ |
+# | $x_0$, $x_t$, $x_T$ | `x_0`, `x_t`, `x_T` | a clean image, pixels in $[-1,1]$; after $t$ noisy steps; noise alone |
+# | $\epsilon$, $\hat\epsilon$ | `eps`, `noise` | the noise in $x_t$, and a guess of it; a hat always marks a guess |
+# | $\beta_t$, $\bar\alpha_t$ | `betas`, `alpha_bar` | as in (0.1); $\bar\alpha_t$ falls from nearly 1 to nearly 0 |
+# | $\lambda_t$ | `log_snr` | logarithm of the signal-to-noise ratio (0.2); the lecture's $z_\lambda$ is $x_t$ at that ratio |
+# | $\tilde\mu_t$, $\tilde\beta_t$ | `q_posterior` | mean and variance of $x_{t-1}$ when $x_t$ *and* $x_0$ are known (chapter 01) |
+# | $\sigma_t^2$ | `variance` | variance of the fresh noise that sampling adds on the way to $x_{t-1}$ |
+# | $\eta$ | `eta` | how much of it: $\sigma_t=\eta\sqrt{\tilde\beta_t}$; 0 is DDIM, the sampling used above, 1 is DDPM |
+# | $s$ | `scale` | how strongly a classifier's or CLIP's gradient pulls (03, 04) |
+# | $w$ | `w` | weight of classifier-free guidance, as its authors count it (05) |
 #
-# Papers count the steps $t=1,\dots,T$, and $t=0$ is the clean image. Python counts from 0. A step too many or too
-# few is hard to see in the pictures, so there is one rule, in every chapter and every function:
+# Some letters mean several things in the field. If nothing is said, the one in the middle is meant:
+#
+# | letter | here | elsewhere, and what we call that |
+# |---|---|---|
+# | $s$ | scale of a gradient | weight of classifier-free guidance in most libraries: `guidance_scale` $=1+w$; factor on latents: `latent_scale`; a component's standard deviation: `stds`; score: $\nabla\log q$ |
+# | $v$ | velocity, a blend of noise and image that may be predicted instead of $\epsilon$ (01) | output for a learned variance: only in 01; what attention reads: its *values*; bound of the first prompts: only in 08 |
+# | $w$ | weight of guidance | $1+w$: `guidance_scale`; a network's weights: $\theta$ |
+# | $\alpha_t$ | $1-\beta_t$ | the DDIM paper's $\alpha_t$: $\bar\alpha_t$ |
+# | $\sigma$ | fresh noise of a sampling step | noise relative to signal: $\sqrt{(1-\bar\alpha_t)/\bar\alpha_t}$ |
+# | $z$ | latent code (06, 07) | the lecture's $z_\lambda$: $x_t$; fresh noise: only in 01 |
+
+# %% [markdown] tags=["core"]
+# ## One rule: code counts from 0
+#
+# Papers count the steps $t=1,\dots,T$, and $t=0$ is the clean image. Python counts from 0. A step too many is hard to see in
+# pictures, so there is one rule:
 #
 # $$\boxed{\;\text{code's } t \;=\; \text{papers' } t - 1\;}$$
 #
-# Equations, and prose about them, count as the papers do. Code counts as Python does, and so do step numbers on axes,
-# in titles and wherever the text quotes them ('t = 500'). Code step 0 is the first noisy level. The clean image has no
-# step of its own, only the value $\bar\alpha_0=1$, which stands in `alpha_bar_prev[0]`.
+# Equations, and prose about them, count as papers do. Code counts as Python does; so do step numbers on axes, in titles and
+# in the text ('t = 500'), unless they say 'paper'. The clean image has no step in code, only the value $\bar\alpha_0=1$ in
+# `alpha_bar_prev[0]`. For the network above:
 
 # %%
-diffusion = Diffusion(linear_betas(1000))
-paper_steps = torch.tensor([1, 50, 150, 300, 500, 1000])
-t = paper_steps - 1  # the rule
-assert diffusion.alpha_bar_prev[0] == 1
-assert torch.equal(diffusion.alpha_bar_prev[t[1:]], diffusion.alpha_bar[t[1:] - 1])
+rows = [[0, "none", "1", "the image"]]
+for paper_t, what in {1: "hardly any noise", 500: "half noise", 1000: "pure noise"}.items():
+    t = paper_t - 1  # the rule
+    rows.append([paper_t, t, f"{every_step.alpha_bar[t]:.5f}", what])
+show_table(rows, ["papers' $t$", "code's $t$", r"$\bar\alpha_t$", "what $x_t$ is"])
+assert every_step.alpha_bar_prev[0] == 1
+assert torch.equal(every_step.alpha_bar_prev[1:], every_step.alpha_bar[:-1])
+
+# %% [markdown] tags=["core"]
+# ## How an equation is proved
+#
+# An equation with a number is a definition, a step of a derivation, or a result. For each result a cell computes both sides in
+# different ways and compares them. Take the log-SNR,
+#
+# $$\lambda_t=\log\frac{\bar\alpha_t}{1-\bar\alpha_t} \tag{0.2, definition}$$
+#
+# Solved for $\bar\alpha_t$, with $e^{\lambda_t}(1-\bar\alpha_t)=\bar\alpha_t$, it says
+#
+# $$\bar\alpha_t=\frac{1}{1+e^{-\lambda_t}} \tag{0.3}$$
 
 # %%
-star = load("shapes").batch([23])["image"]  # (1, 3, 32, 32)
-noise = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-x_t = diffusion.q_sample(star.expand(6, -1, -1, -1), t, noise)  # (6, 3, 32, 32)
-titles = ["$x_0$"] + [f"paper t = {step}\ncode t = {step - 1}" for step in paper_steps]
-figure = show_grid(torch.cat([star, x_t]), columns=7, titles=titles, inches_per_image=1.5)
-figure.set_figheight(2.0)  # room for the titles
-show(
-    figure, "One image at seven noise levels, from clean to pure noise, with the papers' step and the code's."
-)
+alpha_bar = every_step.alpha_bar  # (T,)
+log_snr = (alpha_bar / (1 - alpha_bar)).log()
+verify("0.3", alpha_bar, 1 / (1 + (-log_snr).exp()), atol=1e-12)
 
 # %% [markdown]
-# *The forward process. Every network here is told the step of the image it is given: always the code's.*
+# Where the sides differ, the cell raises an error and the notebook stops. With $\sqrt{\bar\alpha_t}$ on the left:
+
+# %%
+try:
+    verify("0.3", alpha_bar.sqrt(), 1 / (1 + (-log_snr).exp()), atol=1e-12)
+except AssertionError as error:
+    print(error)
+
+# %% [markdown] tags=["core"]
+# ## How exercises, checks and hints work
+#
+# An exercise is a small function whose body you write; the cell below it calls `check`. Chapter 01 asks for `q_sample`,
+# which is equation (0.1). Before you have written anything:
+
+
+# %%
+def q_sample(x_0, alpha_bar, noise):
+    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
+    ...  # your code instead of this line
+
+
+check("ddpm.q_sample", q_sample)
 
 # %% [markdown]
+# A first try, wrong on purpose:
+
+
+# %%
+def q_sample(x_0, alpha_bar, noise):
+    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
+    return alpha_bar * x_0 + (1 - alpha_bar).sqrt() * noise
+
+
+check("ddpm.q_sample", q_sample)
+
+# %% [markdown]
+# A known mistake gives the same numbers; hence the hint. With the root:
+
+
+# %%
+def q_sample(x_0, alpha_bar, noise):
+    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
+    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+
+
+check("ddpm.q_sample", q_sample)
+
+# %% [markdown]
+# Whatever gives the right values passes. Go back and try: drop the other root, swap the factors, let it crash.
+
+# %% [markdown] tags=["core"]
+# ## How to work
+#
+# `make lab` has put copies of the notebooks into `work/`. They are yours: no command writes over them. An exercise there has
+# four cells:
+#
+# 1. the exercise, with `...` where your code goes;
+# 2. its check;
+# 3. the answer, folded;
+# 4. the finished function from the package, so that the rest runs whatever you typed. To go on with your own, skip it.
+#
+# So you can **jump in** anywhere, with *Run All Above Selected Cell*.
+#
+# Cells tagged `export` make the package: what a notebook proves is the code that trains the models, on the [command
+# line](../README.md#the-command-line).
+
+# %% [markdown] tags=["core"]
 # ## The data
 #
-# ### Shapes
-#
-# Most chapters train on images that are made by code: one of 8 shapes in one of 8 colours and 2 sizes, on one of
-# 4 backgrounds. All four attributes are known, so one can *measure* whether a model drew what it was asked for.
-
-# %%
-shapes = load("shapes", split="train")
-print(f"{len(shapes):,} images, {shapes.channels} channels, {shapes.image_size} pixels")
-for name, classes in shapes.labels.items():
-    print(f"{name}: {', '.join(classes)}")
+# Most chapters train on images made by code: 8 shapes in 8 colours and 2 sizes on 4 backgrounds. All this is known, so one
+# can *measure* whether a model drew what it was asked for.
 
 # %%
 indices = torch.arange(64)
@@ -145,27 +432,25 @@ images = shapes.render(attributes, indices)  # (64, 3, 32, 32)
 figure = show_grid(images, titles=shapes.labels["colour"], row_titles=shapes.labels["shape"])
 for shape, colour in HELD_OUT_PAIRS:
     row, column = shapes.labels["shape"].index(shape), shapes.labels["colour"].index(colour)
-    frame = Rectangle((-0.5, -0.5), 32, 32, fill=False, edgecolor=PALETTE["vermilion"], linewidth=9)
-    figure.axes[8 * row + column].add_patch(frame)
+    border = Rectangle((-0.5, -0.5), 32, 32, fill=False, edgecolor=PALETTE["vermilion"], linewidth=9)
+    figure.axes[8 * row + column].add_patch(border)
 figure.set_size_inches(8.3, 7.6)  # room for the titles
 show(figure, "All 64 pairs of a shape and a colour; eight of them, one in each row and column, are framed.")
 
 # %% [markdown]
-# *All pairs of shape and colour. The eight framed ones are **held out**: no training image shows them. A model
-# that has seen red stars and blue circles, but never a blue star, and draws a blue star when asked for one, has
-# learned shape and colour as two things. One that has learned the 56 pairs by heart cannot. The split `held_out`
-# shows nothing but these pairs.*
+# *The eight framed pairs are **held out**: no training image shows them. A model that never saw a blue star, and draws one
+# when asked, has learned shape and colour as two things.*
 
 # %%
-for split in ("train", "validation", "test", "held_out"):
-    print(f"{split}: {len(load('shapes', split)):,} images")
+sizes = [[split, f"{len(load('shapes', split)):,}"] for split in ("train", "validation", "test", "held_out")]
+show_table(sizes, ["split", "images"])
 
 seen = shapes.attributes(torch.arange(20_000))
 pairs = set(zip(seen["shape"].tolist(), seen["colour"].tolist()))
 print(f"pairs among the first 20,000 training images: {len(pairs)} of 64")
 
 # %% [markdown]
-# Every image has a caption, for the chapters in which text decides what is drawn:
+# Every image has a caption:
 
 
 # %%
@@ -179,25 +464,23 @@ def show_captioned(images, captions, width):
 
 indices = [23, 1, 33, 4, 26, 10]
 figure = show_captioned(shapes.batch(indices)["image"], shapes.captions(indices), width=16)
-show(figure, "Six images of shapes with their captions.")
+show(figure, "Six images, each below its caption, such as: a large red star on a striped background.")
 
-# %% [markdown]
-# ### Scenes
+# %% [markdown] tags=["optional"]
+# ## More data *(at a second reading)*
 #
-# Two objects and their relation, at 64 pixels. Now a caption has to be read as a sentence: 'a red star to the
-# left of a blue ring' and 'a blue star to the left of a red ring' are made of the same words.
+# **Scenes** (chapter 07) show two objects and their relation. 'A red star to the left of a blue ring' and 'a blue star to
+# the left of a red ring' are made of the same words.
 
 # %%
 scenes = load("scenes")
 indices = [0, 3, 5, 6]
 figure = show_captioned(scenes.batch(indices)["image"], scenes.captions(indices), width=26)
-show(figure, "Four scenes of two objects with their captions.")
+show(figure, "Four scenes, each below its caption, such as: a small red square below a large blue triangle.")
 
 # %% [markdown]
-# ### Real images
-#
-# Handwritten digits come with scikit-learn, so they need no network. `mnist`, `fashion_mnist`, `cifar10` and
-# `fgvc_aircraft` are downloaded to `data/downloads` when they are first asked for.
+# **Real images**: digits come with scikit-learn; `mnist`, `fashion_mnist`, `cifar10` and `fgvc_aircraft` are downloaded on
+# demand.
 
 # %%
 digits = load("digits", image_size=32)  # 8 pixels wide as they come, here enlarged
@@ -206,7 +489,7 @@ figure = show_grid(batch["image"], columns=10)
 show(figure, "Twenty handwritten digits, blurred since they have been enlarged from 8 to 32 pixels.")
 
 # %% [markdown]
-# And any folder of images: one folder per class, or no classes at all. Here is one with 12 PNG files:
+# **Your own images**: any folder, with one subfolder per class, or none.
 
 # %%
 with TemporaryDirectory() as temporary:
@@ -219,14 +502,9 @@ with TemporaryDirectory() as temporary:
     print({name: tuple(values.shape) for name, values in photos.batch([0, 1, 2]).items()})
 
 # %% [markdown]
-# Whatever the set, `batch(indices)` gives a dict: images (B, C, H, W) in $[-1,1]$, and for each label one tensor
-# (B,) of class numbers. A folder that has no validation or test images of its own gives a tenth of its images to
-# each, chosen by a hash of their names: a photograph added tomorrow moves none of today's from training to test.
+# `batch(indices)` of any set gives images (B, C, H, W) in $[-1,1]$, and class numbers (B,) for each label.
 #
-# ### The same numbers tomorrow
-#
-# An image of shapes is a function of (seed, split, index) and of nothing else: neither of the order in which
-# images are read, nor of how many processes read them.
+# **The same numbers tomorrow**: an image of shapes is a function of (seed, split, index) and of nothing else.
 
 # %%
 alone = shapes.batch([5])["image"][0]
@@ -235,177 +513,16 @@ other_seed = Shapes(split="train", seed=1).batch([5])["image"][0]
 print("index 5, read twice, is the same:", torch.equal(alone, in_a_crowd))
 print("index 5 of another seed is the same:", torch.equal(alone, other_seed))
 
-# %% [markdown]
-# All other randomness is seeded: that of data, steps and noise by generators which are handed along, that of first
-# weights by `torch.manual_seed`. For a GPU too the noise is drawn on the processor and then moved. So a GPU starts from
-# the very noise that a laptop starts from, and the results agree up to rounding. No chapter asks for a GPU; the command
-# line takes one that is there, NVIDIA's or Apple's.
-
-# %%
-device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-x_t_there = diffusion.q_sample(star.to(device), t[:1].to(device), noise[:1].to(device))
-assert torch.allclose(x_t_there.cpu(), x_t[:1], atol=1e-5)
-
-# %% [markdown]
-# ## How an equation is proved
-#
-# An equation with a number either defines something, or is a step of a derivation, or states a result. Each
-# result has a cell that computes both of its sides in different ways and compares them. Take the log-SNR,
-#
-# $$\lambda_t=\log\frac{\bar\alpha_t}{1-\bar\alpha_t} \tag{0.2, definition}$$
-#
-# Solved for $\bar\alpha_t$, with $e^{\lambda_t}(1-\bar\alpha_t)=\bar\alpha_t$, it says
-#
-# $$\bar\alpha_t=\frac{1}{1+e^{-\lambda_t}} \tag{0.3}$$
-
-# %%
-alpha_bar = diffusion.alpha_bar  # (T,)
-log_snr = (alpha_bar / (1 - alpha_bar)).log()
-verify("0.3", alpha_bar, log_snr.sigmoid(), atol=1e-12)
-
-# %% [markdown]
-# What if somebody had written $\sqrt{\bar\alpha_t}$ on the left? Then the cell raises an error, the notebook
-# stops there, and the tests of the course fail. Here the error is caught, to be looked at:
-
-# %%
-try:
-    verify("0.3", alpha_bar.sqrt(), log_snr.sigmoid(), atol=1e-12)
-except AssertionError as error:
-    print(error)
-
-# %% [markdown]
-# One more, since the two ways of counting the weight of classifier-free guidance are easily mixed up. Let
-# $\hat\epsilon_c$ be a network's guess of the noise when it is told what to draw, and $\hat\epsilon_u$ the guess
-# when it is not. The lecture's form with $w$ is the other libraries' form with $1+w$:
-#
-# $$(1+w)\,\hat\epsilon_c-w\,\hat\epsilon_u=\hat\epsilon_u+(1+w)\,(\hat\epsilon_c-\hat\epsilon_u) \tag{0.4}$$
-
-# %%
-generator = torch.Generator().manual_seed(1)
-eps_c, eps_u = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64, generator=generator)
-w = 3.0
-guidance_scale = 1 + w
-verify("0.4", (1 + w) * eps_c - w * eps_u, eps_u + guidance_scale * (eps_c - eps_u), atol=1e-12)
-
-# %% [markdown]
-# ## How exercises, checks and hints work
-#
-# An exercise is a small function whose body you write; the cell below it calls `check`. Chapter 01 asks for
-# `q_sample`, which is equation (0.1). Before you have written anything:
-
-
-# %%
-def q_sample(x_0, alpha_bar, noise):
-    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
-    ...  # your code instead of this line
-
-
-check("ddpm.q_sample", q_sample)
-
-# %% [markdown]
-# Now a first try, wrong on purpose:
-
-
-# %%
-def q_sample(x_0, alpha_bar, noise):
-    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
-    return alpha_bar * x_0 + (1 - alpha_bar).sqrt() * noise
-
-
-check("ddpm.q_sample", q_sample)
-
-# %% [markdown]
-# The check ran the function on cases of several shapes, schedules and number types. It was wrong there, so the check
-# compared its outputs with those of mistakes that are often made, and one of them gave the same numbers. Hence the
-# hint, and the place in the derivation to look at. With the root:
-
-
-# %%
-def q_sample(x_0, alpha_bar, noise):
-    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
-    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
-
-
-check("ddpm.q_sample", q_sample)
-
-# %% [markdown]
-# However you write it: what gives the right values, in the right shape and number type and with its gradient,
-# passes. A mistake that is not on the list gets no name, but a sentence on what is off. Go back and try: drop the
-# other root, swap the two factors, return a NumPy array, or let it crash.
-#
-# ## How to work
-#
-# `make lab` has put a copy of each notebook into `work/`. They are yours: git ignores them, and no command writes
-# over one that is there. In a copy, four cells follow each other at each exercise:
-#
-# 1. the exercise, with `...` where your code goes;
-# 2. its check;
-# 3. the answer, folded (click on it);
-# 4. a cell tagged `finished`, which takes the finished function from the package, so that the rest of the chapter
-#    runs whatever you typed. To go on with a function of your own, skip that cell.
-#
-# A folded answer looks like this:
-#
-# <details>
-# <summary>Answer</summary>
-#
-# ```python
-#     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-#     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
-# ```
-#
-# </details>
-#
-# The fourth cell also lets you **jump in** anywhere: click on the section you want and choose *Run → Run All
-# Above Selected Cell*; what it needs is then there, whether or not you have solved the exercises. The same holds
-# between chapters: each imports what it needs of the earlier ones from the package, so you may start with chapter
-# 02 if you know what 01 says.
-#
-# ### From notebook to package
-#
-# Chapters make modules: the cells tagged `export`, finished exercises included, are put together into
-# `lecture26/ddpm.py`, `lecture26/unet.py` and so on. What a notebook proves is therefore the very code that
-# trains the models and that you can import elsewhere. A `finished` cell is no more than this:
-
-# %%
-from lecture26.ddpm import q_sample
-
-# %%
-check("ddpm.q_sample", q_sample)
-
-# %% [markdown]
-# The models are trained, sampled and measured on the command line:
-#
-# ```bash
-# python -m lecture26 checkpoints                                            # the trained models that are there
-# python -m lecture26 sample --model ddpm_shapes32 --out grid.png            # draw images
-# python -m lecture26 train ddpm --data ./photos --name my_photos            # train on a folder of images
-# ```
-#
-# Where things are kept:
-#
-# | folder | what is in it |
-# |---|---|
-# | `notebooks/` | the chapters: `.py` is the source, `.ipynb` the same with its outputs |
-# | `work/` | your copies |
-# | `lecture26/` | the package: a module for each chapter; `kit` (data, training loop, figures), `recipes` (what to train and how), `studies` (what is measured), `commands` and `checks` by hand |
-# | `data/checkpoints/` | trained models, each with a card: how it was made, how good it is, its hash |
-# | `data/results/` | long measurements, each with the command that made it |
-# | `data/downloads/` | data sets that were downloaded |
-#
+# %% [markdown] tags=["core"]
 # ## Summary
 #
-# - Code's $t$ is the papers' $t-1$; $w$ is the authors' weight, `guidance_scale` is $1+w$.
-# - Images lie in $[-1,1]$ and come by index; those of shapes depend on seed, split and index alone.
-# - `verify` stops the notebook where an equation does not hold; `check` says what is wrong with a solution.
-# - Answers are folded below each check, and nothing depends on having solved an exercise.
-#
-# Next: [chapter 01](01_ddpm.ipynb), where a diffusion model is derived and run on a distribution about which
-# everything is known.
+# - Samples of an unknown $q$ are given, new ones wanted: learn to take noise away, and begin with pure noise.
+# - Code's $t$ is the papers' $t-1$; `guidance_scale` is $1+w$.
 #
 # ## References
 #
-# - Ho, Jain, Abbeel 2020, *Denoising Diffusion Probabilistic Models*, equation 4, for (0.1).
-# - Kingma, Salimans, Poole, Ho 2021, *Variational Diffusion Models*, section 3, for the log-SNR.
-# - Ho, Salimans 2022, *Classifier-Free Diffusion Guidance*, equation 6, for the form with $w$ in (0.4).
+# - Ho, Jain, Abbeel 2020, *Denoising Diffusion Probabilistic Models* (DDPM), equation 4.
+# - Song, Meng, Ermon 2021, *Denoising Diffusion Implicit Models* (DDIM), for $\eta$.
+# - Kingma, Salimans, Poole, Ho 2021, *Variational Diffusion Models*, section 3, for $\lambda_t$.
+#
+# [Next: 01 DDPM](01_ddpm.ipynb), where a diffusion model is derived and run on the three islands.

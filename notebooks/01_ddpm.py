@@ -2578,7 +2578,8 @@ verify("1.32", *bayes_on_outputs("v"), atol=1e-8)
 # variance $\Sigma_\theta(x_t)$. That is this chapter's loop. Three things it leaves out matter in code: both depend on
 # $t$ as well; the variance is learned only in some models (here, 'learned_range'); and no noise is added in the last
 # step.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - One step of noise, $T$ steps, or any step at once: (1.1), (1.6). All tables follow from the betas.

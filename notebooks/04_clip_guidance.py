@@ -63,6 +63,7 @@ colours = list(PALETTE.values())
 
 # %% tags=["export"]
 import math
+import re
 
 import torch
 from torch import nn
@@ -461,7 +462,17 @@ verify("4.15", torch.stack(losses).mean(), perfect_loss(4, 3), atol=1e-12)
 #
 # Now the networks. The text comes first, and a text transformer wants whole numbers. Our language is small enough to
 # give each word its own. Three numbers are not words: one *begins* each text, one *ends* it, and *padding* fills up
-# what is missing to a common length, so that texts of different lengths make one tensor.
+# what is missing to a common length, so that texts of different lengths make one tensor. In our language capitals and
+# punctuation mean nothing: "A red star!" gets the numbers of "a red star".
+
+
+# %% tags=["export"]
+def split_words(text):
+    """The words of a text in lower case, as a list; punctuation between words is left out.
+
+    Hyphens and apostrophes count as parts of a word, since they stand within some.
+    """
+    return re.sub(r'[.,;:!?…"“”()]', " ", text.lower()).split()
 
 
 # %% tags=["export"]
@@ -469,7 +480,7 @@ class Tokenizer:
     """Turn texts into numbers, one for each word: begin, the words, end, padding.
 
     Args:
-        words: the words there are, in lower case, each once.
+        words: the words there are, as `split_words` gives them, each once.
         length: L, of every row of tokens; a text has at most L - 2 words.
 
     Attributes:
@@ -477,7 +488,7 @@ class Tokenizer:
         num_tokens: how many numbers there are.
 
     Raises:
-        ValueError: if a word appears twice, or length leaves no room for a word.
+        ValueError: if a word appears twice or holds what no word does, or length leaves no room for a word.
     """
 
     padding, begin, end = 0, 1, 2
@@ -486,13 +497,16 @@ class Tokenizer:
         self.words, self.length = tuple(words), length
         if len(set(self.words)) != len(self.words):
             raise ValueError(f"words must differ; got {sorted(self.words)}")
+        unfit = [word for word in self.words if split_words(word) != [word]]
+        if unfit:
+            raise ValueError(f"words must be in lower case, without blanks and punctuation; got {unfit}")
         if length < 3:
             raise ValueError(f"length must be at least 3, for begin, a word and end; got {length}")
         self.num_tokens = 3 + len(self.words)
         self._numbers = {word: number for number, word in enumerate(self.words, start=3)}
 
     def __call__(self, texts):
-        """Map B texts to tokens (B, L) int64; upper case counts as lower case.
+        """Map B texts to tokens (B, L) int64, whatever their capitals and punctuation.
 
         Raises:
             TypeError: if texts is a single str, or holds anything but texts.
@@ -504,7 +518,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
 
     def _row(self, text):
-        words = text.lower().split()
+        words = split_words(text)
         for word in words:
             if word not in self._numbers:
                 raise ValueError(f"unknown word {word!r} in {text!r}; the words are: {', '.join(self.words)}")
@@ -518,10 +532,10 @@ class Tokenizer:
 
 # %%
 images = load("shapes")
-words = sorted({word for caption in images.captions(range(2000)) for word in caption.split()})
+words = sorted({word for caption in images.captions(range(2000)) for word in split_words(caption)})
 tokenizer = Tokenizer(words, length=12)
 print(f"{len(words)} words: {', '.join(words)}")
-for text in ("a small red star on a striped background", "a blue ring"):
+for text in ("a small red star on a striped background", "A blue ring!"):
     print(tokenizer([text])[0].tolist(), text)
 
 # %%

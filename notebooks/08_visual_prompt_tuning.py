@@ -79,6 +79,7 @@ with warnings.catch_warnings():
 
 # %% tags=["export"]
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -1248,7 +1249,8 @@ def check_task_state(state, vit, fingerprint):
 
 # %% [markdown]
 # On the disk it is a safetensors file, raw numbers: unlike a pickle, reading it executes nothing. Beside the numbers it
-# says what it is and to which backbone it belongs. The kit adds a checksum, which reveals damage.
+# says what it is and to which backbone it belongs. The kit adds a checksum, which reveals damage. Numbers do not say what
+# they are about: the attribute `about` of a state goes into the file, too, such as the names of the classes.
 
 
 # %% tags=["export"]
@@ -1260,7 +1262,8 @@ def save_task(file, state):
 
     Args:
         file: the path; a file that is there is replaced as a whole.
-        state: what `VPT.task_state_dict` returns.
+        state: what `VPT.task_state_dict` returns. Its attribute `about`, if it has one, is a dict of plain
+            values (JSON) to keep beside the numbers, such as the names of the classes.
 
     Raises:
         ValueError: if the state does not say what backbone it belongs to.
@@ -1269,7 +1272,9 @@ def save_task(file, state):
         raise ValueError(
             "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
         )
-    write_tensors(file, state, {"format": TASK_FORMAT, "backbone": state.backbone})
+    about = getattr(state, "about", {})
+    told = {"format": TASK_FORMAT, "backbone": state.backbone}
+    write_tensors(file, state, told | ({"about": json.dumps(about)} if about else {}))
 
 
 def load_task(file):
@@ -1279,7 +1284,7 @@ def load_task(file):
         file: the path.
 
     Returns:
-        An OrderedDict like that of `VPT.task_state_dict`.
+        An OrderedDict like that of `VPT.task_state_dict`, with the attribute `about`, {} if nothing was told.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -1289,7 +1294,7 @@ def load_task(file):
     if "backbone" not in metadata:
         raise ValueError(f"{file} is damaged: it does not say what backbone it belongs to")
     state = OrderedDict(tensors)
-    state.backbone = metadata["backbone"]
+    state.backbone, state.about = metadata["backbone"], json.loads(metadata.get("about", "{}"))
     return state
 
 
@@ -2232,7 +2237,13 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 # ```
 #
 # Grey images are given three equal channels. The numbers go to `data/results`, what was learned to `data/tasks`, and
-# `VPT.load_task_state_dict(load_task(file))` takes it up again. Three things that no program can do for you: put
+# `VPT.load_task_state_dict(load_task(file))` takes it up again. The names of the classes are kept with both, so that
+#
+# ```bash
+# python -m lecture26 classify --task NAME picture.png ...
+# ```
+#
+# names other pictures, NAME being what `adapt` has called its results. Three things that no program can do for you: put
 # images of one *patient* into one split only, or the test will measure whether patients are recognised; look at
 # sensitivity and specificity besides accuracy, where one class is rare; and do not diagnose anybody with it. (No
 # `--augment` unless a mirrored image is a possible one: a mirrored chest has its heart on the wrong side.)

@@ -1,4 +1,5 @@
-"""The backbone's recipe, the tasks it is adapted to, the comparison of methods, and the command `adapt`."""
+"""The backbone's recipe, the tasks it is adapted to, the comparison of methods, and the commands `adapt` and
+`classify`."""
 
 import copy
 import dataclasses
@@ -20,14 +21,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tensors import agree, normal, perturbed, seeded
 from timm.models import VisionTransformer
 from typer.testing import CliRunner
 
 from lecture26 import recipes
-from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, AdaptationMethod, app
 from lecture26.commands import adapt
 from lecture26.kit.checkpoints import load_card, save_checkpoint
 from lecture26.kit.data import SPLITS, DataError, load
@@ -37,12 +38,12 @@ from lecture26.kit.precision import Choice
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes
-from lecture26.recipes.adaptation import METHODS, Budget, load_backbone
+from lecture26.recipes.adaptation import COMPARED, METHODS, Budget, load_backbone
 from lecture26.recipes.backbone import accuracy
 from lecture26.studies import adaptation, measurements, probes
 from lecture26.studies.adaptation import Comparison
 from lecture26.studies.ledger import Ledger, forget_ledger
-from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, load_task, save_task
+from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, full_fine_tune, load_task, save_task
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
 BUDGET = Budget(steps=2, batch_size=4, precision="fp32")
@@ -978,6 +979,13 @@ def lesions(tmp_path_factory):
     return folder
 
 
+def test_the_methods_of_the_command_are_those_there_are():
+    """They are written down twice, so that --help need not import what trains them."""
+    assert [method.value for method in AdaptationMethod] == [*METHODS, "compare"]
+    told = call("adapt", "--help").stdout
+    assert f"compare: {', '.join(COMPARED[:-1])} and {COMPARED[-1]}." in " ".join(told.split())
+
+
 def test_adapting_to_a_folder_of_medical_images(data_folder, lesions):
     result = call("adapt", "--backbone", "tiny_vit", "--data", lesions, "--name", "lesions", *QUICK)
     assert result.exit_code == 0, result.output
@@ -1277,12 +1285,155 @@ def test_seeds_give_a_spread(data_folder, lesions):
     assert f"accuracy {statistics.fmean(run['accuracy']):.1%}" in result.stdout
 
 
+# The command `classify`
+
+
+@pytest.fixture(scope="module")
+def learned(data_folder, lesions):
+    """The name of a task that all methods have learned to do without a mistake."""
+    options = ["--backbone", "tiny_vit", "--data", lesions, "--name", "learned", "--prompts", "3"]
+    for method in METHODS:
+        result = call("adapt", *options, "--method", method, "--steps", "40", "--replace")
+        assert result.exit_code == 0, result.output
+        assert "python -m lecture26 classify --task learned PICTURE" in result.stdout
+    return "learned"
+
+
+def test_results_and_task_files_name_the_classes_in_their_order(data_folder, learned):
+    assert load_results(learned)["classes"] == ["benign", "malignant"]
+    for method in METHODS:
+        about = load_task(data_folder / "tasks" / learned / f"{method}.safetensors").about
+        assert about == {
+            "backbone": "tiny_vit",
+            "pretrained": True,
+            "channels": 1,
+            "method": method,
+            "num_prompts": 3 if method.startswith("vpt") else 0,
+            "classes": ["benign", "malignant"],
+        }
+
+
+def by_hand(method, state):
+    """What the chapter's functions make of a task's file."""
+    vit = recipes.load_model("tiny_vit")
+    if method in ("linear", "vpt-shallow", "vpt-deep"):
+        model = VPT(vit, 2, state["prompts"].shape[1], deep=len(state["prompts"]) > 1)
+        model.load_task_state_dict(state)
+    else:
+        model = full_fine_tune(vit, 2)
+        model.load_state_dict(vit.state_dict() | state)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_are_named_by_every_method(data_folder, lesions, learned, method):
+    images = load(lesions, "test", 32)
+    pictures = sorted((lesions / "test").glob("*/*.jpeg"))
+    result = call("classify", "--task", learned, "--method", method, *pictures)
+    assert result.exit_code == 0, result.output
+
+    model = by_hand(method, load_task(data_folder / "tasks" / learned / f"{method}.safetensors"))
+    shares = model(images.batch(range(8))["image"].expand(-1, 3, -1, -1)).softmax(dim=1)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(pictures) == 8
+    for line, picture, share in zip(lines, pictures, shares, strict=True):
+        name = picture.parent.name  # the diagnosis
+        place, told, probability = line.rsplit(maxsplit=2)
+        assert (place, told) == (f"{picture}:", name)
+        assert float(probability.rstrip("%")) == pytest.approx(
+            100 * share[["benign", "malignant"].index(name)].item(), abs=0.11
+        )
+
+
+def test_a_coloured_picture_is_seen_as_the_training_images_were(lesions, learned, tmp_path):
+    """As grey, which these were."""
+    grey, colour = tmp_path / "grey.png", tmp_path / "colour.png"
+    Image.new("RGB", (40, 52), (250, 30, 90)).save(colour)
+    Image.open(colour).convert("L").save(grey)
+    result = call("classify", "--task", learned, "--method", "full", grey, colour)
+    one, other = (line.partition(": ")[2] for line in result.stdout.splitlines())
+    assert one == other
+
+
+def test_unreadable_pictures_are_told_and_the_others_named(lesions, learned, tmp_path):
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    good = lesions / "test" / "benign" / "0.jpeg"
+    pictures = [tmp_path / "damaged.png", good, tmp_path / "missing.png", tmp_path]
+    result = call("classify", "--task", learned, "--method", "full", *pictures)
+    assert result.exit_code == EXIT_USER_ERROR
+    assert re.fullmatch(rf"{re.escape(str(good))}: benign \d+\.\d%\n", result.stdout)
+    errors = result.stderr.splitlines()
+    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
+    for line, picture in zip(errors, (pictures[0], *pictures[2:]), strict=True):
+        assert f"{picture} is not a readable image" in line
+
+
+def copied_task(data_folder, name, learned_by="vpt-deep", **changes):
+    """A copy of the task 'learned' that says something else of itself; None leaves that out."""
+    state = load_task(data_folder / "tasks" / "learned" / f"{learned_by}.safetensors")
+    about = state.about | changes
+    state.about = {key: value for key, value in about.items() if value is not None}
+    save_task(data_folder / "tasks" / name / f"{learned_by}.safetensors", state)
+
+
+def refusal(*arguments):
+    """The one line in which `classify` says why it names nothing."""
+    result = call("classify", *arguments, "picture.png")
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert isinstance(result.exception, SystemExit) and result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_a_task_that_is_not_there_is_refused(learned):
+    told = refusal("--task", "absent")
+    assert re.search(r"there is no task 'absent' in .*tasks \(present: .*learned.*\): learn one with", told)
+    assert "name must be made of letters" in refusal("--task", "../tasks/learned")
+    several = refusal("--task", learned)
+    assert "learned by bias, full, linear, vpt-deep, vpt-shallow: choose one with --method" in several
+    assert "vpt-shallow; got --method lora" in refusal("--task", learned, "--method", "lora")
+
+
+def test_a_task_without_its_backbone_is_refused(data_folder, learned):
+    copied_task(data_folder, "homeless", backbone="no_vit")
+    assert re.search(
+        "backbone of the task 'homeless' is missing: .*got 'no_vit'", refusal("--task", "homeless")
+    )
+    for method in ("vpt-deep", "full"):
+        copied_task(data_folder, f"stray_{method}", method, backbone="other_vit")
+        told = refusal("--task", f"stray_{method}")
+        assert "learned on other weights than those that 'other_vit' has now" in told
+    copied_task(data_folder, "random", pretrained=False)
+    assert "learned on random weights of 'tiny_vit', which are not kept" in refusal("--task", "random")
+
+
+def test_a_task_of_before_which_has_no_names_is_refused(data_folder, learned):
+    copied_task(data_folder, "nameless", classes=None)
+    told = refusal("--task", "nameless")
+    assert "does not say what its classes are called" in told
+    assert "learn it again with `python -m lecture26 adapt ... --name nameless --replace`" in told
+    folder = data_folder / "tasks" / "plain"
+    folder.mkdir()
+    save_file({"head.weight": torch.zeros(2, 8)}, folder / "full.safetensors")  # as `full` was kept before
+    assert "plain/full.safetensors is a safetensors file, but not a task's, or from an earlier version" in (
+        refusal("--task", "plain")
+    )
+
+
+def test_a_task_that_does_not_fit_is_refused(data_folder, learned):
+    copied_task(data_folder, "misfit", "full", method="bias")
+    assert "state must have what the method 'bias' trains" in refusal("--task", "misfit")
+    copied_task(data_folder, "unknown", method="lora")
+    assert "method must be one of" in refusal("--task", "unknown")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "--data"),
         (["--data", "nothing"], "got 'nothing'"),
         (["--data", "no/such/folder"], "there is no folder no/such/folder"),
+        (["--data", "~nouser/photos"], "there is no home folder for '~nouser/photos'"),
         (["--data", "shapes"], "images must have classes"),
         (["--data", "digits", "--backbone", "nothing"], "backbone must be a model of timm or a checkpoint"),
         (["--data", "digits", "--backbone", "resnet18", "--random-weights"], "cannot be prompted.*ResNet"),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export import SECOND_READING
 from lecture26.checks import Recording, check, check_recorded, exercise, exercises, record
 from lecture26.checks.core import difference_in_results
 from lecture26.checks.judging import judge
@@ -38,11 +39,12 @@ def notebook_sections() -> dict[str, tuple[str, str]]:
     """Each exercise of the notebooks by name, with the heading and the text of the section it stands in."""
     found = {}
     for source in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py")):
-        for section in re.split(r"^# ##+ ", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        for section in re.split(r"^# ###? ", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
             for cell in section.split("\n# %%")[1:]:
                 if '"exercise"' in cell.partition("\n")[0]:
                     function = re.search(r"^def (\w+)", cell, flags=re.MULTILINE)[1]
-                    found[f"{source.stem[3:]}.{function}"] = (section.partition("\n")[0], section)
+                    heading = section.partition("\n")[0].removesuffix(SECOND_READING)
+                    found[f"{source.stem[3:]}.{function}"] = (heading, section)
     return found
 
 

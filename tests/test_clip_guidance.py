@@ -31,6 +31,7 @@ from lecture26.clip_guidance import (
     sentence_features,
     similarity_gradient,
     similarity_gradient_through_x_0,
+    split_words,
     zero_shot_probabilities,
 )
 from lecture26.ddpm import Diffusion, ddim_step, ddpm_step, linear_betas, sample
@@ -120,6 +121,19 @@ def test_tokens_of_a_text():
 
 
 @pytest.mark.parametrize(
+    "text", ["a red star.", "A red star!", "a red, star", "a “red” star?", '(a: "red"; star)…', "a,red,star"]
+)
+def test_punctuation_is_no_part_of_a_word(text):
+    assert torch.equal(TOKENIZER([text]), TOKENIZER(["a red star"]))
+
+
+def test_signs_within_words_stay():
+    assert split_words("An X-ray of one's hand.") == ["an", "x-ray", "of", "one's", "hand"]
+    assert split_words(" . ,!") == split_words("") == []
+    assert Tokenizer(["x-ray"], 4)(["X-ray."]).tolist() == [[1, 3, 2, 0]]
+
+
+@pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (
@@ -131,6 +145,8 @@ def test_tokens_of_a_text():
         (lambda: TOKENIZER("a red star"), TypeError, "list of str"),
         (lambda: TOKENIZER([3]), TypeError, "list of str"),
         (lambda: Tokenizer(["a", "a"], 5), ValueError, "words must differ"),
+        (lambda: Tokenizer(["a", "Red", "star."], 5), ValueError, r"without .*; got \['Red', 'star\.'\]"),
+        (lambda: TOKENIZER(["a red * star"]), ValueError, r"unknown word '\*'"),
         (lambda: Tokenizer(["a"], 2), ValueError, "length must be at least 3.*got 2"),
     ],
 )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from tensors import perturbed
 from typer.testing import CliRunner
 
 from lecture26 import recipes
-from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_USER_ERROR, app
+from lecture26.__main__ import EXIT_INTERRUPTED, EXIT_NOBODY_READS, EXIT_USER_ERROR, LARGEST_SEED, app
 from lecture26.kit.checkpoints import checkpoint_files, save_checkpoint
 from lecture26.recipes import ddpm
 
@@ -251,7 +252,7 @@ def test_samples_are_guided_by_the_classifier_of_their_images(data_folder, tiny_
 
     red, told = guided("red", "red star", "--scale", "50")
     assert "red star by classifier guidance at scale 50" in told
-    assert red == guided("again", "star, RED", "--scale", "50")[0]
+    assert red == guided("again", "Star, RED!", "--scale", "50")[0]
     assert red != guided("blue", "blue star", "--scale", "50")[0]
     assert red != grid("unguided")[0]
     assert guided("zero", "red star", "--scale", "0")[0] == grid("unguided")[0]
@@ -478,6 +479,7 @@ def test_a_prompt_alone_draws_with_the_text_to_image_model(data_folder, tiny_tex
     assert "2 images of tiny_text, a large yellow star on a striped background at w = 2, 3 ddim" in told
     assert Image.open("samples.png").size == (2 * 66 + 2, 66 + 2)
     assert star == grid("a large YELLOW star on a striped background", "--w", "2")[0]
+    assert star == grid("A large, yellow star on a striped background.")[0]
     assert star == grid("a large yellow star on a striped background", "--model", "tiny_text")[0]
     for other in (
         grid("a large yellow ring on a striped background"),
@@ -489,11 +491,86 @@ def test_a_prompt_alone_draws_with_the_text_to_image_model(data_folder, tiny_tex
     assert grid("a star", "--w", "-1")[0] == grid("a ring", "--w", "-1")[0]
 
 
+def first_tiles(file, count, size, wanted):
+    """The first images of a square grid of `count`, (wanted, C, size, size) int."""
+    picture = torch.from_numpy(np.array(Image.open(file))).int()  # (H, W, C)
+    columns = math.ceil(math.sqrt(count))
+    corners = [(2 + n // columns * (size + 2), 2 + n % columns * (size + 2)) for n in range(wanted)]
+    return torch.stack([picture[row : row + size, column : column + size] for row, column in corners])
+
+
+DDPM, RANDOM_DDIM = ["--sampler", "ddpm"], ["--eta", "0.7"]
+BY_CLASSIFIER = ["--model", "tiny", "--guidance", "classifier", "--class", "red star", "--scale", "20"]
+BY_CLIP = ["--model", "tiny", "--guidance", "clip", "--prompt", "a red star"]
+BY_ITSELF = ["--model", "tiny_conditional", "--guidance", "cfg", "--class", "red star"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "tiny"],
+        ["--model", "tiny", *DDPM],
+        ["--model", "tiny", *RANDOM_DDIM],
+        [*BY_CLASSIFIER, *DDPM],
+        [*BY_CLIP, *RANDOM_DDIM],
+        [*BY_ITSELF, *DDPM],
+        ["--prompt", "a red star"],
+    ],
+    ids=" ".join,
+)
+def test_the_first_images_are_the_same_at_any_count(
+    data_folder, tiny_classifier, tiny_clip, tiny_conditional, tiny_text, tmp_path, options
+):
+    size = 64 if options[0] == "--prompt" else 32
+
+    def first(count, seed=3):
+        out = tmp_path / f"{count}.png"
+        result = call("sample", *options, "--count", count, "--steps", 4, "--seed", seed, "--out", out)
+        assert result.exit_code == 0, result.output
+        return first_tiles(out, count, size, wanted=2)
+
+    few, many, other = first(2), first(6), first(2, seed=4)
+    assert (few - many).abs().max() <= 2  # levels of 255: layers round otherwise in other batches
+    assert (few - other).abs().max() > 50 and (few[0] - few[1]).abs().max() > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--prompt", "a red star", "--w", "1e30"], "bring --w nearer to 2; it was 1e+30"),
+        (["--prompt", "a red star", "--w", "-1e39"], "bring --w nearer to 2; it was -1e+39"),
+        ([*BY_ITSELF, "--w", "1e39"], "bring --w nearer to 1; it was 1e+39"),
+    ],
+)
+def test_what_is_not_finite_is_no_picture(
+    data_folder, tiny_conditional, tiny_text, tmp_path, options, advice
+):
+    out = tmp_path / "grid.png"
+    out.write_text("an older picture")
+    result = call("sample", *options, "--steps", "4", "--count", "2", "--out", out)
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert f"2 of 2 images are not finite, so that nothing was written: {advice}" in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+    assert out.read_text() == "an older picture"
+
+
+def test_one_spoilt_image_is_enough(data_folder, tmp_path, monkeypatch):
+    images = torch.zeros(3, 3, 32, 32)
+    images[1, 2, 3, 4] = math.nan
+    monkeypatch.setattr("lecture26.commands.drawing.sample", lambda *_, **__: images)
+    result = call("sample", "--model", "tiny", "--count", "3", "--out", tmp_path / "grid.png")
+    assert result.exit_code == EXIT_USER_ERROR
+    assert "1 of 3 images are not finite, so that nothing was written: train 'tiny' anew" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", "a red stra"], "unknown word 'stra' in 'a red stra'; the words are: a, above, "),
-        (["--prompt", ""], "prompts must not be empty"),
+        (["--prompt", ""], "--prompt must have words; got ''"),
+        (["--prompt", "?!"], "--prompt must have words; got '?!'"),
         (["--prompt", "a " * 30], "a text must have at most 18 words; got 30"),
         (["--prompt", "a star", "--steps", "1001"], "--steps must be at most 1000 for 'tiny_text'; got 1001"),
         (["--prompt", "a star", "--w", "nan"], "w must be a finite number; got nan"),
@@ -586,12 +663,11 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--steps", "1"], "--steps"),
         ([*SAMPLE, "--count", "0"], "--count"),
         ([*SAMPLE, "--seed", "-1"], "--seed"),
-        ([*SAMPLE, "--seed", str(2**64)], "--seed"),
-        (["train", "ddpm", "--seed", str(2**63)], "--seed"),
-        (
-            ["train", "ddpm", "--data", "~nobody-of-this-name/x"],
-            "no home folder for '~nobody-of-this-name/x'",
-        ),
+        ([*SAMPLE, "--seed", str(2**64)], "18446744073709551615"),
+        ([*TRAIN, "--seed", "-1"], "--seed"),
+        ([*TRAIN, "--seed", str(2**64)], "18446744073709551615"),
+        ([*TRAIN, "--data", "~nouser/photos"], "there is no home folder for '~nouser/photos'"),
+        ([*SAMPLE, "--out", "~nouser/grid.png"], "there is no home folder for '~nouser/grid.png'"),
         ([*SAMPLE, "--sampler", "euler"], "--sampler"),
         ([*SAMPLE, "--eta", "1.5"], "--eta"),
         ([*SAMPLE, "--eta", "0.5", "--sampler", "ddpm"], "--eta is for --sampler ddim"),
@@ -631,6 +707,7 @@ SAMPLE = ["sample", "--model", "tiny", "--out", "grid.png"]
         ([*SAMPLE, "--guidance", "classifier", "--class", "a", "--w", "2"], "takes --scale and not --w"),
         ([*SAMPLE, "--guidance", "classifier"], "--guidance classifier needs --class"),
         ([*SAMPLE, "--guidance", "clip"], "--guidance clip needs --prompt"),
+        ([*SAMPLE, "--guidance", "clip", "--prompt", "..."], "--prompt must have words; got '...'"),
         ([*SAMPLE, "--guidance", "clip", "--prompt", "a", "--class", "b"], "--prompt and not --class"),
         ([*SAMPLE, "--guidance", "magic"], "--guidance"),
         ([*SAMPLE, "--out", "grid.txt"], "--out must end in .png"),
@@ -647,11 +724,74 @@ def test_wrong_input_ends_in_one_clear_line(data_folder, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_in_place_of_the_picture_is_refused(data_folder, tmp_path):
-    (tmp_path / "grid.png").mkdir()
-    result = call(*SAMPLE, "--out", tmp_path / "grid.png")
+def test_the_largest_seed_is_one(data_folder, tmp_path):
+    seed = ["--seed", str(LARGEST_SEED)]
+    assert (
+        call("sample", "--model", "tiny", "--steps", "2", "--out", tmp_path / "a.png", *seed).exit_code == 0
+    )
+    assert call(*TRAIN, "--name", "largest_seed", *seed).exit_code == 0
+
+
+def unwritable(case, folder, monkeypatch):
+    """A place where no picture can be written, even by root."""
+    out = folder / "grid.png"
+    if case == "a folder":
+        out.mkdir()
+    elif case == "in a file":
+        (folder / "file").touch()
+        return folder / "file" / "grid.png"
+    elif case == "in a read-only place":  # whatever permissions say
+        monkeypatch.setattr("lecture26.commands.sample.TemporaryFile", read_only)
+    elif case == "read-only":
+        out.touch()
+        monkeypatch.setattr(Path, "open", read_only)
+    return out if case != "nowhere" else folder / "no" / "grid.png"
+
+
+def read_only(*arguments, **options):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("a folder", "--out must be a file; .*grid.png is a folder"),
+        ("nowhere", r"--out must be a file in a folder that exists .*grid.png \(No such file"),
+        ("in a file", r"--out must be a file in a folder that exists .*grid.png \(Not a directory"),
+        ("in a read-only place", r"and can be written to; got .*grid.png \(Read-only file system\)"),
+        ("read-only", r"and can be written to; got .*grid.png \(Read-only file system\)"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(
+    data_folder, tmp_path, monkeypatch, case, message
+):
+    monkeypatch.setattr("lecture26.commands.drawing.sample", lambda *_, **__: pytest.fail("was drawn"))
+    result = call(*SAMPLE, "--out", unwritable(case, tmp_path, monkeypatch))
+    assert result.exit_code == EXIT_USER_ERROR, result.output
+    assert re.search(message, result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_an_older_picture_stays_until_the_new_one_is_drawn(data_folder, tmp_path, monkeypatch):
+    (tmp_path / "grid.png").write_bytes(b"an older picture")
+    result = call(*SAMPLE, "--out", tmp_path / "grid.png", "--steps", "2000")
     assert result.exit_code == EXIT_USER_ERROR
-    assert "--out must be a file" in result.stderr
+    assert (tmp_path / "grid.png").read_bytes() == b"an older picture"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    result = call("sample", "--model", "tiny", "--steps", "2", "--count", "1", "--out", "~/grid.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "grid.png").exists() and str(tmp_path / "grid.png") in result.stdout
+
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / "photos" / split / "0.png")
+    result = call(*TRAIN, "--data", "~/photos", "--image-size", "16", "--name", "at_home")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((data_folder / "checkpoints" / "at_home.json").read_text())["settings"]
+    assert settings["data"] == str(tmp_path / "photos")
 
 
 def test_damaged_checkpoint_is_refused(data_folder, tmp_path, monkeypatch):
@@ -793,7 +933,25 @@ def test_error_as_a_user_sees_it(data_folder):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["sample"], ["adapt"], ["evaluate"], ["measure"], ["checkpoints"]]
+    "command",
+    [["checkpoints"], ["checkpoints", "tiny"], ["evaluate", "tiny"], [*SAMPLE, "--steps", "2"]],
+    ids=" ".join,
+)
+def test_a_reader_who_has_gone_is_no_error(data_folder, tmp_path, command):
+    program = [sys.executable, "-m", "lecture26", *command]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, text=True
+    )
+    process.stdout.close()  # before anything is printed, since the program has first to start
+    assert process.stderr.read() == ""
+    assert process.wait() == EXIT_NOBODY_READS
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["sample"], ["adapt"], ["classify"], ["evaluate"], ["measure"], ["checkpoints"]],
 )
 def test_help(command):
     result = call(*command, "--help")
@@ -803,7 +961,16 @@ def test_help(command):
 
 @pytest.mark.parametrize("module", ["lecture26", "lecture26.__main__"])
 def test_import_is_light(module):
-    heavy = ["accelerate", "diffusers", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"]
+    heavy = [
+        "accelerate",
+        "diffusers",
+        "matplotlib",
+        "sklearn",
+        "timm",
+        "torch",
+        "torchmetrics",
+        "torchvision",
+    ]
     program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

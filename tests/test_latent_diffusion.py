@@ -1619,7 +1619,7 @@ LONG = "a red star a red star"
         (
             lambda: LatentDiffusion.from_settings(PIPELINE.settings | {"schedule": "sigmoid"}),
             ValueError,
-            "schedule must be one of 'cosine', 'linear'; got 'sigmoid'",
+            "schedule must be one of 'linear', 'cosine'; got 'sigmoid'",
         ),
         (lambda: PIPELINE([LONG]), ValueError, f"a text must have at most 5 words; got 6 in '{LONG}'"),
         (lambda: PIPELINE(""), ValueError, "prompts must not be empty"),

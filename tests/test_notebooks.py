@@ -9,9 +9,11 @@ import importlib
 import re
 
 import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
 
 import editions
-from course import ROOT, module_name, notebook_sources, read_cells
+from course import ROOT, Cell, module_name, notebook_sources, read_cells
 from lecture26.checks import check, exercises
 from wrong_sides import load_wrong_sides, proved
 
@@ -86,6 +88,126 @@ def test_every_proof_is_tried_with_a_wrong_side():
         assert numbers <= proofs[chapter]
         assert numbers == proofs[chapter] or chapter not in CHAPTERS_WITH_TRIALS
     assert sum(map(len, tried.values())) == len(wrong_sides)
+
+
+CORE_AND_LINKS = ["00_start_here", "01_ddpm"]  # the chapters brought to this form so far
+SECOND_READING = " *(at a second reading)*"
+
+
+def heading_faults(cells):
+    """What is wrong with how sections are tagged core or optional, and marked in their headings."""
+    faults = []
+    for cell in cells:
+        lines = cell.source.splitlines() if cell.kind == "markdown" else []
+        headings = [(number, line) for number, line in enumerate(lines) if re.match("##+ ", line)]
+        tags = {"core", "optional"} & set(cell.tags)
+        if tags and headings[:1] != [(0, lines[0])]:
+            faults.append(f"the cell {lines[0]!r} is tagged {', '.join(tags)} and begins with no heading")
+        for number, line in headings:
+            if line.startswith("## ") and line != "## References" and (number > 0 or len(tags) != 1):
+                faults.append(f"{line!r} must begin a cell tagged either core or optional")
+            elif line.endswith(SECOND_READING) != (number == 0 and tags == {"optional"}):
+                faults.append(f"{line!r} must end in{SECOND_READING} if it is optional, and only then")
+    return faults
+
+
+def markdown_cell(source, *tags):
+    return Cell("notebooks/03_example.py", 1, 1, "markdown", source, tags)
+
+
+@pytest.mark.parametrize(
+    ("cell", "faults"),
+    [
+        (markdown_cell("# 03 Example\n\nA title needs no tag."), []),
+        (markdown_cell("## First\n\nText", "core"), []),
+        (markdown_cell("## First *(at a second reading)*", "optional"), []),
+        (markdown_cell("### Part *(at a second reading)*", "optional"), []),
+        (markdown_cell("### Part\n\nof a section that is tagged"), []),
+        (markdown_cell("## Summary\n\n## References", "core"), []),
+        (markdown_cell("## First"), ["'## First' must begin a cell tagged"]),
+        (markdown_cell("## First", "core", "optional"), ["'## First' must begin a cell tagged"]),
+        (markdown_cell("Text\n\n## First", "core"), ["'Text' is tagged core", "'## First' must begin"]),
+        (markdown_cell("## First\n\n## Second", "core"), ["'## Second' must begin a cell"]),
+        (markdown_cell("## First", "optional"), ["'## First' must end in *(at a second reading)*"]),
+        (markdown_cell("## First *(at a second reading)*", "core"), ["if it is optional, and only then"]),
+        (markdown_cell("### Part *(at a second reading)*"), ["if it is optional, and only then"]),
+        (markdown_cell("Text", "optional"), ["'Text' is tagged optional and begins with no heading"]),
+    ],
+)
+def test_faults_of_headings(cell, faults):
+    found = heading_faults([cell])
+    assert len(found) == len(faults)
+    assert all(expected in fault for expected, fault in zip(faults, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CORE_AND_LINKS)
+def test_every_section_is_tagged_core_or_optional(name):
+    assert heading_faults(read_cells(notebook_sources(ROOT, [name])[0])) == []
+
+
+def links_to_neighbours(name):
+    """The links to the chapters before and after a chapter, as they must stand at its head and its foot."""
+    chapters = [source.stem for source in SOURCES]
+    place = chapters.index(name)
+    neighbours = {"Previous": chapters[place - 1 : place], "Next": chapters[place + 1 : place + 2]}
+    for word, names in neighbours.items():
+        for neighbour in names:
+            title = re.search(r"^# (\d\d [^:\n]+)", texts(SOURCES[chapters.index(neighbour)], "markdown"))[1]
+            yield f"[{word}: {title}]({neighbour}.ipynb)"
+
+
+@pytest.mark.parametrize("name", CORE_AND_LINKS)
+def test_previous_and_next_chapter_are_linked_at_head_and_foot(name):
+    prose = [c.source for c in read_cells(notebook_sources(ROOT, [name])[0]) if c.kind == "markdown"]
+    links = list(links_to_neighbours(name))
+    assert [link for link in links if link not in prose[0]] == []
+    assert [link for link in links if link not in prose[-1]] == []
+
+
+def test_links_are_those_of_the_neighbours():
+    assert list(links_to_neighbours("00_start_here")) == ["[Next: 01 DDPM](01_ddpm.ipynb)"]
+    assert list(links_to_neighbours("03_classifier_guidance")) == [
+        "[Previous: 02 The U-Net](02_unet.ipynb)",
+        "[Next: 04 CLIP guidance](04_clip_guidance.ipynb)",
+    ]
+
+
+START_HERE = texts(next(source for source in SOURCES if source.stem == "00_start_here"), "markdown")
+CODE_ANSWERS = re.findall(r"^```python\n(.*?assert.*?)^```", START_HERE, flags=re.M | re.S)
+
+
+def answer_to(question):
+    """The folded answer to a question of chapter 00's self-test."""
+    return re.search(rf"^\*\*{question}\. .*?</summary>(.*?)</details>", START_HERE, flags=re.M | re.S)[1]
+
+
+def test_self_test_has_six_questions_each_with_a_folded_answer():
+    assert re.findall(r"^\*\*(\d)\. ", START_HERE, flags=re.M) == list("123456")
+    assert START_HERE.count("<details>") == 6 and all(answer_to(k).strip() for k in range(1, 7))
+
+
+@pytest.mark.parametrize("code", CODE_ANSWERS, ids=["broadcasting", "autograd"])
+def test_code_in_the_self_tests_answers_holds(code):
+    exec(code, {"torch": torch})
+
+
+def test_numbers_in_the_self_tests_answers():
+    x, eps = torch.randn(2, 1_000_000, generator=torch.Generator().manual_seed(0))
+    assert (0.6**0.5 * 0.5**0.5 * x + 0.4**0.5 * eps).var() == pytest.approx(0.7, abs=0.01)
+    assert "=0.7$" in answer_to(1)
+
+    x = torch.linspace(-9, 9, 10_001, dtype=torch.float64)
+    posterior = (Normal(0.0, 1.0).log_prob(x) + Normal(x, 1.0).log_prob(torch.tensor(2.0))).softmax(dim=0)
+    mean = (posterior * x).sum()
+    assert mean == pytest.approx(1) and (posterior * (x - mean) ** 2).sum() == pytest.approx(0.5)
+    assert r"$\mathcal N(1,\tfrac12)$" in answer_to(2)
+
+    x = torch.tensor(3.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(Normal(1.0, 2.0).log_prob(x), x)
+    assert gradient == -0.5 and r"=-\tfrac12$" in answer_to(3)
+
+    assert kl_divergence(Normal(1.0, 1.0), Normal(0.0, 1.0)) == 0.5
+    assert r"=\tfrac12$" in answer_to(4)
 
 
 @every_notebook

@@ -1,4 +1,4 @@
-"""The small tools of the kit: verify, argument checks, paths, show_grid."""
+"""The small tools of the kit: verify, argument checks, paths, show_grid, show_table."""
 
 import sys
 from pathlib import Path
@@ -190,6 +190,63 @@ def test_show_passes_the_description_on(monkeypatch):
     figures.show(figure, "a black square")
     assert shown == [(figure, {"image/png": {"alt": "a black square"}})]
     assert not plt.get_fignums()
+
+
+# Tables
+
+
+@pytest.fixture
+def table_of(monkeypatch):
+    """Calls show_table, and returns the Markdown that it displays."""
+    import IPython.display
+
+    def table_of(rows, columns):
+        shown = []
+        monkeypatch.setattr(IPython.display, "display", lambda bundle, raw: shown.append((bundle, raw)))
+        figures.show_table(rows, columns)
+        ((bundle, raw),) = shown
+        assert raw and bundle == dict.fromkeys(("text/markdown", "text/plain"), bundle["text/plain"])
+        return bundle["text/markdown"]
+
+    return table_of
+
+
+def test_table_sets_columns_of_numbers_to_the_right(table_of):
+    rows = [["DDPM", 50, "-1.25", "0.30 to 0.35", "5"], ["DDIM", 1000, "+3", "0.2", "none"]]
+    assert table_of(rows, ["$x_t$", "steps", "gain", "range", "best"]).splitlines() == [
+        "| $x_t$ | steps | gain | range | best |",
+        "| :--- | ---: | ---: | ---: | :--- |",
+        "| DDPM | 50 | -1.25 | 0.30 to 0.35 | 5 |",
+        "| DDIM | 1000 | +3 | 0.2 | none |",
+    ]
+
+
+def test_table_is_read_by_a_markdown_parser(table_of):
+    from markdown_it import MarkdownIt
+
+    html = MarkdownIt().enable("table").render(table_of([["a", 1], ["", 2]], ["name", "count"]))
+    assert html.count("<tr>") == 3 and html.count("<th ") == 2 and html.count("<td ") == 4
+    assert '<td style="text-align:right">2</td>' in html
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([], ValueError, "rows must be at least one"),
+        ([["a", "b"], ["a"]], ValueError, r"each row must have 2 cells, like columns; got \['a'\]"),
+        ([["p(x|y)", "b"]], ValueError, r"no \| and no line break; got 'p\(x\|y\)'"),
+        ([["two\nlines", "b"]], ValueError, "no line break"),
+        ([["a", 0.1]], TypeError, "a text or a whole number.*got 0.1"),
+        ([["a", True]], TypeError, "got True"),
+        ([["a", torch.tensor(1)]], TypeError, "got tensor"),
+    ],
+)
+def test_show_table_refuses(rows, error, message):
+    with pytest.raises(error, match=message):
+        figures.show_table(rows, ["first", "second"])
+
+
+# Progress
 
 
 def test_bars_are_drawn_on_stderr_but_in_a_notebook(monkeypatch):

@@ -576,10 +576,24 @@ def test_a_task_file_is_written_as_it_always_was(tmp_path):
     with safe_open(tmp_path / "new", "pt") as file:
         assert file.metadata() == told
     save_file(state, tmp_path / "old", metadata=told)
-    assert same_tensors(load_task(tmp_path / "old"), state)
+    assert same_tensors(load_task(tmp_path / "old"), state) and load_task(tmp_path / "old").about == {}
     save_file(state, tmp_path / "without", metadata=told | {"checksum": "0"})
     with pytest.raises(ValueError, match="without is damaged: its checksum is wrong"):
         load_task(tmp_path / "without")
+
+
+def test_a_task_file_keeps_what_it_is_about(tmp_path):
+    vit, file = small_vit(), tmp_path / "task.safetensors"
+    state = small_vpt(vit).task_state_dict()
+    state.about = {"classes": ["Katze", "犬", "a cow"], "channels": 1}
+    save_task(file, state)
+    assert load_task(file).about == state.about
+    bank = PromptBank(vit)
+    bank.load("animals", file)
+    bank.save("animals", tmp_path / "again")
+    assert load_task(tmp_path / "again").about == state.about
+    save_task(file, small_vpt(vit).task_state_dict())
+    assert load_task(file).about == {}
 
 
 def test_a_task_of_the_chapters_size_takes_few_kilobytes(tmp_path):
@@ -674,6 +688,7 @@ def test_a_damaged_task_file_is_refused(tmp_path):
     vit, file = small_vit(embed_dim=4, depth=1), tmp_path / "task.safetensors"
     model = small_vpt(vit, 2)
     state = model.task_state_dict()
+    state.about = {"classes": ["cat", "cow"]}
     save_task(file, state)
     content, refused = file.read_bytes(), 0
     for position in range(len(content)):
@@ -681,7 +696,9 @@ def test_a_damaged_task_file_is_refused(tmp_path):
         damaged[position] ^= 4
         file.write_bytes(damaged)
         try:
-            model.load_task_state_dict(load_task(file))
+            loaded = load_task(file)
+            model.load_task_state_dict(loaded)
+            assert loaded.about == state.about
         except ValueError:
             refused += 1
         assert same_tensors(model.task_state_dict(), state)

@@ -102,16 +102,17 @@ def draw_denoising() -> Figure:
     images = _path(image_diffusion, recipes.load_model(CHECKPOINT), shape, torch.float32)
 
     columns = len(points)
-    figure, axes = plt.subplots(2, columns, figsize=(1.65 * columns, 3.6), layout="constrained")
+    figure, axes = plt.subplots(2, columns, figsize=(1.65 * columns, 3.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
-    steps = [diffusion.steps[NUM_STEPS - 1 - index].item() + 1 for index in SHOWN_STEPS] + [0]  # papers' t
+    steps = [diffusion.steps[NUM_STEPS - 1 - index].item() for index in SHOWN_STEPS]
+    titles = [f"paper t = {step + 1}\ncode t = {step}" for step in steps] + ["paper t = 0\nno noise"]
     colours = [list(PALETTE.values())[k] for k in component]
     for column in range(columns):
         above, below = axes[:, column]
         above.scatter(*points[column].T, s=1.5, c=colours, linewidths=0)
         above.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
         above.set_axis_off()
-        above.set_title(f"t = {steps[column]}", fontsize=12)
+        above.set_title(titles[column], fontsize=12)
         grid = make_grid(images[column], nrow=2, padding=1, pad_value=1, normalize=True, value_range=(-1, 1))
         below.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         below.set_axis_off()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
-from lecture26.commands.invocation import invocation, options
+from lecture26.commands.invocation import data_option, invocation, options
 from lecture26.kit.checkpoints import list_checkpoints
 from lecture26.kit.data import SPLITS, load
 from lecture26.kit.downstream import Coloured
@@ -52,6 +52,7 @@ def adapt(
         ValueError, DataError, OSError: as `compare_on`; or a wrong name, or results that exist.
         KeyboardInterrupt: when stopped, with the state written.
     """
+    data = data_option(data)
     settings = {
         "backbone": backbone,
         "data": data,
@@ -96,6 +97,7 @@ def adapt(
             f"{run['bytes'] / 1e3:,.0f} kB, learning rate {run['learning_rate']:g}"
         )
     typer.echo(f"stored: {results_file(name)} and {tasks_dir(name)}")
+    typer.echo(f"to name pictures: python -m lecture26 classify --task {name} PICTURE ...")
 
 
 class Normalised(ImageSet):
@@ -144,15 +146,14 @@ def compare_on(
         state_every: seconds between two states.
 
     Returns:
-        "backbone", "data", "images" (of each split), "budget", "seeds" and "runs" (see `Comparison.run`).
+        "backbone", "pretrained", "data", "channels" (of the images), "classes" (their names, in the order of
+        their numbers), "images" (of each split), "budget", "seeds" and "runs" (see `Comparison.run`).
 
     Raises:
         ValueError, DataError, OSError: on a wrong name, images without classes, or weights out of reach; an
             InUseError if another call of this name is under way.
         KeyboardInterrupt: when stopped, with the state written.
     """
-    import timm  # takes seconds to import
-
     methods = list(methods)
     for method in methods:
         check_choice("method", method, tuple(METHODS))
@@ -161,24 +162,18 @@ def compare_on(
             raise ValueError(f"learning_rate must be above 0; got {rate}")
     with process_state().main_process_first():  # it may have to download
         vit = load_backbone(backbone, pretrained)
-        config = timm.data.resolve_model_data_config(vit)
-        if vit.in_chans != 3:
-            raise ValueError(f"backbone must take images of 3 channels; {backbone!r} takes {vit.in_chans}")
-        height, width = vit.patch_embed.img_size
-        if height != width:
-            raise ValueError(f"backbone must take square images; {backbone!r} takes {height} x {width}")
-        mean, std = ((0.5,) * 3,) * 2 if backbone in list_checkpoints() else (config["mean"], config["std"])
-        loaded = {split: load(data, split, height) for split in SPLITS}
+        size, mean, std = wanted_images(vit, backbone)
+        images = {split: load(data, split, size) for split in SPLITS}
         if process_state().is_main_process:
-            for images in loaded.values():
-                images.check()  # damage is found now, and not in the middle of a run
-        splits = {split: Normalised(images, mean, std) for split, images in loaded.items()}
-    settings = {
-        "backbone": backbone,
-        "pretrained": pretrained,
+            for of_split in images.values():
+                of_split.check()  # damage is found now, and not in the middle of a run
+    splits = {split: Normalised(of_split, mean, std) for split, of_split in images.items()}
+    about = {"backbone": backbone, "pretrained": pretrained, "channels": images["train"].channels}
+    settings = about | {
         "data": data,
         "budget": vars(budget),
-        "images": {split: len(images) for split, images in splits.items()},
+        "classes": list(splits["train"].labels["class"]),
+        "images": {split: len(of_split) for split, of_split in splits.items()},
     }
     # The same name may come to mean another network.
     assumed = {"fingerprint": backbone_fingerprint(vit), "weight_decay": WEIGHT_DECAY}
@@ -195,10 +190,38 @@ def compare_on(
         state_every,
         name,
         tasks_dir(name),
+        about=about,
     )
     with sole_use(name):
         runs = [comparison.run(method, num_prompts, learning_rates) for method in methods]
     return settings | {"seeds": list(seeds), "runs": runs}
+
+
+def wanted_images(vit: nn.Module, backbone: str) -> tuple[int, Sequence[float], Sequence[float]]:
+    """What images a backbone wants.
+
+    Args:
+        vit: the backbone.
+        backbone: its name.
+
+    Returns:
+        Their height and width in pixels; mean and standard deviation of each channel, as `Normalised` takes
+        them.
+
+    Raises:
+        ValueError: if they are not square, or have other than 3 channels.
+    """
+    import timm  # takes seconds to import
+
+    if vit.in_chans != 3:
+        raise ValueError(f"backbone must take images of 3 channels; {backbone!r} takes {vit.in_chans}")
+    height, width = vit.patch_embed.img_size
+    if height != width:
+        raise ValueError(f"backbone must take square images; {backbone!r} takes {height} x {width}")
+    if backbone in list_checkpoints():  # the course's own take images in [-1, 1]
+        return height, (0.5,) * 3, (0.5,) * 3
+    config = timm.data.resolve_model_data_config(vit)
+    return height, config["mean"], config["std"]
 
 
 def tasks_dir(name: str) -> Path:

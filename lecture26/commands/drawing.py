@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lecture26.ddpm import sample
+from lecture26.ddpm import Diffusion, ddim_step, sample
+from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import Trained
 
 
@@ -22,7 +23,8 @@ class Drawing:
         count: B, the number of images.
         steps: of denoising.
         step: the step of the sampler, as `lecture26.ddpm.sample` takes it.
-        generator: of all noise; on the CPU, so that a seed gives the same images on every device.
+        seed: of all noise. Image n draws from a generator of its own, seeded with (seed, n) on the CPU, so
+            that the first images are the same at any count, and on every device.
         device: where networks compute.
     """
 
@@ -32,7 +34,7 @@ class Drawing:
     count: int
     steps: int
     step: Callable[..., Tensor]
-    generator: torch.Generator
+    seed: int
     device: torch.device
 
     @cached_property
@@ -40,9 +42,22 @@ class Drawing:
         """The checkpoint's network, on the device."""
         return self.trained.network.to(self.device)
 
-    def sample(self, denoiser: Callable) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] of a `denoiser`."""
-        recipe, diffusion = self.trained.recipe, self.trained.diffusion.respace(self.steps)
-        shape = (self.count, recipe.channels, recipe.image_size, recipe.image_size)
-        x_T = torch.randn(shape, generator=self.generator).to(self.device)
-        return sample(diffusion, denoiser, shape, self.step, self.generator, x_T)
+    def sample(self, diffusion: Diffusion, denoiser: Callable, shape: tuple[int, ...]) -> Tensor:
+        """Draw what a denoiser draws.
+
+        Args:
+            diffusion: what the denoiser was trained for.
+            denoiser: callable (x_t, t) -> output.
+            shape: of each sample, such as (C, H, W).
+
+        Returns:
+            x_0, (B, *shape).
+        """
+        draws = SampleDraws(self.seed, torch.arange(self.count))
+
+        def with_own_noise(diffusion: Diffusion, denoiser: Callable, x_t: Tensor, t: Tensor, noise: Tensor):
+            return self.step(diffusion, denoiser, x_t, t, draws.normal(*shape).to(x_t))
+
+        x_T = draws.normal(*shape).to(self.device)
+        step = self.step if self.step is ddim_step else with_own_noise  # DDIM as it stands takes no noise
+        return sample(diffusion.respace(self.steps), denoiser, tuple(x_T.shape), step, x_T=x_T)

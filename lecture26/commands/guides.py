@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lecture26.clip_guidance import split_words
 from lecture26.kit.checkpoints import CheckpointError, list_checkpoints
 from lecture26.recipes import Recipe, Trained
 
@@ -13,7 +14,7 @@ def parse_class(words: str, labels: Mapping[str, Sequence[str]]) -> dict[str, in
     """Read a class from words such as 'red star', one of each label, in any order.
 
     Args:
-        words: separated by blanks or commas.
+        words: as prompts are written, in any case, with or without punctuation.
         labels: the names of each label's classes, by the label's name.
 
     Returns:
@@ -24,7 +25,7 @@ def parse_class(words: str, labels: Mapping[str, Sequence[str]]) -> dict[str, in
     """
     known = {word: (name, number) for name, classes in labels.items() for number, word in enumerate(classes)}
     found: dict[str, int] = {}
-    for word in words.lower().replace(",", " ").split():
+    for word in split_words(words):
         if word not in known:
             choices = "; ".join(f"{name}: {', '.join(classes)}" for name, classes in labels.items())
             raise ValueError(f"the class must be made of known words ({choices}); got {word!r}")

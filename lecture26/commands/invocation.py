@@ -2,6 +2,7 @@
 
 import shlex
 
+from lecture26.kit.paths import expanded
 from lecture26.kit.processes import process_state
 
 
@@ -15,3 +16,12 @@ def invocation(*words: str) -> str:
 def options(settings: dict) -> list[str]:
     """The words of a command line that give each of some settings, such as "--batch-size", "64"."""
     return [word for key, value in settings.items() for word in ("--" + key.replace("_", "-"), str(value))]
+
+
+def data_option(data: str) -> str:
+    """The value of --data, where it is a folder below ~ as the folder's own path.
+
+    Raises:
+        FileNotFoundError: if there is no such home folder.
+    """
+    return str(expanded(data)) if data.startswith("~") else data

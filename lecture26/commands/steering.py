@@ -117,7 +117,10 @@ class Steering:
 
     def draw(self, drawing: Drawing) -> Tensor:
         """The images of a `drawing`, (B, C, H, W) in [-1, 1]; what is raised is that of `guided`."""
-        return drawing.sample(self.guided(drawing))
+        recipe, diffusion = drawing.trained.recipe, drawing.trained.diffusion
+        return drawing.sample(
+            diffusion, self.guided(drawing), (recipe.channels, recipe.image_size, recipe.image_size)
+        )
 
     def said(self, drawing: Drawing) -> str:
         """What the command says of a finished `drawing`: what was asked for, and by what it steered."""
@@ -252,10 +255,9 @@ class Text(Steering):
         from lecture26.recipes.latent import pipeline_of
 
         pipeline = pipeline_of(drawing.trained).to(drawing.device)
-        prompts = [drawing.asked] * drawing.count
-        return pipeline.text_to_image(
-            prompts, w=drawing.strength, steps=drawing.steps, generator=drawing.generator
-        )
+        denoiser = pipeline.guided([drawing.asked] * drawing.count, drawing.strength)
+        _, *shape = pipeline.latent_shape(drawing.count)
+        return pipeline.decode(drawing.sample(pipeline.diffusion, denoiser, tuple(shape)))
 
 
 # Of several ways that options choose, the first one counts.

@@ -6,7 +6,7 @@ import json
 import typer
 
 from lecture26 import recipes
-from lecture26.commands.invocation import invocation, options
+from lecture26.commands.invocation import data_option, invocation, options
 from lecture26.kit.checkpoints import is_complete
 
 
@@ -20,10 +20,12 @@ def train(recipe: str, changes: dict, state_every: float, replace: bool) -> None
         replace: whether to write over a checkpoint of that name.
 
     Raises:
-        ValueError: on an unknown recipe, a wrong setting, or a checkpoint that exists.
+        ValueError, OSError: on an unknown recipe, a wrong setting, or a checkpoint that exists.
         KeyboardInterrupt: when stopped, with the state written.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
+    if "data" in changes:
+        changes["data"] = data_option(changes["data"])
     chosen = dataclasses.replace(recipes.find_recipe(recipe), **changes)
     if is_complete(chosen.name) and not replace:
         raise ValueError(

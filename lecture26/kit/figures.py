@@ -1,5 +1,6 @@
-"""The course's pictures: one palette, one style, one way to show a grid of images."""
+"""The course's pictures and tables: one palette, one style, one way to show a grid of images."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -108,3 +109,46 @@ def show(figure: "Figure", alt: str) -> None:
 
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
+
+
+def show_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> None:
+    """Show a table in a notebook, rendered from Markdown, so that cells may hold `$mathematics$` and links.
+
+    A column in which every cell begins with a digit is set to the right.
+
+    Args:
+        rows: the cells of each row, as texts or whole numbers; round other numbers yourself, `f"{x:.2f}"`,
+            to as many digits as are the same on every machine.
+        columns: the headings.
+
+    Raises:
+        ValueError: there is no row, a row has another length than `columns`, or a text has a `|` (in
+            mathematics write \\mid or \\Vert) or a line break.
+        TypeError: a cell is neither a text nor a whole number.
+    """
+    from IPython.display import display
+
+    table = _markdown_table(rows, columns)
+    display({"text/markdown": table, "text/plain": table}, raw=True)
+
+
+def _markdown_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> str:
+    if not rows:
+        raise ValueError("rows must be at least one; got none")
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"each row must have {len(columns)} cells, like columns; got {row!r}")
+    texts = [[_cell_text(cell) for cell in row] for row in (columns, *rows)]
+    begins_with_digit = re.compile(r"[+\-\u2212]?\d").match
+    rules = [
+        "---:" if all(map(begins_with_digit, column)) else ":---" for column in zip(*texts[1:], strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (texts[0], rules, *texts[1:]))
+
+
+def _cell_text(cell: str | int) -> str:
+    if isinstance(cell, bool) or not isinstance(cell, str | int):
+        raise TypeError(f'a cell must be a text or a whole number, such as f"{{x:.2f}}"; got {cell!r}')
+    if re.search(r"[|\n]", str(cell)):
+        raise ValueError(f"a cell must have no | and no line break; got {cell!r}")
+    return str(cell)

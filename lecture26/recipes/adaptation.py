@@ -1,5 +1,6 @@
 """A backbone adapted to a new task: the methods of chapter 08, and how each is trained."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,6 @@ from lecture26.kit.data import SPLITS, DataError
 from lecture26.kit.downstream import downstream
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
-from lecture26.kit.tensor_files import write_tensors
 from lecture26.kit.training import History, train
 from lecture26.kit.validation import check_choice
 from lecture26.recipes.backbone import mirror_and_move
@@ -21,6 +21,7 @@ from lecture26.recipes.recipe import seeded
 from lecture26.recipes.trained import Trained
 from lecture26.visual_prompt_tuning import (
     VPT,
+    backbone_fingerprint,
     bias_tuning,
     check_backbone,
     full_fine_tune,
@@ -132,15 +133,58 @@ def build(method: str, vit: nn.Module, num_classes: int, num_prompts: int, seed:
     return seeded(seed, lambda: METHODS[method].build(vit, num_classes, num_prompts))
 
 
-def save_trained(file: Path, model: nn.Module) -> None:
-    """Write what was trained: a task's file for prompts and linear probes, else all parameters that train."""
+def save_trained(file: Path, model: nn.Module, backbone: str, about: dict) -> None:
+    """Write what was trained into a task's file: prompts and a head, or else all parameters that train.
+
+    Args:
+        file: the path.
+        model: what one of METHODS has built, trained.
+        backbone: the `backbone_fingerprint` of what it was built from.
+        about: plain values (JSON) to keep with it; `load_trained` needs "method", "num_prompts", "classes".
+    """
     if isinstance(model, VPT):
-        save_task(file, model.task_state_dict())
-        return
-    write_tensors(
-        file,
-        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+        state = model.task_state_dict()
+    else:
+        state = OrderedDict(trained_weights(model))
+        state.backbone = backbone
+    state.about = about
+    save_task(file, state)
+
+
+def load_trained(state: OrderedDict, vit: nn.Module) -> nn.Module:
+    """The trained model again, in evaluation mode.
+
+    Args:
+        state: what `load_task` reads from a file of `save_trained`.
+        vit: the backbone that it was built from; shared by prompts and linear probes, copied by the others.
+
+    Raises:
+        ValueError: if the state belongs to another backbone, or does not fit the model.
+    """
+    about = state.about
+    check_choice("method", about["method"], tuple(METHODS))
+    model = METHODS[about["method"]].build(vit, len(about["classes"]), about["num_prompts"])
+    if isinstance(model, VPT):
+        model.load_task_state_dict(state)
+        return model.eval()
+    if state.backbone != backbone_fingerprint(vit):
+        raise ValueError("state must belong to this backbone; it was learned on another one")
+    shapes, own = (
+        {name: weight.shape for name, weight in w.items()} for w in (state, trained_weights(model))
     )
+    if shapes != own:
+        raise ValueError(f"state must have what the method {about['method']!r} trains; it has other tensors")
+    model.load_state_dict(state, strict=False)  # what does not train is the backbone's
+    return model.eval()
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of the parameters of a model that train, by name."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def open_task(data: str | Path, image_size: int) -> dict[str, ImageSet]:

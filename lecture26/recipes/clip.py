@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lecture26.clip_guidance import CLIP, Tokenizer, cosine_similarity_matrix, info_nce
+from lecture26.clip_guidance import CLIP, Tokenizer, cosine_similarity_matrix, info_nce, split_words
 from lecture26.ddpm import SCHEDULES, Diffusion
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
@@ -48,7 +48,7 @@ class CLIPRecipe(Recipe):
     def fitted_to(self, images: ImageSet) -> "CLIPRecipe":
         if not isinstance(images, Shapes):
             raise ValueError(f"data must be 'shapes', whose images have captions; got {self.data!r}")
-        words = {word for caption in every_caption(images) for word in caption.split()}
+        words = {word for caption in every_caption(images) for word in split_words(caption)}
         return replace(super().fitted_to(images), words=tuple(sorted(words)))
 
     def build(self) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lecture26.classifier_free_guidance import labels_after_dropout
-from lecture26.clip_guidance import Tokenizer
+from lecture26.clip_guidance import Tokenizer, split_words
 from lecture26.ddpm import SCHEDULES, Diffusion
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.evaluation import attribute_accuracy
@@ -142,7 +142,7 @@ class LatentDiffusionRecipe(Recipe):
             super().fitted_to(images),
             latent_scale=card["metrics"]["latent_scale"],
             vae_model={"in_channels": card["settings"]["channels"]} | card["settings"]["model"],
-            words=tuple(sorted({word for caption in captions for word in caption.split()})),
+            words=tuple(sorted({word for caption in captions for word in split_words(caption)})),
         )
 
     def build(self) -> nn.Module:

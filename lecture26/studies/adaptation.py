@@ -70,6 +70,7 @@ class Comparison:
         name: what tells this comparison from others in `ledger`.
         folder: where to keep what was trained, in METHOD.safetensors; None keeps none.
         search: what the runs get that choose the learning rate; None gives them as much as the others.
+        about: plain values to keep in these files, beside the method, the number of prompts and the classes.
     """
 
     vit: nn.Module
@@ -83,6 +84,12 @@ class Comparison:
     name: str = ""
     folder: Path | None = None
     search: Budget | None = None
+    about: dict = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the task's classes, in the order of their numbers."""
+        return list(self.splits["train"].labels["class"])
 
     def run(self, method: str, num_prompts: int, learning_rates: Sequence[float] | None = None) -> dict:
         """Choose a method's learning rate by the validation images, and measure it on the test images.
@@ -183,7 +190,8 @@ class Comparison:
         before, fingerprint = self._upstream_before(), backbone_fingerprint(self.vit)
         model, history = self._trained(method, num_prompts, learning_rate, seed, self.budget, **state)
         if self.folder is not None and seed == self.seeds[0] and process_state().is_main_process:
-            save_trained(self._file(method, learning_rate), model)
+            about = self.about | {"method": method, "num_prompts": num_prompts, "classes": self.classes}
+            save_trained(self._file(method, learning_rate), model, fingerprint, about)
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
         measured = {
             "accuracy": accuracy(model, self.splits["test"], EVALUATION_BATCH),
@@ -206,8 +214,7 @@ class Comparison:
     ) -> tuple[nn.Module, History]:
         """A model after its training, in evaluation mode, and the history of this."""
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
-        num_classes = len(self.splits["train"].labels["class"])
-        model = build(method, self.vit, num_classes, num_prompts, seed)
+        model = build(method, self.vit, len(self.classes), num_prompts, seed)
         budget = replace(budget, precision=self._precision(budget, model))
         history = fit(model, self.splits["train"], learning_rate, budget, seed, **state)
         return model.eval(), history
