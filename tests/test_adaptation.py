@@ -1415,9 +1415,9 @@ def test_a_task_of_before_which_has_no_names_is_refused(data_folder, learned):
     folder = data_folder / "tasks" / "plain"
     folder.mkdir()
     save_file({"head.weight": torch.zeros(2, 8)}, folder / "full.safetensors")  # as `full` was kept before
-    assert "plain/full.safetensors is a safetensors file, but not a task's, or from an earlier version" in (
-        refusal("--task", "plain")
-    )
+    told = refusal("--task", "plain")
+    assert "plain/full.safetensors is a safetensors file, but its format is not " in told
+    assert ", or from an earlier version of the course: learn it again" in told
 
 
 def test_a_task_that_does_not_fit_is_refused(data_folder, learned):
