@@ -57,7 +57,7 @@ tests: $(INSTALLED)
 nbval: $(INSTALLED)
 	@rm -rf $(REHEARSALS) && $(RUN) tools/editions.py --rehearse $(REHEARSALS) $(NAMES)
 	$(PYTEST) --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
-		--nbval-cell-timeout 600 $(REHEARSALS)
+		--nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 $(REHEARSALS)
 	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved"
 
 course: $(INSTALLED)

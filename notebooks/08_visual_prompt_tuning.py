@@ -2257,7 +2257,7 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 #
 # ```bash
 # python -m lecture26 adapt --backbone vit_base_patch16_224.augreg_in21k --data fgvc_aircraft \
-#     --method compare --prompts 10 --steps 5200 --seeds 3 --augment --precision bf16
+#     --method compare --prompts 10 --steps 5200 --seeds 3 --augment
 # ```
 #
 # It trains a linear probe, VPT-shallow, VPT-deep and full fine-tuning, each at the learning rates of its own that the

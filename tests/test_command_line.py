@@ -894,13 +894,6 @@ def test_a_picture_that_cannot_be_written_is_found_before_sampling(data_folder, 
         assert result.exit_code == EXIT_USER_ERROR, result.exception
 
 
-def test_a_picture_that_is_there_stays_until_the_new_one_comes(data_folder, tmp_path, monkeypatch):
-    (tmp_path / "grid.png").write_bytes(b"old")
-    fail_with(monkeypatch, ValueError("no samples"))
-    assert call(*SAMPLE, "--out", tmp_path / "grid.png").exit_code == EXIT_USER_ERROR
-    assert (tmp_path / "grid.png").read_bytes() == b"old"
-
-
 def test_what_the_data_warn_of_is_one_line(data_folder, tmp_path):
     for split in ("train", "test"):
         for number in range(3):
@@ -913,13 +906,6 @@ def test_what_the_data_warn_of_is_one_line(data_folder, tmp_path):
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
     assert "left out 1 .heic" in notes[0] and "has a single class, 'a class'" in notes[1]
-
-
-def test_a_reader_that_has_had_enough_is_told_nothing(data_folder):
-    command = [sys.executable, "-m", "lecture26", "checkpoints", "tiny"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()  # long before anything is written
-        assert process.stderr.read() == ""
 
 
 def test_error_as_a_user_sees_it(data_folder):

@@ -41,7 +41,7 @@ from course import (
 )
 from lecture26.kit.files import replace_when_complete
 
-CELL_TIMEOUT = 600  # seconds
+CELL_TIMEOUT = 1800  # seconds; far beyond a minute, since the machine may have other work to do
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -101,6 +101,8 @@ def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Run:
     os.environ["TQDM_DISABLE"] = "1"  # progress bars would leave widget state in the outputs
     executor = TimedExecutor(
         timeout=CELL_TIMEOUT,
+        startup_timeout=CELL_TIMEOUT,
+        iopub_timeout=CELL_TIMEOUT,
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,

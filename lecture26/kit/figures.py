@@ -112,19 +112,12 @@ def show(figure: "Figure", alt: str) -> None:
 
 
 def show_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> None:
-    """Show a table in a notebook, rendered from Markdown, so that cells may hold `$mathematics$` and links.
+    """Show rows under columns as a table in a notebook; cells may hold `$mathematics$` and links.
 
-    A column in which every cell begins with a digit is set to the right.
-
-    Args:
-        rows: the cells of each row, as texts or whole numbers; round other numbers yourself, `f"{x:.2f}"`,
-            to as many digits as are the same on every machine.
-        columns: the headings.
-
-    Raises:
-        ValueError: there is no row, a row has another length than `columns`, or a text has a `|` (in
-            mathematics write \\mid or \\Vert) or a line break.
-        TypeError: a cell is neither a text nor a whole number.
+    A column in which every cell begins with a digit is set to the right. Cells are texts or whole numbers:
+    round others yourself, to as many digits as are the same on every machine. Raises TypeError on other
+    cells; ValueError if there is no row, one has another length, or a text has a line break or a `|` (in
+    mathematics write \\mid).
     """
     from IPython.display import display
 
