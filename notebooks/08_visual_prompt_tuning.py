@@ -1652,8 +1652,8 @@ print(f"trained on {card['data']}; names {100 * card['metrics']['accuracy']:.0f}
 # That many photographs are few for a transformer, which has to find out that neighbouring pixels belong together.
 # Trained on the classes alone, for 26,000 steps, it named 69 of a hundred test photographs. A convolutional network of
 # a third of its size, into which neighbourhood is built, named 81 after 4,500 steps. So for the last 10,000 steps the
-# transformer had that network for a *guide* (Li et al. 2022): beside the classes it learned to see at each of its
-# $8\times8$ places what the guide sees there. (`README.md` has the commands.)
+# transformer had that network for a *teacher* (Li et al. 2022): beside the classes it learned to see at each of its
+# $8\times8$ places what the teacher sees there. (`README.md` has the commands.)
 #
 # ### Is it the probe, or what it reads?
 #
@@ -1844,7 +1844,7 @@ show(figure, "Accuracy of three methods against the backbone's width, for two ta
 # grow or shrink steadily with the width.
 #
 # That is all it shows. The three have 0.3 to 1.9 million parameters. The widest was trained for longer, and with a
-# guide: it names 77 of a hundred photographs, the narrower ones 62 and 63, so width and training change together. And
+# teacher: it names 77 of a hundred photographs, the narrower ones 62 and 63, so width and training change together. And
 # nothing here speaks for networks of 86 to 632 million parameters, which the slide means.
 #
 # ## What the prompts have learned
@@ -2312,7 +2312,7 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 #   section 4 (the comparison).
 # - Dosovitskiy, Beyer, Kolesnikov et al. 2021, *An Image is Worth 16x16 Words*: section 3.1.
 # - Li, Yu, Wang, Yuan, Song, Chen 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets* (the
-#   guide of our backbone).
+#   teacher of our backbone).
 # - Glorot, Bengio 2010, *Understanding the Difficulty of Training Deep Feedforward Neural Networks*: equation 16.
 # - Zaken, Goldberg, Ravfogel 2022, *BitFit*: section 3.
 # - He, Zhou, Ma, Berg-Kirkpatrick, Neubig 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning*:
