@@ -469,6 +469,19 @@ def test_a_check_computes_on_the_cpu_whatever_is_set_around_it():
         assert check("ddpm.q_sample", exercise("ddpm.q_sample").reference)
 
 
+LINE = Exercise(
+    "toy.line",
+    '"Toys"',
+    lambda num_steps: torch.linspace(0.1 / num_steps, 20 / num_steps, num_steps, dtype=torch.float64),
+    lambda seed: [Case("a line", (n,)) for n in (10, 30, 100)],
+    (
+        Misconception(
+            "float32 result", lambda n: torch.linspace(0.1 / n, 20 / n, n, dtype=torch.float32), "In float64."
+        ),
+    ),
+)
+
+
 def test_a_check_sees_the_default_dtype_of_torch_whatever_is_set_around_it():
     def forgets_the_dtype(num_steps):
         torch.set_default_dtype(torch.float16)
@@ -476,8 +489,8 @@ def test_a_check_sees_the_default_dtype_of_torch_whatever_is_set_around_it():
 
     torch.set_default_dtype(torch.float64)
     try:
-        result = check("ddpm.linear_betas", lambda n: torch.linspace(0.1 / n, 20 / n, n))
-        check("ddpm.linear_betas", forgets_the_dtype)
+        result = judge(record_exercise(LINE), lambda n: torch.linspace(0.1 / n, 20 / n, n))
+        judge(record_exercise(LINE), forgets_the_dtype)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)

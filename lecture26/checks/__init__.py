@@ -55,7 +55,7 @@ def check(exercise: str, candidate: Callable) -> CheckResult:
 
 
 def progress() -> None:
-    """Print which exercises are solved and which are open, chapter by chapter, by the record in this folder."""
+    """Print which exercises are solved and which are open, by the record beside the notebook."""
     print_progress()
 
 

@@ -80,7 +80,7 @@ def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, 
 def denoising_loss(
     inward: Tensor, speed: Tensor, outward: Tensor, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """A training loss (x_0, t, noise) -> scalar: the squared error of noisy_denoiser on x_0 with the noise."""
+    """A training loss (x_0, t, noise) -> scalar: the squared error of noisy_denoiser on noisy x_0."""
     return (noisy_denoiser(inward, speed, outward, x_0 + 0.5 * noise, t) - noise).square().mean()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class OptimizerArgument:
-    """Gradient descent on some weights, in which an earlier step has left its gradients.
+    """Gradient descent with momentum on some weights, in which an earlier step has left its gradients.
 
     For each call a torch.optim.SGD is made from it. Another argument that is made of the same tensors, such
     as a loss, shares the optimizer's weights.
@@ -28,7 +28,8 @@ class OptimizerArgument:
         weights = [copy(weight) for weight in self.weights]
         for weight, gradient in zip(weights, self.old_gradients, strict=True):
             weight.grad = gradient.clone()
-        return torch.optim.SGD(weights, lr=self.rate)
+        # with momentum, two steps along a gradient are not one along the double
+        return torch.optim.SGD(weights, lr=self.rate, momentum=0.5)
 
     def __str__(self) -> str:
         return f"gradient descent on {len(self.weights)} tensors"

@@ -3,8 +3,8 @@
 A recording judges a candidate without the reference and without the wrong answers' code, so it can be handed
 out; with another seed the same machinery makes hidden tests. On disk it is one safetensors file: every tensor
 under a running number, the rest as JSON in the file's metadata, with {"tensor": number} in a tensor's place
-and {"callable": kind, "tensors": [...]} in that of an argument that can be called. A tensor that stands in two
-places, as a network's and as an optimizer's weight, has one number.
+and {"callable": kind, "tensors": [...]} in that of an argument that can be called. A tensor that stands in
+two places, as a network's and as an optimizer's weight, has one number.
 """
 
 import json
