@@ -189,13 +189,7 @@ def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
 
 
 def posterior_variance(beta, alpha_bar, alpha_bar_prev):
-    """Variance of x_{t-1} given x_t and x_0.
-
-    Args:
-        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; any one shape.
-
-    Returns:
-        beta~_t, the same shape. At the first step, where alpha_bar_prev = 1, it is 0.
+    """beta~, the variance of x_{t-1} given x_t and x_0; beta, alpha_bar, alpha_bar_prev as for its mean.
 
     Source: Ho et al. 2020, equation 7.
     """
@@ -249,13 +243,7 @@ def exact_prediction(score, x_t, alpha_bar, target):
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL divergence from the first normal to the second, KL(N_1 || N_2), for each element.
-
-    Args:
-        mean_1, log_variance_1, mean_2, log_variance_2: tensors that broadcast against each other.
-
-    Returns:
-        The divergences in nats, of the broadcast shape, at least 0.
+    """KL(N_1 || N_2) of normals with mean_1, log_variance_1 and mean_2, log_variance_2, elementwise, in nats.
 
     Source: Ho et al. 2020, equation 5 needs it; Kingma and Welling 2014, appendix B.
     """
@@ -269,15 +257,7 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
 
 
 def learned_range_log_variance(v, beta, log_posterior_variance):
-    """Log-variance between its two bounds, as a network's output chooses.
-
-    Args:
-        v: the network's variance output, -1 for the lower bound and 1 for the upper; not clamped.
-        beta: upper bound, broadcastable to v.
-        log_posterior_variance: logarithm of the lower bound, beta~, broadcastable to v.
-
-    Returns:
-        log sigma_t^2, like v.
+    """log sigma_t^2 between log_posterior_variance, at v = -1, and log beta, at v = 1; all broadcast to v.
 
     Source: Nichol and Dhariwal 2021, equation 15.
     """
@@ -964,14 +944,7 @@ def exact_denoiser(mixture, diffusion):
 
 
 def respaced_betas(alpha_bar, steps):
-    """The betas of a shorter schedule that visits some steps of a longer one.
-
-    Args:
-        alpha_bar: of the long schedule, (T,).
-        steps: the steps to keep, (S,), integers, increasing.
-
-    Returns:
-        (S,), such that their alpha_bar equals the long one's at the kept steps.
+    """Betas (S,) whose alpha_bar is that of a long schedule, alpha_bar (T,), at increasing steps (S,) of it.
 
     Source: Nichol and Dhariwal 2021, section 4.
     """
@@ -1076,14 +1049,7 @@ def v_from_x_0_and_eps(x_0, alpha_bar, eps):
 
 
 def x_0_from_v(x_t, alpha_bar, v):
-    """Clean data from noisy data and its velocity.
-
-    Args:
-        x_t, v: noisy data and velocity, (B, ...).
-        alpha_bar: broadcastable to x_t, in (0, 1).
-
-    Returns:
-        x_0, like x_t.
+    """Clean data from noisy data x_t and its velocity v, with alpha_bar and shapes as in v_from_x_0_and_eps.
 
     Source: Salimans and Ho 2022, section 4 and appendix D.
     """
@@ -1092,7 +1058,7 @@ def x_0_from_v(x_t, alpha_bar, v):
 
 
 def eps_from_v(x_t, alpha_bar, v):
-    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
+    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in v_from_x_0_and_eps.
 
     Source: Salimans and Ho 2022, appendix D.
     """

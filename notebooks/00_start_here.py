@@ -393,7 +393,7 @@ def q_sample(x_0, alpha_bar, noise):
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
 
-check("ddpm.q_sample", q_sample)
+check("ddpm.q_sample", q_sample, note=False)  # what is shown here does not count as solved
 
 # %% [markdown]
 # Whatever gives the right values passes. Go back and try: drop the other root, swap the factors, let it crash.

@@ -22,7 +22,9 @@ from lecture26.checks import (
 )
 from lecture26.checks.callables import CallableArgument
 from lecture26.checks.core import describe
+from lecture26.checks.draws import Draws
 from lecture26.checks.judging import judge
+from lecture26.checks.optimizers import OptimizerArgument
 from lecture26.checks.recording import record_exercise
 
 
@@ -677,6 +679,58 @@ SLOPE = Exercise(
 @pytest.fixture(scope="module")
 def slope_recording():
     return record_exercise(SLOPE)
+
+
+def descend(optimizer, loss_of, x_0, t, noise):
+    optimizer.zero_grad()
+    loss_of(x_0, t, noise).backward()
+    optimizer.step()
+    return x_0.sum()
+
+
+def descend_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+
+    def case(batch):
+        weights = draws.denoiser_weights(6, gradient=True)
+        old = tuple(map(torch.ones_like, weights))
+        loss_of = CallableArgument("denoising_loss", weights)
+        given = OptimizerArgument(weights, old, 0.1), loss_of, draws.normal(batch, 6)
+        return Case(f"{batch} points", (*given, torch.arange(batch), draws.normal(batch, 6)))
+
+    return [case(3), case(5)]
+
+
+def descend_and_spoil(optimizer, loss_of, x_0, t, noise):
+    result = descend(optimizer, loss_of, x_0, t, noise)
+    x_0 += 1
+    return result
+
+
+def descend_and_leave_a_mark(optimizer, loss_of, x_0, t, noise):
+    noise.requires_grad_()
+    result = descend(optimizer, loss_of, x_0, t, noise)
+    noise.requires_grad_(False)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("candidate", "sentence"),
+    [
+        (descend, "passed, on all 2 cases."),
+        (lambda optimizer, loss_of, x_0, t, noise: x_0.sum(), "a weight, after the call, is off by up to"),
+        (descend_and_spoil, "it changes its argument x_0 in place"),
+        (descend_and_leave_a_mark, "it leaves a .grad behind in its argument noise."),
+    ],
+)
+def test_an_optimizers_weights_are_a_result(candidate, sentence, tmp_path):
+    exercise = Exercise("toy.descend", '"Toys"', descend, descend_cases, ())
+    recording = record_exercise(exercise)
+    before = recording.cases[0].arguments[0].weights[0].clone()
+    assert sentence in judge(recording, candidate).message
+    assert torch.equal(recording.cases[0].arguments[0].weights[0], before)
+    recording.save(tmp_path / "descend.safetensors")
+    assert check_recorded(tmp_path / "descend.safetensors", candidate) == judge(recording, candidate)
 
 
 def test_a_callable_argument_is_called_with_what_follows_its_tensors():

@@ -20,14 +20,9 @@ NO_RECORD = (
 
 
 def lay_out(folder: Path, exercises: dict[str, list[str]]) -> None:
-    """Make the record of a folder, or bring the names in it up to date; what is solved stays solved.
+    """Make a folder's record, or bring it up to date: the names of the exercises of each chapter, in a dict.
 
-    Args:
-        folder: where the learner's notebooks lie.
-        exercises: the names of the exercises of each chapter, such as {"01_ddpm": ["ddpm.q_sample"]}.
-
-    Raises:
-        ValueError: if a file of this name is no record; it is left alone.
+    What is solved stays solved. A file of this name that is no record is left alone and raises ValueError.
     """
     solved = read(folder)["solved"] if (folder / FILE_NAME).exists() else []
     _write(folder, {"format": FORMAT, "exercises": exercises, "solved": solved})
@@ -52,7 +47,7 @@ def read(folder: Path) -> dict:
 
 
 def note_solved(name: str) -> None:
-    """Enter an exercise into the record in the current folder, which is a notebook's own; do nothing without.
+    """Enter the name of an exercise into the record in the current folder, a notebook's own, if there is one.
 
     A record that cannot be read or written does not matter here: the table of `print_progress` says so.
     """

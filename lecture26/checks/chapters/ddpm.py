@@ -1085,8 +1085,8 @@ TRAINING_STEP = Exercise(
         Misconception(
             "no gradient at the step",
             _zeroed_before_the_step,
-            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line whether "
-            "it fills or empties them.",
+            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
+            "whether it fills or empties them.",
         ),
         Misconception(
             "step before backward",
@@ -1218,6 +1218,13 @@ REVERSE_CHAIN = Exercise(
             "t counted from 1",
             _chain(told=lambda index: index + 1),
             "The steps are told the papers' t, from T to 1. Code counts from 0.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            lambda step, x_T, num_steps, noise_at: ddpm.reverse_chain(
+                lambda x_t, t, noise: step(x_t, t[:1], noise), x_T, num_steps, noise_at
+            ),
+            "t has one element. A step is told for each sample of the batch, even where all are at the same one.",
         ),
         Misconception(
             "last step left out",
