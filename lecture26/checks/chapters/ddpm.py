@@ -1224,7 +1224,7 @@ REVERSE_CHAIN = Exercise(
             lambda step, x_T, num_steps, noise_at: ddpm.reverse_chain(
                 lambda x_t, t, noise: step(x_t, t[:1], noise), x_T, num_steps, noise_at
             ),
-            "t has one element. A step is told for each sample of the batch, even where all are at the same one.",
+            "t has one element. Each sample of the batch has its own, even where all are at the same step.",
         ),
         Misconception(
             "last step left out",
