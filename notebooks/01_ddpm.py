@@ -1742,7 +1742,8 @@ check("ddpm.ancestral_update", ancestral_update)
 #
 # #### Exercise 9: a step along the path
 #
-# *Formula, medium, 7 minutes.* Write `ddim_update`, (1.38): first the variance, then the three terms. It receives no $\beta_t$: by (1.5), $\beta_t=1-\bar\alpha_t/\bar\alpha_{t-1}$, so
+# *Formula, medium, 7 minutes.* Write `ddim_update`, (1.38): first the variance, then the three terms. It receives no
+# $\beta_t$: by (1.5), $\beta_t=1-\bar\alpha_t/\bar\alpha_{t-1}$, so
 # $\sigma_t^2=\eta^2\,\frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\bigl(1-\frac{\bar\alpha_t}{\bar\alpha_{t-1}}\bigr)$.
 
 

@@ -416,6 +416,9 @@ def test_an_unknown_mistake_is_described_by_its_relation_to_the_right_values(can
 
 
 def test_no_relation_is_claimed_where_there_is_none():
+    assert "On every case" not in judge(record_exercise(ROOT), lambda x: x.sqrt().tolist()).message
+    cut = lambda x: x.sqrt().requires_grad_()  # noqa: E731
+    assert "On every case" not in judge(record_exercise(ROOT), cut).message
     assert "On every case" not in judge(record_exercise(ROOT), lambda x: x + 1).message
 
 

@@ -8,7 +8,6 @@ argument is called with.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
@@ -114,14 +113,16 @@ def sampler_step(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor, noise: T
 
     mixing: (D, D); speed: (D,), in radians per step.
     """
-    if t.is_floating_point():
-        raise TypeError(f"t must hold integers; got {t.dtype}")
-    # joined to the samples, t must hold a step for each of them
-    joined = torch.cat([x_t.flatten(1), t.to(x_t.dtype)[:, None]], dim=1)  # (B, D + 1)
-    return (joined @ torch.cat([mixing, speed[None]])).sin().view_as(x_t) + 0.5 * noise
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != x_t.shape[:1]:
+        found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
+    phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
+    return phase.sin().view_as(x_t) + 0.5 * noise
 
 
 @_kind
 def noise_table(noise: Tensor, t: int) -> Tensor:
     """The noise of each step t, of noise (T, B, ...)."""
+    if not 0 <= t < len(noise):
+        raise IndexError(f"there is no step {t}: code counts from 0 to {len(noise) - 1}")
     return noise[t]

@@ -959,6 +959,12 @@ SIMPLE_LOSS = Exercise(
             "The denoiser is told the first sample's step for all. Each sample has a step of its own.",
         ),
         Misconception(
+            "prediction cut off",
+            _with_error(lambda prediction, target: (prediction.detach() - target).square().mean()),
+            "The value is right, but no gradient reaches the denoiser, so it cannot learn: no no_grad() and "
+            "no detach() around the prediction.",
+        ),
+        Misconception(
             "sum for mean",
             _with_error(lambda prediction, target: (prediction - target).square().sum()),
             "The squares are added up. A mean does not depend on the size of batch and images.",
