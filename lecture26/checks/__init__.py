@@ -39,18 +39,17 @@ __all__ = [
 ]
 
 
-def check(exercise: str, candidate: Callable, *, note: bool = True) -> CheckResult:
+def check(exercise: str, candidate: Callable) -> CheckResult:
     """Check a candidate for an exercise, for instance check("ddpm.q_sample", q_sample).
 
     The result is true when the candidate passed, and reads as text. A wrong candidate never raises here,
-    whatever it does; what it prints is shown for the first case only. With note=False nothing is entered into
-    the record of solved exercises.
+    whatever it does; what it prints is shown for the first case only.
 
     Raises ValueError for an unknown exercise.
     """
     result = judge(record(exercise), candidate)
     # the finished function, imported from the package, solves nothing
-    if note and result and isinstance(candidate, FunctionType) and candidate.__module__ == "__main__":
+    if result and isinstance(candidate, FunctionType) and candidate.__module__ == "__main__":
         note_solved(exercise)
     return result
 
