@@ -67,3 +67,62 @@ def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
     """
     patches = (latents.movedim(1, 3) @ weight).sin() + bias  # (B, h, w, 4 C)
     return pixel_shuffle(patches.movedim(3, 1), 2)
+
+
+@_kind
+def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """A denoiser (x_t, t) -> output like x_t, made like noisy_classifier, with K = D."""
+    return noisy_classifier(inward, speed, outward, x_t, t).view_as(x_t)
+
+
+@_kind
+def denoising_loss(
+    inward: Tensor, speed: Tensor, outward: Tensor, x_0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """A training loss (x_0, t, noise) -> scalar: the squared error of noisy_denoiser on noisy x_0."""
+    return (noisy_denoiser(inward, speed, outward, x_0 + 0.5 * noise, t) - noise).square().mean()
+
+
+@_kind
+def target(weights: Tensor, x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tensor:
+    """What a denoiser should return, (x_0, alpha_bar, eps) -> like x_0: a mixture of x_0, eps and v.
+
+    weights: (3,), of the three.
+    """
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    return weights[0] * x_0 + weights[1] * eps + weights[2] * v
+
+
+@_kind
+def mixture_score(weights: Tensor, means: Tensor, stds: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The score of a Gaussian mixture's noisy marginal at points (B, D), as (B, D).
+
+    weights, stds: (K,); means: (K, D); alpha_bar: (B, 1).
+    """
+    variances = alpha_bar * stds**2 + 1 - alpha_bar  # (B, K)
+    pull = alpha_bar.sqrt()[..., None] * means - x_t[:, None]  # (B, K, D)
+    log_joint = weights.log() - 0.5 * (
+        means.shape[1] * variances.log() + pull.square().sum(dim=2) / variances
+    )
+    return ((log_joint.softmax(dim=1) / variances)[..., None] * pull).sum(dim=1)
+
+
+@_kind
+def sampler_step(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A step of a sampler, (x_t, t, noise) -> x_{t-1}, in which every step and its noise leave their mark.
+
+    mixing: (D, D); speed: (D,), in radians per step.
+    """
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != x_t.shape[:1]:
+        found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
+    phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
+    return phase.sin().view_as(x_t) + 0.5 * noise
+
+
+@_kind
+def noise_table(noise: Tensor, t: int) -> Tensor:
+    """The noise of each step t, of noise (T, B, ...)."""
+    if not 0 <= t < len(noise):
+        raise IndexError(f"there is no step {t}: code counts from 0 to {len(noise) - 1}")
+    return noise[t]
