@@ -273,6 +273,8 @@ def _copy(argument: object) -> object:
     if isinstance(argument, CallableArgument):
         with torch.inference_mode(False):  # a network, other than the data, is made before sampling begins
             return CallableArgument(argument.kind, tuple(map(_copy, argument.tensors)))
+    if isinstance(argument, tuple | list):
+        return type(argument)(map(_copy, argument))
     if not isinstance(argument, Tensor):
         return argument
     return argument.detach().clone().requires_grad_(argument.requires_grad)
@@ -280,15 +282,20 @@ def _copy(argument: object) -> object:
 
 def _same(one: object, other: object) -> bool:
     if isinstance(one, CallableArgument):
-        return all(map(_same, one.tensors, other.tensors))
+        return isinstance(other, CallableArgument) and all(map(_same, one.tensors, other.tensors))
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
     if not isinstance(one, Tensor):
         return one == other
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _has_grad(argument: object) -> bool:
-    tensors = argument.tensors if isinstance(argument, CallableArgument) else (argument,)
-    return any(isinstance(tensor, Tensor) and tensor.grad is not None for tensor in tensors)
+    if isinstance(argument, CallableArgument):
+        return any(map(_has_grad, argument.tensors))
+    if isinstance(argument, tuple | list):
+        return any(map(_has_grad, argument))
+    return isinstance(argument, Tensor) and argument.grad is not None
 
 
 def _gradients(outputs: tuple, arguments: tuple) -> tuple[Tensor | None, ...]:
@@ -327,6 +334,8 @@ def describe(name: str, value: object) -> str:
     if isinstance(value, Tensor):
         gradient = " with gradient" if value.requires_grad else ""
         return f"{name} {_dtype(value)} {_shape(value)}{gradient}"
+    if isinstance(value, tuple | list):
+        return f"{name} = {', '.join(map(str, value))}"
     return f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}"
 
 
