@@ -36,7 +36,7 @@ class CallableArgument:
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
-        return f"a {self.kind.replace('_', ' ')} with tensors {shapes}"
+        return f"a {self.kind.replace('_', ' ')}" + (f" with tensors {shapes}" if shapes else "")
 
 
 def _kind(function: Callable) -> Callable:
@@ -71,7 +71,7 @@ def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
 
 
 @_kind
-def identity(h: Tensor) -> Tensor:
+def bypass(h: Tensor) -> Tensor:
     """Nothing is done."""
     return h
 

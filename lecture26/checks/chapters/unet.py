@@ -218,7 +218,7 @@ def _residual_block_cases(seed: int) -> list[Case]:
             _layer("linear", draws, (2 * out_channels, dim), **numbers),
             normalisation(out_channels),
             _layer("convolution", draws, (out_channels, out_channels, 3, 3), **numbers),
-            CallableArgument("identity", ())
+            CallableArgument("bypass", ())
             if same
             else _layer("convolution", draws, (out_channels, channels, 1, 1), **numbers),
         )
