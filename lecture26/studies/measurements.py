@@ -23,7 +23,7 @@ from lecture26.studies.sweeps import (
 from lecture26.studies.text_to_image import pixel_against_latent, text_to_image_evaluation
 
 # With how many samples each number of steps is measured: the many steps take seconds for each image.
-STEPS_NUM_SAMPLES = {10: 1024, 20: 1024, 50: 1024, 100: 256, 250: 128, 1000: 128}
+STEPS_NUM_SAMPLES = {10: 1024, 20: 1024, 50: 1024, 100: 128, 250: 128, 1000: 128}
 READERS_64 = {"shapes": "reader_shapes64", "scenes": "reader_scenes64"}
 
 
