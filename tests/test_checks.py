@@ -748,6 +748,9 @@ def test_a_callable_argument_is_called_with_what_follows_its_tensors():
 def test_a_callable_argument_is_described_in_words():
     classifier = CallableArgument("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
     assert describe("classifier", classifier) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
+    assert describe("skip", CallableArgument("bypass", ())) == "skip = a bypass"
+    layers = (CallableArgument("bypass", ()), CallableArgument("middle", (torch.ones(2, 3),)))
+    assert describe("up", layers) == "up = a bypass, a middle with tensors (2, 3)"
 
 
 def test_a_callable_argument_of_an_unknown_kind_is_refused():
@@ -772,6 +775,42 @@ def test_another_kind_of_callable_argument_takes_one_function(monkeypatch, tmp_p
     record_exercise(twice).save(tmp_path / "twice.safetensors")
     assert check_recorded(tmp_path / "twice.safetensors", lambda f, x: 9 * x)
     assert not check_recorded(tmp_path / "twice.safetensors", lambda f, x: f(x))
+
+
+def through(layers, h):
+    for layer in layers:
+        h = layer(h)
+    return h
+
+
+def through_reversed_in_place(layers, h):
+    """The right result, and the list as it should not be left."""
+    result = through(layers, h)
+    layers.reverse()
+    return result
+
+
+def through_with_changed_weights(layers, h):
+    result = through(layers, h)
+    layers[0].tensors[0].add_(1)
+    return result
+
+
+def test_an_argument_may_be_a_list_of_callables(tmp_path):
+    layers = [
+        CallableArgument("linear", (torch.full((2, 2), weight), torch.tensor([1.0, 2.0])))
+        for weight in (1.0, 3.0)
+    ]
+    exercise = Exercise(
+        "toy.through", '"Toys"', through, lambda seed: [Case("points", (layers, torch.ones(3, 2)))] * 2, ()
+    )
+    recording = record_exercise(exercise)
+    recording.save(tmp_path / "through.safetensors")
+    for known in (recording, Recording.load(tmp_path / "through.safetensors")):
+        assert judge(known, through)
+        assert not judge(known, lambda layers, h: through(layers[::-1], h))
+        for wrong in (through_reversed_in_place, through_with_changed_weights):
+            assert "it changes its argument layers in place" in judge(known, wrong).message
 
 
 @pytest.mark.parametrize("wrong", SLOPE.misconceptions, ids=lambda wrong: wrong.name)

@@ -280,6 +280,56 @@ def attention_by_loops(q, k, v):
     return torch.einsum("...nm,...me->...ne", weights / weights.sum(-1, keepdim=True), v)
 
 
+def block_by_hand(x, embedding, norm_in, conv_in, to_scale_shift, norm_out, conv_out, skip):
+    def silu(h):
+        return h * torch.sigmoid(h)
+
+    told = to_scale_shift(silu(embedding))
+    scale, shift = told.reshape(len(x), 2, -1, 1, 1).unbind(1)
+    h = norm_out(conv_in(silu(norm_in(x))))
+    return conv_out(silu(h + h * scale + shift)) + skip(x)
+
+
+def heads_one_by_one(x, norm, qkv, project, heads):
+    batch, channels = x.shape[:2]
+    size = channels // heads
+    numbers = qkv(norm(x).movedim(1, 3).reshape(batch, -1, channels))
+    answers = []
+    for head in range(heads):
+        q, k, v = (numbers[..., i * channels + head * size :][..., :size] for i in range(3))
+        answers.append(attention_by_loops(q, k, v))
+    return x + project(torch.cat(answers, dim=2)).mT.unflatten(2, x.shape[2:])
+
+
+def heads_by_einsum(x, norm, qkv, project, heads):
+    q, k, v = qkv(norm(x).flatten(2).mT).chunk(3, dim=2)
+    q, k, v = (part.reshape(*part.shape[:2], heads, -1) for part in (q, k, v))
+    weights = torch.einsum("bnhd,bmhd->bhnm", q, k).div(q.shape[3] ** 0.5).softmax(3)
+    mixed = torch.einsum("bhnm,bmhd->bnhd", weights, v)
+    return project(mixed.reshape(*mixed.shape[:2], -1)).mT.reshape(x.shape) + x
+
+
+def up_by_index(h, embedding, cond, down, middle, up):
+    maps = down(h, embedding, cond)
+    result, place = middle(maps[-1], embedding, cond), len(maps) - 1
+    for level in up:
+        skips = []
+        for _ in range(len(maps) // len(up)):
+            skips.append(maps[place])
+            place -= 1
+        result = level(result, skips, embedding, cond)
+    return result
+
+
+def up_by_slices(h, embedding, cond, down, middle, up):
+    maps = list(reversed(down(h, embedding, cond)))
+    number = len(maps) // len(up)
+    h = middle(maps[0], embedding, cond)
+    for i in range(len(up)):
+        h = up[i](h, tuple(maps[i * number : (i + 1) * number]), embedding, cond)
+    return h
+
+
 def patchify_by_slices(x, patch_size):
     p = patch_size
     channels = [x[:, c, i::p, j::p] for c in range(x.shape[1]) for i in range(p) for j in range(p)]
@@ -674,11 +724,12 @@ REWRITINGS = [
     ("ddpm.reverse_chain", chain_by_while),
     ("ddpm.reverse_chain", chain_by_recursion),
     ("unet.timestep_embedding", embedding_by_powers),
-    ("unet.scale_shift", lambda h, a, b: h + h * a[..., None, None] + b[..., None, None]),
-    ("unet.scale_shift", lambda h, a, b: torch.einsum("bchw,bc->bchw", h, 1 + a) + b.view(*b.shape, 1, 1)),
+    ("unet.residual_block", block_by_hand),
     ("unet.attention", F.scaled_dot_product_attention),
     ("unet.attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
     ("unet.attention", attention_by_loops),
+    ("unet.self_attention", heads_one_by_one),
+    ("unet.self_attention", heads_by_einsum),
     ("unet.patchify", F.pixel_unshuffle),
     ("unet.patchify", lambda x, p: F.pixel_unshuffle(x, p)),
     ("unet.patchify", patchify_by_slices),
@@ -689,8 +740,8 @@ REWRITINGS = [
         "unet.ema_update",
         lambda average, parameter, decay: average.clone().mul_(decay).add_(parameter, alpha=1 - decay),
     ),
-    ("unet.bits_per_dim", lambda nats, num_dimensions: nats / math.log(2) / num_dimensions),
-    ("unet.bits_per_dim", lambda nats, num_dimensions: nats * math.log2(math.e) / num_dimensions),
+    ("unet.unet_forward", up_by_index),
+    ("unet.unet_forward", up_by_slices),
     (
         "classifier_guidance.guided_eps",
         lambda eps, g, abar, s: -((1 - abar) ** 0.5) * (s * g - eps / (1 - abar) ** 0.5),

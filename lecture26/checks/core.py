@@ -289,12 +289,13 @@ def _copies(arguments: tuple) -> tuple:
 
     def copy(argument: object) -> object:
         if isinstance(argument, CallableArgument):
-            with torch.inference_mode(
-                False
-            ):  # a network, other than the data, is made before sampling begins
+            # a network, other than the data, is made before sampling begins
+            with torch.inference_mode(False):
                 return CallableArgument(argument.kind, tuple(map(copy_tensor, argument.tensors)))
         if isinstance(argument, OptimizerArgument):
             return argument.build(copy_tensor)
+        if isinstance(argument, tuple | list):
+            return type(argument)(map(copy, argument))
         return copy_tensor(argument) if isinstance(argument, Tensor) else argument
 
     return tuple(map(copy, arguments))
@@ -304,6 +305,8 @@ def _tensors(argument: object) -> tuple[Tensor, ...]:
     """The tensors that an argument is made of; an optimizer's weights are none of its own."""
     if isinstance(argument, CallableArgument):
         return argument.tensors
+    if isinstance(argument, tuple | list):
+        return tuple(tensor for part in argument for tensor in _tensors(part))
     return (argument,) if isinstance(argument, Tensor) else ()
 
 
@@ -314,8 +317,12 @@ def _changed(given: tuple, arguments: tuple) -> tuple[int, ...]:
     def same(one: Tensor, other: Tensor) -> bool:
         return id(one) in moved or (one.dtype == other.dtype and torch.equal(one, other))
 
+    def unchanged(one: object, other: object) -> bool:
+        tensors, others = _tensors(one), _tensors(other)
+        return len(tensors) == len(others) and all(map(same, tensors, others))  # a list may have lost some
+
     pairs = enumerate(zip(given, arguments, strict=True))
-    return tuple(i for i, (one, other) in pairs if not all(map(same, _tensors(one), _tensors(other))))
+    return tuple(i for i, (one, other) in pairs if not unchanged(one, other))
 
 
 def _marked(given: tuple) -> tuple[int, ...]:
@@ -364,6 +371,8 @@ def describe(name: str, value: object) -> str:
     if isinstance(value, Tensor):
         gradient = " with gradient" if value.requires_grad else ""
         return f"{name} {_dtype(value)} {_shape(value)}{gradient}"
+    if isinstance(value, tuple | list):
+        return f"{name} = {', '.join(map(str, value))}"
     return f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}"
 
 
