@@ -17,6 +17,7 @@ from PIL import Image, features
 
 from lecture26.kit import data
 from lecture26.kit.data import DataError, DataWarning, StoredImages, load
+from lecture26.kit.downstream import TASKS, downstream
 from lecture26.kit.image_set import ImageSet
 
 SPLITS = ("train", "validation", "test")
@@ -726,3 +727,18 @@ def test_mnist_as_a_folder(real_data, tmp_path):
     assert everything.shape == (300, 1, 28, 28)
     pixels = np.rint((everything[:, 0] + 1) * 127.5).astype(np.uint8)
     assert sorted(map(bytes, pixels)) == sorted(map(bytes, digits))
+
+
+@pytest.mark.parametrize("name", ["shapes", "scenes", "shapes_and_scenes", "digits", "folder", *TASKS])
+def test_images_are_on_the_cpu_whatever_the_default_device(tmp_path, name):
+    write_folder(tmp_path / "pets", count=6)
+
+    def batch():
+        images = downstream(name) if name in TASKS else load(tmp_path / "pets" if name == "folder" else name)
+        return images.batch([0, 3])
+
+    expected = batch()
+    with torch.device("meta"):
+        found = batch()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -170,18 +170,18 @@ class FileImages(PixelSet):
             image_size: height and width in pixels to which they are resized and cropped at the centre.
             banner_height: rows of pixels that are cut off at the bottom of each file's image first.
         """
-        super().__init__(channels, image_size, torch.tensor(targets), class_names)
+        super().__init__(channels, image_size, torch.tensor(targets, device="cpu"), class_names)
         self._files, self._banner_height = files, banner_height
         self._image_shape = (channels, image_size, image_size)
         self._cache: torch.Tensor | None = None
         if len(files) * math.prod(self._image_shape) <= CACHE_BYTES:
             # The system hands out this memory page by page, as the images are written.
-            self._cache = torch.empty(len(files), *self._image_shape, dtype=torch.uint8)
-            self._is_cached = torch.zeros(len(files), dtype=torch.bool)
+            self._cache = torch.empty(len(files), *self._image_shape, dtype=torch.uint8, device="cpu")
+            self._is_cached = torch.zeros(len(files), dtype=torch.bool, device="cpu")
 
     def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
         if self._cache is None:
-            pixels = torch.empty(len(indices), *self._image_shape, dtype=torch.uint8)
+            pixels = torch.empty(len(indices), *self._image_shape, dtype=torch.uint8, device="cpu")
             for position, i in enumerate(indices.tolist()):
                 pixels[position] = self._decode(i)
             return pixels

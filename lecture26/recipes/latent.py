@@ -176,7 +176,8 @@ class LatentDiffusionRecipe(Recipe):
             raise ValueError(
                 f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
             )
-        pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
+        with torch.device("cpu"):
+            pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
         pipeline.vae.load_state_dict(vae.network.state_dict())
         pipeline.denoiser.load_state_dict(model.unet.state_dict())
         pipeline.text_encoder.load_state_dict(model.text_encoder.state_dict())
