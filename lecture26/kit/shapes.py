@@ -62,7 +62,8 @@ COLOUR_RGB = torch.tensor(
     dtype=torch.float32,
     device="cpu",
 )
-GREY_LEVEL = torch.tensor([0.10, 0.92, 0.40, 0.40], dtype=torch.float32, device="cpu")  # of each background, in [0, 1]
+# of each background, in [0, 1]
+GREY_LEVEL = torch.tensor([0.10, 0.92, 0.40, 0.40], dtype=torch.float32, device="cpu")
 GREY_JITTER = 0.03
 TEXTURE_CONTRAST = 0.09  # the two greys of a texture differ from the level by this
 TEXTURE_PERIOD = 0.25
@@ -70,8 +71,10 @@ TEXTURE_PERIOD = 0.25
 MAX_ROTATION = math.radians(15)
 MIN_BRIGHTNESS = 0.88  # the object's colour is multiplied by a number between this and 1
 REACH = 1.4  # no point of a shape of radius 1 is farther than this from its centre
-SHAPE_RADII = torch.tensor([0.175, 0.28], dtype=torch.float32, device="cpu")  # small, large: 5.6 and 9 pixels of 32
-SCENE_RADII = torch.tensor([0.09, 0.145], dtype=torch.float32, device="cpu")  # small, large: 5.8 and 9.3 pixels of 64
+# small, large: 5.6 and 9 pixels of 32
+SHAPE_RADII = torch.tensor([0.175, 0.28], dtype=torch.float32, device="cpu")
+# small, large: 5.8 and 9.3 pixels of 64
+SCENE_RADII = torch.tensor([0.09, 0.145], dtype=torch.float32, device="cpu")
 MARGIN = 0.03  # between an object's reach and the border
 GAP = 0.04  # between the reaches of two objects
 
