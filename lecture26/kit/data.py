@@ -7,7 +7,7 @@ import warnings
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from tarfile import TarError
@@ -89,6 +89,18 @@ def load(name: str | Path, split: str = "train", image_size: int | None = None) 
             f"separator, such as './photos'; got {name!r}"
         )
     return LOADERS[name](split, image_size)
+
+
+def check_images(image_sets: Iterable[ImageSet]) -> None:
+    """Look at every image of some sets before they are used; DataError names all that cannot be read."""
+    errors = []
+    for images in image_sets:
+        try:
+            images.check()
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        raise DataError(" ".join(errors))
 
 
 class PixelSet(ImageSet):
@@ -444,6 +456,8 @@ def _common_channels(files: Sequence[Path]) -> int:
         if mode not in EIGHT_BIT_MODES:
             raise DataError(f"{file} has the pixel format {mode!r}: convert it to 8 bits per channel")
         modes.add(mode)
+    if unreadable:  # others may be damaged further on, and all shall be named at once
+        FileImages(files, [0] * len(files), (), 3, DEFAULT_IMAGE_SIZE).check()
     _raise_if_any(unreadable, len(files))
     return 1 if modes <= set(GREY_MODES) else 3
 

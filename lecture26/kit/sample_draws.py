@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class SampleDraws:
-    """Random draws on the CPU for a batch, in which sample n has a generator of its own, seeded with (seed, n).
+    """Random draws for a batch, on the CPU: sample n draws from its own generator, seeded with (seed, n).
 
     Args:
         seed: a non-negative integer, the seed of the run.
