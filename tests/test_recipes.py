@@ -85,6 +85,14 @@ def test_a_checkpoint_of_another_version_is_told(lines):
         recipes.load_model("a_line")
 
 
+@pytest.mark.parametrize("wrong", [{"image_size": "x"}, {"image_size": 0}, {"channels": None}])
+def test_settings_that_are_no_sizes_are_told(lines, wrong):
+    settings = lines.settings() | wrong
+    save_checkpoint("a_line", {"bias": torch.zeros(1)}, CARD | {"recipe": "line", "settings": settings})
+    with pytest.raises(checkpoints.CheckpointError, match=f"its card is damaged .*{next(iter(wrong))} must"):
+        assert recipes.load_recipe("a_line") is None
+
+
 def test_no_diffusion_but_that_of_a_denoiser(lines):
     reader = dataclasses.replace(recipes.find_recipe("reader_digits"), labels={"digit": ("0", "1")})
     card = CARD | {"recipe": "reader", "settings": reader.settings()}

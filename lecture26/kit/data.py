@@ -92,7 +92,7 @@ def load(name: str | Path, split: str = "train", image_size: int | None = None) 
 
 
 def check_images(image_sets: Iterable[ImageSet]) -> None:
-    """Look at every image of some sets before they are used; DataError names all that cannot be read."""
+    """Look at every image of `image_sets` before they are used; DataError names all that cannot be read."""
     errors = []
     for images in image_sets:
         try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lecture26.ddpm import Diffusion
 from lecture26.kit.checkpoints import CheckpointError, load_card, load_state
+from lecture26.kit.validation import check_positive_int
 from lecture26.recipes.recipe import FAMILIES, Recipe
 
 
@@ -41,6 +42,9 @@ class Trained:
         """
         with self._readable():
             recipe = FAMILIES[self.card["recipe"]](**self.card["settings"])
+            check_positive_int("channels", recipe.channels)
+            if recipe.image_size is not None:
+                check_positive_int("image_size", recipe.image_size)
             # What else the settings make; the network is made below.
             for process in ("diffusion", "forward_process"):
                 getattr(recipe, process, None)
