@@ -129,7 +129,7 @@ class GaussianMixture:
     def sample(self, count, generator=None):
         """Draw count points with the generator: (count, D) float64, and their components (count,)."""
         y = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        noise = torch.randn(self.means[y].shape, generator=generator, dtype=torch.float64, device="cpu")
         return self.means[y] + self.stds[y, None] * noise, y
 
     def noisy_components(self, x_t, alpha_bar=1.0):
@@ -416,7 +416,7 @@ class Diffusion:
         second = self.posterior_variance[1:2] if self.num_steps > 1 else betas
         self.log_posterior_variance = torch.cat([second, self.posterior_variance[1:]]).log()
         self.log_large_variance = torch.cat([second, betas[1:]]).log()
-        self._tables = {}  # see _table
+        self._tables = {}  # for each dtype and device, made when they are first asked for
 
     def at(self, t, x):
         """The schedule's numbers at each sample's step, ready for arithmetic with the data.
@@ -433,29 +433,29 @@ class Diffusion:
             ValueError: if t has another shape, or a step outside [0, T).
         """
         check_steps(t, x, self.num_steps)
-        steps, numbers = self._table(at_least_float32(x.dtype), x.device)
+        wanted = at_least_float32(x.dtype), x.device
+        if wanted not in self._tables:
+            self._tables[wanted] = self._table(*wanted)
+        steps, numbers = self._tables[wanted]
         t = t.long().to(x.device)
         per_sample = numbers[t].reshape(len(t), 6, *[1] * (x.ndim - 1))  # (B, 6, 1, ...)
         return StepNumbers(steps[t], *per_sample.unbind(dim=1))
 
     def _table(self, dtype, device):
-        """All of StepNumbers for every step: steps (T,), and a table (T, 6) of a dtype on a device, kept."""
-        if (dtype, device) not in self._tables:
-            # beta is that of the rounded alpha_bar, so that in lower precision, too, all formulas agree
-            alpha_bar, alpha_bar_prev = (
-                table.to(dtype).double() for table in (self.alpha_bar, self.alpha_bar_prev)
-            )
-            columns = (
-                1 - alpha_bar / alpha_bar_prev,
-                alpha_bar,
-                alpha_bar_prev,
-                self.posterior_variance,
-                self.log_posterior_variance,
-                self.log_large_variance,
-            )
-            numbers = torch.stack(columns, dim=1).to(dtype)
-            self._tables[dtype, device] = self.steps.to(device), numbers.to(device)
-        return self._tables[dtype, device]
+        """StepNumbers of all steps: the original ones (T,), and a table (T, 6), of a dtype, on a device."""
+        # beta is that of the rounded alpha_bar, so that in lower precision, too, all formulas agree
+        alpha_bar, alpha_bar_prev = (
+            table.to(dtype).double() for table in (self.alpha_bar, self.alpha_bar_prev)
+        )
+        columns = (
+            1 - alpha_bar / alpha_bar_prev,
+            alpha_bar,
+            alpha_bar_prev,
+            self.posterior_variance,
+            self.log_posterior_variance,
+            self.log_large_variance,
+        )
+        return self.steps.to(device), torch.stack(columns, dim=1).to(dtype).to(device)
 
     def q_sample(self, x_0, t, noise):
         """Draw x_t given x_0 (B, C, ...) at steps t; ValueError unless the normal noise has its shape."""
@@ -793,8 +793,11 @@ def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
     """
     check_shape("noise", noise, x_t.shape, of="the data")
     now = diffusion.at(t, x_t)
-    output = denoiser(x_t, now.t)
-    mean, variance, log_variance, _ = diffusion.reverse_step(output, x_t, now, diffusion.clip)
+    prediction, v = diffusion.split_output(denoiser(x_t, now.t), x_t)
+    x_0 = diffusion.predicted_x_0(prediction, x_t, now.alpha_bar, diffusion.clip)
+    # mu~ with the predicted x_0 in the place of the true one
+    mean = posterior_mean(x_0, x_t, now.beta, now.alpha_bar, now.alpha_bar_prev)
+    variance, log_variance = diffusion.reverse_variance(v, now)
     if mean_shift is not None:
         mean = mean + mean_shift(mean, variance.expand_as(mean), x_t, now.t)
     return ancestral_update(mean, log_variance, noise, t).to(x_t.dtype)
