@@ -81,6 +81,12 @@ def test_every_sampler_is_run_with_every_number_of_steps(study):
     assert all(math.isfinite(run["frechet_distance"]) for run in study["runs"])
 
 
+def test_the_stored_runs_have_as_many_samples_as_the_command_draws():
+    runs = load_results("ddpm_shapes32_steps")["runs"]
+    assert {run["steps"]: run["num_samples"] for run in runs} == measurements.STEPS_NUM_SAMPLES
+    assert len(runs) == 2 * len(measurements.STEPS_NUM_SAMPLES)
+
+
 def test_the_first_batch_is_what_a_notebook_draws_with_seed_0(study):
     """A notebook's small version and the stored measurement are about the same samples."""
     diffusion, network = load_diffusion("drawer"), load_model("drawer")
