@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,7 +83,8 @@ def test_every_sampler_is_run_with_every_number_of_steps(study):
 
 
 def test_the_stored_runs_have_as_many_samples_as_the_command_draws():
-    runs = load_results("ddpm_shapes32_steps")["runs"]
+    stored = Path(__file__).parents[1] / "data/results/ddpm_shapes32_steps.json"
+    runs = json.loads(stored.read_text(encoding="utf-8"))["runs"]
     assert {run["steps"]: run["num_samples"] for run in runs} == measurements.STEPS_NUM_SAMPLES
     assert len(runs) == 2 * len(measurements.STEPS_NUM_SAMPLES)
 
