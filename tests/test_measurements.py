@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,13 @@ def test_every_sampler_is_run_with_every_number_of_steps(study):
     }
     assert all(run["seconds_per_image"] > 0 for run in study["runs"])
     assert all(math.isfinite(run["frechet_distance"]) for run in study["runs"])
+
+
+def test_the_stored_runs_have_as_many_samples_as_the_command_draws():
+    stored = Path(__file__).parents[1] / "data/results/ddpm_shapes32_steps.json"
+    runs = json.loads(stored.read_text(encoding="utf-8"))["runs"]
+    assert {run["steps"]: run["num_samples"] for run in runs} == measurements.STEPS_NUM_SAMPLES
+    assert len(runs) == 2 * len(measurements.STEPS_NUM_SAMPLES)
 
 
 def test_the_first_batch_is_what_a_notebook_draws_with_seed_0(study):
