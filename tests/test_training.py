@@ -1,10 +1,12 @@
 """The training loop: restarts, several processes, settings, and what every draw depends on."""
 
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ import torch
 import training_run
 from torch import nn
 
+from lecture26.ddpm import cosine_betas
+from lecture26.kit.data import load
 from lecture26.kit.files import replace_when_complete
 from lecture26.kit.training import SampleDraws, StateError, learning_rate_factor, train
+from lecture26.recipes import find_recipe
 from lecture26.unet import EMA
 
 PROGRAM = Path(training_run.__file__)
@@ -317,3 +322,69 @@ def test_draws_have_the_distributions_they_name():
     assert (normal.var(dim=0) - 1).abs().max() < 6 * (2 / n) ** 0.5
     # Neighbouring samples, seeded with neighbouring numbers, are uncorrelated.
     assert (normal[1:, 0] * normal[:-1, 0]).mean().abs() < 6 / n**0.5
+
+
+# What steps a denoiser is trained at
+
+
+@pytest.mark.parametrize("name", ["ddpm", "conditional_ddpm_shapes32"])
+@pytest.mark.parametrize("density", ["steps", "signal"])
+def test_steps_are_uniform_in_their_number_or_in_their_signal(name, density):
+    """For "signal" the log SNR is compared with the logistic density, whose distribution is the sigmoid."""
+    count = 20_000
+    recipe = replace(find_recipe(name), density=density)
+    t = recipe.draw_steps(SampleDraws(5, torch.arange(count)))
+    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < 1000
+    alpha_bar = (1 - cosine_betas(1000)).cumprod(0)
+    for step in (30, 200, 500, 700, 900):
+        log_snr = (alpha_bar[step] / (1 - alpha_bar[step])).log()
+        # t <= step where the signal is no less than the step's
+        expected = (step + 1) / 1000 if density == "steps" else 1 - log_snr.sigmoid().item()
+        share = (t <= step).double().mean().item()
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
+
+
+def test_steps_of_uniform_signal_number_the_boundaries_right():
+    """A uniform number u gives the first step whose alpha_bar is no longer above u."""
+
+    class Given:
+        def uniform(self):
+            return torch.tensor([0.999999, 0.5, 0.0])
+
+    recipe = replace(find_recipe("ddpm"), density="signal")
+    alpha_bar = (1 - cosine_betas(1000)).cumprod(0)
+    first, middle, last = recipe.draw_steps(Given()).tolist()
+    assert (first, last) == (0, 999)
+    assert alpha_bar[middle] <= 0.5 < alpha_bar[middle - 1]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "conditional_ddpm_shapes32"])
+def test_batches_hold_the_steps_of_the_density(name):
+    shapes = load("shapes", image_size=32)
+    recipe = find_recipe(name)
+    if name != "ddpm":
+        recipe = recipe.fitted_to(shapes)
+    near_clean = [
+        (replace(recipe, density=density).draw(shapes, SampleDraws(0, torch.arange(400)))["t"] < 250).sum()
+        for density in ("steps", "signal")
+    ]
+    assert near_clean[1] < 0.8 * near_clean[0]  # .15 and .25 are expected: three standard errors apart at .8
+
+
+def test_test_losses_compare_whatever_the_density():
+    shapes = load("shapes", split="test", image_size=32)
+    recipe = replace(
+        find_recipe("ddpm"), model={"base_channels": 8, "channel_multipliers": (1,)}, batch_size=4
+    )
+    losses = []
+    for density in ("steps", "signal"):
+        trained = replace(recipe, density=density)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses.append(trained._test_loss(trained.build(), shapes))
+    assert losses[0] == losses[1]
+
+
+def test_unknown_density_is_refused():
+    with pytest.raises(ValueError, match="density must be one of 'steps', 'signal'; got 'middle'"):
+        replace(find_recipe("ddpm"), density="middle")
