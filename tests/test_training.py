@@ -385,6 +385,14 @@ def test_test_losses_compare_whatever_the_density():
     assert losses[0] == losses[1]
 
 
+def test_settings_name_the_density_only_where_it_is_not_the_old_one():
+    recipe = find_recipe("ddpm")
+    assert "density" not in replace(recipe, density="steps").settings()
+    for density in ("steps", "signal"):
+        chosen = replace(recipe, density=density)
+        assert type(recipe)(**chosen.settings()) == chosen
+
+
 def test_unknown_density_is_refused():
     with pytest.raises(ValueError, match="density must be one of 'steps', 'signal'; got 'middle'"):
         replace(find_recipe("ddpm"), density="middle")

@@ -63,6 +63,13 @@ class DDPM(Recipe):
             )
         return super().fitted_to(images)
 
+    def settings(self) -> dict:
+        """As every recipe's; `density` is among them only where it is not "steps", as it always was once."""
+        settings = super().settings()
+        if self.density == "steps":
+            del settings["density"]
+        return settings
+
     def build(self) -> nn.Module:
         return UNet(self.channels, **self.model)
 
