@@ -396,3 +396,19 @@ def test_settings_name_the_density_only_where_it_is_not_the_old_one():
 def test_unknown_density_is_refused():
     with pytest.raises(ValueError, match="density must be one of 'steps', 'signal'; got 'middle'"):
         replace(find_recipe("ddpm"), density="middle")
+
+
+# A run in parts
+
+
+def test_parts_of_the_model_of_shapes_follow_each_other():
+    parts, recipe = [], find_recipe("ddpm_shapes32")
+    while True:
+        parts.insert(0, recipe)
+        if recipe.start is None:
+            break
+        recipe = find_recipe(recipe.start)
+    assert len({part.name for part in parts}) == len({part.seed for part in parts}) == len(parts) > 1
+    assert [part.decay_to for part in parts] == [1.0] * (len(parts) - 1) + [0.0]
+    alike = {"name": "", "start": None, "seed": 0, "steps": 1, "decay_to": 0.0}
+    assert len({str(replace(part, **alike)) for part in parts}) == 1

@@ -152,15 +152,45 @@ IMAGES_32 = DDPM(
     steps=20_000,
     learning_rate=1e-3,
 )
+# The model of shapes takes longer than one sitting, so it is made in parts. Each begins with the averaged
+# weights of the one before, and draws images and noise of its own. The rate stays the same until the last
+# part, in which it falls to 0.
+SHAPES_32_PART = replace(
+    IMAGES_32,
+    data="shapes",
+    # After equal time the loss was lower with 64 channels at the highest of the three resolutions than with
+    # 32, and no lower with more channels at the others, or more blocks.
+    model={"base_channels": 32, "channel_multipliers": (2, 2, 3), "num_blocks": 1, "patch_size": 2},
+    density="signal",
+    learning_rate=2e-3,
+    decay_to=1.0,
+    ema_decay=0.9995,
+    precision="bf16",  # makes a step 1.4 to 1.9 times as fast
+)
+SHAPES_32_STEPS = (5_000, *[20_000] * 9)  # of the parts before the last
+
+
+def shapes_32_part(number: int) -> DDPM:
+    """One of the parts before the last, counted from 1."""
+    return replace(
+        SHAPES_32_PART,
+        name=f"ddpm_shapes32_part{number}",
+        steps=SHAPES_32_STEPS[number - 1],
+        seed=number,
+        start=f"ddpm_shapes32_part{number - 1}" if number > 1 else None,
+    )
+
+
+SHAPES_32_PARTS = tuple(map(shapes_32_part, range(1, len(SHAPES_32_STEPS) + 1)))
 RECIPES = (
     IMAGES_32,
-    # Trained where bfloat16 made a step 1.4 to 1.9 times as fast.
     replace(
-        IMAGES_32,
+        SHAPES_32_PART,
         name="ddpm_shapes32",
-        data="shapes",
-        model={"base_channels": 32, "channel_multipliers": (1, 2, 3), "num_blocks": 1, "patch_size": 2},
-        steps=22_000,
-        precision="bf16",
+        start=SHAPES_32_PARTS[-1].name,
+        steps=30_000,
+        decay_to=0.0,
+        seed=len(SHAPES_32_PARTS) + 1,
     ),
+    *SHAPES_32_PARTS,
 )
