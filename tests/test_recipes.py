@@ -1,7 +1,8 @@
 """Recipes and checkpoints: how families are found, and what is read of a checkpoint, and how often."""
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,9 +11,13 @@ import torch
 from torch import nn
 
 from lecture26 import recipes
+from lecture26.ddpm import cosine_betas
 from lecture26.kit import checkpoints
 from lecture26.kit.checkpoints import list_checkpoints, save_checkpoint
-from lecture26.recipes.ddpm import DDPM
+from lecture26.kit.data import load
+from lecture26.kit.sample_draws import SampleDraws
+from lecture26.recipes import find_recipe
+from lecture26.recipes.ddpm import DDPM, SHAPES_32_PARTS
 from lecture26.recipes.recipe import FAMILIES, RECIPES, register
 
 CARD = {"command": "", "data": "", "steps": 0, "seconds": 0, "metrics": {}}
@@ -99,3 +104,93 @@ def test_no_diffusion_but_that_of_a_denoiser(lines):
     save_checkpoint("a_reader", {"bias": torch.zeros(1)}, card)
     with pytest.raises(ValueError, match="model must be a denoiser; got 'a_reader', a reader"):
         recipes.load_diffusion("a_reader")
+
+
+# What steps a denoiser is trained at
+
+
+@pytest.mark.parametrize("name", ["ddpm", "conditional_ddpm_shapes32"])
+@pytest.mark.parametrize("density", ["steps", "signal"])
+def test_steps_are_uniform_in_their_number_or_in_their_signal(name, density):
+    """For "signal" the log SNR is compared with the logistic density, whose distribution is the sigmoid."""
+    count = 20_000
+    recipe = replace(find_recipe(name), density=density)
+    t = recipe.draw_steps(SampleDraws(5, torch.arange(count)))
+    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < 1000
+    alpha_bar = (1 - cosine_betas(1000)).cumprod(0)
+    for step in (30, 200, 500, 700, 900):
+        log_snr = (alpha_bar[step] / (1 - alpha_bar[step])).log()
+        # t <= step where the signal is no less than the step's
+        expected = (step + 1) / 1000 if density == "steps" else 1 - log_snr.sigmoid().item()
+        share = (t <= step).double().mean().item()
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
+
+
+def test_steps_of_uniform_signal_number_the_boundaries_right():
+    """A uniform number u gives the first step whose alpha_bar is no longer above u."""
+
+    class Given:
+        def uniform(self):
+            return torch.tensor([0.999999, 0.5, 0.0])
+
+    recipe = replace(find_recipe("ddpm"), density="signal")
+    alpha_bar = (1 - cosine_betas(1000)).cumprod(0)
+    first, middle, last = recipe.draw_steps(Given()).tolist()
+    assert (first, last) == (0, 999)
+    assert alpha_bar[middle] <= 0.5 < alpha_bar[middle - 1]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "conditional_ddpm_shapes32"])
+def test_batches_hold_the_steps_of_the_density(name):
+    shapes = load("shapes", image_size=32)
+    recipe = find_recipe(name)
+    if name != "ddpm":
+        recipe = recipe.fitted_to(shapes)
+    near_clean = [
+        (replace(recipe, density=density).draw(shapes, SampleDraws(0, torch.arange(400)))["t"] < 250).sum()
+        for density in ("steps", "signal")
+    ]
+    assert near_clean[1] < 0.8 * near_clean[0]  # .15 and .25 are expected: three standard errors apart at .8
+
+
+def test_test_losses_compare_whatever_the_density():
+    shapes = load("shapes", split="test", image_size=32)
+    recipe = replace(
+        find_recipe("ddpm"), model={"base_channels": 8, "channel_multipliers": (1,)}, batch_size=4
+    )
+    losses = []
+    for density in ("steps", "signal"):
+        trained = replace(recipe, density=density)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses.append(trained._test_loss(trained.build(), shapes))
+    assert losses[0] == losses[1]
+
+
+def test_settings_name_the_density_only_where_it_is_not_the_old_one():
+    recipe = find_recipe("ddpm")
+    assert "density" not in replace(recipe, density="steps").settings()
+    for density in ("steps", "signal"):
+        chosen = replace(recipe, density=density)
+        assert type(recipe)(**chosen.settings()) == chosen
+
+
+def test_unknown_density_is_refused():
+    with pytest.raises(ValueError, match="density must be one of 'steps', 'signal'; got 'middle'"):
+        replace(find_recipe("ddpm"), density="middle")
+
+
+# A run in parts
+
+
+def test_parts_of_the_model_of_shapes_follow_each_other():
+    parts, recipe = [], SHAPES_32_PARTS[-1]
+    while True:
+        parts.insert(0, recipe)
+        if recipe.start is None:
+            break
+        recipe = find_recipe(recipe.start)
+    assert len({part.name for part in parts}) == len({part.seed for part in parts}) == len(parts) > 1
+    assert [part.decay_to for part in parts] == [1.0] * (len(parts) - 1) + [0.0]
+    alike = {"name": "", "start": None, "seed": 0, "steps": 1, "decay_to": 0.0}
+    assert len({str(replace(part, **alike)) for part in parts}) == 1

@@ -64,7 +64,7 @@ class ConditionalDDPM(DDPM):
         return {
             "x_0": batch["image"],  # (B, C, H, W)
             "cond": labels_after_dropout(self.conditions(batch), null_label, random.uniform(), self.drop),
-            "t": random.integers(self.diffusion_steps),  # (B,)
+            "t": self.draw_steps(random),  # (B,)
             "noise": random.normal(*shape),  # (B, C, H, W)
         }
 
