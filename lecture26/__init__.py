@@ -3,8 +3,8 @@
 One module per chapter, made from the chapter's notebook. Import what you need:
 `from lecture26.ddpm import Diffusion`.
 
-Where the environment variable LECTURE26_MINE names a folder, such as `build/mine` in the course's, all modules
-come from the package that `make mine` has built there, in which functions are the learner's own.
+Where the environment variable LECTURE26_MINE names a folder, such as `build/mine` in the course's, all
+modules come from the package that `make mine` has built there, in which functions are the learner's own.
 """
 
 import os

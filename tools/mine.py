@@ -8,16 +8,13 @@ raises stays the course's. A table says which is whose, and why. Nothing in work
 import argparse
 import builtins
 import json
-import linecache
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import textwrap
-import types
 from collections.abc import Iterable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from course import ROOT, CourseError, module_name, notebook_sources
@@ -48,7 +45,7 @@ To draw with them, let LECTURE26_MINE name the folder:
     %env LECTURE26_MINE={folder}     (the first cell of a notebook, after a restart of its kernel)"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chapter:
     """The text of a chapter's module in the course's package at `root`, and what it defines, by name."""
 
@@ -64,11 +61,20 @@ class Chapter:
         return cls(root, name, text, by_name(statements(text)))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whose an exercise's function is in the package: the learner's, if `own` is there; and why."""
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An exercise of a chapter, and the learner's function for it if there is one."""
 
     task: Task
+    chapter: Chapter
+    own: OwnFunction
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whose an exercise's function is in the package, and why: `own` is there if it is the learner's."""
+
+    exercise: str
     why: str
     own: OwnFunction | None = None
 
@@ -85,68 +91,98 @@ def build(root: Path, limit: float = TIME_LIMIT) -> list[Verdict]:
     """
     if not (root / "work").is_dir():
         raise CourseError("there is no folder work/ with notebooks of yours: `make lab` makes it")
-    verdicts, texts = [], {}
-    for source in notebook_sources(root):
-        found = tasks(source)
-        if found:
-            chapter = Chapter.read(root, module_name(source))
-            of_chapter = judge_chapter(chapter, found, own_notebooks(root / "work", source), limit)
-            verdicts += of_chapter
-            own = {verdict.task.function: verdict.own for verdict in of_chapter if verdict.own}
-            if own:
-                texts[chapter.name] = with_own_functions(chapter, own)
-    ledger = {verdict.task.name: verdict.own.place for verdict in verdicts if verdict.own}
-    write_package(root, texts, ledger)
-    return verdicts
-
-
-def judge_chapter(
-    chapter: Chapter, found: list[Task], notebooks: list[OwnNotebook], limit: float
-) -> list[Verdict]:
-    """The verdicts on the exercises of a chapter."""
-    accepted: dict[str, OwnFunction] = {}
     verdicts = []
-    for task in found:
-        if task.function not in chapter.known:
-            raise task.cell.error(
-                1, f"lecture26/{chapter.name}.py has no {task.function}: run `make package`"
-            )
-        own = first_filled_in(notebooks, task, chapter)
-        problem = own.problem or obstacle(own, task, chapter, accepted.values())
+    accepted: dict[Chapter, dict[str, OwnFunction]] = {}
+    for candidate, fault in checked_apart(root, candidates(root), limit):
+        of_chapter = accepted.setdefault(candidate.chapter, {})
+        problem = fault or clash(candidate.own, of_chapter.values())
         if problem is None:
-            text = with_own_functions(chapter, {task.function: own})
-            problem = check_apart(chapter, task, text, limit)
-            # exercises call each other, and each is checked with the course's others
-            hidden = [name for name in own.hidden if name not in {other.function for other in found}]
-            if problem and hidden:
-                problem += f"; {', '.join(hidden)} in it is the course's: call your own by another name"
-        if problem is None:
-            accepted[task.function] = own
-        verdicts.append(Verdict(task, problem) if problem else Verdict(task, own.place, own))
+            of_chapter[candidate.task.function] = candidate.own
+            verdicts.append(Verdict(candidate.task.name, candidate.own.place, candidate.own))
+        else:
+            verdicts.append(Verdict(candidate.task.name, problem))
+    texts = {chapter.name: with_own_functions(chapter, own) for chapter, own in accepted.items() if own}
+    write_package(root, texts, {verdict.exercise: verdict.why for verdict in verdicts if verdict.own})
     return verdicts
 
 
-def first_filled_in(notebooks: list[OwnNotebook], task: Task, chapter: Chapter) -> OwnFunction:
-    """The function from the first notebook in which it is filled in, or what the first says of it."""
+def candidates(root: Path) -> list[Candidate]:
+    """All exercises of the course, each with the learner's function or what keeps it from being taken."""
+    found = []
+    for source in notebook_sources(root):
+        of_notebook = tasks(source)
+        if of_notebook:
+            chapter = Chapter.read(root, module_name(source))
+            notebooks = own_notebooks(root / "work", source)
+            found += [Candidate(task, chapter, first_own(notebooks, task, chapter)) for task in of_notebook]
+    return found
+
+
+def first_own(notebooks: list[OwnNotebook], task: Task, chapter: Chapter) -> OwnFunction:
+    """The function of the first notebook in which it is filled in, or what the first says of it."""
+    if task.function not in chapter.known:
+        raise task.cell.error(1, f"lecture26/{chapter.name}.py has no {task.function}: run `make package`")
     choices = [own_function(notebook, task.function, chapter.known) for notebook in notebooks]
-    return next((own for own in choices if own.problem is None), choices[0])
+    own = next((own for own in choices if own.problem is None), choices[0])
+    return own if own.problem else replace(own, problem=obstacle(own, task, chapter))
 
 
-def obstacle(own: OwnFunction, task: Task, chapter: Chapter, accepted: Iterable[OwnFunction]) -> str | None:
+def obstacle(own: OwnFunction, task: Task, chapter: Chapter) -> str | None:
     """Why a function cannot take the place of the course's, whatever it computes; None if it can."""
     ours, theirs = parameters(chapter.known[task.function].node), parameters(own.definition.node)
     if ours != theirs:
         return f"its parameters are {theirs}, the course's {ours}"
+    for name in sorted(name for statement in own.needs for name in statement.bound):
+        if name in chapter.known:
+            return f"with what it needs comes {name}, too, which is a name of the course's: set it elsewhere"
+        if hasattr(builtins, name):
+            return f"it needs your {name}, which is a name of Python's own: choose another"
+    return None
+
+
+def clash(own: OwnFunction, accepted: Iterable[OwnFunction]) -> str | None:
+    """Why a function cannot stand in one module with others of the learner's; None if it can."""
     taken = by_name(statement for other in accepted for statement in other.needs)
     for statement in own.needs:
-        for name in sorted(statement.bound):
-            if name in chapter.known:
-                return f"what it needs also sets {name}, which the course's chapter uses"
-            if hasattr(builtins, name):
-                return f"it needs your own {name}, which is a name of Python's: call it otherwise"
-            if name in taken and not same(taken[name], statement):
-                return f"it needs another {name} than an exercise above: call one of the two otherwise"
+        for name in sorted(statement.bound & taken.keys()):
+            if not same(taken[name], statement):
+                return f"its {name} is another than that of an exercise above: choose another name"
     return None
+
+
+def checked_apart(root: Path, found: list[Candidate], limit: float) -> list[tuple[Candidate, str | None]]:
+    """Each exercise with what is wrong with the learner's function, or None; nothing runs in this process."""
+    to_check = [candidate for candidate in found if candidate.own.problem is None]
+    jobs = [job(candidate) for candidate in to_check]
+    environment = {name: value for name, value in os.environ.items() if name != "LECTURE26_MINE"}
+    command = [sys.executable, Path(__file__).with_name("check_apart.py"), str(root), str(limit)]
+    answer = "[]"
+    if jobs:  # where nothing is filled in, nothing needs torch
+        answer = subprocess.run(
+            command, input=json.dumps(jobs), stdout=subprocess.PIPE, text=True, check=True, env=environment
+        ).stdout
+    faults = dict(zip(to_check, json.loads(answer), strict=True))
+    return [
+        (candidate, candidate.own.problem or about(candidate, faults[candidate], found))
+        for candidate in found
+    ]
+
+
+def job(candidate: Candidate) -> dict[str, str]:
+    """What is to be checked: the course's module with this one function of the learner's."""
+    task = candidate.task
+    text = with_own_functions(candidate.chapter, {task.function: candidate.own})
+    return {"name": task.name, "function": task.function, "text": text}
+
+
+def about(candidate: Candidate, fault: str | None, found: list[Candidate]) -> str | None:
+    """What is wrong with a function, and which names in it mean another thing than in the notebook."""
+    # exercises call each other, and each is checked with the course's others
+    exercises = {other.task.function for other in found if other.chapter is candidate.chapter}
+    hidden = [name for name in candidate.own.hidden if name not in exercises]
+    if fault is None or not hidden:
+        return fault
+    return f"{fault.rstrip('.')}. {', '.join(hidden)} in it is the course's: choose another name for your own"
 
 
 def with_own_functions(chapter: Chapter, own: dict[str, OwnFunction]) -> str:
@@ -171,74 +207,6 @@ def with_own_functions(chapter: Chapter, own: dict[str, OwnFunction]) -> str:
     return HEAD + "\n".join(lines) + "\n"
 
 
-def check_apart(chapter: Chapter, task: Task, text: str, limit: float) -> str | None:
-    """Check a function of a module's text in a process of its own: what is wrong with it, or None."""
-    context = processes()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(
-        target=report_check, args=(chapter.root, chapter.name, task, text, theirs), daemon=True
-    )
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(limit) else f"its check has not ended after {limit:g} s"
-    except EOFError:
-        return "its check has ended the whole process"
-    finally:
-        process.kill()
-        process.join()
-
-
-def processes() -> multiprocessing.context.BaseContext:
-    """How processes are begun: where the system can, by forks of one that has imported torch."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch"])
-    return context
-
-
-def report_check(root: Path, module: str, task: Task, text: str, report: Connection) -> None:
-    """Send what is wrong with a function of a module's text, or None; the course's own is the reference."""
-    os.environ.pop("LECTURE26_MINE", None)
-    sys.path.insert(0, str(root))
-    silence()
-    try:
-        report.send(fault(module, task, text))
-    except BaseException as error:  # of any kind: sys.exit, too, is the learner's
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        report.send(f"its cells raise {what}")
-
-
-def silence() -> None:
-    """Send all that this process prints nowhere."""
-    with open(os.devnull, "w") as nowhere:
-        for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)
-
-
-def fault(module: str, task: Task, text: str) -> str | None:
-    """What the check finds wrong with a function of a module's text; None if it passes."""
-    candidate = types.ModuleType(f"own_{module}")
-    sys.modules[candidate.__name__] = candidate  # dataclasses look their module up
-    filename = f"<{candidate.__name__}>"
-    linecache.cache[filename] = (
-        len(text),
-        None,
-        text.splitlines(keepends=True),
-        filename,
-    )  # to quote its lines
-    exec(compile(text, filename, "exec"), candidate.__dict__)
-    from lecture26.checks import check
-
-    result = check(task.name, getattr(candidate, task.function))
-    if result:
-        return None
-    message = getattr(result, "message", "").splitlines()
-    mistake = getattr(result, "misconception", None)
-    return f"it is wrong: {mistake}" if mistake else " ".join(["it is wrong.", *message[1:2]])
-
-
 def write_package(root: Path, texts: dict[str, str], ledger: dict[str, str]) -> None:
     """Put a copy of the course's package with these texts of modules into root/build/mine."""
     new = root / FOLDER.with_suffix(".part")
@@ -254,11 +222,11 @@ def write_package(root: Path, texts: dict[str, str], ledger: dict[str, str]) -> 
 
 def table(verdicts: list[Verdict]) -> str:
     """A line for each exercise: its name, whose function is taken, and from where or why."""
-    width = max(len(verdict.task.name) for verdict in verdicts)
+    width = max(len(verdict.exercise) for verdict in verdicts)
     rows = []
     for verdict in verdicts:
         whose = "yours" if verdict.own else "the course's"
-        beginning = f"{verdict.task.name:{width}}  {whose:12}  "
+        beginning = f"{verdict.exercise:{width}}  {whose:12}  "
         rows += textwrap.wrap(
             verdict.why, 120, initial_indent=beginning, subsequent_indent=" " * len(beginning)
         )

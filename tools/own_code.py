@@ -97,19 +97,20 @@ def tasks(source: Path) -> list[Task]:
 
 def checked(cell: Cell) -> tuple[str, str]:
     """The exercise and the function that a cell gives to `check`."""
-    for node in ast.walk(parsed(cell.source)):
+    for node in ast.walk(ast.parse(without_magics(cell.source))):
         match node:
             case ast.Call(func=ast.Name("check"), args=[ast.Constant(str(name)), ast.Name(function)]):
                 return name, function
     raise cell.error(1, 'an exercise\'s check is called as check("chapter.function", function)')
 
 
-def parsed(source: str) -> ast.Module:
-    """The syntax tree of a cell, with `pass` for each of its magics; SyntaxError if that is no Python."""
+def without_magics(source: str) -> str:
+    """A cell's text, with `pass` for each of its magics if it is no Python with them."""
     try:
-        return ast.parse(source)
+        ast.parse(source)
     except SyntaxError:
-        return ast.parse(MAGIC.sub(r"\1pass", source))
+        return MAGIC.sub(r"\1pass", source)
+    return source
 
 
 def own_notebooks(work: Path, source: Path) -> list[OwnNotebook]:
@@ -152,7 +153,8 @@ def own_cell(number: int, source: str, tags: tuple[str, ...]) -> OwnCell:
 
 def statements(source: str, cell: int = 0) -> Iterator[Statement]:
     """The statements at the top level of a piece of Python."""
-    for node in parsed(source).body:
+    source = without_magics(source)
+    for node in ast.parse(source).body:
         for part in parts(node):
             text = ast.unparse(part) if part is not node else text_of(source, node)
             yield Statement(cell, part, text, *names_in(text))
@@ -215,9 +217,8 @@ def own_function(notebook: OwnNotebook, function: str, known: Mapping[str, State
     defining = [(cell, s) for cell in cells for s in cell.statements if defines(s, function)]
     filled = [(cell, s) for cell, s in defining if not is_unsolved(s.node)]
     if not filled:
-        broken = [cell.problem for cell in cells if cell.problem and f"def {function}(" in cell.source]
         missing = "it is not filled in" if defining else f"no cell of {notebook.path} defines it"
-        return OwnFunction(notebook.path, problem=broken[-1] if broken else missing)
+        return OwnFunction(notebook.path, problem=[missing, *broken(notebook, function)][-1])
     cell, definition = max(filled, key=lambda found: ("exercise" in found[0].tags, found[0].number))
     # of two statements that set a name, the one in its own cell counts, else the last
     where = by_name(s for other in (*cells, cell) for s in other.statements)
@@ -231,6 +232,11 @@ def own_function(notebook: OwnNotebook, function: str, known: Mapping[str, State
     ]
     in_order = sorted(needs, key=lambda s: (s.cell, s.node.lineno))
     return OwnFunction(notebook.path, definition, tuple(in_order), tuple(hidden))
+
+
+def broken(notebook: OwnNotebook, function: str) -> list[str]:
+    """What is wrong with the cells that seem to define a function, but are no Python."""
+    return [cell.problem for cell in notebook.cells if cell.problem and f"def {function}(" in cell.source]
 
 
 def by_name(found: Iterable[Statement]) -> dict[str, Statement]:

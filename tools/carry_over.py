@@ -1,0 +1,95 @@
+"""Carry what a learner has solved from an old copy of a notebook into a new one, exercise by exercise."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+
+from own_code import (
+    OwnFunction,
+    OwnNotebook,
+    Statement,
+    Task,
+    broken,
+    by_name,
+    defines,
+    is_unsolved,
+    own_cell,
+    own_function,
+    parameters,
+    tasks,
+    text_of,
+)
+
+
+def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> list[str]:
+    """Put the functions of an old copy into the exercises of a fresh one; returns a line for each exercise.
+
+    The lines say what was carried over, and what was not and why; exercises that were open have none.
+    """
+    of_chapter = tasks(source)
+    cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
+    statements = {id(cell): own_cell(0, cell.source, tags_of(cell)).statements for cell in cells}
+    known = by_name(statement for found in statements.values() for statement in found)
+    lines = []
+    for task in of_chapter:
+        cell = next(c for c in cells if any(defines(s, task.function) for s in statements[id(c)]))
+        lines += carry_function(old, cell, task, known)
+    return lines + [
+        f"  not carried over: {name}, which is no exercise of the chapter any more"
+        for name in sorted(exercises_in(old) - {task.function for task in of_chapter})
+    ]
+
+
+def carry_function(
+    old: OwnNotebook, cell: nbformat.NotebookNode, task: Task, known: dict[str, Statement]
+) -> list[str]:
+    """Put one function into its exercise's cell, with what it needs; returns what there is to say of it."""
+    own = own_function(old, task.function, known)
+    if own.problem is not None:
+        problems = broken(old, task.function)
+        return [f"  not carried over: {task.name}: {problem}" for problem in problems[-1:]]
+    given = known[task.function].node
+    before, now = parameters(own.definition.node), parameters(given)
+    if before != now:
+        return [f"  not carried over: {task.name}: its parameters were {before}, and are {now} now"]
+    text = text_of(cell.source, given)
+    whole = [*(statement.text for statement in own.needs), with_docstring_of(own, text)]
+    cell.source = cell.source.replace(text, "\n\n\n".join(whole))
+    names = [name for name in own.hidden if name not in exercises_in(old)]
+    return [f"  carried over {task.name}" + (f"; {', '.join(names)} in it is the chapter's" if names else "")]
+
+
+def with_docstring_of(own: OwnFunction, given: str) -> str:
+    """The learner's function with the docstring of the one that is given, where both have one."""
+    ours, theirs = (docstring(ast.parse(text).body[0]) for text in (own.definition.text, given))
+    if ours is None or theirs is None:
+        return own.definition.text
+    lines, given_lines = own.definition.text.split("\n"), given.split("\n")
+    lines[ours.lineno - 1 : ours.end_lineno] = given_lines[theirs.lineno - 1 : theirs.end_lineno]
+    return "\n".join(lines)
+
+
+def docstring(function: ast.FunctionDef) -> ast.stmt | None:
+    """The docstring of a function, if it has one that fills its lines."""
+    first, *rest = function.body
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    if not is_text or not isinstance(first.value.value, str) or first.lineno == function.lineno:
+        return None
+    return None if rest and rest[0].lineno == first.end_lineno else first
+
+
+def exercises_in(old: OwnNotebook) -> set[str]:
+    """The functions that are filled in in the cells tagged as exercises."""
+    return {
+        statement.node.name
+        for cell in old.cells
+        if "exercise" in cell.tags
+        for statement in cell.statements
+        if isinstance(statement.node, ast.FunctionDef) and not is_unsolved(statement.node)
+    }
+
+
+def tags_of(cell: nbformat.NotebookNode) -> tuple[str, ...]:
+    """The tags of a cell of a notebook."""
+    return tuple(cell.metadata.get("tags", ()))
