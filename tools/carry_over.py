@@ -28,23 +28,36 @@ def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> 
     The lines say what was carried over, and what was not and why; exercises that were open have none.
     """
     of_chapter = tasks(source)
-    cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
+    functions = {task.function for task in of_chapter}
+    cells = [cell for cell in fresh.cells if cell.cell_type == "code" and "finished" not in tags_of(cell)]
     statements = {id(cell): own_cell(0, cell.source, tags_of(cell)).statements for cell in cells}
     known = by_name(statement for found in statements.values() for statement in found)
     lines = []
     for task in of_chapter:
         cell = next(c for c in cells if any(defines(s, task.function) for s in statements[id(c)]))
-        lines += carry_function(old, cell, task, known)
+        lines += carry_function(old, cell, task, known, functions)
     return lines + [
         f"  not carried over: {name}, which is no exercise of the chapter any more"
-        for name in sorted(exercises_in(old) - {task.function for task in of_chapter})
+        for name in gone(old, functions)
     ]
 
 
 def carry_function(
-    old: OwnNotebook, cell: nbformat.NotebookNode, task: Task, known: dict[str, Statement]
+    old: OwnNotebook,
+    cell: nbformat.NotebookNode,
+    task: Task,
+    known: dict[str, Statement],
+    functions: set[str],
 ) -> list[str]:
-    """Put one function into its exercise's cell, with what it needs; returns what there is to say of it."""
+    """Put one function into its exercise's cell, with what it needs; returns what there is to say of it.
+
+    Args:
+        old: the learner's old copy.
+        cell: of the new copy, in which the function is to be filled in; it is changed.
+        task: the exercise.
+        known: what the new copy defines, by name.
+        functions: those of all exercises of the chapter.
+    """
     own = own_function(old, task.function, known)
     if own.problem is not None:
         problems = broken(old, task.function)
@@ -56,7 +69,7 @@ def carry_function(
     text = text_of(cell.source, given)
     whole = [*(statement.text for statement in own.needs), with_docstring_of(own, text)]
     cell.source = cell.source.replace(text, "\n\n\n".join(whole))
-    names = [name for name in own.hidden if name not in exercises_in(old)]
+    names = [name for name in own.hidden if name not in functions]
     return [f"  carried over {task.name}" + (f"; {', '.join(names)} in it is the chapter's" if names else "")]
 
 
@@ -79,15 +92,14 @@ def docstring(function: ast.FunctionDef) -> ast.stmt | None:
     return None if rest and rest[0].lineno == first.end_lineno else first
 
 
-def exercises_in(old: OwnNotebook) -> set[str]:
-    """The functions that are filled in in the cells tagged as exercises."""
-    return {
-        statement.node.name
-        for cell in old.cells
-        if "exercise" in cell.tags
-        for statement in cell.statements
-        if isinstance(statement.node, ast.FunctionDef) and not is_unsolved(statement.node)
-    }
+def gone(old: OwnNotebook, functions: set[str]) -> list[str]:
+    """What is filled in in the cells tagged as exercises that define none of these functions."""
+    found = []
+    for cell in old.cells:
+        own = [s.node for s in cell.statements if isinstance(s.node, ast.FunctionDef)]
+        if "exercise" in cell.tags and functions.isdisjoint(node.name for node in own):
+            found += [node.name for node in own if not is_unsolved(node)]
+    return found
 
 
 def tags_of(cell: nbformat.NotebookNode) -> tuple[str, ...]:
