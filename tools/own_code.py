@@ -220,16 +220,19 @@ def own_function(notebook: OwnNotebook, function: str, known: Mapping[str, State
         missing = "it is not filled in" if defining else f"no cell of {notebook.path} defines it"
         return OwnFunction(notebook.path, problem=[missing, *broken(notebook, function)][-1])
     cell, definition = max(filled, key=lambda found: ("exercise" in found[0].tags, found[0].number))
-    # of two statements that set a name, the one in its own cell counts, else the last
-    where = by_name(s for other in (*cells, cell) for s in other.statements)
+    # Of the statements that set a name, the one that the function meets when the notebook runs from top to
+    # bottom: the last in its own cell or above. Only what is not there comes from below.
+    position = cells.index(cell)
+    in_turn = (*reversed(cells[position + 1 :]), *cells[: position + 1])
+    where = by_name(s for other in in_turn for s in other.statements)
     needs: set[Statement] = set()
     read = set(definition.used)
     while new := {where[name] for name in read - known.keys() - {function} if name in where} - needs:
         needs |= new
         read = read.union(*(statement.used for statement in new))
-    hidden = [
-        n for n in sorted(read - {function}) if n in known and n in where and not same(where[n], known[n])
-    ]
+    # what stands in the chapter's other exported cells is the course's there, too
+    own = by_name(s for c in cells if "export" not in c.tags or "exercise" in c.tags for s in c.statements)
+    hidden = [n for n in sorted(read & own.keys() & known.keys() - {function}) if not same(own[n], known[n])]
     in_order = sorted(needs, key=lambda s: (s.cell, s.node.lineno))
     return OwnFunction(notebook.path, definition, tuple(in_order), tuple(hidden))
 
