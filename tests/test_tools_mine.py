@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell
 import editions
 import mine
 from course import ROOT
+from lecture26.kit.own_package import NOT_BUILT
 
 SAMPLE = ROOT / "tests" / "sample_course"
 RIGHT = "return [math.exp(-rate * t) for t in times]"
@@ -330,6 +331,41 @@ def test_sampling_runs_the_learners_functions_and_draws_the_same(own_package):
         samples, printed = run_python(root, DRAW, LECTURE26_MINE=folder)
         assert printed.count("my own step") == 5
         assert samples == course_samples  # the data folder too is the course's
+
+
+@pytest.mark.slow
+def test_command_line_draws_with_the_learners_functions(own_package):
+    root, verdicts = own_package
+    own = [name for name, found in verdicts.items() if found.own]
+    program = """
+import runpy, sys
+from lecture26.kit.own_package import own_functions, run_on_own_package
+print(own_functions())
+words = ["sample", "--model", "ddpm_shapes32", "--count", "1", "--steps", "2", "--out"]
+print(run_on_own_package(*words, "first.png"))
+try:
+    run_on_own_package("checkpoints", "nome")
+except RuntimeError as error:
+    print(error)
+sys.argv[1:] = [*words, "second.png"]
+runpy.run_module("lecture26", run_name="__main__")
+"""
+    shipped = {"LECTURE26_DATA": str(ROOT / "data")}
+    said, printed = run_python(root, program, LECTURE26_MINE="build/mine", **shipped)
+    assert said.splitlines()[0] == str(own)
+    assert said.splitlines()[1] == f"This ran on functions of yours: {', '.join(own)}."
+    assert said.splitlines()[2].startswith("`lecture26 checkpoints nome` failed: error: ")
+    assert printed.count("my own step") == 2
+    assert (root / "first.png").read_bytes() == (root / "second.png").read_bytes()
+    # without a package of one's own, the same command runs on the course
+    ledger = root / "build" / "mine" / "lecture26" / mine.LEDGER
+    ledger.rename(root / "ledger.json")
+    try:
+        said, printed = run_python(root, program, LECTURE26_MINE="", **shipped)
+    finally:
+        (root / "ledger.json").rename(ledger)
+    assert said.splitlines()[:2] == ["[]", NOT_BUILT]
+    assert "my own step" not in printed
 
 
 @pytest.mark.slow
