@@ -6,7 +6,7 @@ Generated from notebooks/05_classifier_free_guidance.py, which derives and check
 
 import torch
 
-from lecture26.ddpm import GaussianMixture, exact_denoiser
+from lecture26.ddpm import GaussianMixture, at_least_float32, exact_denoiser
 
 # --- The classifier that was there already ---
 
@@ -47,7 +47,7 @@ def exact_conditional_denoiser(mixture, diffusion):
 
     def denoiser(x_t, t, cond):
         outputs = torch.stack([each(x_t, t) for each in denoisers], dim=1)  # (B, K + 1, D)
-        return outputs[torch.arange(len(cond), device=cond.device), cond]
+        return outputs[torch.arange(len(cond), device=cond.device), cond.long()]
 
     return denoiser
 
@@ -160,19 +160,23 @@ def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=N
 
     def guided(x_t, t):
         both_conds = stacked_conditions(cond, null_cond, len(x_t))
-        is_idle = interval is not None and not ((t >= interval[0]) & (t <= interval[1])).any()
+        steps = t.long()  # smaller integers would wrap the interval's ends round
+        is_idle = interval is not None and not ((steps >= interval[0]) & (steps <= interval[1])).any()
         if w == 0 or is_idle:
             return denoiser(x_t, t, cond)
         outputs = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both_conds)  # (2 B, C or 2 C, ...)
         output_cond, output_null = outputs.chunk(2)
         channels = x_t.shape[1]
-        cond_part, null_part = output_cond[:, :channels], output_null[:, :channels]
+        # the difference is multiplied, and so would be what half precision rounds
+        cond_part, null_part = (
+            output[:, :channels].to(at_least_float32(output.dtype)) for output in (output_cond, output_null)
+        )
         mixed = cfg_combine(cond_part, null_part, w)
         if rescale:
             mixed = rescaled(mixed, cond_part, rescale)
         if interval is not None:
-            mixed = within_interval(mixed, cond_part, t, *interval)
-        return torch.cat([mixed, output_cond[:, channels:]], dim=1)
+            mixed = within_interval(mixed, cond_part, steps, *interval)
+        return torch.cat([mixed.to(outputs.dtype), output_cond[:, channels:]], dim=1)
 
     return guided
 
@@ -212,8 +216,9 @@ def drop_labels(y, null_label, p, generator=None):
         Like y; y itself is not changed.
 
     Raises:
-        TypeError: if y does not hold integers.
-        ValueError: if p lies outside [0, 1], y has another shape, or there are not as many null labels.
+        TypeError: if y or null_label does not hold integers.
+        ValueError: if p lies outside [0, 1], y has another shape, there are not as many null labels, or one
+            is too large for y's type.
 
     Source: Ho and Salimans 2022, algorithm 1.
     """
@@ -221,7 +226,11 @@ def drop_labels(y, null_label, p, generator=None):
         raise TypeError(f"y must hold integers; got {y.dtype}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability in [0, 1]; got {p}")
-    null_label = torch.as_tensor(null_label, dtype=y.dtype, device=y.device)
+    null_label = torch.as_tensor(null_label, device=y.device)
+    if null_label.is_floating_point() or null_label.dtype == torch.bool:
+        raise TypeError(f"null_label must be of integers; got {null_label.tolist()}")
+    if (null_label > torch.iinfo(y.dtype).max).any():
+        raise ValueError(f"null_label must fit into {y.dtype}, as y does; got {null_label.tolist()}")
     if y.ndim not in (1, 2) or null_label.shape != y.shape[1:]:
         raise ValueError(
             "y must have shape (B,) with one null label, or (B, L) with L of them; "
@@ -229,7 +238,7 @@ def drop_labels(y, null_label, p, generator=None):
         )
     device = y.device if generator is None else generator.device
     u = torch.rand(len(y), generator=generator, device=device).to(y.device)  # (B,)
-    return labels_after_dropout(y, null_label, u, p)
+    return labels_after_dropout(y, null_label.to(y.dtype), u, p)
 
 
 # --- Too much contrast ---

@@ -189,13 +189,7 @@ def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
 
 
 def posterior_variance(beta, alpha_bar, alpha_bar_prev):
-    """Variance of x_{t-1} given x_t and x_0.
-
-    Args:
-        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; any one shape.
-
-    Returns:
-        beta~_t, the same shape. At the first step, where alpha_bar_prev = 1, it is 0.
+    """beta~, the variance of x_{t-1} given x_t and x_0; beta, alpha_bar, alpha_bar_prev as for its mean.
 
     Source: Ho et al. 2020, equation 7.
     """
@@ -224,17 +218,32 @@ def eps_from_x_0(x_t, alpha_bar, x_0):
     return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 
 
+def exact_prediction(score, x_t, alpha_bar, target):
+    """The expectation, given x_t, of what a denoiser is trained to return.
+
+    Args:
+        score: callable (x_t, alpha_bar) -> gradient of log q(x_t), like x_t.
+        x_t: noisy data, (B, ...).
+        alpha_bar: at each sample's step, broadcastable to x_t, in (0, 1).
+        target: callable (x_0, alpha_bar, eps) -> what the denoiser should return, linear in x_0 and eps.
+
+    Returns:
+        The expected target, like x_t.
+
+    Source: Efron 2011, equation 1.4 (Tweedie's formula).
+    """
+    # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
+    eps = -(1 - alpha_bar).sqrt() * score(x_t, alpha_bar)
+    # given x_t, E[x_0 | x_t] goes with it
+    x_0 = x_0_from_eps(x_t, alpha_bar, eps)
+    return target(x_0, alpha_bar, eps)
+
+
 # --- The bound ---
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL divergence from the first normal to the second, KL(N_1 || N_2), for each element.
-
-    Args:
-        mean_1, log_variance_1, mean_2, log_variance_2: tensors that broadcast against each other.
-
-    Returns:
-        The divergences in nats, of the broadcast shape, at least 0.
+    """KL(N_1 || N_2) of normals with mean_1, log_variance_1 and mean_2, log_variance_2, elementwise, in nats.
 
     Source: Ho et al. 2020, equation 5 needs it; Kingma and Welling 2014, appendix B.
     """
@@ -248,15 +257,7 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
 
 
 def learned_range_log_variance(v, beta, log_posterior_variance):
-    """Log-variance between its two bounds, as a network's output chooses.
-
-    Args:
-        v: the network's variance output, -1 for the lower bound and 1 for the upper; not clamped.
-        beta: upper bound, broadcastable to v.
-        log_posterior_variance: logarithm of the lower bound, beta~, broadcastable to v.
-
-    Returns:
-        log sigma_t^2, like v.
+    """log sigma_t^2 between log_posterior_variance, at v = -1, and log beta, at v = 1; all broadcast to v.
 
     Source: Nichol and Dhariwal 2021, equation 15.
     """
@@ -656,11 +657,17 @@ class Diffusion:
         """
         check_shape("noise", noise, x_0.shape, of="the data")
         now = self.at(t, x_0)
-        x_t = q_sample(x_0, now.alpha_bar, noise).to(x_0.dtype)
-        prediction, v = self.split_output(denoiser(x_t, now.t), x_t)
-        loss = F.mse_loss(prediction.to(x_0.dtype), self.target(x_0, now.alpha_bar, noise))
+        seen = {}  # by the one call of the denoiser, for the bound
+
+        def prediction_alone(x_t, t):
+            seen["x_t"] = x_t.to(x_0.dtype)
+            seen["prediction"], seen["v"] = self.split_output(denoiser(seen["x_t"], t), x_t)
+            return seen["prediction"].to(x_0.dtype)
+
+        loss = simple_loss(prediction_alone, x_0, now.t, noise, now.alpha_bar, self.target)
         if self.variance == "learned_range":
-            frozen = torch.cat([prediction.detach(), v], dim=1)
+            x_t = seen["x_t"]
+            frozen = torch.cat([seen["prediction"].detach(), seen["v"]], dim=1)
             reverse = self.reverse_step(frozen, x_t, now, clip=False)
             nats = self.bound_term(reverse, x_0, x_t, t, discretized_log_likelihood)  # (B,)
             bits_per_dim = nats.mean() / x_0.shape[1:].numel() / math.log(2)
@@ -687,13 +694,35 @@ class Diffusion:
         check_positive_int("num_steps", num_steps)
         if not 2 <= num_steps <= self.num_steps:
             raise ValueError(f"num_steps must lie in [2, {self.num_steps}]; got num_steps={num_steps}")
-        evenly = torch.linspace(0, self.num_steps - 1, num_steps, dtype=torch.float64, device="cpu")
-        steps = evenly.round().long()
-        betas = respaced_betas(self.alpha_bar, steps)
+        betas, steps = respacing(self.alpha_bar, self.steps, num_steps)
         respaced = Diffusion(betas, self.prediction, self.variance, self.clip)
-        respaced.base = self.base
-        respaced.steps = self.steps[steps]
+        respaced.base, respaced.steps = self.base, steps
         return respaced
+
+
+# --- From the bound to the simple loss ---
+
+
+def simple_loss(denoiser, x_0, t, noise, alpha_bar, target):
+    """The mean squared error of a denoiser's predictions on a batch of noisy data.
+
+    Args:
+        denoiser: callable (x_t, t) -> prediction, like x_0.
+        x_0: clean data, (B, ...).
+        t: each sample's step, (B,), as the denoiser is told it.
+        noise: standard normal, like x_0.
+        alpha_bar: at each sample's step, broadcastable to x_0, in (0, 1).
+        target: callable (x_0, alpha_bar, eps) -> what the denoiser should return, like x_0.
+
+    Returns:
+        A scalar, the mean over samples and elements.
+
+    Source: Ho et al. 2020, algorithm 1 and equation 14.
+    """
+    x_t = q_sample(x_0, alpha_bar, noise)
+    prediction = denoiser(x_t, t)
+    # || target - prediction ||^2, averaged
+    return F.mse_loss(prediction, target(x_0, alpha_bar, noise))
 
 
 # --- Ancestral sampling ---
@@ -739,6 +768,9 @@ def ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
     # x_{t-1} = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma z
     direction = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
     return alpha_bar_prev.sqrt() * x_0 + direction + variance.sqrt() * noise
+
+
+# --- From noise to data ---
 
 
 def ddpm_step(diffusion, denoiser, x_t, t, noise, mean_shift=None):
@@ -797,6 +829,27 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
     return ddim_update(x_0, eps, now.alpha_bar, now.alpha_bar_prev, eta, noise).to(x_t.dtype)
 
 
+def reverse_chain(step, x_T, num_steps, noise_at):
+    """Go back from pure noise to data, one step after the other.
+
+    Args:
+        step: callable (x_t, t, noise) -> x_{t-1}, with t (B,) integers.
+        x_T: noise to start from, (B, ...).
+        num_steps: T; the steps are counted from T - 1 down to 0.
+        noise_at: callable (index) -> the noise of the step of that number, like x_T.
+
+    Returns:
+        x_0, like x_T.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+    x_t = x_T
+    for index in reversed(range(num_steps)):
+        t = torch.full((len(x_t),), index, device=x_t.device)
+        x_t = step(x_t, t, noise_at(index))
+    return x_t
+
+
 def noise_like(x, generator):
     """Standard normal noise like x, drawn on the generator's device: one on the CPU serves all alike."""
     device = x.device if generator is None else generator.device
@@ -848,14 +901,19 @@ def sample(
     if not 0 <= start < diffusion.num_steps:
         raise ValueError(f"start must lie in [0, {diffusion.num_steps}); got start={start}")
     x_t = x_T if device is None else x_T.to(device)
-    steps = range(start, -1, -1)
-    bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
-    for index in bar:
-        t = torch.full((len(x_t),), index, device=x_t.device)
-        # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
-        noise = None if step is ddim_step else noise_like(x_t, generator)
-        x_t = step(diffusion, denoiser, x_t, t, noise)
-    return x_t
+    silent = {} if progress else {"disable": True}
+    with tqdm(total=start + 1, desc="sampling", delay=2, leave=False, file=bar_stream(), **silent) as bar:
+
+        def one_step(x_t, t, noise):
+            x_t = step(diffusion, denoiser, x_t, t, noise)
+            bar.update()
+            return x_t
+
+        def noise_at(index):
+            # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
+            return None if step is ddim_step else noise_like(x_t, generator)
+
+        return reverse_chain(one_step, x_t, start + 1, noise_at)
 
 
 # --- A whole chain that can be solved by hand ---
@@ -877,10 +935,7 @@ def exact_denoiser(mixture, diffusion):
 
     def denoiser(x_t, t):
         alpha_bar = base.at(t, x_t).alpha_bar
-        # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
-        eps = -(1 - alpha_bar).sqrt() * mixture.score(x_t, alpha_bar)
-        # eps, x_0 and v are linear in each other given x_t, so their expectations convert as they do
-        return base.target(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps).to(x_t.dtype)
+        return exact_prediction(mixture.score, x_t, alpha_bar, base.target).to(x_t.dtype)
 
     return denoiser
 
@@ -889,14 +944,7 @@ def exact_denoiser(mixture, diffusion):
 
 
 def respaced_betas(alpha_bar, steps):
-    """The betas of a shorter schedule that visits some steps of a longer one.
-
-    Args:
-        alpha_bar: of the long schedule, (T,).
-        steps: the steps to keep, (S,), integers, increasing.
-
-    Returns:
-        (S,), such that their alpha_bar equals the long one's at the kept steps.
+    """Betas (S,) whose alpha_bar is that of a long schedule, alpha_bar (T,), at increasing steps (S,) of it.
 
     Source: Nichol and Dhariwal 2021, section 4.
     """
@@ -904,6 +952,48 @@ def respaced_betas(alpha_bar, steps):
     previous = torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
     # beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
     return 1 - kept / previous
+
+
+def respacing(alpha_bar, original_steps, num_steps):
+    """A shorter schedule, and what a denoiser is told in it.
+
+    Args:
+        alpha_bar: of the schedule to shorten, (T,).
+        original_steps: the step of the original schedule that each of its steps stands for, (T,) integers.
+        num_steps: S, how many steps to keep, from 2 to T.
+
+    Returns:
+        betas (S,), such that their alpha_bar equals the long one's at the kept steps; and the original steps
+        (S,) that these stand for.
+
+    Source: Nichol and Dhariwal 2021, section 4.
+    """
+    evenly = torch.linspace(0, len(alpha_bar) - 1, num_steps, dtype=torch.float64, device=alpha_bar.device)
+    kept = evenly.round().long()  # (S,), own steps
+    return respaced_betas(alpha_bar, kept), original_steps[kept]
+
+
+# --- A network learns the mixture ---
+
+
+def training_step(optimizer, loss_of, x_0, t, noise):
+    """One step of an optimizer along the gradient of the loss on a batch.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of the network's weights.
+        loss_of: callable (x_0, t, noise) -> the network's loss, a scalar.
+        x_0, t, noise: the batch, as loss_of takes it.
+
+    Returns:
+        The loss before the step, a scalar that carries no gradient.
+
+    Source: Ho et al. 2020, algorithm 1.
+    """
+    optimizer.zero_grad()
+    loss = loss_of(x_0, t, noise)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 # --- How likely are the data? ---
@@ -959,14 +1049,7 @@ def v_from_x_0_and_eps(x_0, alpha_bar, eps):
 
 
 def x_0_from_v(x_t, alpha_bar, v):
-    """Clean data from noisy data and its velocity.
-
-    Args:
-        x_t, v: noisy data and velocity, (B, ...).
-        alpha_bar: broadcastable to x_t, in (0, 1).
-
-    Returns:
-        x_0, like x_t.
+    """Clean data from noisy data x_t and its velocity v, with alpha_bar and shapes as in v_from_x_0_and_eps.
 
     Source: Salimans and Ho 2022, section 4 and appendix D.
     """
@@ -975,7 +1058,7 @@ def x_0_from_v(x_t, alpha_bar, v):
 
 
 def eps_from_v(x_t, alpha_bar, v):
-    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
+    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in v_from_x_0_and_eps.
 
     Source: Salimans and Ho 2022, appendix D.
     """

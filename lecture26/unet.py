@@ -5,7 +5,7 @@ Generated from notebooks/02_unet.py, which derives and checks it: edit there, th
 
 import copy
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -111,22 +111,37 @@ def group_norm(channels):
 
 
 def scale_shift(h, scale, shift):
-    """Let an embedding scale and shift each channel: h (1 + scale) + shift.
-
-    Args:
-        h: normalised feature maps, (B, C, H, W).
-        scale, shift: one number per sample and channel, (B, C).
-
-    Returns:
-        (B, C, H, W). With scale = shift = 0, h itself.
+    """Let scale and shift (B, C) act on each channel of h (B, C, H, W): h (1 + scale) + shift.
 
     Source: Dhariwal and Nichol 2021, section 3.1 (adaptive group normalisation, y_s = 1 + scale).
     """
-    # h (1 + scale) + shift, the same number for every pixel of a channel
     return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
 
 
 # --- The path around ---
+
+
+def residual_block(x, embedding, norm_in, conv_in, to_scale_shift, norm_out, conv_out, skip):
+    """Pass feature maps through two convolutions, told the embedding, and around them.
+
+    Args:
+        x: feature maps, (B, in_channels, H, W).
+        embedding: of step and label, (B, D).
+        norm_in, conv_in: layers of feature maps, in front: in_channels -> in_channels, -> out_channels.
+        to_scale_shift: layer, (B, D) -> (B, 2 out_channels), the scales first.
+        norm_out, conv_out: layers of feature maps, behind: out_channels -> out_channels.
+        skip: layer of feature maps, around all of it: in_channels -> out_channels.
+
+    Returns:
+        (B, out_channels, H, W).
+
+    Source: Dhariwal and Nichol 2021, section 3.
+    """
+    h = conv_in(F.silu(norm_in(x)))  # (B, out_channels, H, W)
+    scale, shift = to_scale_shift(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
+    h = scale_shift(norm_out(h), scale, shift)
+    h = conv_out(F.silu(h))
+    return skip(x) + h
 
 
 def zero_init(module):
@@ -158,11 +173,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, embedding):
         """Map x (B, in_channels, H, W) and embedding (B, embedding_dim) to (B, out_channels, H, W)."""
-        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out_channels, H, W)
-        scale, shift = self.embedding(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
-        h = scale_shift(self.norm_out(h), scale, shift)
-        h = self.conv_out(F.silu(h))
-        return self.skip(x) + h
+        inward, outward = (self.norm_in, self.conv_in), (self.norm_out, self.conv_out)
+        return residual_block(x, embedding, *inward, self.embedding, *outward, self.skip)
 
 
 # --- Self-attention ---
@@ -184,6 +196,33 @@ def attention(q, k, v):
     # softmax(q k^T / sqrt(d)) v, the softmax over the keys
     weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (..., N, M)
     return weights @ v
+
+
+# --- The layer ---
+
+
+def self_attention(x, norm, qkv, project, heads):
+    """Let every pixel look at every other one, in several heads, and add what it finds.
+
+    Args:
+        x: feature maps, (B, C, H, W).
+        norm: layer of feature maps, keeps the shape.
+        qkv: layer of tokens, (B, N, C) -> (B, N, 3 C): all queries, then all keys, then all values.
+        project: layer of tokens, (B, N, C) -> (B, N, C), which mixes the heads.
+        heads: the number of heads, a divisor of C; each takes C / heads channels side by side.
+
+    Returns:
+        (B, C, H, W).
+
+    Source: Vaswani et al. 2017, section 3.2.2; Dhariwal and Nichol 2021, section 3.
+    """
+    batch, channels, height, width = x.shape
+    tokens = norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+    split = qkv(tokens).unflatten(2, (3, heads, -1))  # (B, H W, 3, heads, C / heads)
+    q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, heads, H W, C / heads) each
+    mixed = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H W, C)
+    h = project(mixed).transpose(1, 2).reshape(batch, channels, height, width)
+    return x + h
 
 
 class SelfAttention(nn.Module):
@@ -211,13 +250,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, cond=None):
         """Map x (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
-        batch, channels, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
-        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B, H W, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, H W, head_dim) each
-        mixed = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H W, C)
-        h = self.project(mixed).transpose(1, 2).reshape(batch, channels, height, width)
-        return x + h
+        return self_attention(x, self.norm, self.qkv, self.project, self.heads)
 
 
 # --- Down and up ---
@@ -315,9 +348,9 @@ class UpLevel(nn.Module):
         self.upsample = None if last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def forward(self, h, skips, embedding, cond):
-        """Map h (B, C, H, W), with embedding and cond, to the next resolution; takes skips from their end."""
-        for stage in self.stages:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, cond)
+        """Map h (B, C, H, W), with skips, one for each stage, embedding and cond, to the next resolution."""
+        for stage, skip in zip(self.stages, skips, strict=True):
+            h = stage(torch.cat([h, skip], dim=1), embedding, cond)
         if self.upsample is not None:
             h = self.upsample(F.interpolate(h, scale_factor=2, mode="nearest"))
         return h
@@ -353,6 +386,32 @@ def unpatchify(x, patch_size):
 
 
 # --- The whole ---
+
+
+def unet_forward(h, embedding, cond, down, middle, up):
+    """Send a feature map down, through the middle, and up again, where it meets the maps of the way down.
+
+    Args:
+        h: the first feature map, (B, C, H, W).
+        embedding: of step and label, (B, D).
+        cond: the condition, for attention that looks at it; any.
+        down: (h, embedding, cond) -> list of all maps, in the order in which they are made, h the first.
+        middle: (map, embedding, cond) -> map.
+        up: the levels of the way up, the lowest first: (map, skips, embedding, cond) -> map. Each takes as
+            many skips as the others, in the order in which its stages meet them; together, all maps.
+
+    Returns:
+        What the last level returns.
+
+    Source: Ronneberger et al. 2015, section 2; Ho et al. 2020, appendix B.
+    """
+    maps = down(h, embedding, cond)
+    h = middle(maps[-1], embedding, cond)
+    skips_per_level = len(maps) // len(up)
+    for level in up:
+        skips = [maps.pop() for _ in range(skips_per_level)]  # the last one first
+        h = level(h, skips, embedding, cond)
+    return h
 
 
 def levels_with_attention(channel_multipliers, attention_levels):
@@ -458,11 +517,13 @@ class UNet(nn.Module):
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
 
-        skips = self.down(self.stem(patchify(x_t, self.patch_size)), embedding, cond)
-        h = self.middle_out(self.middle_in(skips[-1], embedding, cond), embedding, cond)
-        for level in self.up:
-            h = level(h, skips, embedding, cond)
+        h = self.stem(patchify(x_t, self.patch_size))
+        h = unet_forward(h, embedding, cond, self.down, self.middle, self.up)
         return unpatchify(self.head(F.silu(self.head_norm(h))), self.patch_size)
+
+    def middle(self, h, embedding, cond):
+        """Map the last map of the way down, h, with embedding and cond, to what the way up begins with."""
+        return self.middle_out(self.middle_in(h, embedding, cond), embedding, cond)
 
 
 # --- Averaging the weights ---
@@ -483,6 +544,14 @@ def ema_update(average, parameter, decay):
     return decay * average + (1 - decay) * parameter
 
 
+def at_least_float32(model):
+    """Turn the weights and buffers of a model that are in half precision into float32; returns the model."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+    return model
+
+
 class EMA(nn.Module):
     """An exponential moving average of a model's weights, kept as a second, frozen model.
 
@@ -490,7 +559,8 @@ class EMA(nn.Module):
     (1 + n) / (10 + n) after n updates, if that is smaller.
 
     Args:
-        model: the model to follow; it is copied, without what torch.compile has made of it.
+        model: the model to follow; it is copied, without what torch.compile has made of it, and the copy
+            is in float32 where the model is in half precision.
         decay: how much of the average each update keeps, in [0, 1].
 
     Raises:
@@ -502,7 +572,8 @@ class EMA(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
-        self.model = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
+        followed = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
+        self.model = at_least_float32(followed)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -511,7 +582,7 @@ class EMA(nn.Module):
         n = self.num_updates.item()
         decay = min(self.decay, (1 + n) / (10 + n))
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.copy_(ema_update(average, parameter, decay))
+            average.copy_(ema_update(average, parameter.to(average.dtype), decay))
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
         self.num_updates += 1
@@ -521,14 +592,7 @@ class EMA(nn.Module):
 
 
 def bits_per_dim(nats, num_dimensions):
-    """Turn a negative log-likelihood into bits per dimension.
-
-    Args:
-        nats: -log P of whole images, natural logarithm, any shape.
-        num_dimensions: D, the numbers in one image.
-
-    Returns:
-        nats / (D ln 2), same shape.
+    """Turn nats, -ln P of images of num_dimensions numbers (any shape), into bits per dimension.
 
     Source: Ho et al. 2020, section 4.3 and table 1.
     """

@@ -383,20 +383,17 @@ def q_sample(x_0, alpha_bar, noise):
 check("ddpm.q_sample", q_sample)
 
 # %% [markdown]
-# A known mistake gives the same numbers; hence the hint. With the root:
-
+# A known mistake gives the same numbers; hence the hint. With `alpha_bar.sqrt() * x_0`, as the finished function of the
+# package has it:
 
 # %%
-def q_sample(x_0, alpha_bar, noise):
-    """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
-    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
-
+from lecture26.ddpm import q_sample
 
 check("ddpm.q_sample", q_sample)
 
 # %% [markdown]
-# Whatever gives the right values passes. Go back and try: drop the other root, swap the factors, let it crash.
+# Whatever gives the right values passes. Go back to the first try and mend it, or drop the other root, swap the factors,
+# let it crash.
 
 # %% [markdown] tags=["core"]
 # ## How to work

@@ -33,11 +33,13 @@
 # want to go on.)
 
 # %%
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
-from lecture26.checks import check
+from lecture26.checks import check, check_answer, progress
 from lecture26.kit.figures import PALETTE, show, use_style
 from lecture26.kit.proof import verify
 
@@ -171,14 +173,9 @@ verify("1.2", x_next.var(correction=0) - 1, (1 - beta) * (previous.var(correctio
 #
 # $$\beta_t = \frac{1000}{T}\left(10^{-4} + \frac{t-1}{T-1}\,(0.02 - 10^{-4})\right),\qquad t = 1, \dots, T
 # \tag{1.3, definition}$$
-#
-# #### Exercise 1: a linear schedule
-#
-# *Formula, easy, 3 minutes.* Fill in `linear_betas`: (1.3) in one call of
-# `torch.linspace`.
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def linear_betas(num_steps):
     """Noise variances that grow linearly, scaled so that every number of steps ends in noise.
 
@@ -198,15 +195,10 @@ def linear_betas(num_steps):
     check_positive_int("num_steps", num_steps)
     if num_steps <= 20:
         raise ValueError(f"num_steps must be at least 21, since beta_T = 20 / T; got num_steps={num_steps}")
-    ### BEGIN SOLUTION
     # beta_t from 1e-4 to 0.02 at T = 1000, times 1000 / T otherwise
     factor = 1000 / num_steps
     return torch.linspace(factor * 1e-4, factor * 0.02, num_steps, dtype=torch.float64, device="cpu")
-    ### END SOLUTION
 
-
-# %%
-check("ddpm.linear_betas", linear_betas)
 
 # %% [markdown] tags=["core"]
 # ### Any step at once
@@ -248,10 +240,11 @@ verify("1.6", torch.tensor(iterated), closed_form, atol=1e-12)
 # %% [markdown]
 # This is what makes training cheap: any step of any sample can be drawn without walking there.
 #
-# #### Exercise 2: any step at once
+# #### Exercise 1: any step at once
 #
-# *Formula, easy, 3 minutes.* Fill in `q_sample`, (1.6). It receives $\bar\alpha_t$ of each
-# sample, already shaped to broadcast.
+# *Formula, easy, 3 minutes.* Write `q_sample`, which makes noisy data of clean ones in one go, (1.6). It is given the
+# noise, and $\bar\alpha_t$ of each sample, already shaped to broadcast. Ask yourself of each factor whether it is a
+# variance or a standard deviation.
 
 
 # %% tags=["export", "exercise"]
@@ -278,11 +271,32 @@ def q_sample(x_0, alpha_bar, noise):
 check("ddpm.q_sample", q_sample)
 
 # %% [markdown]
-# Without the factor $1000/T$ a short chain keeps far too much signal. With a hundred unscaled steps,
-# 0.364 of the variance is still data at the end, while sampling starts from pure noise:
+# #### Exercise 2: what a short chain keeps
+#
+# *Question, easy, 4 minutes.* Take a hundred steps whose $\beta_t$ grow from $10^{-4}$ to $0.02$ *without* the factor
+# $1000/T$. How much of the variance is still data at the end? Estimate $\bar\alpha_{100}$ on paper, before you run
+# anything; within 0.05 will do.
+
+# %% tags=["question"]
+### BEGIN SOLUTION
+# log(1 - beta) is about -beta, so log alpha_bar is about -100 times the mean beta, -1: e^-1 is 0.37
+signal_kept = 0.37
+### END SOLUTION
 
 # %%
 unscaled = torch.linspace(1e-4, 0.02, 100)
+check_answer(
+    "ddpm.signal_kept",
+    signal_kept,
+    (1 - unscaled).prod().item(),
+    within=0.05,
+    hint="The logarithm of a product is a sum, and log(1 - beta) is about -beta.",
+)
+
+# %% [markdown]
+# Sampling starts from pure noise, so a chain must end there, too. That is what the factor is for:
+
+# %%
 print(f"alpha_bar_T, T = 100, unscaled: {(1 - unscaled).prod():.3f}")
 print(f"alpha_bar_T, T = 100, scaled:   {(1 - linear_betas(100)).prod():.1e}")
 
@@ -567,10 +581,10 @@ show(
 # With numbers: in the last step back ($t=1$) $\bar\alpha_0 = 1$, the variance is 0 and the mean is $x_0$
 # itself, since nothing else is left to be known.
 #
-# #### Exercises 3 and 4: the posterior
+# #### Exercise 3: the posterior's mean
 #
-# *Formula, easy, 5 minutes.* Fill in `posterior_mean` and `posterior_variance`, (1.15) and
-# (1.14). Mind which factors stand under a root.
+# *Formula, easy, 4 minutes.* Write `posterior_mean`, (1.15): compute the two weights first. Try your function on the
+# first step, where $\bar\alpha_{t-1}=1$, before you run the check. The variance (1.14) is given below it.
 
 
 # %% tags=["export", "exercise"]
@@ -599,26 +613,15 @@ def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
 check("ddpm.posterior_mean", posterior_mean)
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def posterior_variance(beta, alpha_bar, alpha_bar_prev):
-    """Variance of x_{t-1} given x_t and x_0.
-
-    Args:
-        beta, alpha_bar, alpha_bar_prev: the schedule at t, and alpha_bar at t - 1; any one shape.
-
-    Returns:
-        beta~_t, the same shape. At the first step, where alpha_bar_prev = 1, it is 0.
+    """beta~, the variance of x_{t-1} given x_t and x_0; beta, alpha_bar, alpha_bar_prev as for its mean.
 
     Source: Ho et al. 2020, equation 7.
     """
-    ### BEGIN SOLUTION
     # beta~ = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
     return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
-    ### END SOLUTION
 
-
-# %%
-check("ddpm.posterior_variance", posterior_variance)
 
 # %% [markdown]
 # Neither completing the square nor our code needs to be trusted: multiply the two densities of (1.13) on a fine
@@ -778,6 +781,32 @@ total = posterior_variance(beta, kept, kept_before) + weight_of_x_0**2 * varianc
 by_posterior = posterior_mean(mean_clean, noisy_place, beta, kept, kept_before)
 verify("1.21", torch.stack([mean_back, variance_back]), torch.stack([by_posterior, total]), atol=1e-6)
 
+# %% [markdown]
+# #### Exercise 4: two data sets, two variances
+#
+# *Question on paper, medium, 10 minutes.* What is $\operatorname{Var}(x_{t-1}\mid x_t)$ if the data are (a) a single
+# point; (b) $\mathcal N(0,I)$? Use (1.21), and for (b) first work out $\operatorname{Var}(x_0\mid x_t)$: $x_0$ and $x_t$
+# are then jointly normal. Which of the two should be expected of images?
+#
+# <details>
+# <summary>Answer, and what to look for in yours</summary>
+#
+# (a) $\operatorname{Var}(x_0\mid x_t)=0$, so the variance is $\tilde\beta_t$. (b) With $x_0\sim\mathcal N(0,I)$, $x_t$ has
+# variance 1 and covariance $\sqrt{\bar\alpha_t}$ with $x_0$, so $\operatorname{Var}(x_0\mid x_t)=1-\bar\alpha_t$. Then
+#
+# $$\tilde\beta_t+w_t^2(1-\bar\alpha_t)
+#   =\frac{(1-\bar\alpha_{t-1})\,\beta_t+\bar\alpha_{t-1}\,\beta_t^2}{1-\bar\alpha_t}
+#   =\beta_t\,\frac{1-\bar\alpha_{t-1}(1-\beta_t)}{1-\bar\alpha_t}=\beta_t$$
+#
+# Images lie in between: $\tilde\beta_t$ and $\beta_t$ are the two fixed variances that DDPMs use.
+#
+# - (a) is argued from $\operatorname{Var}(x_0\mid x_t)=0$, not only stated: 1 point.
+# - $\operatorname{Var}(x_0\mid x_t)=1-\bar\alpha_t$ with a reason: 1 point.
+# - The weight enters squared, and the sum is brought to $\beta_t$ by $\alpha_t\bar\alpha_{t-1}=\bar\alpha_t$: 1 point.
+# - Data in between give a variance in between, on average over $x_t$: 1 point.
+#
+# </details>
+
 # %% [markdown] tags=["core"]
 # ### Noise and clean data
 #
@@ -834,6 +863,45 @@ by_eps = (x_t - beta / (1 - kept).sqrt() * eps) / (1 - beta).sqrt()
 by_x_0 = posterior_mean(x_0_from_eps(x_t, kept, eps), x_t, beta, kept, kept_before)
 verify("1.23", by_eps, by_x_0, atol=1e-12)
 
+# %% [markdown]
+# #### Exercise 5: the perfect network
+#
+# *Algorithm, medium, 8 minutes.* Write `exact_prediction`: what a perfectly trained network returns at $x_t$, if the
+# score of $q(x_t)$ is known. The score gives the expected noise (1.18), and that the expected clean data (1.22). What
+# the network was trained to return, noise, data or a velocity, is said by a function `target(x_0, alpha_bar, eps)`;
+# all of them are linear in $x_0$ and $\epsilon$, so the expected target is the target of the expectations.
+
+
+# %% tags=["export", "exercise"]
+def exact_prediction(score, x_t, alpha_bar, target):
+    """The expectation, given x_t, of what a denoiser is trained to return.
+
+    Args:
+        score: callable (x_t, alpha_bar) -> gradient of log q(x_t), like x_t.
+        x_t: noisy data, (B, ...).
+        alpha_bar: at each sample's step, broadcastable to x_t, in (0, 1).
+        target: callable (x_0, alpha_bar, eps) -> what the denoiser should return, linear in x_0 and eps.
+
+    Returns:
+        The expected target, like x_t.
+
+    Source: Efron 2011, equation 1.4 (Tweedie's formula).
+    """
+    ### BEGIN SOLUTION
+    # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
+    eps = -(1 - alpha_bar).sqrt() * score(x_t, alpha_bar)
+    # given x_t, E[x_0 | x_t] goes with it
+    x_0 = x_0_from_eps(x_t, alpha_bar, eps)
+    return target(x_0, alpha_bar, eps)
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.exact_prediction", exact_prediction)
+
+# %% [markdown]
+# On the mixture this function will be the network to compare with, wherever a trained one is in question.
+
 # %% [markdown] tags=["optional"]
 # ## The bound *(at a second reading)*
 #
@@ -881,34 +949,20 @@ verify("1.23", by_eps, by_x_0, atol=1e-12)
 # from $\mathbb E_1\log(\mathcal N_1/\mathcal N_2)$, using $\mathbb E_1(x-\mu_1)^2=\sigma_1^2$ and
 # $\mathbb E_1(x-\mu_2)^2=\sigma_1^2+(\mu_1-\mu_2)^2$. Independent coordinates add up.
 #
-# #### Exercise 5: the divergence of two normals
-#
-# *Formula, easy, 4 minutes.* Fill in `normal_kl`, (1.29), from log-variances. Mind
-# the order: the first normal is the one averaged over.
+# In code it is computed from log-variances. The first normal is the one averaged over.
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL divergence from the first normal to the second, KL(N_1 || N_2), for each element.
-
-    Args:
-        mean_1, log_variance_1, mean_2, log_variance_2: tensors that broadcast against each other.
-
-    Returns:
-        The divergences in nats, of the broadcast shape, at least 0.
+    """KL(N_1 || N_2) of normals with mean_1, log_variance_1 and mean_2, log_variance_2, elementwise, in nats.
 
     Source: Ho et al. 2020, equation 5 needs it; Kingma and Welling 2014, appendix B.
     """
-    ### BEGIN SOLUTION
     # KL = 1/2 (log(sigma_2^2 / sigma_1^2) + (sigma_1^2 + (mu_1 - mu_2)^2) / sigma_2^2 - 1)
     variance_ratio = (log_variance_1 - log_variance_2).exp()
     scaled_distance = (mean_1 - mean_2) ** 2 * (-log_variance_2).exp()
     return 0.5 * (log_variance_2 - log_variance_1 + variance_ratio + scaled_distance - 1)
-    ### END SOLUTION
 
-
-# %%
-check("ddpm.normal_kl", normal_kl)
 
 # %%
 mean_1, mean_2, log_variance_1, log_variance_2 = torch.randn(4, 100, generator=generator)
@@ -932,35 +986,18 @@ verify("1.29", normal_kl(mean_1, log_variance_1, mean_2, log_variance_2), librar
 # $\tilde\beta_1=0$ has no logarithm; the next step's value $\tilde\beta_2$ stands in, and no noise is added there
 # anyway. The same stands in for $\beta_1$ in fixed large, as in Ho et al.'s code. (This $v$ has nothing to do with the
 # velocity; the papers use the letter for both.)
-#
-# #### Exercise 6: a learned variance
-#
-# *Formula, easy, 3 minutes.* Fill in `learned_range_log_variance`, (1.30).
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def learned_range_log_variance(v, beta, log_posterior_variance):
-    """Log-variance between its two bounds, as a network's output chooses.
-
-    Args:
-        v: the network's variance output, -1 for the lower bound and 1 for the upper; not clamped.
-        beta: upper bound, broadcastable to v.
-        log_posterior_variance: logarithm of the lower bound, beta~, broadcastable to v.
-
-    Returns:
-        log sigma_t^2, like v.
+    """log sigma_t^2 between log_posterior_variance, at v = -1, and log beta, at v = 1; all broadcast to v.
 
     Source: Nichol and Dhariwal 2021, equation 15.
     """
-    ### BEGIN SOLUTION
     # log sigma^2 = f log beta + (1 - f) log beta~,  f = (v + 1) / 2
     fraction = (v + 1) / 2
     return fraction * beta.log() + (1 - fraction) * log_posterior_variance
-    ### END SOLUTION
 
-
-# %%
-check("ddpm.learned_range_log_variance", learned_range_log_variance)
 
 # %% [markdown]
 # The check of (1.30) uses what it means: $v=1$ and $v=-1$ give the two bounds, and $v=0$ their geometric mean.
@@ -1404,11 +1441,9 @@ class Diffusion(Diffusion):
 
 # %%
 def exact_output(data, prediction, x_t, t):
-    """What the perfect network would return for data from a mixture: the expected target, by (1.17) or (1.18)."""
-    alpha_bar = Diffusion(linear_betas(200)).alpha_bar[t, None]
-    eps = -(1 - alpha_bar).sqrt() * data.score(x_t, alpha_bar)
-    x_0 = (x_t + (1 - alpha_bar) * data.score(x_t, alpha_bar)) / alpha_bar.sqrt()
-    return {"eps": eps, "x_0": x_0, "v": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0}[prediction]
+    """What the perfect network would return for data from a mixture."""
+    diffusion = Diffusion(linear_betas(200), prediction)
+    return exact_prediction(data.score, x_t, diffusion.alpha_bar[t, None], diffusion.target)
 
 
 def bayes_on_outputs(prediction, component=2):
@@ -1444,13 +1479,85 @@ for prediction in ("eps", "x_0"):
 #
 # $$L_\text{simple}=\mathbb E_{t,x_0,\epsilon}\,\|\epsilon-\epsilon_\theta(x_t,t)\|^2 \tag{1.34, definition}$$
 #
-# It is no longer a bound. Nichol and Dhariwal add the bound back, for the learned variance only: with the bound in bits
+# #### Exercise 6: the training loss
+#
+# *Algorithm, medium, 8 minutes.* Write `simple_loss`, (1.34), for a batch in which every sample has a step of its own:
+# make $x_t$, ask the denoiser, compare. So that it serves any prediction type, what the denoiser should return is given
+# by a function `target`, as in exercise 5 (in (1.34) it returns the noise). Average over everything, samples and
+# elements.
+
+
+# %% tags=["export", "exercise"]
+def simple_loss(denoiser, x_0, t, noise, alpha_bar, target):
+    """The mean squared error of a denoiser's predictions on a batch of noisy data.
+
+    Args:
+        denoiser: callable (x_t, t) -> prediction, like x_0.
+        x_0: clean data, (B, ...).
+        t: each sample's step, (B,), as the denoiser is told it.
+        noise: standard normal, like x_0.
+        alpha_bar: at each sample's step, broadcastable to x_0, in (0, 1).
+        target: callable (x_0, alpha_bar, eps) -> what the denoiser should return, like x_0.
+
+    Returns:
+        A scalar, the mean over samples and elements.
+
+    Source: Ho et al. 2020, algorithm 1 and equation 14.
+    """
+    ### BEGIN SOLUTION
+    x_t = q_sample(x_0, alpha_bar, noise)
+    prediction = denoiser(x_t, t)
+    # || target - prediction ||^2, averaged
+    return F.mse_loss(prediction, target(x_0, alpha_bar, noise))
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.simple_loss", simple_loss)
+
+# %% [markdown]
+# #### Exercise 7: a network that says nothing
+#
+# *Question, easy, 3 minutes.* Before training, a network may well return numbers near 0. What is its simple loss then, when
+# it is to predict the noise? Say it before you run the next cell; within 0.1.
+
+# %% tags=["question"]
+### BEGIN SOLUTION
+# the mean of eps^2, which is the variance of a standard normal, whatever the data
+loss_of_zeros = 1.0
+### END SOLUTION
+
+# %%
+x_0, _ = mixture.sample(2000, torch.Generator().manual_seed(26))
+noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(27))
+t = torch.randint(0, diffusion_steps, (2000,), generator=torch.Generator().manual_seed(28))
+measured = simple_loss(
+    lambda x_t, t: torch.zeros_like(x_t),
+    x_0,
+    t,
+    noise,
+    (1 - linear_betas(diffusion_steps)).cumprod(dim=0)[t, None],
+    target=lambda x_0, alpha_bar, eps: eps,
+)
+check_answer(
+    "ddpm.loss_of_zeros",
+    loss_of_zeros,
+    measured.item(),
+    within=0.1,
+    hint="What is left of (1.34) with a prediction of 0?",
+)
+
+# %% [markdown]
+# So a loss curve that begins near 1 is no sign of anything yet, and one that stays there has not learned.
+#
+# The simple loss is no longer a bound. Nichol and Dhariwal add the bound back, for the learned variance only: with the bound in bits
 # per dimension,
 #
 # $$L_\text{hybrid}=L_\text{simple}+\frac{T}{1000}\,\frac{L_{t-1}}{D\ln2} \tag{1.35, definition}$$
 #
 # for a random step $t$ and $D$ numbers a sample, where the mean is detached in the second term, so that it keeps
 # following the first. Their factor is that of $T/1000$ times one of the $T$ terms of the bound: a thousandth of the whole.
+# The class calls your loss, with the variance channels taken off the denoiser's output and kept for the second term.
 
 
 # %% tags=["export"]
@@ -1497,11 +1604,17 @@ class Diffusion(Diffusion):
         """
         check_shape("noise", noise, x_0.shape, of="the data")
         now = self.at(t, x_0)
-        x_t = q_sample(x_0, now.alpha_bar, noise).to(x_0.dtype)
-        prediction, v = self.split_output(denoiser(x_t, now.t), x_t)
-        loss = F.mse_loss(prediction.to(x_0.dtype), self.target(x_0, now.alpha_bar, noise))
+        seen = {}  # by the one call of the denoiser, for the bound
+
+        def prediction_alone(x_t, t):
+            seen["x_t"] = x_t.to(x_0.dtype)
+            seen["prediction"], seen["v"] = self.split_output(denoiser(seen["x_t"], t), x_t)
+            return seen["prediction"].to(x_0.dtype)
+
+        loss = simple_loss(prediction_alone, x_0, now.t, noise, now.alpha_bar, self.target)
         if self.variance == "learned_range":
-            frozen = torch.cat([prediction.detach(), v], dim=1)
+            x_t = seen["x_t"]
+            frozen = torch.cat([seen["prediction"].detach(), seen["v"]], dim=1)
             reverse = self.reverse_step(frozen, x_t, now, clip=False)
             nats = self.bound_term(reverse, x_0, x_t, t, discretized_log_likelihood)  # (B,)
             bits_per_dim = nats.mean() / x_0.shape[1:].numel() / math.log(2)
@@ -1574,10 +1687,10 @@ assert (gradient[:, 2:] != 0).all()
 # (The lecture's algorithm 1 is this loop, with the mean moved by a classifier: chapter 03.) The last step adds no
 # noise: $x_0$ is the answer, and noise on it would only blur it.
 #
-# #### Exercise 7: a step back
+# #### Exercise 8: a step back
 #
-# *Formula, medium, 5 minutes.* Fill in `ancestral_update`, (1.37). A batch may hold samples at
-# different steps, and the last step adds no noise.
+# *Formula, medium, 5 minutes.* Write `ancestral_update`, (1.37), for a batch whose samples may be at different steps:
+# those at the last step get no noise, and all others do.
 
 
 # %% tags=["export", "exercise"]
@@ -1627,9 +1740,10 @@ check("ddpm.ancestral_update", ancestral_update)
 # since $1-\bar\alpha_{t-1}-\tilde\beta_t=\alpha_t(1-\bar\alpha_{t-1})^2/(1-\bar\alpha_t)$, and replacing
 # $\hat\epsilon$ by (1.22) gives the weights of (1.15).
 #
-# #### Exercise 8: a step along the path
+# #### Exercise 9: a step along the path
 #
-# *Formula, medium, 7 minutes.* Fill in `ddim_update`, (1.38). It receives no $\beta_t$: by (1.5), $\beta_t=1-\bar\alpha_t/\bar\alpha_{t-1}$, so
+# *Formula, medium, 7 minutes.* Write `ddim_update`, (1.38): first the variance, then the three terms. It receives no
+# $\beta_t$: by (1.5), $\beta_t=1-\bar\alpha_t/\bar\alpha_{t-1}$, so
 # $\sigma_t^2=\eta^2\,\frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\bigl(1-\frac{\bar\alpha_t}{\bar\alpha_{t-1}}\bigr)$.
 
 
@@ -1661,7 +1775,9 @@ def ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
 check("ddpm.ddim_update", ddim_update)
 
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
+# ### From noise to data
+#
 # Both steps, whole. Each looks its numbers up, asks the denoiser, and is arithmetic from there on, with the functions
 # that you have written. Whatever bends the denoiser, all guidance of the later chapters, happens before, and a sampler
 # knows nothing of it.
@@ -1724,6 +1840,47 @@ def ddim_step(diffusion, denoiser, x_t, t, noise, eta=0.0):
     return ddim_update(x_0, eps, now.alpha_bar, now.alpha_bar_prev, eta, noise).to(x_t.dtype)
 
 
+# %% [markdown]
+# #### Exercise 10: the whole way back
+#
+# *Algorithm, medium, 8 minutes.* Write `reverse_chain`, the loop from noise to data. It is given a step as a function
+# `step(x_t, t, noise)`: with `ddpm_step` it is algorithm 2 of Ho et al., with `ddim_step` that of Song et al. Code
+# counts from 0, so the first step taken is the one of `num_steps - 1`. `t` holds a step for each sample of the batch,
+# as integers, on the data's device; the noise of a step is `noise_at(index)`, drawn for the last step as well (the step
+# knows what to do with it).
+
+
+# %% tags=["export", "exercise"]
+def reverse_chain(step, x_T, num_steps, noise_at):
+    """Go back from pure noise to data, one step after the other.
+
+    Args:
+        step: callable (x_t, t, noise) -> x_{t-1}, with t (B,) integers.
+        x_T: noise to start from, (B, ...).
+        num_steps: T; the steps are counted from T - 1 down to 0.
+        noise_at: callable (index) -> the noise of the step of that number, like x_T.
+
+    Returns:
+        x_0, like x_T.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+    ### BEGIN SOLUTION
+    x_t = x_T
+    for index in reversed(range(num_steps)):
+        t = torch.full((len(x_t),), index, device=x_t.device)
+        x_t = step(x_t, t, noise_at(index))
+    return x_t
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.reverse_chain", reverse_chain)
+
+# %% [markdown]
+# `sample` is this loop, with the noise drawn on the way and a bar that shows how far it is.
+
+
 # %% tags=["export"]
 def noise_like(x, generator):
     """Standard normal noise like x, drawn on the generator's device: one on the CPU serves all alike."""
@@ -1776,14 +1933,19 @@ def sample(
     if not 0 <= start < diffusion.num_steps:
         raise ValueError(f"start must lie in [0, {diffusion.num_steps}); got start={start}")
     x_t = x_T if device is None else x_T.to(device)
-    steps = range(start, -1, -1)
-    bar = tqdm(steps, "sampling", delay=2, leave=False, file=bar_stream()) if progress else steps
-    for index in bar:
-        t = torch.full((len(x_t),), index, device=x_t.device)
-        # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
-        noise = None if step is ddim_step else noise_like(x_t, generator)
-        x_t = step(diffusion, denoiser, x_t, t, noise)
-    return x_t
+    silent = {} if progress else {"disable": True}
+    with tqdm(total=start + 1, desc="sampling", delay=2, leave=False, file=bar_stream(), **silent) as bar:
+
+        def one_step(x_t, t, noise):
+            x_t = step(diffusion, denoiser, x_t, t, noise)
+            bar.update()
+            return x_t
+
+        def noise_at(index):
+            # DDIM as it stands adds no noise, and drawing some would take as long as all the rest of its step
+            return None if step is ddim_step else noise_like(x_t, generator)
+
+        return reverse_chain(one_step, x_t, start + 1, noise_at)
 
 
 # %%
@@ -1855,10 +2017,7 @@ def exact_denoiser(mixture, diffusion):
 
     def denoiser(x_t, t):
         alpha_bar = base.at(t, x_t).alpha_bar
-        # E[eps | x_t] = -sqrt(1 - alpha_bar_t) grad log q(x_t)
-        eps = -(1 - alpha_bar).sqrt() * mixture.score(x_t, alpha_bar)
-        # eps, x_0 and v are linear in each other given x_t, so their expectations convert as they do
-        return base.target(x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps).to(x_t.dtype)
+        return exact_prediction(mixture.score, x_t, alpha_bar, base.target).to(x_t.dtype)
 
     return denoiser
 
@@ -1993,34 +2152,53 @@ show(
 #
 # The network must still be told the *original* step $S_i$, since that is what it has learned.
 #
-# #### Exercise 9: fewer steps
-#
-# *Formula, medium, 5 minutes.* Fill in `respaced_betas`, (1.43).
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def respaced_betas(alpha_bar, steps):
-    """The betas of a shorter schedule that visits some steps of a longer one.
-
-    Args:
-        alpha_bar: of the long schedule, (T,).
-        steps: the steps to keep, (S,), integers, increasing.
-
-    Returns:
-        (S,), such that their alpha_bar equals the long one's at the kept steps.
+    """Betas (S,) whose alpha_bar is that of a long schedule, alpha_bar (T,), at increasing steps (S,) of it.
 
     Source: Nichol and Dhariwal 2021, section 4.
     """
-    ### BEGIN SOLUTION
     kept = alpha_bar[steps]  # (S,)
     previous = torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
     # beta'_i = 1 - alpha_bar_{S_i} / alpha_bar_{S_{i-1}}
     return 1 - kept / previous
+
+
+# %% [markdown]
+# #### Exercise 11: fewer steps
+#
+# *Algorithm, medium, 10 minutes.* Write `respacing`, all of it: choose `num_steps` of the schedule's own steps, evenly
+# spread from the first to the last, both included, each rounded to the nearest whole number; the betas of the short
+# schedule, by `respaced_betas`; and the *original* steps that the network is to be told. The schedule may be a short
+# one itself: `original_steps` says which original step each of its own stands for.
+
+
+# %% tags=["export", "exercise"]
+def respacing(alpha_bar, original_steps, num_steps):
+    """A shorter schedule, and what a denoiser is told in it.
+
+    Args:
+        alpha_bar: of the schedule to shorten, (T,).
+        original_steps: the step of the original schedule that each of its steps stands for, (T,) integers.
+        num_steps: S, how many steps to keep, from 2 to T.
+
+    Returns:
+        betas (S,), such that their alpha_bar equals the long one's at the kept steps; and the original steps
+        (S,) that these stand for.
+
+    Source: Nichol and Dhariwal 2021, section 4.
+    """
+    ### BEGIN SOLUTION
+    evenly = torch.linspace(0, len(alpha_bar) - 1, num_steps, dtype=torch.float64, device=alpha_bar.device)
+    kept = evenly.round().long()  # (S,), own steps
+    return respaced_betas(alpha_bar, kept), original_steps[kept]
     ### END SOLUTION
 
 
 # %%
-check("ddpm.respaced_betas", respaced_betas)
+check("ddpm.respacing", respacing)
 
 
 # %% tags=["export"]
@@ -2043,12 +2221,9 @@ class Diffusion(Diffusion):
         check_positive_int("num_steps", num_steps)
         if not 2 <= num_steps <= self.num_steps:
             raise ValueError(f"num_steps must lie in [2, {self.num_steps}]; got num_steps={num_steps}")
-        evenly = torch.linspace(0, self.num_steps - 1, num_steps, dtype=torch.float64, device="cpu")
-        steps = evenly.round().long()
-        betas = respaced_betas(self.alpha_bar, steps)
+        betas, steps = respacing(self.alpha_bar, self.steps, num_steps)
         respaced = Diffusion(betas, self.prediction, self.variance, self.clip)
-        respaced.base = self.base
-        respaced.steps = self.steps[steps]
+        respaced.base, respaced.steps = self.base, steps
         return respaced
 
 
@@ -2094,6 +2269,27 @@ for name, (full, step) in samplers.items():
             full.respace(count), exact_denoiser(mixture, full), (2000, 2), step, source, progress=False
         )
         distances[name, count] = energy_distance(x_0, reference).abs().item()
+
+# %% [markdown]
+# #### Exercise 12: which sampler for ten steps?
+#
+# *Question, easy, 3 minutes.* Before you look at the picture below: which of the three is the nearest to the data after
+# ten steps? Think of what (1.21) says about the variance of a long step, and of what a step makes wrong that draws no noise.
+
+# %% tags=["question"]
+### BEGIN SOLUTION
+# a long step back is far from normal, whatever its variance; Euler's error is the smaller one here
+nearest_after_ten = "DDIM"
+### END SOLUTION
+
+# %%
+check_answer(
+    "ddpm.nearest_after_ten",
+    nearest_after_ten,
+    min(samplers, key=lambda name: distances[name, 10]),
+    among=tuple(samplers),
+    hint="For ten steps, is a step back near a normal distribution at all?",
+)
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -2152,6 +2348,40 @@ class PointDenoiser(nn.Module):
         return self.layers(torch.cat([x_t, angles.sin(), angles.cos()], dim=1))
 
 
+# %% [markdown]
+# #### Exercise 13: a training step
+#
+# *Algorithm, medium, 6 minutes.* Write `training_step`: one step of gradient descent on one batch. The optimizer may hold
+# gradients of the step before. Return the loss that the step began with, as a tensor without its graph. It is in each
+# training loop of PyTorch, and the order of its lines is what goes wrong in it.
+
+
+# %% tags=["export", "exercise"]
+def training_step(optimizer, loss_of, x_0, t, noise):
+    """One step of an optimizer along the gradient of the loss on a batch.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of the network's weights.
+        loss_of: callable (x_0, t, noise) -> the network's loss, a scalar.
+        x_0, t, noise: the batch, as loss_of takes it.
+
+    Returns:
+        The loss before the step, a scalar that carries no gradient.
+
+    Source: Ho et al. 2020, algorithm 1.
+    """
+    ### BEGIN SOLUTION
+    optimizer.zero_grad()
+    loss = loss_of(x_0, t, noise)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+    ### END SOLUTION
+
+
+# %%
+check("ddpm.training_step", training_step)
+
 # %%
 torch.manual_seed(0)
 learned = Diffusion(linear_betas(diffusion_steps), variance="learned_range")
@@ -2163,10 +2393,7 @@ losses = []
 for _ in tqdm(range(2000), "training", file=bar_stream()):
     x_0, _ = mixture.sample(256, generator)
     t = torch.randint(0, diffusion_steps, (256,), generator=generator)
-    loss = learned.loss(network, x_0, t, noise_like(x_0, generator))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    loss = training_step(optimizer, partial(learned.loss, network), x_0, t, noise_like(x_0, generator))
     schedule.step()
     losses.append(loss.item())
 
@@ -2466,10 +2693,9 @@ assert gaps["learned", 200] < gaps["fixed_large", 200] < gaps["fixed_small", 200
 
 
 # %% [markdown]
-# #### Exercises 10 and 11: the velocity
+# #### Exercise 14: the velocity
 #
-# *Formula, easy, 4 minutes.* Fill in `v_from_x_0_and_eps` and `x_0_from_v`, (1.44) and
-# (1.45).
+# *Formula, easy, 3 minutes.* Write `v_from_x_0_and_eps`, (1.44). The way back, (1.45), is given below it.
 
 
 # %% tags=["export", "exercise"]
@@ -2495,32 +2721,18 @@ def v_from_x_0_and_eps(x_0, alpha_bar, eps):
 check("ddpm.v_from_x_0_and_eps", v_from_x_0_and_eps)
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def x_0_from_v(x_t, alpha_bar, v):
-    """Clean data from noisy data and its velocity.
-
-    Args:
-        x_t, v: noisy data and velocity, (B, ...).
-        alpha_bar: broadcastable to x_t, in (0, 1).
-
-    Returns:
-        x_0, like x_t.
+    """Clean data from noisy data x_t and its velocity v, with alpha_bar and shapes as in v_from_x_0_and_eps.
 
     Source: Salimans and Ho 2022, section 4 and appendix D.
     """
-    ### BEGIN SOLUTION
     # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
     return alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
-    ### END SOLUTION
 
 
-# %%
-check("ddpm.x_0_from_v", x_0_from_v)
-
-
-# %% tags=["export"]
 def eps_from_v(x_t, alpha_bar, v):
-    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in x_0_from_v.
+    """Noise from noisy data x_t and its velocity v, with alpha_bar and shapes as in v_from_x_0_and_eps.
 
     Source: Salimans and Ho 2022, appendix D.
     """
@@ -2591,8 +2803,13 @@ verify("1.32", *bayes_on_outputs("v"), atol=1e-8)
 #   variance lies above $\tilde\beta_t$ by the doubt about $x_0$, (1.21).
 # - DDPM and DDIM use the same network; $\eta$ goes from one to the other, (1.39). Respacing skips steps, (1.43).
 #
-# Chapter 02 puts a U-Net in the place of the small network, and images in the place of points.
-#
+# Chapter 02 puts a U-Net in the place of the small network, and images in the place of points. What you have solved so
+# far, in all chapters:
+
+# %% tags=["nbval-ignore-output"]
+progress()
+
+# %% [markdown]
 # [Previous: 00 Start here](00_start_here.ipynb) · [Next: 02 The U-Net](02_unet.ipynb)
 #
 # ## References

@@ -9,27 +9,31 @@
 # %% [markdown]
 # # 02 The U-Net: a denoiser for images
 #
-# Chapter 01 derived everything about diffusion but the network. For points in the plane, a few layers did. This chapter
-# builds the network for images, one piece at a time, trains it, and measures what it can do.
+# [Previous: 01 DDPM](01_ddpm.ipynb) · [Next: 03 Classifier guidance](03_classifier_guidance.ipynb)
+#
+# Chapter 01 derived everything about diffusion but the network. This chapter builds one for images, piece by piece, trains
+# it, and measures what it can do.
 #
 # **What you will be able to do**
 #
-# - say what each piece of a diffusion U-Net is there for, and build it from tensors;
-# - hold each piece against PyTorch's own, or against a formula, to twelve digits;
+# - say what each piece of a diffusion U-Net is there for, and write it down with tensors;
 # - train a DDPM on images, average its weights, and know what its loss means;
-# - choose a sampler and a number of steps by quality against time;
-# - state a likelihood in bits per dimension, and say what it does and does not tell;
+# - look into a denoiser: what it expects at each step, what its skips carry, where its attention looks;
+# - choose a sampler and a number of steps by quality against time, on enough images;
 # - train the same code on a folder of your own images.
 #
-# **What it needs**: chapter 01, whose `Diffusion` and samplers are imported here, and convolutions.
-# **What it takes**: one to two and a half minutes on two cores, most of it spent in two trainings. All data are embedded.
+# **What it needs**: [chapter 01](01_ddpm.ipynb), whose `Diffusion` and samplers are imported here, and convolutions.
+# **What it takes**: two minutes to run on two cores; all data are embedded. To study: some 90 minutes for the core,
+# three hours with everything. Sections marked *(at a second reading)* can wait: labels are needed in chapter 05, the bits
+# nowhere. After a restart of the kernel nothing is defined any more: choose *Run All Above Selected Cell* where you want
+# to go on.
 
 # %%
 import tempfile
-from itertools import groupby
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
@@ -49,12 +53,11 @@ from lecture26.ddpm import (
     v_from_x_0_and_eps,
 )
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import sample_quality
-from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.evaluation import read, sample_quality
+from lecture26.kit.figures import PALETTE, show, show_grid, show_table, use_style
 from lecture26.kit.progress import progress_bar
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
-from lecture26.kit.training import train
 from lecture26.recipes import load_diffusion, load_model
 
 use_style()
@@ -66,7 +69,7 @@ colours = list(PALETTE.values())
 # %% tags=["export"]
 import copy
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -75,27 +78,69 @@ from torch import nn
 from lecture26.kit.state_dicts import without_compilation
 from lecture26.kit.validation import check_positive_int, check_shape
 
+# %% [markdown] tags=["core"]
+# ## What this chapter reaches
+#
+# A U-Net that was trained on 200,000 small pictures of shapes, and a sampler of chapter 01:
+
+# %%
+trained, trained_diffusion = load_model("ddpm_shapes32"), load_diffusion("ddpm_shapes32")
+x_T = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+first_drawn = sample(trained_diffusion.respace(50), trained, x_T.shape, ddim_step, x_T=x_T)
+show(
+    show_grid(first_drawn),
+    "Thirty-two pictures of coloured shapes, many of them misshapen, on plain, striped and checkered grounds.",
+)
+
 # %% [markdown]
+# *Thirty-two samples, none left out, in 50 DDIM steps.* How many are as they should be? The judge is a classifier that
+# reads shape, colour, size and background off such pictures: *legible* is one of which it reads all four with more than
+# 90 % confidence, as it does of nearly every real one.
+
+# %%
+judge = load_model("reader_shapes32")
+
+
+def is_legible(pictures):
+    """Whether the judge reads everything with more than 90 % confidence, for pictures (B, 3, 32, 32): (B,)."""
+    return (torch.stack(list(read(judge, pictures).confidence.values())) > 0.9).all(dim=0)
+
+
+print(f"legible: {is_legible(first_drawn).sum()} of {len(first_drawn)}")
+
+# %%
+show_table(
+    [[f"{is_legible(load('shapes', 'test').batch(range(1000))['image']).float().mean():.1%}"]],
+    columns=["legible, of 1,000 real pictures"],
+)
+
+# %% [markdown]
+# Backgrounds, colours and sharp outlines are there; a good part of the shapes, mostly small ones, have no name. What is
+# such a network made of, what does it know, and where does it fail?
+
+# %% [markdown] tags=["core"]
 # ## What the network has to do
 #
-# The course's first data set, *Shapes*, is made by code: one object on a background, 32 pixels wide. This is how chapter
-# 01's forward process takes three of its images apart:
+# The pictures are *Shapes*, made by code: one object on a background, 32 pixels wide. This is how chapter 01's forward
+# process takes three of them apart:
 
 # %%
 images = load("shapes")
 diffusion = Diffusion(cosine_betas(1000), prediction="v", clip=True)
-x_0 = images.batch([23, 33, 26])["image"]  # (3, 3, 32, 32)
-noise = noise_like(x_0, torch.Generator().manual_seed(0))
+three_images = images.batch([23, 33, 26])["image"]  # (3, 3, 32, 32)
+three_noises = noise_like(three_images, torch.Generator().manual_seed(0))
 levels = (0, 100, 300, 500, 700, 850, 999)
-noisy = torch.stack([diffusion.q_sample(x_0, torch.full((3,), t), noise) for t in levels], dim=1)
+noisy = torch.stack(
+    [diffusion.q_sample(three_images, torch.full((3,), t), three_noises) for t in levels], dim=1
+)
 figure = show_grid(
     noisy.flatten(0, 1), columns=len(levels), titles=[f"t = {t}" for t in levels], inches_per_image=1.2
 )
 show(figure, "Three pictures of coloured shapes, each in seven columns from clean to pure noise.")
 
 # %% [markdown]
-# *Three images, from nearly clean (left) to pure noise (right). At t = 100 only fine texture and the exact outline are in
-# doubt; at t = 500 only the colour and the rough place of the object can be made out.*
+# *At t = 100 only fine texture and the exact outline are in doubt; at t = 500 only the colour and the rough place of the
+# object can be made out.*
 #
 # The network gets one of these pictures and the step, and returns a picture of the same size: the predicted noise, clean
 # image or velocity. So it has four things to do.
@@ -105,21 +150,22 @@ show(figure, "Three pictures of coloured shapes, each in seven columns from clea
 # 3. *See the whole.* At large $t$ a single pixel says nothing; only many together do.
 # 4. *Know the step.* How far to trust a pixel depends on $t$.
 #
-# The second and third pull in opposite directions: fine resolution, or a wide view. The way out starts with an
-# observation about averages. Replace each block of $p\times p$ pixels by its mean. The noise in a block is independent,
+# The second and third pull in opposite directions: fine resolution, or a wide view. The way out starts with averages.
+# Replace each block of $p\times p$ pixels by its mean. The noise in a block is independent,
 # so its mean has the variance $p^2\cdot 1/p^4$, and different blocks share no pixel:
 #
 # $$\operatorname{Cov}\bigl(\text{block means of }\epsilon\bigr)=\frac1{p^2}\,I \tag{2.1}$$
 #
-# White noise again, but $p$ times weaker, while large things keep their brightness: halving the resolution adds
-# $2\log 2$ to their log-SNR. To check it, let the averaging $A$, a linear map, act on each unit vector; then the
-# covariance is $AA^\top$.
+# White noise again, but $p$ times weaker, while large things keep their brightness. To check it, let the averaging $A$, a
+# linear map, act on each unit vector; then the covariance is $AA^\top$. (Proofs want more digits than training does:
+# they compute in double precision.)
 
 # %%
+exact = {"dtype": torch.float64}
 p, side = 2, 6
-unit_images = torch.eye(side**2, dtype=torch.float64).reshape(-1, 1, side, side)  # (36, 1, 6, 6)
+unit_images = torch.eye(side**2, **exact).reshape(-1, 1, side, side)  # (36, 1, 6, 6)
 A = F.avg_pool2d(unit_images, p).flatten(1).T  # (9, 36)
-verify("2.1", A @ A.T, torch.eye(9, dtype=torch.float64) / p**2, atol=1e-12)
+verify("2.1", A @ A.T, torch.eye(9, **exact) / p**2, atol=1e-12)
 
 # %%
 pooled = [F.avg_pool2d(noisy[:, 3], p) for p in (1, 2, 4, 8)]
@@ -133,35 +179,31 @@ figure = show_grid(
 show(figure, "Three noisy pictures at four resolutions: the coarser, the less noise, and the less outline.")
 
 # %% [markdown]
-# *The images at t = 500, averaged to fewer and fewer pixels. The noise fades, and the outlines with it. No single resolution
-# shows both.*
+# *The images at t = 500, averaged to fewer and fewer pixels. The noise fades, and the outlines with it.*
 #
 # A **U-Net** works at all of these resolutions. On the way down it halves the picture a few times, and sees ever more
 # of it, ever less noisy; on the way up it doubles it again; and at each resolution, what was there on the way down is
-# handed across to the way up (the *skips*), so that no detail is lost. Now for its pieces. Proofs want
-# more digits than training does, so until then everything is in double precision.
+# handed across (the *skips*), so that no detail is lost.
 
-# %%
-torch.set_default_dtype(torch.float64)
-
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Telling the network the step
 #
-# A layer cannot do much with the bare number $t$. Fed in as it is, up to 999, it would swamp everything else; divided by
-# 1000, neighbouring steps would look the same. It is better to write it as a number is written: with one digit that
-# changes fast, and others that change ever more slowly. Waves do that smoothly.
-
-# %%
-omega = torch.tensor([1.0, 0.1, 0.01])
-for t in (0, 1, 10, 100):
-    print(f"t = {t:3}: cosines of t omega = {[round(value, 2) for value in (t * omega).cos().tolist()]}")
-
-# %% [markdown]
-# The first wave tells 0 from 1, but its value at 100 could belong to many steps; the third does not see the difference
-# between 0 and 1, but knows 100. In general, with $d/2$ frequencies in a geometric sequence, from 1 towards $1/P$,
+# The bare number $t$, up to 999, would swamp everything else; divided by 1000, neighbouring steps would look the same. It
+# is better to write it as a number is written: with one digit that changes fast, and others that change ever more slowly.
+# Waves do that smoothly. With $d/2$ frequencies in a geometric sequence, from 1 towards $1/P$,
 #
 # $$e(t)=\bigl(\cos\omega_0t,\dots,\cos\omega_{d/2-1}t,\ \sin\omega_0t,\dots,\sin\omega_{d/2-1}t\bigr),\quad
 # \omega_k=P^{-k/(d/2)} \tag{2.2, definition}$$
+#
+# In numbers, for three frequencies:
+
+# %%
+omega = torch.tensor([1.0, 0.1, 0.01])
+rows = [[t, *(f"{value:.2f}" for value in (t * omega).cos().tolist())] for t in (0, 1, 10, 100)]
+show_table(rows, columns=["$t$", r"$\cos t$", r"$\cos 0.1\,t$", r"$\cos 0.01\,t$"])
+
+# %% [markdown]
+# The first wave tells 0 from 1, but its value at 100 could belong to many steps; the third knows 100, but not 0 from 1.
 #
 # Why sines as well? Because with both, a shift in time is a *rotation*, the same wherever it starts. By the addition
 # theorems,
@@ -175,7 +217,9 @@ for t in (0, 1, 10, 100):
 #
 # $$e(t)\cdot e(t')=\sum_k\cos\bigl(\omega_k(t-t')\bigr) \tag{2.4}$$
 #
-# **Exercise 1.** Fill in `timestep_embedding`.
+# #### Exercise 1: the code of a step
+#
+# *Formula, medium, 6 minutes.* Fill in `timestep_embedding`, (2.2), for all steps of a batch at once.
 
 
 # %% tags=["export", "exercise"]
@@ -216,8 +260,8 @@ check("unet.timestep_embedding", timestep_embedding)
 # $e^{i\omega_ks}$.
 
 # %%
-t, shift = torch.arange(0.0, 1000.0, 7.0), 50.0
-omega = 10_000.0 ** (-torch.arange(32) / 32)
+t, shift = torch.arange(0.0, 1000.0, 7.0, **exact), 50.0
+omega = 10_000.0 ** (-torch.arange(32, **exact) / 32)
 
 
 def as_complex(embedding):
@@ -250,9 +294,8 @@ show(
 )
 
 # %% [markdown]
-# *Left: all embeddings side by side. Each row is a wave; the cosines are above, the sines below, the fast ones first (the
-# fastest are too fast for the picture). Right: how similar the other steps are to steps 200 and 700. It is one curve,
-# moved: (2.4).*
+# *Left: all embeddings side by side. Each row is a wave; cosines above, sines below, the fast ones first. Right: how similar
+# the other steps are to steps 200 and 700. It is one curve, moved: (2.4).*
 #
 # Two linear layers with a nonlinearity between them turn this code into the **embedding** that every block of the
 # network receives. The nonlinearity in this chapter is always the SiLU, $x\,/\,(1+e^{-x})$, a smooth ReLU.
@@ -278,12 +321,12 @@ class StepEmbedding(nn.Sequential):
         return super().forward(timestep_embedding(t, first.in_features).to(first.weight.dtype))
 
 
-# %% [markdown]
-# ### Labels
+# %% [markdown] tags=["optional"]
+# ### Labels *(at a second reading)*
 #
-# Later chapters tell the network more than the step: what the picture should show. The simplest way is a table with one
-# learned row per class, added to the embedding of the step. Each table has an extra row, 'no label', which chapter 05
-# will need. Several labels at once, such as shape and colour, have a table each, and the rows add up.
+# Later chapters tell the network what the picture should show. The simplest way is a table with one learned row per class,
+# added to the embedding of the step. Each table has an extra row, 'no label', for chapter 05. Several labels, such as
+# shape and colour, have a table each, and the rows add up.
 
 
 # %% tags=["export"]
@@ -328,24 +371,68 @@ shape_table, colour_table = shape_and_colour.tables
 assert torch.equal(embedded[0], shape_table.weight[3] + colour_table.weight[0])
 print(f"rows of the two tables: {len(shape_table.weight)} and {len(colour_table.weight)}")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The residual block
 #
 # Most of a U-Net's work is done by one kind of block: two convolutions, with a normalisation and a nonlinearity before
 # each, the embedding in between, and a path around it all.
+
+
+# %%
+def draw_boxes(axis, boxes, width=1.5, height=0.7):
+    """Draw named boxes: {text: (x, y, colour)}, each centred at its place."""
+    for text, (x, y, colour) in boxes.items():
+        corner = (x - width / 2, y - height / 2)
+        style = {"facecolor": colour, "edgecolor": "black", "alpha": 0.35, "linewidth": 0.8}
+        axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0.02", **style))
+        axis.text(x, y, text, ha="center", va="center", fontsize=11)
+
+
+def draw_arrows(axis, arrows, **style):
+    """Draw arrows from (x, y) to (x, y)."""
+    for start, end in arrows:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 1.2} | style)
+
+
+blue, red, green, purple = colours[:4]
+chain_of_boxes = {
+    "GN": (1, 0, green), "SiLU ": (3, 0, purple), "conv $W_1$": (5, 0, blue), "GN ": (7, 0, green),
+    "$(1+s)+b$": (9, 0, red), " SiLU": (11, 0, purple), "conv $W_2$\n(zeros)": (13, 0, blue),
+}  # fmt: skip
+told = {"SiLU": (5, -1.4, purple), "linear $W_e$": (7, -1.4, red)}
+path_around = {"skip": (7, 1.4, blue)}
+figure, axis = plt.subplots(figsize=(12, 3), layout="constrained")
+draw_boxes(axis, chain_of_boxes | told | path_around)
+draw_arrows(axis, [((-1, 0), (0.2, 0)), ((13.8, 0), (14.7, 0)), ((15.3, 0), (16.4, 0))])
+draw_arrows(axis, [((x + 0.8, 0), (x + 1.2, 0)) for x in range(1, 13, 2)])
+draw_arrows(axis, [((-0.6, 0), (6.2, 1.4))], connectionstyle="angle,angleA=90,angleB=0,rad=9")
+draw_arrows(axis, [((7.8, 1.4), (15, 0.25))], connectionstyle="angle,angleA=0,angleB=90,rad=9")
+draw_arrows(axis, [((3.2, -1.4), (4.2, -1.4)), ((5.8, -1.4), (6.2, -1.4)), ((7.8, -1.4), (9, -0.4))])
+for text, place in {"$x$": (-1.3, 0), "+": (15, 0), "$y$": (16.7, 0), "embedding $e$": (2.2, -1.4)}.items():
+    axis.text(*place, text, ha="center", va="center", fontsize=13)
+axis.text(8.6, -1.4, "$s,\\ b$", fontsize=13)
+axis.set(xlim=(-1.7, 17), ylim=(-2, 2))
+axis.axis("off")
+show(
+    figure,
+    "A chain of seven boxes from x to a plus sign; above it the skip, below it the embedding's way in.",
+)
+
+# %% [markdown]
+# *The block. Above, the path around; below, where the step comes in.*
 #
 # ### Each image normalised by itself
 #
-# Deep networks train better when the numbers between layers stay of the order of 1. The usual way, batch normalisation,
-# shares its statistics among the images of a batch. That will not do here: a batch mixes nearly clean images with pure
-# noise, and in sampling all are at one step. **Group normalisation** computes mean and variance for each image alone,
+# Deep networks train better when the numbers between layers stay of the order of 1. Batch normalisation shares its
+# statistics among the images of a batch. That will not do here: a batch mixes nearly clean images with pure noise, and in
+# sampling all are at one step. **Group normalisation** computes mean and variance for each image alone,
 # over the pixels of a *group* of channels:
 #
 # $$\mathrm{GN}(h)_{bcij}=\gamma_c\,\frac{h_{bcij}-\mu_{bg}}{\sqrt{\sigma^2_{bg}+10^{-5}}}+\delta_c,
 # \qquad\mu_{bg},\ \sigma^2_{bg}:\text{ of image } b,\text{ over channels } c\in g\text{ and all pixels} \tag{2.5}$$
 #
-# with a learned $\gamma_c$ and $\delta_c$ per channel. The papers use 32 groups; with narrow layers that would leave a
-# group one or two channels, so ours have at least eight. (And their number has to divide that of the channels.)
+# with a learned $\gamma_c$ and $\delta_c$ per channel. The papers use 32 groups; in our narrow layers a group has at least
+# eight channels.
 
 
 # %% tags=["export"]
@@ -355,52 +442,39 @@ def group_norm(channels):
 
 
 # %%
-generator = torch.Generator().manual_seed(0)
-h = 3 + 2 * torch.randn(4, 64, 6, 6, generator=generator)
-norm = group_norm(64)
+torch.manual_seed(0)
+h = 3 + 2 * torch.randn(4, 64, 6, 6, **exact)
+norm = group_norm(64).double()
+for parameter in norm.parameters():
+    nn.init.normal_(parameter)
+gamma, delta = norm.weight[:, None, None], norm.bias[:, None, None]  # (64, 1, 1) each
 grouped = h.unflatten(1, (norm.num_groups, -1))  # (4, 8, 8, 6, 6)
 mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
 variance = grouped.var(dim=(2, 3, 4), correction=0, keepdim=True)
-verify("2.5", norm(h), ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(1, 2), atol=1e-12)
+normalised = ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)  # (4, 64, 6, 6)
+verify("2.5", norm(h), gamma * normalised + delta, atol=1e-12)
 assert torch.equal(norm(h)[:1], norm(h[:1]))  # the other images of the batch do not matter
 
 # %% [markdown]
 # ### What the step changes
 #
 # Normalised feature maps $\hat h$ have forgotten how noisy the image was. The embedding brings it back, by two numbers
-# per channel: how much of it to use, and where its zero lies. (This scale has nothing to do with guidance, for which
-# the other chapters keep the word.)
+# per channel: how much of it to use, and where its zero lies. (This scale has nothing to do with guidance.)
 #
 # $$h'_{bcij}=\hat h_{bcij}\,(1+\text{scale}_{bc})+\text{shift}_{bc} \tag{2.6, definition}$$
 #
-# With concrete numbers: a channel that responds to fine edges is of no use at $t=999$. A scale of $-1$ turns it off there,
-# and a scale of 0 leaves it as it is at $t=10$. A large negative shift turns it off as well, by way of the SiLU that
-# follows; a moderate one leaves only its strongest responses.
-#
-# **Exercise 2.** Fill in `scale_shift`. Each number serves a whole channel of one image.
+# For instance, a channel that responds to fine edges is of no use at $t=999$. A scale of $-1$ turns it off there, and a scale
+# of 0 leaves it as it is at $t=10$. A large negative shift turns it off as well, by way of the SiLU that follows.
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def scale_shift(h, scale, shift):
-    """Let an embedding scale and shift each channel: h (1 + scale) + shift.
-
-    Args:
-        h: normalised feature maps, (B, C, H, W).
-        scale, shift: one number per sample and channel, (B, C).
-
-    Returns:
-        (B, C, H, W). With scale = shift = 0, h itself.
+    """Let scale and shift (B, C) act on each channel of h (B, C, H, W): h (1 + scale) + shift.
 
     Source: Dhariwal and Nichol 2021, section 3.1 (adaptive group normalisation, y_s = 1 + scale).
     """
-    ### BEGIN SOLUTION
-    # h (1 + scale) + shift, the same number for every pixel of a channel
     return h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    ### END SOLUTION
 
-
-# %%
-check("unet.scale_shift", scale_shift)
 
 # %% [markdown]
 # ### The path around
@@ -411,13 +485,50 @@ check("unet.scale_shift", scale_shift)
 # $$y=\mathrm{skip}(x)+W_2*\mathrm{silu}\Bigl(\mathrm{GN}\bigl(W_1*\mathrm{silu}(\mathrm{GN}(x))\bigr)(1+s)+b\Bigr),
 # \qquad(s,b)=W_e\,\mathrm{silu}(e) \tag{2.7}$$
 #
-# where *skip* does nothing, or fits the number of channels by a convolution of $1\times1$. The last convolution starts
-# at **zero**. Then the whole branch is zero and $y=\mathrm{skip}(x)$; where the number of channels stays,
+# where *skip* does nothing, or fits the number of channels by a convolution of $1\times1$.
+#
+# #### Exercise 2: the residual block
+#
+# *Algorithm, medium, 10 minutes.* Fill in `residual_block`: (2.7), five lines. The layers come as arguments, ready to be
+# called; `F.silu` is the nonlinearity.
+
+
+# %% tags=["export", "exercise"]
+def residual_block(x, embedding, norm_in, conv_in, to_scale_shift, norm_out, conv_out, skip):
+    """Pass feature maps through two convolutions, told the embedding, and around them.
+
+    Args:
+        x: feature maps, (B, in_channels, H, W).
+        embedding: of step and label, (B, D).
+        norm_in, conv_in: layers of feature maps, in front: in_channels -> in_channels, -> out_channels.
+        to_scale_shift: layer, (B, D) -> (B, 2 out_channels), the scales first.
+        norm_out, conv_out: layers of feature maps, behind: out_channels -> out_channels.
+        skip: layer of feature maps, around all of it: in_channels -> out_channels.
+
+    Returns:
+        (B, out_channels, H, W).
+
+    Source: Dhariwal and Nichol 2021, section 3.
+    """
+    ### BEGIN SOLUTION
+    h = conv_in(F.silu(norm_in(x)))  # (B, out_channels, H, W)
+    scale, shift = to_scale_shift(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
+    h = scale_shift(norm_out(h), scale, shift)
+    h = conv_out(F.silu(h))
+    return skip(x) + h
+    ### END SOLUTION
+
+
+# %%
+check("unet.residual_block", residual_block)
+
+# %% [markdown]
+# The last convolution starts at **zero**. Then the whole branch is zero and $y=\mathrm{skip}(x)$; where the number of
+# channels stays,
 #
 # $$y=x,\qquad\frac{\partial y}{\partial x}=I\qquad\text{at the start of training} \tag{2.8}$$
 #
-# However many such blocks are stacked, at first the signal passes all of them untouched, and the gradient too. Depth costs
-# nothing until a block has learned something.
+# However many such blocks are stacked, at first signal and gradient pass all of them untouched.
 
 
 # %% tags=["export"]
@@ -451,11 +562,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, embedding):
         """Map x (B, in_channels, H, W) and embedding (B, embedding_dim) to (B, out_channels, H, W)."""
-        h = self.conv_in(F.silu(self.norm_in(x)))  # (B, out_channels, H, W)
-        scale, shift = self.embedding(F.silu(embedding)).chunk(2, dim=1)  # (B, out_channels) each
-        h = scale_shift(self.norm_out(h), scale, shift)
-        h = self.conv_out(F.silu(h))
-        return self.skip(x) + h
+        inward, outward = (self.norm_in, self.conv_in), (self.norm_out, self.conv_out)
+        return residual_block(x, embedding, *inward, self.embedding, *outward, self.skip)
 
 
 # %% [markdown]
@@ -463,16 +571,15 @@ class ResidualBlock(nn.Module):
 
 # %%
 torch.manual_seed(0)
-block = ResidualBlock(8, 8, embedding_dim=16)
-x, e = torch.randn(1, 8, 2, 2), torch.randn(1, 16)
-jacobian = torch.autograd.functional.jacobian(lambda x: block(x, e), x).reshape(32, 32)
-assert torch.equal(block(x, e), x)
-verify("2.8", jacobian, torch.eye(32), atol=1e-12)
+new_block = ResidualBlock(8, 8, embedding_dim=16).double()
+x, e = torch.randn(1, 8, 2, 2, **exact), torch.randn(1, 16, **exact)
+jacobian = torch.autograd.functional.jacobian(lambda x: new_block(x, e), x).reshape(32, 32)
+assert torch.equal(new_block(x, e), x)
+verify("2.8", jacobian, torch.eye(32, **exact), atol=1e-12)
 
 # %% [markdown]
-# Does a layer of zeros ever get away from zero? The gradient of its weights is its input times the gradient that arrives
-# at its output, and neither is zero. Only the layers of the branch in front of it, whose gradient has to pass through its
-# zeros, wait for one step:
+# Does a layer of zeros ever get away from zero? The gradient of its weights is its input times the gradient at its output,
+# and neither is zero. Only the layers in front of it, whose gradient has to pass through its zeros, wait for one step:
 
 
 # %%
@@ -483,21 +590,21 @@ def gradient_sizes(block):
     return block.conv_in.weight.grad.abs().max().item(), block.conv_out.weight.grad.abs().max().item()
 
 
-optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(new_block.parameters(), lr=0.1)
 for step in range(2):
-    first, last = gradient_sizes(block)
+    first, last = gradient_sizes(new_block)
     print(f"step {step}: gradient reaches the first convolution: {first > 0}, the last: {last > 0}")
     optimizer.step()
 
 # %% [markdown]
-# Now (2.7), in a block with other weights everywhere. Left, the module; right, plain functions of its weights.
+# Now (2.7), with other weights everywhere: the module against plain functions of its weights.
 
 # %%
-block = ResidualBlock(8, 16, embedding_dim=16)
+block = ResidualBlock(8, 16, embedding_dim=16).double()
 for parameter in block.parameters():
     nn.init.normal_(parameter, std=0.3)
 weights = block.state_dict()
-x, e = torch.randn(3, 8, 5, 5), torch.randn(3, 16)
+x, e = torch.randn(3, 8, 5, 5, **exact), torch.randn(3, 16, **exact)
 
 # %%
 scale_and_shift = F.linear(F.silu(e), weights["embedding.weight"], weights["embedding.bias"])  # (3, 32)
@@ -508,7 +615,7 @@ h = F.group_norm(h, 2, weights["norm_out.weight"], weights["norm_out.bias"]) * (
 h = F.conv2d(F.silu(h), weights["conv_out.weight"], weights["conv_out.bias"], padding=1)
 verify("2.7", block(x, e), F.conv2d(x, weights["skip.weight"], weights["skip.bias"]) + h, atol=1e-10)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Self-attention
 #
 # A convolution sees three pixels across. Two ends of one object may be twenty pixels apart, and at high noise only the
@@ -523,12 +630,16 @@ q = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
 k = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
 v = torch.tensor([[10.0], [20.0], [60.0]])
 attention_weights = (q @ k.T / math.sqrt(2)).softmax(dim=1)  # (3 queries, 3 keys)
-for row, result in zip(attention_weights, attention_weights @ v):
-    print(f"weights {[f'{weight:.2f}' for weight in row]}, result {result.item():.1f}")
+rows = [
+    [i + 1, *(f"{weight:.2f}" for weight in row), f"{result.item():.1f}"]
+    for i, (row, result) in enumerate(zip(attention_weights, attention_weights @ v))
+]
+show_table(rows, columns=["query", "weight of key 1", "key 2", "key 3", "answer"])
 
 # %% [markdown]
-# The first query matches the first key best (inner product 4) and the third half as well (2), of which the softmax makes
-# 0.77 and 0.19; the last one, zero, matches all alike and gets the mean of the values. In general, with $N$ queries as the rows of $Q$, and $M$ keys and values as those of $K$ and $V$,
+# The first query matches the first key best (inner product 4) and the third half as well (2); the last one matches all
+# alike. In general, with $N$ queries as the rows of $Q$, and $M$ keys and values as
+# those of $K$ and $V$,
 #
 # $$\mathrm{attention}(Q,K,V)=\mathrm{softmax}\!\left(\frac{QK^\top}{\sqrt d}\right)V,
 # \qquad\text{the softmax over each row} \tag{2.9}$$
@@ -538,16 +649,18 @@ for row, result in zip(attention_weights, attention_weights @ v):
 #
 # $$\operatorname{Var}(q\cdot k)=d \tag{2.10}$$
 #
-# Without the root, scores grow with the length of the vectors, until the softmax picks a single key and passes on next to
-# no gradient. For the check all combinations of entries $\pm1$ stand in for random vectors:
+# Without the root, the softmax of long vectors would pick a single key, and pass on next to no gradient. For the check all
+# combinations of entries $\pm1$ stand in for random vectors:
 
 # %%
 d = 4
-signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * d)  # (16, 4)
-verify("2.10", (signs @ signs.T).var(correction=0), torch.tensor(float(d)), atol=1e-12)
+signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], **exact)] * d)  # (16, 4)
+verify("2.10", (signs @ signs.T).var(correction=0), float(d), atol=1e-12)
 
 # %% [markdown]
-# **Exercise 3.** Fill in `attention`. There may be any number of axes in front, such as batch and heads.
+# #### Exercise 3: attention
+#
+# *Formula, easy, 4 minutes.* Fill in `attention`, (2.9). There may be any number of axes in front, such as batch and heads.
 
 
 # %% tags=["export", "exercise"]
@@ -575,16 +688,56 @@ def attention(q, k, v):
 check("unet.attention", attention)
 
 # %%
-q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 8)
+q, k, v = (torch.randn(2, 4, *shape, **exact) for shape in ((7, 16), (5, 16), (5, 8)))
 verify("2.9", attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-12)
 
 # %% [markdown]
-# In the layer, queries, keys and values are linear functions of the normalised feature map. The channels are split among
-# several **heads**, each with its own scores, so that a pixel can look at several places for several reasons. One more
-# linear layer mixes the heads, and the result is added to the input. With $X$, the pixels of the normalised map as rows,
+# ### The layer
+#
+# Queries, keys and values are linear functions of the normalised feature map. The channels are split among several
+# **heads**, each with its own scores, so that a pixel can look at several places for several reasons. One more linear
+# layer mixes the heads, and the result is added to the input. With $X$, the pixels of the normalised map as rows,
 #
 # $$y=x+[\,a_1,\dots,a_h\,]\,W^o,\qquad
 # a_i=\mathrm{attention}(XW^q_i,XW^k_i,XW^v_i),\qquad X=\mathrm{GN}(x) \tag{2.11}$$
+#
+# #### Exercise 4: an attention layer
+#
+# *Algorithm, hard, 15 minutes.* Fill in `self_attention`, (2.11). Pixels become tokens, channels are split into heads,
+# `attention` mixes them, heads are merged, tokens become pixels again. One layer makes all queries, keys and values:
+# of its $3C$ outputs the first $C$ are queries, and of these the first $C/h$ belong to the first head. Write the shape
+# beside each line: a wrong order of axes raises no error.
+
+
+# %% tags=["export", "exercise"]
+def self_attention(x, norm, qkv, project, heads):
+    """Let every pixel look at every other one, in several heads, and add what it finds.
+
+    Args:
+        x: feature maps, (B, C, H, W).
+        norm: layer of feature maps, keeps the shape.
+        qkv: layer of tokens, (B, N, C) -> (B, N, 3 C): all queries, then all keys, then all values.
+        project: layer of tokens, (B, N, C) -> (B, N, C), which mixes the heads.
+        heads: the number of heads, a divisor of C; each takes C / heads channels side by side.
+
+    Returns:
+        (B, C, H, W).
+
+    Source: Vaswani et al. 2017, section 3.2.2; Dhariwal and Nichol 2021, section 3.
+    """
+    ### BEGIN SOLUTION
+    batch, channels, height, width = x.shape
+    tokens = norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+    split = qkv(tokens).unflatten(2, (3, heads, -1))  # (B, H W, 3, heads, C / heads)
+    q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, heads, H W, C / heads) each
+    mixed = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H W, C)
+    h = project(mixed).transpose(1, 2).reshape(batch, channels, height, width)
+    return x + h
+    ### END SOLUTION
+
+
+# %%
+check("unet.self_attention", self_attention)
 
 
 # %% tags=["export"]
@@ -613,28 +766,22 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, cond=None):
         """Map x (B, C, H, W) to (B, C, H, W); cond is for attention that looks outside the image."""
-        batch, channels, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
-        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B, H W, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, H W, head_dim) each
-        mixed = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H W, C)
-        h = self.project(mixed).transpose(1, 2).reshape(batch, channels, height, width)
-        return x + h
+        return self_attention(x, self.norm, self.qkv, self.project, self.heads)
 
 
 # %% [markdown]
-# PyTorch's `nn.MultiheadAttention` keeps its weights in the same order, so they can be copied over. (The last layer
-# starts at zero here too; with zeros both sides of the comparison would agree whatever was in between.)
+# PyTorch's `nn.MultiheadAttention` keeps its weights in the same order. (The last layer starts at zero here too; with zeros
+# both sides would agree whatever was in between.)
 
 # %%
-layer = SelfAttention(64)
+layer = SelfAttention(64).double()
 nn.init.normal_(layer.project.weight)
-library = nn.MultiheadAttention(64, num_heads=layer.heads, batch_first=True)
+library = nn.MultiheadAttention(64, num_heads=layer.heads, batch_first=True).double()
 library.load_state_dict({
     "in_proj_weight": layer.qkv.weight, "in_proj_bias": layer.qkv.bias,
     "out_proj.weight": layer.project.weight, "out_proj.bias": layer.project.bias,
 })  # fmt: skip
-x = torch.randn(2, 64, 4, 4)
+x = torch.randn(2, 64, 4, 4, **exact)
 tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (2, 16, 64)
 mixed, _ = library(tokens, tokens, tokens)
 verify("2.11", layer(x), x + mixed.transpose(1, 2).reshape(2, 64, 4, 4), atol=1e-10)
@@ -648,23 +795,23 @@ verify("2.11", layer(x), x + mixed.transpose(1, 2).reshape(2, 64, 4, 4), atol=1e
 # $$\mathrm{attention}(PQ,PK,PV)=P\,\mathrm{attention}(Q,K,V) \tag{2.12}$$
 #
 # because $P$ reorders rows and columns of the scores, and each row's softmax and sum do not mind the order. Where things
-# are is known to the convolutions around it: they compare neighbours, and feel the border of the image, beyond which
-# there are zeros.
+# are is known to the convolutions around it, which feel the border of the image, beyond which there are zeros.
 
 # %%
-q, k, v = torch.randn(3, 16, 8)
-P = torch.eye(16)[torch.randperm(16)]
+q, k, v = torch.randn(3, 16, 8, **exact)
+P = torch.eye(16, **exact)[torch.randperm(16)]
 verify("2.12", attention(P @ q, P @ k, P @ v), P @ attention(q, k, v), atol=1e-12)
 
 # %% [markdown]
 # ### What it costs
 #
 # Count multiplications, for $N$ pixels and $C$ channels. Scores and mixture each take $C$ of them for every *pair* of
-# pixels; a convolution takes $9C$ for each pixel and output channel:
+# pixels; the four linear maps around them, to queries, keys and values and back, take $C$ for each pixel and channel; a
+# convolution takes $9C$ for each pixel and output channel:
 #
-# $$\text{attention: } 2N^2C,\qquad\text{one } 3\times3\text{ convolution: } 9NC^2 \tag{2.13}$$
+# $$\text{attention layer: }\ 2N^2C+4NC^2,\qquad\text{one } 3\times3\text{ convolution: }\ 9NC^2 \tag{2.13}$$
 #
-# PyTorch can count what really happens (it counts a multiplication and an addition as two operations):
+# PyTorch can count what really happens:
 
 
 # %%
@@ -677,35 +824,32 @@ def count_multiplications(function, *arguments):
 
 N, C = 8 * 8, 32
 counted = [
-    count_multiplications(attention, *torch.randn(3, N, C)),
-    count_multiplications(nn.Conv2d(C, C, 3, padding=1), torch.randn(1, C, 8, 8)),
+    count_multiplications(layer_of_C, torch.randn(1, C, 8, 8))
+    for layer_of_C in (SelfAttention(C), nn.Conv2d(C, C, 3, padding=1))
 ]
-verify("2.13", torch.tensor(counted), torch.tensor([2 * N**2 * C, 9 * N * C**2]), atol=0)
+costs = torch.tensor([2 * N**2 * C + 4 * N * C**2, 9 * N * C**2])
+verify("2.13", torch.tensor(counted), costs, atol=0)
 
 # %%
 C = 64
-print("pixels   attention   convolution   (million multiplications, 64 channels)")
-for side in (64, 32, 16, 8):
-    N = side**2
-    print(f"{side:2} x {side:2}  {2 * N**2 * C / 1e6:9.1f} {9 * N * C**2 / 1e6:13.1f}")
+rows = [
+    [f"{side} × {side}", *(f"{cost / 1e6:.1f}" for cost in (2 * N**2 * C, 4 * N * C**2, 9 * N * C**2))]
+    for side in (64, 32, 16, 8)
+    for N in [side**2]
+]
+show_table(rows, columns=["pixels", "pairs, million", "linear maps", "one convolution"])
 
 # %% [markdown]
-# Twice the resolution, four times the pixels, sixteen times the attention. The two cost the same at $N=4.5\,C$, here
-# about 17 pixels across. So attention is for the low resolutions, and there, each pixel stands for a large part of the
-# picture anyway.
+# Twice the resolution, sixteen times the pairs. The layer costs as much as one convolution at $N=2.5\,C$, here some 13
+# pixels across. So attention is for the low resolutions, where each pixel stands for a large part of the picture anyway.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Down and up
 #
 # To halve the resolution: a convolution that moves two pixels at a time. To double it: repeat each pixel in a block of
-# $2\times2$, then smooth by a convolution. (A transposed convolution would do both at once. But with three taps at a
-# distance of two, some pixels receive two contributions and others one, which shows as a checkerboard.)
-
-# %%
-contributions = F.conv_transpose1d(torch.ones(1, 1, 6), torch.ones(1, 1, 3), stride=2)
-print("contributions per pixel:", contributions.int().flatten().tolist())
-
-# %% [markdown]
+# $2\times2$, then smooth by a convolution. (A transposed convolution does both at once, but gives some pixels two
+# contributions and others one, which shows as a checkerboard: Odena et al.)
+#
 # What does the way down lose? Let $D$ be the averaging over $2\times2$ blocks and $U$ the repetition. Then $UDx$ is the
 # coarse picture and $r=x-UDx$ what the way up cannot know. They share nothing: $Dr=0$, so within a block $UDx$ is
 # constant and $r$ adds up to 0, and the energies add:
@@ -713,15 +857,15 @@ print("contributions per pixel:", contributions.int().flatten().tolist())
 # $$x=UDx+r,\qquad\|x\|^2=\|UDx\|^2+\|r\|^2 \tag{2.14}$$
 
 # %%
-x = torch.randn(5, 3, 8, 8)
+x = torch.randn(5, 3, 8, 8, **exact)
 coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
 energies = torch.stack([part.square().sum(dim=(1, 2, 3)) for part in (coarse, x - coarse)])  # (2, 5)
 verify("2.14", energies.sum(dim=0), x.square().sum(dim=(1, 2, 3)), atol=1e-10)
 
 # %%
-picture = x_0[:2]
-coarse = F.interpolate(F.avg_pool2d(picture, 4), scale_factor=4, mode="nearest")
-shown = torch.stack([picture, coarse, picture - coarse], dim=1).flatten(0, 1)
+picture = three_images[:2]
+coarse_picture = F.interpolate(F.avg_pool2d(picture, 4), scale_factor=4, mode="nearest")
+shown = torch.stack([picture, coarse_picture, picture - coarse_picture], dim=1).flatten(0, 1)
 figure = show_grid(shown, columns=3, titles=["$x$", "$UDx$", "$r$"], inches_per_image=1.5)
 show(
     figure,
@@ -729,17 +873,16 @@ show(
 )
 
 # %% [markdown]
-# *Two images, what is left of them at 8 pixels (two halvings), and the rest, grey being 0. The edges are in the rest.*
+# *Two images, what is left of them at 8 pixels (two halvings), and the rest, which has the edges.*
 #
 # The rest is what the **skips** carry. Every feature map on the way down is kept; the way up takes them back, the last
-# one first, and concatenates each to its own channels before a block. So that is how the network comes by point 2,
-# detail, and point 3, the whole, at once.
+# one first, and concatenates each to its own channels before a block. So the network comes by detail and the whole at
+# once.
 #
 # The modules: a `Stage` is a residual block, with attention if wanted; a `DownLevel` and an `UpLevel` hold the stages of
-# one resolution. A level on the way up has one stage more, for the skip that the last halving, or the very first
-# convolution, left behind. `DownLevels` is the whole way down, which gives back every map on it; chapters 03 and 04
-# will use it without a way up, to say what an image shows. The kind of attention is a parameter: chapter 07 will pass one
-# that looks at a text.
+# one resolution, the way up one more, for the skip that the last halving, or the very first convolution, left behind.
+# `DownLevels`, the whole way down, gives back every map on it; chapters 03 and 04 will use it without a way up. The kind
+# of attention is a parameter: chapter 07 will pass one that looks at a text.
 
 
 # %% tags=["export"]
@@ -815,6 +958,7 @@ class DownLevels(nn.ModuleList):
         return maps
 
 
+# %% tags=["export"]
 class UpLevel(nn.Module):
     """The stages of one resolution on the way up, each fed with a skip; all but the last then double it.
 
@@ -835,9 +979,9 @@ class UpLevel(nn.Module):
         self.upsample = None if last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
     def forward(self, h, skips, embedding, cond):
-        """Map h (B, C, H, W), with embedding and cond, to the next resolution; takes skips from their end."""
-        for stage in self.stages:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, cond)
+        """Map h (B, C, H, W), with skips, one for each stage, embedding and cond, to the next resolution."""
+        for stage, skip in zip(self.stages, skips, strict=True):
+            h = stage(torch.cat([h, skip], dim=1), embedding, cond)
         if self.upsample is not None:
             h = self.upsample(F.interpolate(h, scale_factor=2, mode="nearest"))
         return h
@@ -845,23 +989,16 @@ class UpLevel(nn.Module):
 
 # %%
 down = DownLevel(8, 16, num_blocks=2, embedding_dim=16, attention=None, last=False)
-up = UpLevel(16, 8, skip_channels=[16, 16, 8], embedding_dim=16, attention=None, last=True)
 x, e = torch.randn(1, 8, 8, 8), torch.randn(1, 16)
-skips = [x, *down(x, e, cond=None)]
-print("kept on the way down:", [tuple(skip.shape[1:]) for skip in skips])
+maps = [x, *down(x, e, cond=None)]
+print("kept on the way down:", [tuple(feature_map.shape[1:]) for feature_map in maps])
 
-# %%
-lowest = skips.pop()  # here, a lower level would do its work
-h = F.interpolate(lowest, scale_factor=2, mode="nearest")
-h = up(h, skips, e, cond=None)
-print(f"after the way up: {tuple(h.shape[1:])}, skips left: {len(skips)}")
-
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Patches
 #
-# At full resolution everything is expensive, and neighbouring pixels say much the same. So our models fold each patch of
-# $p\times p$ pixels into the channels before the first convolution, and unfold it after the last: nothing is lost, and
-# there are $p^2$ times fewer places to compute at. (It is half of what vision transformers do, chapter 08.) In numbers:
+# At full resolution everything is expensive. So our models fold each patch of $p\times p$ pixels into the channels before
+# the first convolution, and unfold it after the last: nothing is lost, and there are $p^2$ times fewer places to compute
+# at. (Vision transformers do it too, chapter 08.) In numbers:
 
 # %%
 numbers = torch.arange(16).reshape(1, 1, 4, 4)
@@ -874,7 +1011,9 @@ print(F.pixel_unshuffle(numbers, 2).flatten(2)[0])
 #
 # $$y_{b,\ cp^2+ip+j,\ r,\ s}=x_{b,\ c,\ rp+i,\ sp+j} \tag{2.15}$$
 #
-# **Exercise 4.** Fill in `patchify`, by splitting axes and permuting them.
+# #### Exercise 5: patches
+#
+# *Formula, medium, 7 minutes.* Fill in `patchify`, (2.15), by splitting axes and permuting them.
 
 
 # %% tags=["export", "exercise"]
@@ -912,20 +1051,117 @@ def unpatchify(x, patch_size):
 
 
 # %% [markdown]
-# Once more the slow way, place by place, and there and back again:
+# The slow way, place by place, and there and back again:
 
 # %%
-p, x = 3, torch.randn(2, 2, 6, 9)
-by_place = torch.empty(2, 2 * p**2, 2, 3)
+p, x = 3, torch.randn(2, 2, 6, 9, **exact)
+by_place = torch.empty(2, 2 * p**2, 2, 3, **exact)
 for c, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(p), torch.arange(p)).tolist():
     by_place[:, c * p**2 + i * p + j] = x[:, c, i::p, j::p]
 verify("2.15", patchify(x, p), by_place, atol=0)
 assert torch.equal(unpatchify(patchify(x, p), p), x)
 
 # %% [markdown]
+# #### Question 1: what folding saves
+#
+# *On paper, 5 minutes.* A network for 32 pixels, with $C$ channels at its highest level, folds $p=4$ instead of 2. By what
+# factors do the multiplications of a convolution at that level, of the pairs in (2.13), and of the first convolution, from
+# the folded picture to $C$ channels, change? What is the price?
+#
+# <details>
+# <summary>Answer</summary>
+#
+# $N$ falls from $16^2$ to $8^2$. A convolution, $9NC^2$: a quarter. Pairs, $2N^2C$: a sixteenth. The first convolution,
+# $9N\cdot3p^2\cdot C$: the same. The price: one place, with $C$ numbers, has to keep $4\times4$ pixels of three colours
+# apart. *Full marks: three factors with reasons, and what a place has to hold.*
+#
+# </details>
+
+# %% [markdown] tags=["core"]
 # ## The whole
 #
-# All pieces are there. The network's head, like the last layer of each branch, starts at zero.
+# This is how the pieces fit together:
+
+# %%
+grey = "lightgrey"
+top = {
+    "picture $x_t$\n32×32, 3": (0, 3, grey),
+    "fold into\n16×16, 12": (2, 3, purple),
+    "first\nconvolution": (4, 3, blue),
+}
+top |= {"convolution": (12, 3, blue), "unfold": (14, 3, purple), "output\n32×32, 3": (16, 3, grey)}
+ways = {
+    f"{way} {side}×{side}\n{channels} channels": (8 + sign * (3.3 - 1.1 * row), 1.7 - 1.3 * row, red)
+    for way, sign in (("down", -1), ("up", 1))
+    for row, (side, channels) in enumerate([(16, 32), (8, 64), (4, 64)])
+}
+middle_box = {"middle": (8, -1.9, red)}
+step_boxes = {"step $t$": (0, 0.2, grey), "waves (2.2)": (0, -0.9, green), "two layers": (0, -2, green)}
+figure, axis = plt.subplots(figsize=(12, 5), layout="constrained")
+draw_boxes(axis, top | ways | middle_box | step_boxes | {"label": (2.2, -2.9, grey)}, width=1.8, height=0.8)
+draw_arrows(axis, [((x + 0.95, 3), (x + 1.05, 3)) for x in (0, 2, 12, 14)])
+places = [(4, 3), *[ways[key][:2] for key in list(ways)[:3]], (8, -1.9)]
+places += [*[ways[key][:2] for key in list(ways)[:2:-1]], (12, 3)]
+draw_arrows(axis, zip(places, places[1:]), shrinkA=19, shrinkB=19)
+for (x_left, y), (x_right, _) in zip(places[1:4], places[-2:-5:-1]):
+    draw_arrows(axis, [((x_left + 0.95, y), (x_right - 0.95, y))], color=blue, linestyle="--")
+draw_arrows(axis, [((0, -0.25), (0, -0.45)), ((0, -1.35), (0, -1.55))])
+draw_arrows(axis, [((0.95, -2), (6.9, -2)), ((2.2, -2.45), (2.2, -2.05))], color=red)
+axis.text(3.2, -2.35, "embedding, to every block", color=red, fontsize=12)
+axis.text(8, 1.95, "skips", color=blue, ha="center", fontsize=12)
+axis.set(xlim=(-1.2, 17.2), ylim=(-3.5, 3.6))
+axis.axis("off")
+show(
+    figure,
+    "Boxes in the form of a U: the picture is folded, goes down three levels, through the middle and up again, "
+    "with dashed skips across; the step, and a label, come in as an embedding that goes to every block.",
+)
+
+# %% [markdown]
+# *A U-Net with three levels. Folding turns 32×32 pixels of 3 numbers into 16×16 places of 12. Each red box holds one or
+# more residual blocks, with attention at the low resolutions; all of them are told the embedding.*
+#
+# #### Exercise 6: down, through, and up
+#
+# *Algorithm, medium, 10 minutes.* Fill in `unet_forward`. The way down returns all its maps. The middle gets the last one.
+# Each level of the way up takes as many maps as every other, the last one that is left first, beside what the level
+# before returned. Embedding and condition go everywhere.
+
+
+# %% tags=["export", "exercise"]
+def unet_forward(h, embedding, cond, down, middle, up):
+    """Send a feature map down, through the middle, and up again, where it meets the maps of the way down.
+
+    Args:
+        h: the first feature map, (B, C, H, W).
+        embedding: of step and label, (B, D).
+        cond: the condition, for attention that looks at it; any.
+        down: (h, embedding, cond) -> list of all maps, in the order in which they are made, h the first.
+        middle: (map, embedding, cond) -> map.
+        up: the levels of the way up, the lowest first: (map, skips, embedding, cond) -> map. Each takes as
+            many skips as the others, in the order in which its stages meet them; together, all maps.
+
+    Returns:
+        What the last level returns.
+
+    Source: Ronneberger et al. 2015, section 2; Ho et al. 2020, appendix B.
+    """
+    ### BEGIN SOLUTION
+    maps = down(h, embedding, cond)
+    h = middle(maps[-1], embedding, cond)
+    skips_per_level = len(maps) // len(up)
+    for level in up:
+        skips = [maps.pop() for _ in range(skips_per_level)]  # the last one first
+        h = level(h, skips, embedding, cond)
+    return h
+    ### END SOLUTION
+
+
+# %%
+check("unet.unet_forward", unet_forward)
+
+# %% [markdown]
+# The network's head, like the last layer of each branch, starts at zero.
 
 
 # %% tags=["export"]
@@ -1032,116 +1268,62 @@ class UNet(nn.Module):
         if self.labels is not None:
             embedding = embedding + self.labels(cond)
 
-        skips = self.down(self.stem(patchify(x_t, self.patch_size)), embedding, cond)
-        h = self.middle_out(self.middle_in(skips[-1], embedding, cond), embedding, cond)
-        for level in self.up:
-            h = level(h, skips, embedding, cond)
+        h = self.stem(patchify(x_t, self.patch_size))
+        h = unet_forward(h, embedding, cond, self.down, self.middle, self.up)
         return unpatchify(self.head(F.silu(self.head_norm(h))), self.patch_size)
 
+    def middle(self, h, embedding, cond):
+        """Map the last map of the way down, h, with embedding and cond, to what the way up begins with."""
+        return self.middle_out(self.middle_in(h, embedding, cond), embedding, cond)
+
 
 # %% [markdown]
-# The network that will be trained below, and what happens to a picture in it. From here on in float32, which is twice as
-# fast and exact enough to learn with.
+# The network of the picture, and the maps that its way down keeps for the way up:
 
 # %%
-torch.set_default_dtype(torch.float32)
 torch.manual_seed(0)
-network = UNet(
+fresh_network = UNet(
     3, base_channels=32, channel_multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,), patch_size=2
 )
-
-# %% [markdown]
-# To see its feature maps, a hook on each layer of interest writes down what comes out:
-
-# %%
-kinds = {"stem": "first", "residual": "block", "attention": "attention"}
-kinds |= {"downsample": "halve", "upsample": "double", "head": "last"}
-path = []  # (name, kind, channels, side) of each feature map
-
-
-def remember(name, kind):
-    """A hook that notes the feature map a module returns."""
-    return lambda module, inputs, output: path.append((name, kind, *output.shape[1:3]))
-
-
-hooks = [
-    module.register_forward_hook(remember(name, kinds[name.split(".")[-1]]))
-    for name, module in network.named_modules()
-    if name.split(".")[-1] in kinds
-]
+t = torch.tensor([0, 500, 999])
 with torch.no_grad():
-    output = network(x_0, torch.tensor([0, 500, 999]))
-for hook in hooks:
-    hook.remove()
-print(f"in: {tuple(x_0.shape)}, out: {tuple(output.shape)}, all zeros: {bool((output == 0).all())}")
-
-# %%
-figure, axis = plt.subplots(figsize=(11, 3.6), layout="constrained")
-colour_of, left, tops, down, up = dict(zip(kinds.values(), colours)), 0.0, [], [], []
-for name, kind, channels, side in path:
-    axis.bar(left, side, channels / 8, bottom=-side / 2, align="edge", color=colour_of[kind])
-    tops.append((left + channels / 16, side / 2))
-    left += channels / 8 + 1
-    if name.startswith(("stem", "down")):
-        if kind == "attention":
-            down.pop()  # what is kept of a stage is its end
-        down.append(tops[-1])
-    elif name.startswith("up") and kind == "block":
-        up.append(tops[-1])
-arrow = {"arrowstyle": "->", "connectionstyle": "arc3,rad=-0.15", "color": "grey"}
-for start, end in zip(down, reversed(up)):
-    axis.annotate("", end, start, arrowprops=arrow)
-for (x, y), (_, kind, _, side) in zip(tops, path):
-    if kind in ("first", "halve", "double"):
-        axis.text(x, -y - 2, f"{side} px", ha="center")
-axis.set(xticks=[], yticks=[], ylim=(-14, 20))
-legend = {kind: plt.Rectangle((0, 0), 1, 1, color=colour) for kind, colour in colour_of.items()}
-axis.legend(legend.values(), legend, ncols=6, loc="lower center")
-show(
-    figure,
-    "The feature maps as bars in a row, tall at both ends and short in the middle, with arrows for the skips.",
+    output = fresh_network(three_images, t)
+    first_map = fresh_network.stem(patchify(three_images, 2))
+    maps = fresh_network.down(first_map, fresh_network.time_mlp(t), cond=None)
+print(f"in: {tuple(three_images.shape)}, out: {tuple(output.shape)}, all zeros: {bool((output == 0).all())}")
+show_table(
+    [[number, *feature_map.shape[1:3]] for number, feature_map in enumerate(maps, start=1)],
+    columns=["map", "channels", "pixels across"],
 )
 
 # %% [markdown]
-# *The network from left to right: height is resolution, width the number of channels, arrows are skips. Each block on the way
-# up has two inputs, the feature map before it and a skip. The picture itself, of 32 pixels and 3 channels, is folded into
-# 16 pixels and 12 channels first.*
+# Where are the parameters?
 
 # %%
-for (channels, side), maps in groupby(path, key=lambda feature_map: feature_map[2:]):
-    print(f"{side:2} x {side:2} with {channels:2} channels: {', '.join(kind for _, kind, *_ in maps)}")
-
-# %% [markdown]
-# Where are the parameters? By part of the network, and by kind of layer:
-
-# %%
-total = sum(parameter.numel() for parameter in network.parameters())
-print(f"{total:9,} parameters in all")
-for name, part in network.named_children():
-    count = sum(parameter.numel() for parameter in part.parameters())
-    print(f"{count:9,} {count / total:5.0%}  {name}")
-
-# %%
-for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm):
-    layers = [module for module in network.modules() if isinstance(module, kind)]
-    count = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    print(f"{count:9,} {count / total:5.0%}  in {len(layers)} layers of kind {kind.__name__}")
+parts = dict(fresh_network.named_children())
+parts |= {
+    kind.__name__: nn.ModuleList(m for m in fresh_network.modules() if isinstance(m, kind))
+    for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm)
+}
+counts = {name: sum(weights.numel() for weights in part.parameters()) for name, part in parts.items() if part}
+total = sum(weights.numel() for weights in fresh_network.parameters())
+rows = [[name, f"{count:,}", f"{count / total:.0%}"] for name, count in counts.items()]
+show_table([*rows, ["all", f"{total:,}", "100%"]], columns=["part, or kind of layer", "parameters", "share"])
 
 # %% [markdown]
 # ### The first loss
 #
-# Since the output is zero at first, the loss of chapter 01 at the start is the mean square of the target, and that can be
-# computed. For the velocity $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$ the mixed term vanishes, because
-# the noise has mean 0 and does not know the image:
+# Since the output is zero at first, the loss at the start is the mean square of the target. For the velocity $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$, (1.44), the mixed term vanishes,
+# because the noise has mean 0 and does not know the image:
 #
 # $$\mathbb E[v^2]=\bar\alpha_t\cdot1+(1-\bar\alpha_t)\,\mathbb E[x_0^2] \tag{2.16}$$
 #
 # The check runs over all combinations of some pixel values and a two-valued noise $\pm1$.
 
 # %%
-pixels = torch.tensor([-0.9, -0.2, 0.3, 1.0], dtype=torch.float64)[:, None]
-two_noises = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-kept = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)[:, None, None]
+pixels = torch.tensor([-0.9, -0.2, 0.3, 1.0], **exact)[:, None]
+two_noises = torch.tensor([-1.0, 1.0], **exact)
+kept = torch.linspace(0.1, 0.9, 5, **exact)[:, None, None]
 v = v_from_x_0_and_eps(pixels, kept, two_noises)  # (5, 4, 2), all combinations
 expected = kept + (1 - kept) * pixels.square().mean()
 verify("2.16", v.square().mean(dim=(1, 2)), expected[:, 0, 0], atol=1e-12)
@@ -1150,25 +1332,28 @@ verify("2.16", v.square().mean(dim=(1, 2)), expected[:, 0, 0], atol=1e-12)
 # A training that starts anywhere else has a mistake in its first line. Ours:
 
 # %%
+generator = torch.Generator().manual_seed(0)
 x_0 = images.batch(range(256))["image"]
 t = torch.randint(0, 1000, (256,), generator=generator)
 with torch.no_grad():
-    first_loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator)).item()
+    first_loss = diffusion.loss(fresh_network, x_0, t, noise_like(x_0, generator)).item()
 kept = diffusion.alpha_bar[t].float()[:, None, None, None]
 predicted_loss = (kept + (1 - kept) * x_0.square()).mean().item()
 print(f"first loss {first_loss:.2f}; as predicted, to 1 %: {abs(first_loss / predicted_loss - 1) < 0.01}")
 assert abs(first_loss / predicted_loss - 1) < 0.01
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Averaging the weights
 #
 # Each training step follows the gradient on a few images at a few noise levels. So the weights jitter, however long one
-# trains: a sampler would catch them at a random moment. The **exponential moving average** (EMA) $m$ follows the weights
+# trains. The **exponential moving average** (EMA) $m$ follows the weights
 # $\theta$ at a distance. With a *decay* $d$ a little below 1, after each training step,
 #
 # $$m_n=d\,m_{n-1}+(1-d)\,\theta_n \tag{2.17, definition}$$
 #
-# **Exercise 5.** Fill in `ema_update`, for one tensor.
+# #### Exercise 7: one update
+#
+# *Formula, easy, 2 minutes.* Fill in `ema_update`, (2.17), for one tensor.
 
 
 # %% tags=["export", "exercise"]
@@ -1193,49 +1378,20 @@ def ema_update(average, parameter, decay):
 check("unet.ema_update", ema_update)
 
 # %% [markdown]
-# Put (2.17) into itself again and again, and the weights of the past come out, each step back counting $d$ times less:
-#
-# $$m_n=(1-d)\sum_{j=0}^{n-1}d^{\,j}\,\theta_{n-j}+d^{\,n}m_0 \tag{2.18}$$
-#
-# How far back does that reach? Counting the latest weights as 1, the one before as 2, and so on, the mean age is
-#
-# $$(1-d)\sum_{j\ge0}(j+1)\,d^{\,j}=\frac1{1-d} \tag{2.19}$$
-#
-# because $\sum_j(j+1)d^{\,j}$ is the derivative of $\sum_jd^{\,j+1}=d/(1-d)$. This is the **window**: 0.999 averages over
-# about the last thousand steps. And how much does it calm? If the jitter of different steps were independent, of variance
-# 1, the average's would be $(1-d)^2\sum_jd^{\,2j}$, a geometric series again:
-#
-# $$\operatorname{Var}(m)=\frac{1-d}{1+d} \tag{2.20}$$
-#
-# which is about half of one over the window. A longer window is calmer, but older: while the weights still improve, it
-# lags behind.
+# What it looks like, for a weight whose optimum is 1 and whose gradient is noisy (twenty thousand such weights at once,
+# of which the picture shows the first):
 
 # %%
-theta, decay = torch.randn(40, dtype=torch.float64), 0.9
-average = torch.tensor(2.0, dtype=torch.float64)
-for value in theta:
-    average = ema_update(average, value, decay)
-powers = decay ** torch.arange(40, dtype=torch.float64)  # d^j
-verify("2.18", average, (1 - decay) * (powers * theta.flip(0)).sum() + decay**40 * 2.0, atol=1e-12)
-
-# %%
-decays = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
-j = torch.arange(5000, dtype=torch.float64)[:, None]  # far enough: 0.99^5000 is below 1e-21
-verify("2.19", (1 - decays) * ((j + 1) * decays**j).sum(dim=0), 1 / (1 - decays), atol=1e-8)
-verify("2.20", (1 - decays) ** 2 * (decays ** (2 * j)).sum(dim=0), (1 - decays) / (1 + decays), atol=1e-12)
-
-# %% [markdown]
-# What it looks like, for a single weight whose optimum is 1 and whose gradient is noisy:
-
-# %%
-weight, averages = torch.tensor(-1.0), {0.9: torch.tensor(-1.0), 0.99: torch.tensor(-1.0)}
+generator = torch.Generator().manual_seed(0)
+jittering = torch.full((20_000,), -1.0)
+averages = {0.9: jittering.clone(), 0.99: jittering.clone()}
 lines = {"the weight itself": [], "decay 0.9": [], "decay 0.99": []}
 for _ in range(600):
-    weight = weight - 0.1 * (weight - 1 + 2 * torch.randn((), generator=generator))
-    lines["the weight itself"].append(weight)
+    jittering = jittering - 0.1 * (jittering - 1 + 2 * torch.randn(20_000, generator=generator))
+    lines["the weight itself"].append(jittering[0])
     for decay in averages:
-        averages[decay] = ema_update(averages[decay], weight, decay)
-        lines[f"decay {decay}"].append(averages[decay])
+        averages[decay] = ema_update(averages[decay], jittering, decay)
+        lines[f"decay {decay}"].append(averages[decay][0])
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
@@ -1247,26 +1403,22 @@ axis.legend(ncols=3)
 show(figure, "One jittering curve and two averages of it: the one of decay 0.99 is calm, but arrives late.")
 
 # %% [markdown]
-# *A noisy descent to 1. Decay 0.9 still jitters; decay 0.99 is calm, but for its first few hundred steps it remembers the
-# start.*
+# *Decay 0.9 still jitters; decay 0.99 is calm, but remembers the start for hundreds of steps.*
 #
-# That start is a nuisance: by (2.18) the random initial weights still count $0.999^{1000}=0.37$ after a thousand steps. So
-# the first updates use a smaller decay, $(1+n)/(10+n)$ after $n$ updates, as long as that is below $d$. What is left of
-# the start after $N$ of these is a product that telescopes:
-#
-# $$\prod_{n=0}^{N-1}\frac{1+n}{10+n}=\frac{N!\;9!}{(N+9)!}=\binom{N+9}{9}^{-1} \tag{2.21}$$
-#
-# nothing worth mentioning after a dozen updates: at $N=12$ it is $1/293\,930$. (The rule is that of TensorFlow's
-# `ExponentialMovingAverage`.)
-
-# %%
-ratios = [(1 + n) / (10 + n) for n in range(30)]
-left_of_start = torch.tensor(ratios, dtype=torch.float64).cumprod(dim=0)
-by_binomial = [1 / math.comb(N + 9, 9) for N in range(1, 31)]
-verify("2.21", left_of_start, torch.tensor(by_binomial, dtype=torch.float64), atol=1e-12)
+# So the first updates use a smaller decay, $(1+n)/(10+n)$ after $n$ updates, as long as that is
+# below $d$. And since an update adds but a thousandth of what is missing, which half precision loses, the average is kept
+# in float32 at least.
 
 
 # %% tags=["export"]
+def at_least_float32(model):
+    """Turn the weights and buffers of a model that are in half precision into float32; returns the model."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+    return model
+
+
 class EMA(nn.Module):
     """An exponential moving average of a model's weights, kept as a second, frozen model.
 
@@ -1274,7 +1426,8 @@ class EMA(nn.Module):
     (1 + n) / (10 + n) after n updates, if that is smaller.
 
     Args:
-        model: the model to follow; it is copied, without what torch.compile has made of it.
+        model: the model to follow; it is copied, without what torch.compile has made of it, and the copy
+            is in float32 where the model is in half precision.
         decay: how much of the average each update keeps, in [0, 1].
 
     Raises:
@@ -1286,7 +1439,8 @@ class EMA(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
-        self.model = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
+        followed = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
+        self.model = at_least_float32(followed)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -1295,7 +1449,7 @@ class EMA(nn.Module):
         n = self.num_updates.item()
         decay = min(self.decay, (1 + n) / (10 + n))
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.copy_(ema_update(average, parameter, decay))
+            average.copy_(ema_update(average, parameter.to(average.dtype), decay))
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
         self.num_updates += 1
@@ -1316,55 +1470,138 @@ for _ in range(5):
     library.update_parameters(layer)
 assert torch.allclose(ema.model.weight, library.module.weight, atol=1e-6)
 
-# %% [markdown]
-# ## Training
+# %% [markdown] tags=["optional"]
+# ### How far back, and how calm? *(at a second reading)*
 #
-# The loop of chapter 01, with images for points and the average beside it. Every 40 steps, 64 images that are not
-# trained on tell how good the weights are, as they stand and averaged; steps and noise are the same each time.
+# Put (2.17) into itself again and again, and the weights of the past come out, each step back counting $d$ times less:
+#
+# $$m_n=(1-d)\sum_{j=0}^{n-1}d^{\,j}\,\theta_{n-j}+d^{\,n}m_0 \tag{2.18}$$
+#
+# How far back does that reach? Counting the latest weights as 1, the one before as 2, and so on, the mean age is
+#
+# $$(1-d)\sum_{j\ge0}(j+1)\,d^{\,j}=\frac1{1-d} \tag{2.19}$$
+#
+# because $\sum_j(j+1)d^{\,j}$ is the derivative of $\sum_jd^{\,j+1}=d/(1-d)$. This is the **window**: 0.999 averages over
+# about the last thousand steps.
 
 # %%
-unseen = load("shapes", "validation").batch(range(64))["image"]
+torch.manual_seed(0)
+theta, decay = torch.randn(40, **exact), 0.9
+average = torch.tensor(2.0, **exact)
+for value in theta:
+    average = ema_update(average, value, decay)
+powers = decay ** torch.arange(40, **exact)  # d^j
+verify("2.18", average, (1 - decay) * (powers * theta.flip(0)).sum() + decay**40 * 2.0, atol=1e-12)
+
+# %%
+decays = torch.tensor([0.5, 0.9, 0.99], **exact)
+j = torch.arange(5000, **exact)[:, None]  # far enough: 0.99^5000 is below 1e-21
+verify("2.19", (1 - decays) * ((j + 1) * decays**j).sum(dim=0), 1 / (1 - decays), atol=1e-8)
+
+# %% [markdown]
+# And how much does it calm? Weights of neighbouring steps are nearly the same weights. Say that their jitter, of variance 1,
+# has the correlation $\varphi^k$ at a distance of $k$ steps. The variance of the sum (2.18) is a double sum of
+# $d^{\,i+j}\varphi^{|i-j|}$, that is, two geometric series, one inside the other:
+#
+# $$\operatorname{Var}(m)=(1-d)^2\sum_{i,j\ge0}d^{\,i+j}\varphi^{|i-j|}
+# =\frac{1-d}{1+d}\cdot\frac{1+d\,\varphi}{1-d\,\varphi} \tag{2.20}$$
+#
+# Were the steps independent, $\varphi=0$, it would be about half of one over the window. But the weights above move a tenth
+# of their way at each step, so $\varphi=0.9$, and a window of ten steps holds hardly more than one independent step:
+
+# %%
+phi, age = torch.tensor([0.0, 0.5, 0.9], **exact)[:, None], torch.arange(1500, **exact)
+apart = (age[:, None] - age).abs()  # |i - j|, (1500, 1500)
+d = torch.tensor([0.5, 0.9, 0.98], **exact)
+weights_of_age = (1 - d[:, None]) * d[:, None] ** age  # (3 decays, 1500)
+double_sum = torch.stack([(weights_of_age @ f**apart * weights_of_age).sum(dim=1) for f in phi])  # (3, 3)
+verify("2.20", double_sum, (1 - d) / (1 + d) * (1 + d * phi) / (1 - d * phi), atol=1e-10)
+
+# %%
+rows = []
+for decay, averaged in averages.items():
+    measured, alone = (averaged.var() / jittering.var()).item(), (1 - decay) / (1 + decay)
+    by_formula = alone * (1 + decay * 0.9) / (1 - decay * 0.9)
+    assert abs(measured / by_formula - 1) < 0.1
+    rows.append([f"{decay}", f"{measured:.2f}", f"{by_formula:.2f}", f"{alone:.3f}"])
+show_table(rows, columns=["decay", "variance left, measured", "by (2.20)", "were the steps independent"])
+
+# %% [markdown]
+# A longer window is calmer, but older: while the weights still improve, it lags behind. And by (2.18) the random initial
+# weights still count $0.999^{1000}=0.37$ after a thousand steps. With the decay $(1+n)/(10+n)$ what is left of them after
+# $N$ updates is a product that telescopes:
+#
+# $$\prod_{n=0}^{N-1}\frac{1+n}{10+n}=\frac{N!\;9!}{(N+9)!}=\binom{N+9}{9}^{-1} \tag{2.21}$$
+#
+# nothing worth mentioning after a dozen updates. (The rule is that of TensorFlow's `ExponentialMovingAverage`.) It reaches
+# 0.999 only after thousands of updates; the training below, of 400 steps, never sees that decay.
+
+# %%
+ratios = [(1 + n) / (10 + n) for n in range(30)]
+left_of_start = torch.tensor(ratios, **exact).cumprod(dim=0)
+by_binomial = [1 / math.comb(N + 9, 9) for N in range(1, 31)]
+verify("2.21", left_of_start, torch.tensor(by_binomial, **exact), atol=1e-12)
+
+warm_up = sum((1 + n) / (10 + n) < 0.999 for n in range(10_000))
+last_decay = (1 + 399) / (10 + 399)
+print(f"updates with a decay below 0.999: {warm_up}")
+print(f"decay of the 400th update: {last_decay:.3f}, a window of {1 / (1 - last_decay):.0f} steps")
+
+# %% [markdown] tags=["core"]
+# ## Training
+#
+# Shapes take hours; scikit-learn's handwritten digits, of 8 by 8 pixels, scaled up to 16 here, take less. The loop is that of
+# chapter 01, with the average beside it. Every 40 steps, 64 digits that are not trained on tell how good the weights are, as
+# they stand and averaged; steps and noise are the same each time.
+
+# %%
+digits = load("digits", image_size=16)
+unseen_digits = load("digits", "validation", image_size=16).batch(range(64))["image"]
 unseen_t = torch.linspace(0, 999, 64).long()
-unseen_noise = noise_like(unseen, torch.Generator().manual_seed(1))
+unseen_noise = noise_like(unseen_digits, torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def unseen_loss(network):
-    """The loss on the images that are not trained on."""
-    return diffusion.loss(network, unseen, unseen_t, unseen_noise).item()
+    """The loss on the digits that are not trained on."""
+    return diffusion.loss(network, unseen_digits, unseen_t, unseen_noise).item()
 
 
 # %%
-ema = EMA(network)
-optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+torch.manual_seed(0)
+digit_network = UNet(1, base_channels=32, channel_multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,))
+digit_ema = EMA(digit_network)
+optimizer = torch.optim.AdamW(digit_network.parameters(), lr=2e-3)
 generator = torch.Generator().manual_seed(0)
-losses, steps = [], [0]
-unseen_losses = {"as they stand": [unseen_loss(network)], "averaged": [unseen_loss(ema.model)]}
+losses, marks = [], [0]
+unseen_losses = {"as they stand": [unseen_loss(digit_network)], "averaged": [unseen_loss(digit_ema.model)]}
 for step in progress_bar(range(400), "training"):
-    x_0 = images.batch(torch.randint(len(images), (16,), generator=generator))["image"]
+    x_0 = digits.batch(torch.randint(len(digits), (16,), generator=generator))["image"]  # (16, 1, 16, 16)
     t = torch.randint(diffusion.num_steps, (16,), generator=generator)
-    loss = diffusion.loss(network, x_0, t, noise_like(x_0, generator))
+    loss = diffusion.loss(digit_network, x_0, t, noise_like(x_0, generator))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    ema.update(network)
+    digit_ema.update(digit_network)
     losses.append(loss.item())
     if (step + 1) % 40 == 0:
-        steps.append(step + 1)
-        unseen_losses["as they stand"].append(unseen_loss(network))
-        unseen_losses["averaged"].append(unseen_loss(ema.model))
+        marks.append(step + 1)
+        unseen_losses["as they stand"].append(unseen_loss(digit_network))
+        unseen_losses["averaged"].append(unseen_loss(digit_ema.model))
 
 # %%
+kept = diffusion.alpha_bar[unseen_t].float()[:, None, None, None]
+start_loss = (kept + (1 - kept) * unseen_digits.square()).mean().item()  # (2.16)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 axes[0].plot(range(1, 401), losses, color="lightgrey", label="training, each step")
-axes[0].axhline(predicted_loss, color="black", linewidth=0.8, linestyle="--")
+axes[0].axhline(start_loss, color="black", linewidth=0.8, linestyle="--")
 axes[0].annotate(
-    "at the start, by (2.16)", (400, predicted_loss), xytext=(0, 5), textcoords="offset points", ha="right"
+    "at the start, by (2.16)", (400, start_loss), xytext=(0, 5), textcoords="offset points", ha="right"
 )
 for (name, values), colour in zip(unseen_losses.items(), colours):
-    axes[0].plot(steps, values, "o-", markersize=4, color=colour, label=f"unseen, weights {name}")
-    axes[1].plot(steps[5:], values[5:], "o-", color=colour)
-axes[0].set(xlabel="training step", ylabel="loss", ylim=(0, 0.9))
+    axes[0].plot(marks, values, "o-", markersize=4, color=colour, label=f"unseen, weights {name}")
+    axes[1].plot(marks[5:], values[5:], "o-", color=colour)
+axes[0].set(xlabel="training step", ylabel="loss", ylim=(0, 1.0))
 axes[0].legend(loc=(0.35, 0.35))
 axes[1].set(xlabel="training step", title="the same two, from step 200 on")
 show(
@@ -1373,69 +1610,151 @@ show(
 )
 
 # %% [markdown]
-# *The loss falls to less than a third. From batch to batch it jumps about, since some steps are harder than others: more of
-# that below. On the same unseen images and steps, the averaged weights lie below those as they stand, more so at some
-# moments than at others.*
+# *The loss falls to less than a third. From batch to batch it jumps about, since some steps are harder than others. On the
+# same unseen digits and steps, the averaged weights lie below those as they stand.*
 
 # %%
 late = {name: sum(values[-6:]) / 6 for name, values in unseen_losses.items()}  # from step 200 on
-print(f"less than half of the first loss: {late['averaged'] < 0.5 * predicted_loss}")
+print(f"less than a third of the first loss: {late['averaged'] < start_loss / 3}")
 print(f"averaged weights better: {late['averaged'] < late['as they stand']}")
-assert late["averaged"] < min(0.5 * predicted_loss, late["as they stand"])
+assert late["averaged"] < min(start_loss / 3, late["as they stand"])
 
 # %% [markdown]
-# Four hundred steps are not much. What can it draw? The same noise, through both sets of weights:
+# What can it draw, after half a minute of training? The same noise, through both sets of weights:
 
 # %%
-x_T = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+x_T = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(5))
 short = diffusion.respace(50)
-drawn = [sample(short, weights, x_T.shape, ddim_step, x_T=x_T) for weights in (network, ema.model)]
-figure = show_grid(torch.cat(drawn), row_titles=["as they stand", "averaged"], inches_per_image=1.1)
-show(figure, "Two rows of eight blurred, grainy pictures: coloured spots on light, dark or grey grounds.")
-
-# %% [markdown]
-# *Spots of colour on light or dark ground, grainy, and hardly a shape: layout first, detail later. The averaged weights'
-# pictures have less grain and clearer grounds. Where the spots are is the same in both rows: with DDIM the noise decides.*
-
-# %% [markdown]
-# ## The long-trained model
-#
-# The same code, trained many times as long, is the recipe `ddpm_shapes32`: a network that is wider at the bottom and has
-# attention at two levels, batches of 64, a learning rate that rises, then falls to zero along a cosine. Its averaged
-# weights come with the course; `python -m lecture26 train ddpm_shapes32` makes them anew.
-
-# %%
-trained, trained_diffusion = load_model("ddpm_shapes32"), load_diffusion("ddpm_shapes32")
-x_T = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-drawn = sample(trained_diffusion.respace(50), trained, x_T.shape, ddim_step, x_T=x_T)
+drawn = [
+    sample(short, weights, x_T.shape, ddim_step, x_T=x_T) for weights in (digit_network, digit_ema.model)
+]
+real_digits = digits.batch(range(16))["image"]
+figure = show_grid(
+    torch.cat([real_digits, *drawn]),
+    columns=16,
+    row_titles=["real", "as they stand", "averaged"],
+    inches_per_image=0.7,
+)
 show(
-    show_grid(drawn),
-    "Thirty-two pictures of coloured shapes, a few of them misshapen, on plain, striped and checkered grounds.",
+    figure, "Three rows of sixteen handwritten digits: real ones, and two rows of drawn ones, partly legible."
 )
 
 # %% [markdown]
-# *Thirty-two samples, none left out, in 50 DDIM steps. Backgrounds, colours and sharp outlines are there, and most of the
-# shapes have a name; a few of the small ones have none. A shape is a matter of the whole picture, and is learned last.*
+# *Strokes of the right width, and some digits among them. Both rows are much alike: with DDIM the noise decides.*
+
+# %% [markdown] tags=["core"]
+# ## The long-trained model
 #
-# Where does the loss come from? Step by step, on unseen images, for both networks:
-
+# The network of this chapter's first picture is the same code, wider at the bottom, with attention at two levels, and
+# trained far longer; `python -m lecture26 train ddpm_shapes32` makes it anew.
+#
+# ### What it expects
+#
+# A network trained on squared errors answers with an *expectation* (chapter 01). For images that can be seen. What does it
+# take for $x_0$, from $x_t$ alone?
 
 # %%
-def loss_by_step(network, steps):
-    """The loss on 64 unseen images at each of some steps."""
-    with torch.no_grad():
-        return [diffusion.loss(network, unseen, torch.full((64,), t), unseen_noise).item() for t in steps]
+unseen_shapes = load("shapes", "validation").batch(range(64))["image"]
+unseen_steps = (50, 200, 400, 600, 700, 800, 900, 999)
+generator = torch.Generator().manual_seed(0)
+pair = unseen_shapes[[3, 7]]
+pair_noise = noise_like(pair, generator)
 
 
+@torch.no_grad()
+def expected_x_0(x_t, t):
+    """What the long-trained network expects of x_0, given x_t (B, 3, 32, 32) at a step t."""
+    return trained_diffusion.p_mean_variance(trained, x_t, torch.full((len(x_t),), t)).x_0
+
+
+noisy_pairs = [trained_diffusion.q_sample(pair, torch.full((2,), t), pair_noise) for t in unseen_steps]
+expectations = [expected_x_0(x_t, t) for x_t, t in zip(noisy_pairs, unseen_steps)]
+rows = torch.stack([torch.stack(noisy_pairs), torch.stack(expectations)])  # (2, 8 steps, 2 images, 3, 32, 32)
+figure = show_grid(
+    rows.permute(2, 0, 1, 3, 4, 5).flatten(0, 2),
+    columns=8,
+    titles=[f"t = {t}" for t in unseen_steps],
+    row_titles=["$x_t$", r"$\hat x_0$"] * 2,
+    inches_per_image=1.15,
+)
+figure.set_figheight(5.2)
+show(
+    figure,
+    "Two pictures with more and more noise, and what is expected of them: sharp, then blurred, then grey.",
+)
+
+# %% [markdown]
+# *At little noise the picture is known, and the expectation sharp. At much noise many pictures could be meant, and their
+# mean is a blur; at t = 999 it is the mean of all images. So $\hat x_0$ is an expectation, not a sample: one step from
+# noise to image would draw a blur.*
+#
+# #### Question 2: what do the skips carry?
+#
+# *Predict, then run, 5 minutes.* At t = 300, the skips of one level of the way up are replaced by zeros, for which the
+# network has not been trained: this tells what it relies on. Which level's skips, those at 4, 8 or 16 places across, hold
+# (a) the noise, which must be known to be taken off; (b) objects and ground; (c) little that it would miss?
+
+# %%
+four = unseen_shapes[[3, 7, 11, 20]]
+four_noisy = trained_diffusion.q_sample(four, torch.full((4,), 300), noise_like(four, generator))
+
+
+def without_skips(module, inputs):
+    """A hook: the same inputs of an UpLevel, with zeros in the place of its skips."""
+    h, skips, embedding, cond = inputs
+    return h, [torch.zeros_like(skip) for skip in skips], embedding, cond
+
+
+columns = {"$x_0$": four, "$x_t$": four_noisy, r"$\hat x_0$, all skips": expected_x_0(four_noisy, 300)}
+for name, level in zip(("first", "second", "third"), trained.up):
+    hook = level.register_forward_pre_hook(without_skips)
+    columns[f"without a,\n{name} level up"] = expected_x_0(four_noisy, 300)
+    hook.remove()
+errors = {name: (picture - four).square().mean().item() for name, picture in columns.items()}
+
+# %% [markdown]
+# <details>
+# <summary>Answer</summary>
+#
+# (a) 16, (b) 8, (c) 4, by the picture below. The noise has the detail of $x_t$, and nothing but the skips at 16 places has
+# it. Those at 8 places have seen enough to be sure of object and ground. Those at 4 say little that the middle has not
+# handed on.
+#
+# </details>
+
+# %%
+figure = show_grid(
+    torch.stack(list(columns.values()), dim=1).flatten(0, 1),
+    columns=6,
+    titles=["$x_0$", "$x_t$", r"$\hat x_0$, all skips", "without 4 × 4", "without 8 × 8", "without 16 × 16"],
+    inches_per_image=1.35,
+)
+show(
+    figure,
+    "Four pictures in six columns: without the coarsest skips nothing changes, without those in the middle objects and "
+    "grounds are smeared, without the finest ones the noise stays.",
+)
+whole, coarsest, middle_level, finest = list(errors.values())[2:]
+print(f"without 4 x 4: less than 3 times the squared error: {coarsest < 3 * whole}")
+print(f"without 8 x 8, or 16 x 16: more than 6 times: {min(middle_level, finest) > 6 * whole}")
+assert coarsest < 3 * whole and min(middle_level, finest) > 6 * whole
+
+# %% [markdown]
+# ### Where the loss comes from
+#
+# Step by step, on unseen images:
+
+# %%
 steps = [0, 10, 30, 60, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 999]
-by_step = {"400 steps": loss_by_step(ema.model, steps), "long-trained": loss_by_step(trained, steps)}
-
-# %%
+same_noise = noise_like(unseen_shapes, torch.Generator().manual_seed(1))
+with torch.no_grad():
+    by_step = [diffusion.loss(trained, unseen_shapes, torch.full((64,), t), same_noise).item() for t in steps]
 figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
 kept = diffusion.alpha_bar[steps]
-axis.plot(steps, kept + (1 - kept) * unseen.square().mean(), color="lightgrey", label="untrained, (2.16)")
-for (name, values), colour in zip(by_step.items(), colours):
-    axis.plot(steps, values, "o-", color=colour, label=name)
+axis.plot(
+    steps, kept + (1 - kept) * unseen_shapes.square().mean(), color="lightgrey", label="untrained, (2.16)"
+)
+axis.plot(steps, by_step, "o-", label="long-trained")
 axis.set(xlabel="step t", ylabel="loss of that step", ylim=(0, None))
 axis.legend()
 show(
@@ -1444,21 +1763,20 @@ show(
 )
 
 # %% [markdown]
-# *The loss at each step. At both ends the velocity asks for what can hardly be known. At t = 0 it is the noise,
-# $v\approx\epsilon$, and the noise is weaker there than one grey level of an 8-bit image. At t = 999 it is the image,
-# $v\approx-x_0$, of which pure noise says nothing. Longer training gains most at small t, where outlines are decided.*
+# *At both ends the velocity asks for what can hardly be known: at t = 0 for noise that is weaker than one grey level, at
+# t = 999 for the image, $v\approx-x_0$, of which pure noise says nothing.* So a loss is not to be judged by its distance
+# from 0, and two losses are comparable only over the same steps.
+
+# %% [markdown] tags=["optional"]
+# ### Where attention looks *(at a second reading)*
 #
-# So a loss is not to be judged by its distance from 0, and two losses are comparable only over the same steps.
-#
-# ### Where attention looks
-#
-# The weights of (2.9) can be looked at. Take the first attention layer, at 8 by 8 pixels, for noisy images at t = 200,
-# and ask where two of the 64 pixels look: one inside the object, and the one in the corner.
+# The weights of (2.9) in the first attention layer, at 8 by 8 pixels: where do two of the 64 pixels look, one inside the
+# object, and the one in the corner?
 
 # %%
-x_0 = images.batch([33, 2, 38])["image"]
+looked_at = images.batch([33, 2, 38])["image"]
 t = torch.full((3,), 200)
-x_t = diffusion.q_sample(x_0, t, noise_like(x_0, torch.Generator().manual_seed(0)))
+x_t = diffusion.q_sample(looked_at, t, noise_like(looked_at, torch.Generator().manual_seed(0)))
 layer, seen = trained.down[1].stages[0].attention, []
 hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
 with torch.no_grad():
@@ -1469,15 +1787,14 @@ hook.remove()
 tokens = layer.norm(seen[0]).flatten(2).transpose(1, 2)  # (3, 64, C)
 q, k, _ = layer.qkv(tokens).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
 looks_at = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)  # (3, 64, 64)
-looks_at = looks_at.reshape(3, 8, 8, 8, 8)  # image, row and column that look, row and column looked at
+looks_at = looks_at.detach().reshape(3, 8, 8, 8, 8)  # image, row and column that look, and that are looked at
 
-# %%
 figure, axes = plt.subplots(3, 3, figsize=(5.6, 5.6), layout="constrained")
-pixels = ((x_t.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)  # (3, 32, 32, 3)
-for row, picture, maps in zip(axes, pixels, looks_at):
-    row[0].imshow(picture)
+pixels_of_x_t = ((x_t.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)  # (3, 32, 32, 3)
+for row, picture_of_x_t, attention_maps in zip(axes, pixels_of_x_t, looks_at):
+    row[0].imshow(picture_of_x_t)
     for axis, (i, j) in zip(row[1:], ((3, 4), (0, 0))):
-        axis.imshow(maps[i, j])
+        axis.imshow(attention_maps[i, j])
         axis.plot(j, i, "+", color=colours[1], markersize=12, markeredgewidth=3)
 for axis, title in zip(axes[0], ("$x_t$, t = 200", "from the object", "from the corner")):
     axis.set_title(title)
@@ -1491,161 +1808,173 @@ show(
 
 # %% [markdown]
 # *Bright is where the pixel marked + looks, the mean over the heads; each map has a scale of its own. From the object, the
-# brightest places lie on it or at its edge; from the corner they lie on the background, and the object stays dark. Nobody
-# told the network what an object is.*
+# brightest places lie on it or at its edge; from the corner they lie on the background. Nobody told the network what an
+# object is.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## How many steps?
 #
-# Chapter 01 asked this with an exact denoiser. Now with a learned one, on images. That takes a distance between sets of
-# images, and pixels will not do: two red stars in different places have few pixels in common. The usual way out is to
-# compare *features*, what a trained classifier sees in an image just before it decides. With the mean $m$ and covariance
+# That takes a distance between sets of images, and pixels will not do: two red stars in different places have few in
+# common. So *features* are compared, what a trained classifier sees in an image just before it decides. With the mean $m$ and covariance
 # $C$ of the features of real ($r$) and generated ($g$) images, the **Fréchet distance** is
 #
 # $$d^2=\|m_r-m_g\|^2+\operatorname{tr}\bigl(C_r+C_g-2\,(C_rC_g)^{1/2}\bigr) \tag{2.22, definition}$$
 #
-# It is the distance of two normal distributions with these moments, and known as FID when the classifier is Inception.
-# Ours is `reader_shapes32`, which reads shape, colour, size and background off an image. It was trained to see through
-# noise and blur, so this distance judges what is drawn, and hardly how grainy it is. A finite number of images makes
-# the distance too large, so what counts is the comparison with *real against real*: other real images, as many as were
-# generated. Besides, the reader says how sure it is: *legible* is an image of which it reads everything with more than 90 %
-# confidence, as it does of nearly every real one.
+# It is known as FID when the classifier is Inception. Ours is the judge above, which sees through noise and blur, so it
+# judges what is drawn, and hardly how grainy it is. A finite number of images makes the distance too large: compare only
+# distances of as many images, and with *real against real*. Two more numbers: the share of legible images, and *recall*,
+# the share of real images that have generated ones around them: what is never drawn lowers it.
 #
-# Sampling 128 images in up to 1000 steps, with both samplers, takes longer than a chapter may. The command
-# `python -m lecture26 measure ddpm_shapes32_steps` has done it, and stored what came out:
+# `python -m lecture26 measure ddpm_shapes32_steps` has stored what came out; the more steps, the fewer images:
 
 # %%
 study = load_results("ddpm_shapes32_steps")
-curves = {name: [run for run in study["runs"] if run["sampler"] == name] for name in ("ddpm", "ddim")}
-floor = study["runs"][0]["frechet_distance_real"]
-print(f"real against real: {floor:.1f}")
-print("        Fréchet distance   legible        seconds")
-print("steps   DDPM   DDIM       DDPM   DDIM    per image")
-for ddpm_run, ddim_run in zip(curves["ddpm"], curves["ddim"]):
-    row = [run["frechet_distance"] for run in (ddpm_run, ddim_run)]
-    row += [run["confident_share"] for run in (ddpm_run, ddim_run)] + [ddim_run["seconds_per_image"]]
-    print("{:5} {:6.0f} {:6.0f} {:10.0%} {:6.0%} {:12.2f}".format(ddim_run["steps"], *row))
+runs = {(run["steps"], run["sampler"]): run for run in study["runs"]}
+
+
+def standard_error(run, quantity="confident_share"):
+    """Of a share p of the run's N images, sqrt(p (1 - p) / N)."""
+    return math.sqrt(run[quantity] * (1 - run[quantity]) / run["num_samples"])
+
+
+def with_error(run, quantity):
+    """A share of the run's images, in per cent."""
+    return f"{100 * run[quantity]:.0f} ± {100 * standard_error(run, quantity):.1f}"
+
+
+rows = []
+for (count, sampler), run in runs.items():
+    distances = [f"{run['frechet_distance']:.0f}", f"{run['frechet_distance_real']:.0f}"]
+    shares = [with_error(run, quantity) for quantity in ("confident_share", "recall", "recall_real")]
+    rows.append([count, sampler.upper(), run["num_samples"], *distances, *shares])
+show_table(
+    rows,
+    columns=[
+        "steps",
+        "sampler",
+        "images",
+        "$d^2$",
+        "real: $d^2$",
+        "legible, %",
+        "recall, %",
+        "real: recall, %",
+    ],
+)
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
-for axis, quantity in zip(axes, ("steps", "seconds_per_image")):
-    for (sampler, runs), marker, colour in zip(curves.items(), "os", colours):
-        distances = [run["frechet_distance"] for run in runs]
-        values = [run[quantity] for run in runs]
-        axis.loglog(values, distances, marker + "-", color=colour, label=sampler.upper())
-    axis.axhline(floor, color="grey", linestyle="--", label="real against real")
-axes[0].set(xlabel="number of steps", ylabel="Fréchet distance")
-axes[0].set_xticks([10, 20, 50, 100, 250, 1000], [10, 20, 50, 100, 250, 1000])
-axes[0].set_yticks([50, 100, 200, 400], [50, 100, 200, 400])
-for axis in axes:
-    axis.minorticks_off()
-axes[1].set(xlabel="seconds per image, one thread")
-axes[0].legend()
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[3, 2], layout="constrained")
+for sampler, marker, colour in zip(("ddpm", "ddim"), "os", colours):
+    own = [run for (_, name), run in runs.items() if name == sampler]
+    seconds = [run["seconds_per_image"] for run in own]
+    legible = [100 * run["confident_share"] for run in own]
+    errors_of_share = [100 * standard_error(run) for run in own]
+    style = {"color": colour, "label": sampler.upper()}
+    axes[0].errorbar(seconds, legible, yerr=errors_of_share, fmt=marker + "-", capsize=3, **style)
+    many = [run for run in own if run["num_samples"] >= 1000]
+    ratios = [run["frechet_distance"] / run["frechet_distance_real"] for run in many]
+    axes[1].loglog([run["steps"] for run in many], ratios, marker + "-", **style)
+for run in own:
+    place = (run["seconds_per_image"], 52)
+    axes[0].annotate(f"{run['steps']} steps", place, ha="center", fontsize="small")
+axes[0].axhline(100, color="grey", linestyle="--")
+axes[0].set(xscale="log", xlabel="seconds per image, one thread", ylabel="legible, %", ylim=(50, 102))
+axes[1].axhline(1, color="grey", linestyle="--", label="as real images")
+axes[1].set(xlabel="number of steps", ylabel="Fréchet distance,\nreal against real = 1")
+axes[1].set_xticks([10, 20, 50], [10, 20, 50])
+axes[1].set_yticks([1, 2, 5, 10, 20], [1, 2, 5, 10, 20])
+axes[1].legend()
+axes[1].minorticks_off()
 show(
     figure,
-    "Fréchet distance against steps and against seconds, for DDPM and DDIM, with real against real as a dashed line.",
+    "The legible share against seconds, level from some point on and below 100 %; the Fréchet distance against "
+    "steps, falling towards that of real images.",
 )
 
 # %% [markdown]
-# *Left: with 10 and 20 steps DDIM is ahead, and both are far off. From some 50 steps on both are close to real images, and
-# the order changes from one number of steps to the next: 128 images cannot tell them apart. Right: the same against time,
-# which is the number of steps in another unit, since a step costs the same in both.*
+# *Left: up to some 50 steps, more steps make more pictures legible; beyond, they bring nothing that so few images could show.
+# Right: the distance, where there are a thousand images.*
 #
-# So with this network 50 steps do, and a thousand are twenty times the steps for nothing. From there on the reader is
-# sure of a few more of DDPM's images than of DDIM's. What is still illegible after 1000 steps, more steps do not mend: that
-# is the network's part.
-#
-# A small version, live: the first 64 of the stored images, with 10 and with 50 steps. The same seeds give the same
-# images, up to rounding; their distances must agree to 10 %.
+# So 50 steps do. But the network is short of real, whatever the sampler: a good part of its pictures cannot be read, its
+# distance is more than twice that of real images, and it draws less variety. No number of steps mends that. (A hundred
+# images hide it: real and real are then as far apart as what is to be measured.)
 
 # %%
-judge, test_images = load_model("reader_shapes32"), load("shapes", "test")
+for sampler in ("ddpm", "ddim"):
+    few, many = runs[50, sampler], runs[1000, sampler]
+    gained = many["confident_share"] - few["confident_share"]
+    levels_off = gained < 2 * math.hypot(standard_error(few), standard_error(many))
+    is_short = few["confident_share"] < 0.99 - 3 * standard_error(few)
+    is_far = few["frechet_distance"] > 2 * few["frechet_distance_real"] and few["recall"] < few["recall_real"]
+    print(f"{sampler}: no more legible with 1000 steps: {levels_off}; short of real: {is_short and is_far}")
+    assert levels_off and is_short and is_far
+
+# %% [markdown]
+# A small version, live: the first 64 of the stored images again; their distances must agree to 10 %.
+
+# %%
+test_images = load("shapes", "test")
 small = {}
 for sampler, step in {"ddpm": ddpm_step, "ddim": ddim_step}.items():
     for count in (10, 50):
         source = torch.Generator().manual_seed(0)
-        short = trained_diffusion.respace(count)
-        small[sampler, count] = sample(short, trained, (64, 3, 32, 32), step, source)
+        few_steps = trained_diffusion.respace(count)
+        small[count, sampler] = sample(few_steps, trained, (64, 3, 32, 32), step, source)
+
+for (count, sampler), few_images in small.items():
+    live, stored = sample_quality(judge, few_images, test_images), runs[count, sampler]["first_batch"]
+    ratio = live["frechet_distance"] / stored["frechet_distance"]
+    print(f"{sampler}, {count} steps: as stored, to 10 %: {abs(ratio - 1) < 0.1}")
+    assert abs(ratio - 1) < 0.1
 
 # %%
-for run in study["runs"]:
-    key = run["sampler"], run["steps"]
-    if key in small:
-        live, stored = sample_quality(judge, small[key], test_images), run["first_batch"]
-        ratio = live["frechet_distance"] / stored["frechet_distance"]
-        print(f"{key[0]}, {key[1]} steps: as stored, to 10 %: {abs(ratio - 1) < 0.1}")
-        assert abs(ratio - 1) < 0.1
-
-# %%
-rows = {f"{sampler.upper()}, {count}": x_0[:8] for (sampler, count), x_0 in small.items()}
+rows = {f"{sampler.upper()}, {count}": few_images[:8] for (count, sampler), few_images in small.items()}
 figure = show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches_per_image=1.0)
 show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 steps.")
 
 # %% [markdown]
-# *The same eight starting points in each row. In most columns DDIM draws the same object with 10 steps as with 50; what
-# DDPM draws depends on the noise that it takes on its way as well.*
+# *The same eight starting points in each row. In most columns DDIM draws the same object with 10 steps as with 50; DDPM takes
+# more noise on its way.*
 
-# %% [markdown]
-# ## Bits per dimension
+# %% [markdown] tags=["optional"]
+# ## Bits per dimension *(at a second reading)*
 #
 # Is a good sampler a good model of the data? Chapter 01's bound (1.28) says how likely a model holds a set of images. For
 # 8-bit images this is a probability, by the bins of (1.31), and a probability is a code length: an event of probability
-# $P$ can be written in $-\log_2P$ bits, and no code does better on average. To compare images of different sizes, one
-# divides by the number of dimensions $D$, here $3\cdot32\cdot32$:
+# $P$ can be written in $-\log_2P$ bits, and no code does better on average. Divided by the number of dimensions $D$, here
+# $3\cdot32\cdot32$:
 #
 # $$\text{bits per dimension}=\frac{-\log_2P(x)}{D}=\frac{-\ln P(x)}{D\ln2} \tag{2.23, definition}$$
 #
-# **Exercise 6.** Fill in `bits_per_dim`.
+# A model that knows nothing gives each of the 256 values the same probability, and needs 8 bits.
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def bits_per_dim(nats, num_dimensions):
-    """Turn a negative log-likelihood into bits per dimension.
-
-    Args:
-        nats: -log P of whole images, natural logarithm, any shape.
-        num_dimensions: D, the numbers in one image.
-
-    Returns:
-        nats / (D ln 2), same shape.
+    """Turn nats, -ln P of images of num_dimensions numbers (any shape), into bits per dimension.
 
     Source: Ho et al. 2020, section 4.3 and table 1.
     """
-    ### BEGIN SOLUTION
     # 1 nat = 1 / ln 2 bits
     return nats / (num_dimensions * math.log(2))
-    ### END SOLUTION
 
-
-# %%
-check("unet.bits_per_dim", bits_per_dim)
 
 # %% [markdown]
-# One number to hold on to: a model that knows nothing gives each of the 256 values the same probability, and needs
-#
-# $$\text{bits per dimension}=\log_2 256=8\qquad\text{for } P=256^{-D} \tag{2.24}$$
+# How many does a PNG file take, which is lossless too?
 
 # %%
 D = 3 * 32 * 32
-ignorant_nats = torch.tensor(-D * math.log(1 / 256), dtype=torch.float64)  # -ln 256^(-D)
-verify("2.24", bits_per_dim(ignorant_nats, D), torch.tensor(8.0), atol=1e-12)
-
-# %% [markdown]
-# Another one anybody can make: how many bits does a PNG file take, which is lossless too?
-
-# %%
-sixteen = test_images.batch(range(16))["image"]
+sixteen = load("shapes", "test").batch(range(16))["image"]
 with tempfile.TemporaryDirectory() as folder:
     for number, image in enumerate(sixteen):
         save_image((image + 1) / 2, f"{folder}/{number}.png")
     file_bits = [8 * file.stat().st_size for file in Path(folder).iterdir()]
-print(f"PNG: {sum(file_bits) / len(file_bits) / D:.1f} bits per dimension")
+png = sum(file_bits) / len(file_bits) / D
+print(f"PNG: {png:.1f} bits per dimension")
 
 # %% [markdown]
-# Now the model. `bound` returns each image's terms, step by step. With 1000 steps that would take minutes, so the
-# diffusion is respaced to 100 steps: that is a model as well, and its bound is a valid one. The variance is fixed, and the
-# network does not know at which value, so both can be tried. For comparison there is a denoiser that *knows* the
-# image, and always answers with its velocity. What it needs is the price of the fixed variances alone.
+# Now the model. `bound` returns each image's terms, step by step, here of the diffusion respaced to 100 steps, which is a
+# model as well. Both fixed variances can be tried. For comparison there is a denoiser that *knows* the image: what it needs
+# is the price of the fixed variances alone.
 
 
 # %%
@@ -1664,123 +1993,70 @@ def knows_the_image(x_t, t):
 
 
 # %%
-bits = {}
+bits = {
+    (variance, who): image_bits(denoiser, variance)
+    for variance in ("fixed_small", "fixed_large")
+    for who, denoiser in (("the network", trained), ("knows the image", knows_the_image))
+}
+rows = [
+    [variance, who, f"{terms.sum():.1f}", f"{terms[:3].sum():.1f}"] for (variance, who), terms in bits.items()
+]
+show_table(
+    rows, columns=["variance", "denoiser", "bits per dimension", "of these, the three steps with least noise"]
+)
 for variance in ("fixed_small", "fixed_large"):
-    bits[variance] = image_bits(trained, variance)
-    price = image_bits(knows_the_image, variance).sum()
-    print(f"{variance}: {bits[variance].sum():.1f} bits per dimension; knowing the image: {price:.1f}")
+    terms = bits[variance, "the network"]
+    assert png < terms.sum() < 8 and terms[:3].sum() > 0.5 * terms.sum()
 
 # %%
-figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-for (variance, terms), marker, colour in zip(bits.items(), "os", colours):
-    axis.loglog(range(1, 101), terms[:-1], marker, markersize=4, color=colour, label=variance)
-axis.axhline(8, color="grey", linestyle="--", label="8 bits in all: knows nothing")
-axis.set(xlabel="step of the 100, counted from 1", ylabel="bits per dimension", ylim=(1e-4, 30))
-axis.legend()
-show(
-    figure,
-    "Bits per dimension of each step, on logarithmic axes: most of them come from the first few steps.",
-)
+figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+for (variance, who), terms in bits.items():
+    style = {"color": colours[variance == "fixed_large"], "linestyle": "-" if who == "the network" else ":"}
+    axis.semilogx(range(1, 101), terms[:-1].cumsum(dim=0), label=f"{variance}, {who}", **style)
+axis.axhline(8, color="grey", linestyle="--", label="knows nothing")
+axis.axhline(png, color="black", linewidth=0.8, label="PNG")
+axis.set(xlabel="steps, from the one with the least noise", ylabel="bits per dimension so far", ylim=(0, 10))
+axis.legend(fontsize="small", ncols=3, loc="upper center")
+show(figure, "Four curves of bits added up over the steps: most of them come from the first few steps.")
 
 # %% [markdown]
-# *Where the bits go. Most of them belong to the two or three steps with the least noise.*
+# *Where the bits go, added up from the step with the least noise.*
 #
-# Better than knowing nothing, and far worse than PNG: the samples are clean, and yet the model compresses badly. There are
-# three reasons, and none of them is seen in a sample.
+# Better than knowing nothing, and far worse than PNG: the model draws, and yet it compresses badly. There are three
+# reasons, and none of them is seen in a sample.
 #
-# 1. *The last steps.* They decide details below one grey level, which nobody sees, but which have to be coded. The loss
-#    hardly cares for them, as the weights of (1.33) showed. Ho et al. found the same of their model: more than half of its
-#    bits describe what cannot be perceived.
-# 2. *The variance.* The small one would be cheap for a denoiser that knows the image, but charges much for each mistake;
-#    the large one forgives, and costs over 3 bits here, whatever the network knows.
+# 1. *The last steps* decide details below one grey level, which nobody sees, but which have to be coded. The loss hardly
+#    cares for them, as the weights of (1.33) showed. Ho et al. found that more than half of their model's bits describe
+#    what cannot be perceived.
+# 2. *The variance.* The small one is cheap for a denoiser that knows the image, but charges much for each mistake; the
+#    large one forgives, and has its price whatever the network knows. The learned variance of chapter 01 mends that.
 # 3. *The steps left out.* With 100 in the place of 1000, each step has to bridge more.
 #
-# The second is what the learned variance and the hybrid loss of chapter 01 are for. (The first is not: in the hybrid loss
-# the bound's gradient does not reach the mean. Training on the bound alone changes that.) With these, a cosine schedule and
-# 4000 steps Nichol and Dhariwal brought Ho et al.'s 3.75 bits per dimension on CIFAR-10's photographs down to 3.17 (to 2.94
-# by training on the bound alone, and then the pictures were worse). And how can 1.1 bits be the least that is possible with the small
-# variance? With a perfect mean every divergence is 0, and what is left is the last step of sampling, where the answer is a
-# normal of standard deviation $\sigma$. Even if its mean is right, the right pixel value has no more than the mass of its
-# own bin, and so costs
+# And why must even a denoiser that knows the image pay, with the small variance? With a perfect mean every divergence is 0,
+# and what is left is the last step of sampling, where the answer is a normal of standard deviation $\sigma$. Even if its
+# mean is right, the right pixel value has no more than the mass of its own bin, and so costs
 #
 # $$-\log_2\left(\Phi\!\left(\frac{1}{255\,\sigma}\right)-\Phi\!\left(-\frac{1}{255\,\sigma}\right)\right)
-# =-\log_2\operatorname{erf}\!\left(\frac{1}{255\,\sigma\sqrt2}\right) \tag{2.25}$$
+# =-\log_2\operatorname{erf}\!\left(\frac{1}{255\,\sigma\sqrt2}\right) \tag{2.24}$$
 
 # %%
 log_variance = trained_diffusion.respace(100).log_posterior_variance[0]
 sigma = (log_variance / 2).exp()
-pixel = torch.tensor(0.2, dtype=torch.float64)  # any value but the outermost two
+pixel = torch.tensor(0.2, **exact)  # any value but the outermost two
 nats = -discretized_log_likelihood(pixel, pixel, log_variance)
-verify("2.25", bits_per_dim(nats, 1), -torch.erf(1 / (255 * sigma * math.sqrt(2))).log2(), atol=1e-10)
+verify("2.24", bits_per_dim(nats, 1), -torch.erf(1 / (255 * sigma * math.sqrt(2))).log2(), atol=1e-10)
 print(f"sigma {sigma:.4f}: {bits_per_dim(nats, 1):.2f} bits per dimension")
 
-# %% [markdown]
-# ## Real images
-#
-# Nothing so far was made for Shapes alone. Scikit-learn brings 1,797 handwritten digits, of 8 by 8 pixels, scaled up to 16
-# here. A grey network for 16 pixels, without patches:
-
-# %%
-digits = load("digits", image_size=16)
-torch.manual_seed(0)
-digit_network = UNet(1, base_channels=32, channel_multipliers=(1, 2, 2), num_blocks=1, attention_levels=(2,))
-digit_ema = EMA(digit_network)
-
-# %% [markdown]
-# This time the training loop is the one of `lecture26.kit`, which trains the course's checkpoints. It is the loop above,
-# and it can be interrupted and resumed, shares its work among processors, and shows its progress. It asks for a function
-# that draws a batch from a source of random numbers, and for the loss of a batch.
-
-
-# %%
-def draw(random):
-    """A training batch of digits, with their steps and noise."""
-    x_0 = digits.batch(random.integers(len(digits)))["image"]  # (B, 1, 16, 16)
-    return {"x_0": x_0, "t": random.integers(diffusion.num_steps), "noise": random.normal(1, 16, 16)}
-
-
-def digit_loss(network, batch):
-    """The diffusion's loss on a batch that `draw` has drawn."""
-    return diffusion.loss(network, batch["x_0"], batch["t"], batch["noise"])
-
-
-history = train(
-    digit_network,
-    draw,
-    digit_loss,
-    steps=400,
-    batch_size=16,
-    learning_rate=2e-3,
-    warmup_steps=20,
-    average=digit_ema,
-)
-
-# %%
-real = digits.batch(range(16))["image"]
-drawn = sample(
-    diffusion.respace(50), digit_ema.model, real.shape, ddim_step, torch.Generator().manual_seed(5)
-)
-figure = show_grid(torch.cat([real, drawn]), columns=16, row_titles=["real", "drawn"], inches_per_image=0.7)
-show(figure, "A row of sixteen real handwritten digits above a row of sixteen drawn ones.")
-
-# %% [markdown]
-# *Real ones above, drawn ones below. Some can be read, some nearly.*
-
-# %%
-first, last = sum(history.losses[:20]) / 20, sum(history.losses[-20:]) / 20
-print(f"the loss fell to less than half: {last < first / 2}")
-assert last < first / 2
-
-# %% [markdown]
-# ### Your own images
+# %% [markdown] tags=["core"]
+# ## Your own images
 #
 # `load` takes a folder as well, with one subfolder per class or none. Here is one, made of Shapes saved as PNG files:
 
 # %%
 workshop = tempfile.TemporaryDirectory()
 photos = Path(workshop.name, "photos")
-picture = images.batch(range(60))
-for number, (image, shape) in enumerate(zip(picture["image"], picture["shape"])):
+sixty = images.batch(range(60))
+for number, (image, shape) in enumerate(zip(sixty["image"], sixty["shape"])):
     folder = photos / images.labels["shape"][shape]
     folder.mkdir(parents=True, exist_ok=True)
     save_image((image + 1) / 2, folder / f"{number}.png")
@@ -1788,16 +2064,15 @@ mine = load(photos, image_size=32)
 print(f"classes: {', '.join(mine.labels['class'])}; {len(mine)} of 60 for training")
 
 # %% [markdown]
-# One command trains on it, draws a sample, and leaves a checkpoint:
+# One command trains on it, draws a sample, and leaves a checkpoint; a run that was stopped goes on where it was:
 #
 # ```
 # python -m lecture26 train ddpm --data ./photos --image-size 32 --name my_model
 # python -m lecture26 sample --model my_model --out grid.png
 # ```
 #
-# As it stands this takes 20,000 steps. A bar shows the time left, and the run goes on where it was when it is stopped
-# and started again. For `accelerate launch` and all options: `python -m lecture26 train --help`. Here are three
-# steps of it, to see that it runs; the environment variable keeps the checkpoint out of the course's own folder.
+# All options, and `accelerate launch`: `python -m lecture26 train --help`. Here are three steps; the environment variable
+# keeps the checkpoint out of the course's own folder.
 
 # %%
 command = f"train ddpm --data {photos} --image-size 32 --name my_model --steps 3 --batch-size 4"
@@ -1806,14 +2081,14 @@ assert finished.exit_code == 0, finished.output
 print(sorted(file.name for file in Path(workshop.name, "checkpoints").iterdir()))
 workshop.cleanup()
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
-# Of the network, the slides say one line, under latent diffusion: 'applies U-Net denoising in latent space'. This chapter
-# is about the first three words. For the last three, chapter 07 will give the same class other channels: a latent of
-# four channels is a picture to it like any other. In the sampling algorithm the slides write $\mu_\theta(x_t)$ and
-# $\Sigma_\theta(x_t)$; what they leave out, the step $t$, took a section here, and it reaches every block of the network.
-#
+# Of the network, the slides say one line, under latent diffusion: 'applies U-Net denoising in latent space'. For the last
+# three words, [chapter 07](07_latent_diffusion.ipynb) will give the same class other channels. In the sampling algorithm
+# the slides write $\mu_\theta(x_t)$ and $\Sigma_\theta(x_t)$; what they leave out, the step $t$, reaches every block.
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - A U-Net keeps the size, sees detail and the whole, and knows the step: coarser is less noisy (2.1), and skips carry
@@ -1822,13 +2097,14 @@ workshop.cleanup()
 # - Branches end in zeros, so each block starts as its skip alone, the identity where channels stay (2.8), and the first
 #   loss is known (2.16).
 # - Attention mixes all pixels, wherever they are (2.12), at a quadratic price (2.13); so it is for coarse levels.
-# - Averaged weights look back $1/(1-d)$ steps (2.19), and draw better than the last ones.
-# - With 10 or 20 steps DDIM is ahead, and both samplers are far off; from 50 on, 128 images cannot tell the two apart, and
-#   more steps bring this network nothing.
+# - Averaged weights (2.17) look back over a window, and are better than the last ones.
+# - What the network says is an expectation: a blur where much is open.
+# - Fifty steps do for this network, and more bring nothing; what is illegible, and missing, is the network's part.
 # - Good samples and short codes are different virtues: bits per dimension (2.23) count what nobody sees.
 #
-# Everything in this chapter is unconditional. Chapter 03 takes the long-trained network as it is, and makes it draw what
-# is asked for.
+# [Chapter 03](03_classifier_guidance.ipynb) takes the long-trained network as it is, and makes it draw what is asked for.
+#
+# [Previous: 01 DDPM](01_ddpm.ipynb) · [Next: 03 Classifier guidance](03_classifier_guidance.ipynb)
 #
 # ## References
 #
@@ -1842,3 +2118,4 @@ workshop.cleanup()
 # - Polyak, Juditsky 1992, *Acceleration of Stochastic Approximation by Averaging*.
 # - Heusel et al. 2017, *GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium*: equation 6
 #   (Fréchet distance).
+# - Kynkäänniemi et al. 2019, *Improved Precision and Recall Metric for Assessing Generative Models*: section 2.

@@ -1074,7 +1074,8 @@ class LatentDiffusion(LatentDiffusion):
             ValueError: if a file is missing, or is not what was saved.
         """
         settings, states = read_parts(Path(folder, "pipeline.json"), PARTS)
-        pipeline = cls.from_settings(settings)
+        with torch.device("cpu"):
+            pipeline = cls.from_settings(settings)
         for name, state in states.items():
             getattr(pipeline, name).load_state_dict(state)
         return pipeline.eval().requires_grad_(False)

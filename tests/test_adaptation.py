@@ -1365,7 +1365,7 @@ def test_unreadable_pictures_are_told_and_the_others_named(lesions, learned, tmp
     errors = result.stderr.splitlines()
     assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
     for line, picture in zip(errors, (pictures[0], *pictures[2:]), strict=True):
-        assert f"{picture} is not a readable image" in line
+        assert f"{picture} is not a readable image" in line and "training" not in line
 
 
 def copied_task(data_folder, name, learned_by="vpt-deep", **changes):

@@ -22,7 +22,9 @@ from lecture26.checks import (
 )
 from lecture26.checks.callables import CallableArgument
 from lecture26.checks.core import describe
+from lecture26.checks.draws import Draws
 from lecture26.checks.judging import judge
+from lecture26.checks.optimizers import OptimizerArgument
 from lecture26.checks.recording import record_exercise
 
 
@@ -414,6 +416,9 @@ def test_an_unknown_mistake_is_described_by_its_relation_to_the_right_values(can
 
 
 def test_no_relation_is_claimed_where_there_is_none():
+    assert "On every case" not in judge(record_exercise(ROOT), lambda x: x.sqrt().tolist()).message
+    cut = lambda x: x.sqrt().requires_grad_()  # noqa: E731
+    assert "On every case" not in judge(record_exercise(ROOT), cut).message
     assert "On every case" not in judge(record_exercise(ROOT), lambda x: x + 1).message
 
 
@@ -469,6 +474,19 @@ def test_a_check_computes_on_the_cpu_whatever_is_set_around_it():
         assert check("ddpm.q_sample", exercise("ddpm.q_sample").reference)
 
 
+LINE = Exercise(
+    "toy.line",
+    '"Toys"',
+    lambda num_steps: torch.linspace(0.1 / num_steps, 20 / num_steps, num_steps, dtype=torch.float64),
+    lambda seed: [Case("a line", (n,)) for n in (10, 30, 100)],
+    (
+        Misconception(
+            "float32 result", lambda n: torch.linspace(0.1 / n, 20 / n, n, dtype=torch.float32), "In float64."
+        ),
+    ),
+)
+
+
 def test_a_check_sees_the_default_dtype_of_torch_whatever_is_set_around_it():
     def forgets_the_dtype(num_steps):
         torch.set_default_dtype(torch.float16)
@@ -476,8 +494,8 @@ def test_a_check_sees_the_default_dtype_of_torch_whatever_is_set_around_it():
 
     torch.set_default_dtype(torch.float64)
     try:
-        result = check("ddpm.linear_betas", lambda n: torch.linspace(0.1 / n, 20 / n, n))
-        check("ddpm.linear_betas", forgets_the_dtype)
+        result = judge(record_exercise(LINE), lambda n: torch.linspace(0.1 / n, 20 / n, n))
+        judge(record_exercise(LINE), forgets_the_dtype)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -666,6 +684,58 @@ def slope_recording():
     return record_exercise(SLOPE)
 
 
+def descend(optimizer, loss_of, x_0, t, noise):
+    optimizer.zero_grad()
+    loss_of(x_0, t, noise).backward()
+    optimizer.step()
+    return x_0.sum()
+
+
+def descend_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+
+    def case(batch):
+        weights = draws.denoiser_weights(6, gradient=True)
+        old = tuple(map(torch.ones_like, weights))
+        loss_of = CallableArgument("denoising_loss", weights)
+        given = OptimizerArgument(weights, old, 0.1), loss_of, draws.normal(batch, 6)
+        return Case(f"{batch} points", (*given, torch.arange(batch), draws.normal(batch, 6)))
+
+    return [case(3), case(5)]
+
+
+def descend_and_spoil(optimizer, loss_of, x_0, t, noise):
+    result = descend(optimizer, loss_of, x_0, t, noise)
+    x_0 += 1
+    return result
+
+
+def descend_and_leave_a_mark(optimizer, loss_of, x_0, t, noise):
+    noise.requires_grad_()
+    result = descend(optimizer, loss_of, x_0, t, noise)
+    noise.requires_grad_(False)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("candidate", "sentence"),
+    [
+        (descend, "passed, on all 2 cases."),
+        (lambda optimizer, loss_of, x_0, t, noise: x_0.sum(), "a weight, after the call, is off by up to"),
+        (descend_and_spoil, "it changes its argument x_0 in place"),
+        (descend_and_leave_a_mark, "it leaves a .grad behind in its argument noise."),
+    ],
+)
+def test_an_optimizers_weights_are_a_result(candidate, sentence, tmp_path):
+    exercise = Exercise("toy.descend", '"Toys"', descend, descend_cases, ())
+    recording = record_exercise(exercise)
+    before = recording.cases[0].arguments[0].weights[0].clone()
+    assert sentence in judge(recording, candidate).message
+    assert torch.equal(recording.cases[0].arguments[0].weights[0], before)
+    recording.save(tmp_path / "descend.safetensors")
+    assert check_recorded(tmp_path / "descend.safetensors", candidate) == judge(recording, candidate)
+
+
 def test_a_callable_argument_is_called_with_what_follows_its_tensors():
     inward, speed, outward, x, t = slope_cases(0)[0].arguments[0].tensors + slope_cases(0)[0].arguments[1:]
     hidden = [[math.sin(x[b] @ inward[:, h] + t[b] * speed[h]) for h in range(4)] for b in range(5)]
@@ -678,6 +748,9 @@ def test_a_callable_argument_is_called_with_what_follows_its_tensors():
 def test_a_callable_argument_is_described_in_words():
     classifier = CallableArgument("noisy_classifier", (torch.ones(3, 4), torch.ones(4)))
     assert describe("classifier", classifier) == "classifier = a noisy classifier with tensors (3, 4), (4,)"
+    assert describe("skip", CallableArgument("bypass", ())) == "skip = a bypass"
+    layers = (CallableArgument("bypass", ()), CallableArgument("middle", (torch.ones(2, 3),)))
+    assert describe("up", layers) == "up = a bypass, a middle with tensors (2, 3)"
 
 
 def test_a_callable_argument_of_an_unknown_kind_is_refused():
@@ -702,6 +775,42 @@ def test_another_kind_of_callable_argument_takes_one_function(monkeypatch, tmp_p
     record_exercise(twice).save(tmp_path / "twice.safetensors")
     assert check_recorded(tmp_path / "twice.safetensors", lambda f, x: 9 * x)
     assert not check_recorded(tmp_path / "twice.safetensors", lambda f, x: f(x))
+
+
+def through(layers, h):
+    for layer in layers:
+        h = layer(h)
+    return h
+
+
+def through_reversed_in_place(layers, h):
+    """The right result, and the list as it should not be left."""
+    result = through(layers, h)
+    layers.reverse()
+    return result
+
+
+def through_with_changed_weights(layers, h):
+    result = through(layers, h)
+    layers[0].tensors[0].add_(1)
+    return result
+
+
+def test_an_argument_may_be_a_list_of_callables(tmp_path):
+    layers = [
+        CallableArgument("linear", (torch.full((2, 2), weight), torch.tensor([1.0, 2.0])))
+        for weight in (1.0, 3.0)
+    ]
+    exercise = Exercise(
+        "toy.through", '"Toys"', through, lambda seed: [Case("points", (layers, torch.ones(3, 2)))] * 2, ()
+    )
+    recording = record_exercise(exercise)
+    recording.save(tmp_path / "through.safetensors")
+    for known in (recording, Recording.load(tmp_path / "through.safetensors")):
+        assert judge(known, through)
+        assert not judge(known, lambda layers, h: through(layers[::-1], h))
+        for wrong in (through_reversed_in_place, through_with_changed_weights):
+            assert "it changes its argument layers in place" in judge(known, wrong).message
 
 
 @pytest.mark.parametrize("wrong", SLOPE.misconceptions, ids=lambda wrong: wrong.name)

@@ -230,6 +230,16 @@ def unfilled(function):
     return eval(f"lambda {names}: ...")
 
 
+def with_changed_results(function, change):
+    """The function with its result, or each of its results, changed."""
+
+    def candidate(*arguments):
+        result = function(*arguments)
+        return tuple(map(change, result)) if isinstance(result, tuple) else change(result)
+
+    return candidate
+
+
 @pytest.mark.parametrize("name", exercises())
 def test_simple_wrong_candidates_fail(name):
     reference = exercise(name).reference
@@ -246,7 +256,7 @@ def test_simple_wrong_candidates_fail(name):
         lambda result: result * math.nan,
         lambda result: result.tolist(),
     ):
-        assert not judge(recording, lambda *arguments, change=change: change(reference(*arguments)))
+        assert not judge(recording, with_changed_results(reference, change))
 
 
 def posterior_by_precision(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
@@ -270,6 +280,56 @@ def attention_by_loops(q, k, v):
     return torch.einsum("...nm,...me->...ne", weights / weights.sum(-1, keepdim=True), v)
 
 
+def block_by_hand(x, embedding, norm_in, conv_in, to_scale_shift, norm_out, conv_out, skip):
+    def silu(h):
+        return h * torch.sigmoid(h)
+
+    told = to_scale_shift(silu(embedding))
+    scale, shift = told.reshape(len(x), 2, -1, 1, 1).unbind(1)
+    h = norm_out(conv_in(silu(norm_in(x))))
+    return conv_out(silu(h + h * scale + shift)) + skip(x)
+
+
+def heads_one_by_one(x, norm, qkv, project, heads):
+    batch, channels = x.shape[:2]
+    size = channels // heads
+    numbers = qkv(norm(x).movedim(1, 3).reshape(batch, -1, channels))
+    answers = []
+    for head in range(heads):
+        q, k, v = (numbers[..., i * channels + head * size :][..., :size] for i in range(3))
+        answers.append(attention_by_loops(q, k, v))
+    return x + project(torch.cat(answers, dim=2)).mT.unflatten(2, x.shape[2:])
+
+
+def heads_by_einsum(x, norm, qkv, project, heads):
+    q, k, v = qkv(norm(x).flatten(2).mT).chunk(3, dim=2)
+    q, k, v = (part.reshape(*part.shape[:2], heads, -1) for part in (q, k, v))
+    weights = torch.einsum("bnhd,bmhd->bhnm", q, k).div(q.shape[3] ** 0.5).softmax(3)
+    mixed = torch.einsum("bhnm,bmhd->bnhd", weights, v)
+    return project(mixed.reshape(*mixed.shape[:2], -1)).mT.reshape(x.shape) + x
+
+
+def up_by_index(h, embedding, cond, down, middle, up):
+    maps = down(h, embedding, cond)
+    result, place = middle(maps[-1], embedding, cond), len(maps) - 1
+    for level in up:
+        skips = []
+        for _ in range(len(maps) // len(up)):
+            skips.append(maps[place])
+            place -= 1
+        result = level(result, skips, embedding, cond)
+    return result
+
+
+def up_by_slices(h, embedding, cond, down, middle, up):
+    maps = list(reversed(down(h, embedding, cond)))
+    number = len(maps) // len(up)
+    h = middle(maps[0], embedding, cond)
+    for i in range(len(up)):
+        h = up[i](h, tuple(maps[i * number : (i + 1) * number]), embedding, cond)
+    return h
+
+
 def patchify_by_slices(x, patch_size):
     p = patch_size
     channels = [x[:, c, i::p, j::p] for c in range(x.shape[1]) for i in range(p) for j in range(p)]
@@ -280,14 +340,6 @@ def patchify_by_unfold(x, patch_size):
     batch, _, height, width = x.shape
     columns = F.unfold(x, patch_size, stride=patch_size)
     return columns.view(batch, -1, height // patch_size, width // patch_size)
-
-
-def kl_by_torch(mean_1, log_variance_1, mean_2, log_variance_2):
-    normals = [
-        torch.distributions.Normal(mean, (log_variance / 2).exp())
-        for mean, log_variance in ((mean_1, log_variance_1), (mean_2, log_variance_2))
-    ]
-    return torch.distributions.kl_divergence(*normals)
 
 
 def ancestral_by_where(mean, log_variance, noise, t):
@@ -306,12 +358,69 @@ def ddim_by_squares(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
     return alpha_bar_prev**0.5 * x_0 + (1 - alpha_bar_prev - sigma.square()) ** 0.5 * eps + sigma * noise
 
 
-def respaced_by_loop(alpha_bar, steps):
-    betas, before = [], torch.ones((), dtype=alpha_bar.dtype)
-    for step in steps.tolist():
-        betas.append(1 - alpha_bar[step] / before)
-        before = alpha_bar[step]
-    return torch.stack(betas)
+def respacing_by_loop(alpha_bar, original_steps, num_steps):
+    betas, told, before = [], [], torch.ones((), dtype=alpha_bar.dtype)
+    for i in range(num_steps):
+        own = round(i * (len(alpha_bar) - 1) / (num_steps - 1))
+        betas.append(1 - alpha_bar[own] / before)
+        told.append(original_steps[own])
+        before = alpha_bar[own]
+    return torch.stack(betas), torch.stack(told)
+
+
+def respacing_by_products(alpha_bar, original_steps, num_steps):
+    own = torch.linspace(0, len(alpha_bar) - 1, num_steps).add(0.5).floor().int()
+    kept = alpha_bar.index_select(0, own)
+    return 1 - kept / F.pad(kept, (1, 0), value=1.0)[:-1], original_steps.index_select(0, own)
+
+
+def exact_by_tweedie(score, x_t, alpha_bar, target):
+    x_0 = (x_t + (1 - alpha_bar) * score(x_t, alpha_bar)) / alpha_bar.sqrt()
+    return target(x_0, alpha_bar, (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt())
+
+
+def loss_sample_by_sample(denoiser, x_0, t, noise, alpha_bar, target):
+    errors = []
+    for i in range(len(x_0)):
+        one = slice(i, i + 1)
+        x_t = alpha_bar[one].sqrt() * x_0[one] + (1 - alpha_bar[one]).sqrt() * noise[one]
+        error = denoiser(x_t, t[one]) - target(x_0[one], alpha_bar[one], noise[one])
+        errors.append(error.square().mean())
+    return torch.stack(errors).mean()
+
+
+def step_zeroed_after_the_loss(optimizer, loss_of, x_0, t, noise):
+    """Cleared at the end as well, and in other places."""
+    loss = loss_of(x_0, t, noise)
+    optimizer.zero_grad(set_to_none=False)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach().clone()
+
+
+def step_by_autograd(optimizer, loss_of, x_0, t, noise):
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    loss = loss_of(x_0, t, noise)
+    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    return loss.data
+
+
+def chain_by_while(step, x_T, num_steps, noise_at):
+    left, x = num_steps, x_T
+    while left:
+        left -= 1
+        x = step(x, left * torch.ones(len(x), dtype=torch.long), noise_at(left))
+    return x
+
+
+def chain_by_recursion(step, x_T, num_steps, noise_at):
+    if num_steps == 0:
+        return x_T
+    t = torch.tensor([num_steps - 1] * len(x_T))
+    return chain_by_recursion(step, step(x_T, t, noise_at(num_steps - 1)), num_steps - 1, noise_at)
 
 
 def own_log_prob_by_distribution(logits, y):
@@ -576,8 +685,6 @@ def word_maps_by_loops(weights, height, width):
 
 
 REWRITINGS = [
-    ("ddpm.linear_betas", lambda n: 1000 / n * torch.linspace(1e-4, 0.02, n, dtype=torch.float64)),
-    ("ddpm.linear_betas", lambda n: (0.1 + 19.9 * torch.arange(n).double() / (n - 1)) / n),
     (
         "ddpm.q_sample",
         lambda x_0, abar, noise: torch.lerp(x_0 * 0, x_0, abar**0.5) + noise * (1 - abar) ** 0.5,
@@ -585,38 +692,44 @@ REWRITINGS = [
     ("ddpm.q_sample", lambda x_0, abar, noise: abar.sqrt() * (x_0 + ((1 - abar) / abar).sqrt() * noise)),
     ("ddpm.q_sample", lambda x_0, abar, noise: x_0.mul(abar.sqrt()).addcmul_((1 - abar).sqrt(), noise)),
     ("ddpm.posterior_mean", posterior_by_precision),
-    ("ddpm.posterior_variance", lambda beta, abar, prev: beta * (1 - prev) / (1 - (1 - beta) * prev)),
-    (
-        "ddpm.posterior_variance",
-        lambda beta, abar, prev: torch.exp(torch.log(1 - prev) - torch.log(1 - abar)) * beta,
-    ),
     ("ddpm.v_from_x_0_and_eps", lambda x_0, abar, eps: -((1 - abar) ** 0.5) * x_0 + eps * abar**0.5),
     (
         "ddpm.v_from_x_0_and_eps",
         lambda x_0, abar, eps: torch.cos(abar.sqrt().acos()) * eps - torch.sin(abar.sqrt().acos()) * x_0,
     ),
-    ("ddpm.x_0_from_v", lambda x_t, abar, v: x_t * abar**0.5 - v * (1 - abar) ** 0.5),
-    ("ddpm.x_0_from_v", lambda x_t, abar, v: abar.sqrt() * (x_t - ((1 - abar) / abar).sqrt() * v)),
-    ("ddpm.learned_range_log_variance", lambda v, beta, low: low + (v + 1) / 2 * (beta.log() - low)),
-    ("ddpm.learned_range_log_variance", lambda v, beta, low: torch.lerp(low, beta.log(), 0.5 * v + 0.5)),
-    ("ddpm.normal_kl", kl_by_torch),
-    (
-        "ddpm.normal_kl",
-        lambda m_1, lv_1, m_2, lv_2: (
-            (lv_2 - lv_1) / 2 + (lv_1.exp() + (m_1 - m_2).square()) / (2 * lv_2.exp()) - 1 / 2
-        ),
-    ),
     ("ddpm.ancestral_update", ancestral_by_where),
     ("ddpm.ancestral_update", ancestral_by_loop),
     ("ddpm.ddim_update", ddim_by_squares),
-    ("ddpm.respaced_betas", respaced_by_loop),
-    ("ddpm.respaced_betas", lambda abar, steps: 1 - abar[steps] / F.pad(abar[steps], (1, 0), value=1.0)[:-1]),
+    ("ddpm.respacing", respacing_by_loop),
+    ("ddpm.respacing", respacing_by_products),
+    ("ddpm.exact_prediction", exact_by_tweedie),
+    (
+        "ddpm.exact_prediction",
+        lambda score, x_t, abar, target: target(
+            abar**-0.5 * x_t + (1 - abar) / abar**0.5 * score(x_t, abar),
+            abar,
+            -((1 - abar) ** 0.5) * score(x_t, abar),
+        ),
+    ),
+    ("ddpm.simple_loss", loss_sample_by_sample),
+    (
+        "ddpm.simple_loss",
+        lambda denoiser, x_0, t, noise, abar, target: (
+            ((target(x_0, abar, noise) - denoiser(abar**0.5 * x_0 + (1 - abar) ** 0.5 * noise, t)) ** 2).sum()
+            / x_0.numel()
+        ),
+    ),
+    ("ddpm.training_step", step_zeroed_after_the_loss),
+    ("ddpm.training_step", step_by_autograd),
+    ("ddpm.reverse_chain", chain_by_while),
+    ("ddpm.reverse_chain", chain_by_recursion),
     ("unet.timestep_embedding", embedding_by_powers),
-    ("unet.scale_shift", lambda h, a, b: h + h * a[..., None, None] + b[..., None, None]),
-    ("unet.scale_shift", lambda h, a, b: torch.einsum("bchw,bc->bchw", h, 1 + a) + b.view(*b.shape, 1, 1)),
+    ("unet.residual_block", block_by_hand),
     ("unet.attention", F.scaled_dot_product_attention),
     ("unet.attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
     ("unet.attention", attention_by_loops),
+    ("unet.self_attention", heads_one_by_one),
+    ("unet.self_attention", heads_by_einsum),
     ("unet.patchify", F.pixel_unshuffle),
     ("unet.patchify", lambda x, p: F.pixel_unshuffle(x, p)),
     ("unet.patchify", patchify_by_slices),
@@ -627,8 +740,8 @@ REWRITINGS = [
         "unet.ema_update",
         lambda average, parameter, decay: average.clone().mul_(decay).add_(parameter, alpha=1 - decay),
     ),
-    ("unet.bits_per_dim", lambda nats, num_dimensions: nats / math.log(2) / num_dimensions),
-    ("unet.bits_per_dim", lambda nats, num_dimensions: nats * math.log2(math.e) / num_dimensions),
+    ("unet.unet_forward", up_by_index),
+    ("unet.unet_forward", up_by_slices),
     (
         "classifier_guidance.guided_eps",
         lambda eps, g, abar, s: -((1 - abar) ** 0.5) * (s * g - eps / (1 - abar) ** 0.5),

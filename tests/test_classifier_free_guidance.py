@@ -455,6 +455,32 @@ def test_an_interval_of_all_steps_changes_nothing(interval):
     agree(within_interval(X, -X, T, *interval), X, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_steps_and_labels_may_be_integers_of_any_type(dtype):
+    def network(x_t, t, cond):
+        return smooth_network(x_t, t.long(), cond)
+
+    guided = classifier_free_guided(network, COND, NULL, 2.0, interval=(-5, 50))
+    agree(guided(X, T.to(dtype)), guided(X, T), 0.0)
+    # as many points as classes, all labels or none: what is taken for a mask shows
+    denoiser, x_t = exact_conditional_denoiser(MIXTURE, Diffusion(linear_betas(60))), normal(4, 2)
+    for y in (full(4, 1), torch.tensor([0, 1, 2, 3])):
+        agree(denoiser(x_t, full(4, 9), y.to(dtype)), denoiser(x_t, full(4, 9), y), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_mixed_in_single_precision(dtype):
+    """What is rounded before the mixing would grow with w; afterwards it is half of the last digit."""
+    cond = normal(3, 3, 8, 8).to(dtype)
+    outputs = torch.cat([cond, cond + 0.1 * normal(3, 3, 8, 8, seed=1).to(dtype)])
+    guided = classifier_free_guided(lambda x_t, t, c: outputs, COND, NULL, 7.5, rescale=0.7)
+    found = guided(cond, T)
+    assert found.dtype == dtype
+    outputs = outputs.double()
+    exact = guided(cond.double(), T)
+    assert ((found.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
 # Label dropout
 
 
@@ -489,6 +515,17 @@ def test_probabilities_0_and_1_are_certain():
     y = integers(8, 1000)
     agree(drop_labels(y, 8, 0.0, seeded()), y, 0)
     agree(drop_labels(y, 8, 1, seeded()), full(1000, 8), 0)
+
+
+@pytest.mark.parametrize("null_label", [2.5, True, torch.tensor(8.0)])
+def test_the_null_label_must_be_an_integer(null_label):
+    with pytest.raises(TypeError, match="null_label must be of integers"):
+        drop_labels(integers(8, 4), null_label, 0.5)
+
+
+def test_the_null_label_must_fit_into_the_type_of_the_labels():
+    with pytest.raises(ValueError, match="null_label must fit into torch.int8"):
+        drop_labels(integers(8, 4).to(torch.int8), 128, 0.5)
 
 
 def test_dropout_is_decided_by_its_generator():

@@ -16,7 +16,8 @@ import torchvision
 from PIL import Image, features
 
 from lecture26.kit import data
-from lecture26.kit.data import DataError, DataWarning, StoredImages, load
+from lecture26.kit.data import DataError, DataWarning, StoredImages, check_images, load
+from lecture26.kit.downstream import TASKS, downstream
 from lecture26.kit.image_set import ImageSet
 
 SPLITS = ("train", "validation", "test")
@@ -44,6 +45,13 @@ def write_folder(folder: Path, count=60, classes=("cat", "dog"), **options):
     for class_name in classes:
         for i in range(count):
             write_image(folder / class_name / f"{i:03}.png", grey=i, **options)
+
+
+def damage(file: Path, size):
+    """Put an image into a file, of which only the first bytes are there."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    file.write_bytes(file.read_bytes()[:size])
 
 
 def check_protocol(images, num_channels, image_size):
@@ -517,10 +525,8 @@ def test_all_damaged_images_are_named_at_once(tmp_path, monkeypatch, cache_bytes
     for split in SPLITS:
         write_folder(tmp_path / split, 5)
     load(tmp_path).check()
-    noise = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
     for name in ("cat/001.png", "dog/003.png"):
-        Image.fromarray(noise).save(tmp_path / "train" / name)
-        (tmp_path / "train" / name).write_bytes((tmp_path / "train" / name).read_bytes()[:2000])
+        damage(tmp_path / "train" / name, 2000)
     images = load(tmp_path)
     with pytest.raises(DataError) as caught:
         images.check()
@@ -528,6 +534,18 @@ def test_all_damaged_images_are_named_at_once(tmp_path, monkeypatch, cache_bytes
     assert message.startswith("2 of 10 files are not readable images: ")
     assert "cat/001.png (image file is truncated)" in message and "dog/003.png (" in message
     load(tmp_path, "test").check()
+    damage(tmp_path / "test" / "cat" / "002.png", 2000)
+    with pytest.raises(DataError, match=r"(?s)cat/001.*dog/003.*test/cat/002"):
+        check_images([load(tmp_path), load(tmp_path, "test")])
+
+
+def test_damaged_headers_and_what_is_damaged_further_on_are_named_at_once(tmp_path):
+    for split in SPLITS:
+        write_folder(tmp_path / split, 5)
+    damage(tmp_path / "train" / "cat" / "001.png", 0)
+    damage(tmp_path / "test" / "dog" / "003.png", 2000)
+    with pytest.raises(DataError, match=r"2 of 30 files .*train/cat/001.png, .*test/dog/003.png \("):
+        load(tmp_path)
 
 
 def test_sets_without_files_have_nothing_to_check():
@@ -726,3 +744,18 @@ def test_mnist_as_a_folder(real_data, tmp_path):
     assert everything.shape == (300, 1, 28, 28)
     pixels = np.rint((everything[:, 0] + 1) * 127.5).astype(np.uint8)
     assert sorted(map(bytes, pixels)) == sorted(map(bytes, digits))
+
+
+@pytest.mark.parametrize("name", ["shapes", "scenes", "shapes_and_scenes", "digits", "folder", *TASKS])
+def test_images_are_on_the_cpu_whatever_the_default_device(tmp_path, name):
+    write_folder(tmp_path / "pets", count=6)
+
+    def batch():
+        images = downstream(name) if name in TASKS else load(tmp_path / "pets" if name == "folder" else name)
+        return images.batch([0, 3])
+
+    expected = batch()
+    with torch.device("meta"):
+        found = batch()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

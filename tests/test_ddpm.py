@@ -1010,18 +1010,28 @@ def test_a_batch_may_be_empty(any_diffusion):
 
 
 def test_sample_shows_its_progress_unless_told_otherwise(monkeypatch):
-    shown = []
+    bars = []
 
-    def bar(steps, *_, disable=False, **__):
-        shown.append(None if disable else len(steps))
-        return steps
+    class Bar:
+        def __init__(self, total, disable=False, **_):
+            self.total, self.disable, self.seen = total, disable, 0
+            bars.append(self)
 
-    monkeypatch.setattr(ddpm, "tqdm", bar)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self):
+            self.seen += 1
+
+    monkeypatch.setattr(ddpm, "tqdm", Bar)
     diffusion = Diffusion(linear_betas(30))
     sample(diffusion, lambda x_t, t: x_t, (1, 1), progress=False)
-    assert shown in ([], [None])
+    assert all(bar.disable for bar in bars)
     sample(diffusion, lambda x_t, t: x_t, (1, 1))
-    assert shown[-1] == 30
+    assert (bars[-1].seen, bars[-1].total, bars[-1].disable) == (30, 30, False)
 
 
 # Dtypes and devices

@@ -877,6 +877,13 @@ def folder(tmp_path):
     return tmp_path / "new" / "pipeline"
 
 
+def test_a_pipeline_is_loaded_onto_the_cpu_whatever_the_default_device(folder):
+    expected = LatentDiffusion.load(folder).state_dict()
+    with torch.device("meta"):
+        found = LatentDiffusion.load(folder).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_saved_and_loaded_pipeline_gives_identical_images(folder):
     pipeline, loaded = small_pipeline(dtype=torch.float32), LatentDiffusion.load(folder)
     pipeline.diffusion = loaded.diffusion  # the one that its settings name

@@ -34,7 +34,7 @@ NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": 
 CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 TOWERS = {"image": NETWORK, "text": {"width": 8, "depth": 1}}
 READER = {"widths": (8, 8), "num_features": 4}
-STUDY = {"step_counts": (2, 3), "num_samples": 16, "batch_size": 8}
+STUDY = {"num_samples": {2: 16, 3: 24}, "batch_size": 8}
 
 pytestmark = pytest.mark.slow
 

@@ -76,7 +76,7 @@ def test_every_numbered_result_is_verified(source):
     assert equation_faults(chapter, texts(source, "markdown"), texts(source, "code")) == []
 
 
-CHAPTERS_WITH_TRIALS = (1,)  # the others get theirs in their own pass
+CHAPTERS_WITH_TRIALS = (1, 2)  # the others get theirs in their own pass
 
 
 def test_every_proof_is_tried_with_a_wrong_side():
@@ -90,7 +90,7 @@ def test_every_proof_is_tried_with_a_wrong_side():
     assert sum(map(len, tried.values())) == len(wrong_sides)
 
 
-CORE_AND_LINKS = ["00_start_here", "01_ddpm"]  # the chapters brought to this form so far
+CORE_AND_LINKS = ["00_start_here", "01_ddpm", "02_unet"]  # the chapters brought to this form so far
 SECOND_READING = " *(at a second reading)*"
 
 
@@ -240,6 +240,85 @@ def test_every_exercise_is_one_exported_function_with_its_check_below(source):
 
 
 @every_notebook
+def test_every_question_gives_its_answer_a_name_that_the_cell_below_checks(source):
+    cells = read_cells(source)
+    for cell, below in zip(cells, cells[1:], strict=False):
+        if "question" in cell.tags:
+            assert "export" not in cell.tags
+            (found,) = editions.SOLUTION.finditer(cell.source)
+            name = editions.answered_name(cell, found)
+            call = rf'check_answer\(\s*"{module_name(source)}\.{name}",\s*{name},'
+            assert re.search(call, below.source), f"the cell below {name} does not check it"
+            assert all(
+                not re.search(rf"\b{name}\b", other.source)
+                for other in cells
+                if other.kind == "code" and other not in (cell, below)
+            ), f"another cell uses {name}, which a learner may leave open"
+
+
+WITH_KINDS = ["01_ddpm"]  # the chapters whose exercises have been brought to this form so far
+KIND = r"\*(Formula|Algorithm|Question|Question on paper), (easy|medium|hard), \d+ minutes\.\* \S"
+
+
+def exercise_faults(cells):
+    """What is wrong with the headings of the exercises: their numbers, kinds, and which cells have one."""
+    faults, headings, above = [], [], False
+    for cell in cells:
+        if cell.kind == "markdown":
+            above = False
+            for found in re.finditer(r"^#### Exercises? .*$", cell.source, flags=re.M):
+                headings.append(found[0])
+                above = True
+                if not re.match(KIND, cell.source[found.end() :].strip()):
+                    faults.append(f"{found[0]!r} is not followed by kind, difficulty, minutes and the task")
+        elif {"exercise", "question"} & set(cell.tags):
+            if not above:
+                faults.append(f"cell {cell.number} is an exercise without a heading right above")
+            above = False
+    for number, heading in enumerate(headings, start=1):
+        if not heading.startswith(f"#### Exercise {number}: "):
+            faults.append(f"{heading!r} must begin with '#### Exercise {number}: '")
+    return faults
+
+
+def to_solve(*tags):
+    return Cell("notebooks/03_example.py", 2, 1, "code", "", tags)
+
+
+GOOD_HEADING = markdown_cell("#### Exercise 1: noise\n\n*Formula, easy, 3 minutes.* Write it.")
+
+
+@pytest.mark.parametrize(
+    ("cells", "faults"),
+    [
+        ([GOOD_HEADING, to_solve("export", "exercise")], []),
+        ([GOOD_HEADING, to_solve("question")], []),
+        ([GOOD_HEADING, to_solve("exercise"), to_solve("exercise")], ["cell 2 is an exercise without"]),
+        ([to_solve("question")], ["cell 2 is an exercise without a heading right above"]),
+        ([GOOD_HEADING, GOOD_HEADING], ["must begin with '#### Exercise 2: '"]),
+        ([markdown_cell("#### Exercise 1: noise\n\nWrite it.")], ["is not followed by kind"]),
+        ([markdown_cell("#### Exercise 1: noise\n\n*Formula, easy, 3 minutes.*")], ["is not followed"]),
+        ([markdown_cell("#### Exercises 1 and 2: noise\n\n*Formula, easy, 3 minutes.* Do.")], ["must begin"]),
+    ],
+)
+def test_faults_of_exercises(cells, faults):
+    found = exercise_faults(cells)
+    assert len(found) == len(faults)
+    assert all(expected in fault for expected, fault in zip(faults, found, strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_KINDS)
+def test_every_exercise_has_a_number_a_kind_a_difficulty_and_minutes(name):
+    assert exercise_faults(read_cells(notebook_sources(ROOT, [name])[0])) == []
+
+
+@pytest.mark.parametrize("name", WITH_KINDS)
+def test_what_is_solved_is_shown_at_the_foot(name):
+    (cell,) = [c for c in read_cells(notebook_sources(ROOT, [name])[0]) if c.source == "progress()"]
+    assert cell.tags == ("nbval-ignore-output",)
+
+
+@every_notebook
 def test_exercises_of_notebook_and_checks_are_the_same(source):
     chapter = module_name(source)
     in_notebook = [f"{chapter}.{name}" for cell, _ in exercises_with_next(source) for name in functions(cell)]
@@ -262,6 +341,6 @@ def test_unsolved_exercise_runs_and_does_not_pass(source):
 def test_learners_copy_holds_no_solution_outside_the_folded_answers(source):
     copy = editions.learners_copy(source)
     shown = "\n".join(cell.source for cell in copy.cells if not cell.source.startswith("<details>"))
-    for cell, _ in exercises_with_next(source):
+    for cell in filter(editions.is_to_solve, read_cells(source)):
         for solution in editions.SOLUTION.finditer(cell.source):
-            assert solution.group(2) not in shown
+            assert solution.group(2).strip() not in shown

@@ -44,6 +44,9 @@ def test_a_family_registers_itself(lines):
     assert recipes.find_recipe("a_line") is lines and "a_line" in recipes.recipe_names()
     assert recipes.load_recipe("a_line") == lines
     assert recipes.load_model("a_line")(torch.tensor([2.0, 1.0])).item() == 3.25
+    with torch.device("meta"):
+        model = recipes.load_model("a_line")
+    assert model.weight.tolist() == [[0.5, 2.0]]  # on the CPU, whatever the default device
 
 
 def test_a_subclass_without_a_family_of_its_own_takes_nobodys_place(lines):

@@ -34,3 +34,14 @@ def test_draws_have_the_distributions_they_name():
     assert (normal.var(dim=0) - 1).abs().max() < 6 * (2 / n) ** 0.5
     # Neighbouring samples, seeded with neighbouring numbers, are uncorrelated.
     assert (normal[1:, 0] * normal[:-1, 0]).mean().abs() < 6 / n**0.5
+
+
+def test_draws_are_on_the_cpu_whatever_the_default_device():
+    def draws():
+        random = SampleDraws(0, torch.arange(3, device="cpu"))
+        return random.integers(10), random.uniform(), random.normal(2)
+
+    expected = draws()
+    with torch.device("meta"):
+        found = draws()
+    assert all(map(torch.equal, found, expected))

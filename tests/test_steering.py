@@ -4,10 +4,13 @@ from enum import StrEnum
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lecture26.__main__ import Guidance
 from lecture26.commands import steering
+from lecture26.commands.drawing import Drawing
 from lecture26.commands.steering import OPTIONS, STEERINGS, Steering, choose, takers_of
+from lecture26.ddpm import Diffusion, ddim_step, linear_betas
 from lecture26.recipes.recipe import FAMILIES
 
 
@@ -80,3 +83,20 @@ def test_the_families_that_ways_name_exist():
     for way in STEERINGS:
         told = way.said(SimpleNamespace(asked="a star", strength=2.5))
         assert told == "" or told == f", a star {way.told} 2.5"
+
+
+def test_a_count_that_no_memory_holds_is_refused_before_its_generators_are_made(monkeypatch):
+    drawing = Drawing(
+        trained=None,
+        asked=None,
+        strength=None,
+        count=10**11,
+        steps=2,
+        step=ddim_step,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    diffusion = Diffusion(linear_betas(30))
+    monkeypatch.setattr(torch, "arange", lambda count: pytest.fail("the memory was not asked for"))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        drawing.sample(diffusion, lambda x_t, t: x_t, (3, 32, 32))

@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell
 import editions
 import notebooks
 from course import ROOT, CourseError
+from lecture26.kit import solved
 
 SAMPLE = ROOT / "tests" / "sample_course"
 SOLUTION_LINES = [
@@ -72,7 +73,7 @@ def test_check_answer_and_finished_function_follow_in_this_order(course):
 def test_copy_has_no_outputs_and_no_pair(course):
     notebook = learners_copy(course)
     assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
-    assert [path.name for path in sorted((course / "work").iterdir())] == ["01_waves.ipynb"]
+    assert [path.name for path in sorted((course / "work").iterdir())] == ["01_waves.ipynb", "progress.json"]
 
 
 @pytest.mark.slow
@@ -107,6 +108,87 @@ def test_learners_work_is_never_overwritten(course):
     (line,) = editions.make_copies(course)
     assert line.startswith("kept work/01_waves.ipynb, which is yours")
     assert copy.read_text() == "mine"
+
+
+def test_record_of_what_is_solved_is_made_and_kept(course):
+    work = course / "work"
+    learners_copy(course)
+    assert solved.read(work) == {"exercises": {"01_waves": ["waves.decay"]}, "solved": []}
+    solved.lay_out(work, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        solved.note_solved("waves.decay")
+    editions.make_copies(course)
+    assert solved.read(work) == {"exercises": {"01_waves": ["waves.decay"]}, "solved": ["waves.decay"]}
+
+
+def test_file_that_is_no_record_is_left_alone(course):
+    learners_copy(course)
+    (course / "work" / "progress.json").write_text("[1, 2]")
+    (_, line) = editions.make_copies(course)
+    assert line.startswith("nothing will be recorded as solved: ")
+    assert (course / "work" / "progress.json").read_text() == "[1, 2]"
+
+
+QUESTION = """
+
+# %% tags=["question"]
+### BEGIN SOLUTION
+# exp(-k t) is 1/2 where k t = ln 2
+half_life = 0.69
+### END SOLUTION
+
+# %%
+from lecture26.checks import check_answer
+
+check_answer("waves.half_life", half_life)
+"""
+
+
+@pytest.fixture
+def course_with_question(course):
+    """The sample course with a question at its end."""
+    source = course / "notebooks" / "01_waves.py"
+    source.write_text(source.read_text() + QUESTION)
+    checks = course / "lecture26" / "checks.py"
+    checks.write_text(
+        checks.read_text() + "\n\ndef check_answer(name, answer):\n    return answer is not ...\n"
+    )
+    return course
+
+
+def test_question_is_left_open_with_its_answer_folded_below_the_check(course_with_question):
+    notebook = learners_copy(course_with_question)
+    place = position(notebook, "question")
+    question, check, answer = notebook.cells[place:]
+    assert question.source == f"half_life = {editions.TO_ANSWER}"
+    assert check.source.endswith('check_answer("waves.half_life", half_life)')
+    assert "<details>" in answer.source and "half_life = 0.69" in answer.source
+    record = solved.read(course_with_question / "work")
+    assert record["exercises"] == {"01_waves": ["waves.decay", "waves.half_life"]}
+
+
+@pytest.mark.slow
+def test_copy_and_rehearsal_run_with_the_question_open(course_with_question):
+    course = course_with_question
+    notebook = learners_copy(course)
+    notebooks.execute(notebook, "01_waves", course / "work")
+    assert notebook.cells[-2].outputs[0].data["text/plain"] == "False"
+    shutil.copy(ROOT / "notebooks" / "jupytext.toml", course / "notebooks")
+    notebooks.run(course, store=True)
+    editions.make_rehearsals(course, course / "build")
+    rehearsal = nbformat.read(course / "build" / "01_waves.ipynb", as_version=4)
+    notebooks.execute(rehearsal, "01_waves", course / "build")
+    answered, left_open, check, _ = rehearsal.cells[-4:]
+    assert left_open.source == f"half_life = {editions.TO_ANSWER}"
+    assert [cell.outputs[0].data["text/plain"] for cell in (answered, check)] == ["True", "False"]
+
+
+def test_question_that_is_no_assignment_is_refused(course_with_question):
+    source = course_with_question / "notebooks" / "01_waves.py"
+    source.write_text(source.read_text().replace("half_life = 0.69", "print(0.69)"))
+    with pytest.raises(CourseError, match="the solution of a question is one assignment, name = answer"):
+        editions.make_copies(course_with_question)
 
 
 # --- A new version of the chapter ---
@@ -209,6 +291,17 @@ def test_update_of_a_broken_cell_an_open_exercise_and_a_clash(course):
     change_chapter(course, "three chapters", "four chapters")
     _, lines, _ = updated(course)
     assert lines[1:] == ["  carried over waves.decay; phases in it is the chapter's"]
+
+
+def test_update_carries_answers_to_questions(course_with_question):
+    course = course_with_question
+    notebook = learners_copy(course)
+    notebook.cells[position(notebook, "question")].source = "half_life = math.log(2)"
+    nbformat.write(notebook, course / "work" / "01_waves.ipynb")
+    change_chapter(course, "# exp(-k t) is", "# At half the amplitude exp(-k t) is")
+    notebook, lines, _ = updated(course)
+    assert notebook.cells[position(notebook, "question")].source == "half_life = math.log(2)"
+    assert lines[1:] == ["  carried over the answer half_life"]
 
 
 def test_update_keeps_what_it_cannot_read_and_makes_what_is_missing(course):

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lecture26 import unet
 from lecture26.ddpm import Diffusion, ddim_step, ddpm_step, linear_betas, sample
+from lecture26.recipes import load_model
 from lecture26.unet import (
     EMA,
     DownLevels,
@@ -503,6 +504,32 @@ def test_unet_of_diffusers_drops_in_with_one_lambda():
     agree(ours, x_t, 1e-10)
 
 
+# Functions with the classes' arithmetic
+
+
+def test_the_way_up_takes_each_map_once_the_last_one_first():
+    maps = [torch.tensor(float(number)) for number in range(6)]
+    told = []
+
+    def level(h, skips, embedding, cond):
+        told.append((h.item(), [skip.item() for skip in skips], embedding, cond))
+        return h + 1
+
+    result = unet.unet_forward(
+        maps[0], "e", "c", lambda h, e, c: [h, *maps[1:]], lambda h, e, c: h + 10, [level] * 3
+    )
+    assert told == [(15.0, [5.0, 4.0], "e", "c"), (16.0, [3.0, 2.0], "e", "c"), (17.0, [1.0, 0.0], "e", "c")]
+    assert result == 18.0
+
+
+@pytest.mark.parametrize(
+    "name", ["ddpm_shapes32", "conditional_ddpm_shapes32", "noisy_classifier_shapes32", "vae_shapes64"]
+)
+def test_shipped_weights_still_fit(name):
+    """Loading is strict: every key of the file is one of the network, and the other way round."""
+    assert sum(weights.numel() for weights in load_model(name).parameters()) > 100_000
+
+
 # Averaging the weights
 
 
@@ -566,6 +593,30 @@ def test_ema_follows_closely_at_first_with_its_usual_decay():
         ema.update(model)
     assert ema.model.weight > 0.999
     assert EMA(model).decay == 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ema_of_a_model_in_half_precision_does_not_stop_on_its_way(dtype):
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)).to(dtype)
+    nn.init.zeros_(model[0].weight)
+    ema = EMA(model)
+    ema.num_updates.fill_(10_000)  # past the warm-up
+    nn.init.ones_(model[0].weight)
+    for _ in range(5000):
+        ema.update(model)
+    # 1 - 0.999^5000 = 0.993; a step of 0.001 * (1 - 0.5) is lost in half precision
+    assert ema.model[0].weight.item() == pytest.approx(1 - 0.999**5000, abs=1e-4)
+    assert model[0].weight.dtype == dtype
+    assert {v.dtype for v in ema.model.state_dict().values()} == {torch.float32, torch.int64}
+    assert ema.model(torch.ones(2, 1)).dtype == torch.float32
+
+
+def test_ema_keeps_other_precisions():
+    for dtype in (torch.float32, torch.float64):
+        assert EMA(nn.Linear(1, 1).to(dtype)).model.weight.dtype == dtype
+    layer = nn.Linear(1, 1)
+    layer.register_buffer("count", torch.tensor(3))
+    assert EMA(layer).model.count.dtype == torch.int64
 
 
 def test_ema_keeps_a_frozen_copy():

@@ -23,9 +23,9 @@ from own_code import (
 
 
 def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> list[str]:
-    """Put the functions of an old copy into the exercises of a fresh one; returns a line for each exercise.
+    """Put functions and answers of an old copy into a fresh one; returns a line for each of them.
 
-    The lines say what was carried over, and what was not and why; exercises that were open have none.
+    The lines say what was carried over, and what was not and why; what was open has none.
     """
     of_chapter = tasks(source)
     functions = {task.function for task in of_chapter}
@@ -36,6 +36,10 @@ def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> 
     for task in of_chapter:
         cell = next(c for c in cells if any(defines(s, task.function) for s in statements[id(c)]))
         lines += carry_function(old, cell, task, known, functions)
+    answers = by_name(s for cell in old.cells if "question" in cell.tags for s in cell.statements)
+    for cell in cells:
+        if "question" in tags_of(cell):
+            lines += carry_answer(answers, cell, statements[id(cell)])
     return lines + [
         f"  not carried over: {name}, which is no exercise of the chapter any more"
         for name in gone(old, functions)
@@ -71,6 +75,28 @@ def carry_function(
     cell.source = cell.source.replace(text, "\n\n\n".join(whole))
     names = [name for name in own.hidden if name not in functions]
     return [f"  carried over {task.name}" + (f"; {', '.join(names)} in it is the chapter's" if names else "")]
+
+
+def carry_answer(
+    answers: dict[str, Statement], cell: nbformat.NotebookNode, statements: tuple[Statement, ...]
+) -> list[str]:
+    """Put the answer to a question into its cell, if the old copy has one; returns what there is to say."""
+    for statement in statements:
+        for name in statement.bound & answers.keys():
+            if is_open(statement.node) and not is_open(answers[name].node):
+                lines = cell.source.split("\n")
+                lines[statement.node.lineno - 1 : statement.node.end_lineno] = answers[name].text.split("\n")
+                cell.source = "\n".join(lines)
+                return [f"  carried over the answer {name}"]
+    return []
+
+
+def is_open(node: ast.stmt) -> bool:
+    """Whether a statement is the `name = ...` of a question without an answer."""
+    match node:
+        case ast.Assign(value=ast.Constant(value)):
+            return value is ...
+    return False
 
 
 def with_docstring_of(own: OwnFunction, given: str) -> str:

@@ -1,7 +1,7 @@
 """Make the learner's copies of the notebooks in work/: exercises to fill in, answers folded away.
 
 A copy is an .ipynb without outputs that is paired with no source. A copy that exists is the learner's own and
-stays as it is.
+stays as it is; so does the record of solved exercises beside the copies, but for the names of new exercises.
 
 With `--update` a copy of an older version of its chapter gives way to a new one, into which the solved
 exercises are carried over; the old one goes to work/old/.
@@ -38,6 +38,7 @@ from course import (
     notebook_sources,
     read_cells,
 )
+from lecture26.kit import solved
 from lecture26.kit.files import replace_when_complete
 from own_code import read_own_notebook
 from wrong_sides import load_wrong_sides, trials
@@ -45,19 +46,21 @@ from wrong_sides import load_wrong_sides, trials
 BEGIN, END = SOLUTION_MARKERS
 SOLUTION = re.compile(rf"^( *){BEGIN}\n(.*?)^ *{END}(?:\n|\Z)", re.MULTILINE | re.DOTALL)
 TO_FILL_IN = "...  # your code instead of this line"
+TO_ANSWER = "...  # your answer instead of the dots"
 FINISHED = "the finished function, so that the rest runs whatever you typed"
 
 
 def learners_copy(source: Path) -> nbformat.NotebookNode:
     """A notebook for a learner: each exercise to fill in, its check, the answer, the finished function.
 
-    The answer is folded; the cell that takes the finished function from the package is tagged `finished`.
+    The answer is folded; the cell that takes the finished function from the package is tagged `finished`. A
+    question has none: nothing below depends on its answer.
     """
     cells = []
     for cell, exercise in with_exercise_above(read_cells(source)):
         if exercise is not None:
             cells += unsolved(exercise, cell, module_name(source))
-        elif "exercise" not in cell.tags:
+        elif not is_to_solve(cell):
             cells.append(code_cell(cell) if cell.kind == "code" else new_markdown_cell(cell.source))
     kernelspec = jupytext.read(source).metadata["kernelspec"]
     # JupyterLab writes down the kernel's language when it opens a notebook; where that stands already, an
@@ -90,14 +93,21 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def is_to_solve(cell: Cell) -> bool:
+    """Whether a cell holds an exercise's function, or the answer to a question."""
+    return "exercise" in cell.tags or "question" in cell.tags
+
+
 def with_exercise_above(cells: list[Cell]) -> Iterator[tuple[Cell, Cell | None]]:
-    """Each cell with the exercise it checks, which is the cell above, or None."""
+    """Each cell with the exercise or question it checks, which is the cell above, or None."""
     exercise = None
     for cell in cells:
-        if exercise is not None and (cell.kind != "code" or "check(" not in cell.source):
+        if exercise is not None and (
+            cell.kind != "code" or not re.search(r"\bcheck(_answer)?\(", cell.source)
+        ):
             raise cell.error(1, "the cell right after an exercise calls its check")
         yield cell, exercise
-        exercise = cell if "exercise" in cell.tags else None
+        exercise = cell if is_to_solve(cell) else None
     if exercise is not None:
         raise exercise.error(1, "no cell follows that calls this exercise's check")
 
@@ -105,8 +115,11 @@ def with_exercise_above(cells: list[Cell]) -> Iterator[tuple[Cell, Cell | None]]
 def unsolved(exercise: Cell, check: Cell, module: str) -> list[nbformat.NotebookNode]:
     """What a learner finds at an exercise: to fill in, its check, the answer, the finished function."""
     to_solve = replace(exercise, source=to_fill_in(exercise))
-    finished = replace(exercise, source=finished_import(exercise, module), tags=("finished",))
-    return [code_cell(to_solve), code_cell(check), new_markdown_cell(answer(exercise)), code_cell(finished)]
+    cells = [code_cell(to_solve), code_cell(check), new_markdown_cell(answer(exercise))]
+    if "exercise" in exercise.tags:
+        finished = replace(exercise, source=finished_import(exercise, module), tags=("finished",))
+        cells.append(code_cell(finished))
+    return cells
 
 
 def code_cell(cell: Cell) -> nbformat.NotebookNode:
@@ -120,10 +133,25 @@ def hidden_cell(code: str) -> nbformat.NotebookNode:
 
 
 def to_fill_in(exercise: Cell) -> str:
-    """The text of an exercise with `...` for its solution: signature, docstring and the rest stay."""
+    """The text of an exercise with `...` for its solution: signature, docstring and the rest stay.
+
+    A question keeps the name that its answer is given.
+    """
     if not SOLUTION.search(exercise.source):
         raise exercise.error(1, f"an exercise marks its solution by lines '{BEGIN}' and '{END}'")
+    if "question" in exercise.tags:
+        return SOLUTION.sub(
+            lambda found: f"{answered_name(exercise, found)} = {TO_ANSWER}\n", exercise.source
+        ).rstrip()
     return SOLUTION.sub(rf"\1{TO_FILL_IN}\n", exercise.source).rstrip()
+
+
+def answered_name(question: Cell, solution: re.Match) -> str:
+    """The name of the variable that a question's solution sets."""
+    statements = ast.parse(solution.group(2)).body
+    if len(statements) != 1 or not isinstance(statements[0], ast.Assign):
+        raise question.error(1, "the solution of a question is one assignment, name = answer")
+    return ast.unparse(statements[0].targets[0])
 
 
 def answer(exercise: Cell) -> str:
@@ -136,6 +164,12 @@ def finished_import(exercise: Cell, module: str) -> str:
     """The line that takes an exercise's functions from the package."""
     names = [node.name for node in ast.parse(exercise.source).body if isinstance(node, ast.FunctionDef)]
     return f"from lecture26.{module} import {', '.join(names)}  # {FINISHED}"
+
+
+def names_to_solve(source: Path) -> list[str]:
+    """The exercises and questions of a notebook, by the names that they have in their checks."""
+    calls = (check.source for check, exercise in with_exercise_above(read_cells(source)) if exercise)
+    return [re.search(r"\bcheck(?:_answer)?\(\s*[\"']([^\"']+)", call)[1] for call in calls]
 
 
 def make_copies(root: Path, names: list[str] | None = None, update: bool = False) -> list[str]:
@@ -156,6 +190,11 @@ def make_copies(root: Path, names: list[str] | None = None, update: bool = False
             with replace_when_complete(copy) as temporary:
                 nbformat.write(learners_copy(source), temporary)
             lines.append(f"made work/{copy.name}")
+    every = {source.stem: names_to_solve(source) for source in notebook_sources(root)}
+    try:
+        solved.lay_out(work, {chapter: names for chapter, names in every.items() if names})
+    except ValueError as error:
+        lines.append(f"nothing will be recorded as solved: {error}")
     return lines
 
 

@@ -8,8 +8,9 @@ argument is called with.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle
 
 from lecture26.kit.validation import check_choice
 
@@ -35,7 +36,7 @@ class CallableArgument:
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
-        return f"a {self.kind.replace('_', ' ')} with tensors {shapes}"
+        return f"a {self.kind.replace('_', ' ')}" + (f" with tensors {shapes}" if shapes else "")
 
 
 def _kind(function: Callable) -> Callable:
@@ -66,4 +67,119 @@ def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
     weight: (c, 4 C), from the latents of a place to its 2 x 2 pixels; bias: (4 C,).
     """
     patches = (latents.movedim(1, 3) @ weight).sin() + bias  # (B, h, w, 4 C)
-    return pixel_shuffle(patches.movedim(3, 1), 2)
+    return F.pixel_shuffle(patches.movedim(3, 1), 2)
+
+
+@_kind
+def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """A denoiser (x_t, t) -> output like x_t, made like noisy_classifier, with K = D."""
+    return noisy_classifier(inward, speed, outward, x_t, t).view_as(x_t)
+
+
+@_kind
+def denoising_loss(
+    inward: Tensor, speed: Tensor, outward: Tensor, x_0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """A training loss (x_0, t, noise) -> scalar: the squared error of noisy_denoiser on noisy x_0."""
+    return (noisy_denoiser(inward, speed, outward, x_0 + 0.5 * noise, t) - noise).square().mean()
+
+
+@_kind
+def target(weights: Tensor, x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tensor:
+    """What a denoiser should return, (x_0, alpha_bar, eps) -> like x_0: a mixture of x_0, eps and v.
+
+    weights: (3,), of the three.
+    """
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    return weights[0] * x_0 + weights[1] * eps + weights[2] * v
+
+
+@_kind
+def mixture_score(weights: Tensor, means: Tensor, stds: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The score of a Gaussian mixture's noisy marginal at points (B, D), as (B, D).
+
+    weights, stds: (K,); means: (K, D); alpha_bar: (B, 1).
+    """
+    variances = alpha_bar * stds**2 + 1 - alpha_bar  # (B, K)
+    pull = alpha_bar.sqrt()[..., None] * means - x_t[:, None]  # (B, K, D)
+    log_joint = weights.log() - 0.5 * (
+        means.shape[1] * variances.log() + pull.square().sum(dim=2) / variances
+    )
+    return ((log_joint.softmax(dim=1) / variances)[..., None] * pull).sum(dim=1)
+
+
+@_kind
+def sampler_step(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A step of a sampler, (x_t, t, noise) -> x_{t-1}, in which every step and its noise leave their mark.
+
+    mixing: (D, D); speed: (D,), in radians per step.
+    """
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != x_t.shape[:1]:
+        found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
+    phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
+    return phase.sin().view_as(x_t) + 0.5 * noise
+
+
+@_kind
+def noise_table(noise: Tensor, t: int) -> Tensor:
+    """The noise of each step t, of noise (T, B, ...)."""
+    if not 0 <= t < len(noise):
+        raise IndexError(f"there is no step {t}: code counts from 0 to {len(noise) - 1}")
+    return noise[t]
+
+
+@_kind
+def bypass(h: Tensor) -> Tensor:
+    """Nothing is done."""
+    return h
+
+
+@_kind
+def linear(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    """A linear layer on the last axis."""
+    return F.linear(features, weight, bias)
+
+
+@_kind
+def convolution(weight: Tensor, bias: Tensor, h: Tensor) -> Tensor:
+    """A convolution that keeps height and width; its kernel is of odd size."""
+    return F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2)
+
+
+@_kind
+def normalisation(weight: Tensor, bias: Tensor, h: Tensor) -> Tensor:
+    """Group normalisation; weight and bias: (groups, channels per group)."""
+    return F.group_norm(h, len(weight), weight.flatten(), bias.flatten())
+
+
+def _stage(weight: Tensor, h: Tensor, embedding: Tensor, cond: Tensor) -> Tensor:
+    """A smooth map of feature maps h (B, C, H, W) that minds embedding (B, D) and cond (B, E).
+
+    weight: (C + D + E, channels of the result).
+    """
+    told = torch.cat([embedding, cond], dim=1)[:, :, None, None].expand(-1, -1, *h.shape[2:])
+    return torch.einsum("bihw,io->bohw", torch.cat([h, told], dim=1), weight).sin()
+
+
+@_kind
+def way_down(weights: Tensor, h: Tensor, embedding: Tensor, cond: Tensor) -> list[Tensor]:
+    """The way down of a U-Net: all maps, each of the one before, h the first; weights: one for each."""
+    maps = [h]
+    for weight in weights:
+        maps.append(_stage(weight, maps[-1], embedding, cond))
+    return maps
+
+
+@_kind
+def middle(weight: Tensor, h: Tensor, embedding: Tensor, cond: Tensor) -> Tensor:
+    """The stage between the way down and the way up."""
+    return _stage(weight, h, embedding, cond)
+
+
+@_kind
+def up_level(weights: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor, cond: Tensor) -> Tensor:
+    """A level of the way up: a stage for each of the skips, in their order; weights: one for each stage."""
+    for weight, skip in zip(weights, skips, strict=True):
+        h = _stage(weight, torch.cat([h, skip], dim=1), embedding, cond)
+    return h

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .callables import CallableArgument
+from .optimizers import OptimizerArgument, weights_of
 
 # Two outcomes agree where |a - b| <= tolerance (1 + |b|). Rewriting a formula costs a few roundings, far less
 # than this. Values are judged in float64; float32 is there to see that the dtype is kept.
@@ -80,6 +81,7 @@ class Outcome:
         argument asks for no gradient or none arrived.
     changed: the positions of the arguments that the call modified.
     marked: the positions of the arguments in which the call left a .grad.
+    weights: of the optimizers among the arguments, as the call left them; these may be changed and marked.
     error: the type of the exception raised, if any; error_text: what it says, and where.
     """
 
@@ -89,6 +91,7 @@ class Outcome:
     gradients: tuple[Tensor | None, ...] = ()
     changed: tuple[int, ...] = ()
     marked: tuple[int, ...] = ()
+    weights: tuple[Tensor, ...] = ()
     error: str | None = None
     error_text: str = ""
 
@@ -109,7 +112,7 @@ def call(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> 
     try:
         with default_state(seed), _silence() if silent else nullcontext():
             with MODES[case.mode]():
-                given = tuple(_copy(argument) for argument in case.arguments)
+                given = _copies(case.arguments)
                 returned = function(*given)
             single = not isinstance(returned, tuple | list)
             outputs = (returned,) if single else tuple(returned)
@@ -121,8 +124,9 @@ def call(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> 
         single=single,
         attached=tuple(isinstance(output, Tensor) and output.requires_grad for output in outputs),
         gradients=gradients,
-        changed=tuple(i for i, argument in enumerate(case.arguments) if not _same(given[i], argument)),
-        marked=tuple(i for i, argument in enumerate(given) if _has_grad(argument)),
+        changed=_changed(given, case.arguments),
+        marked=_marked(given),
+        weights=tuple(weight.detach() for argument in given for weight in weights_of(argument)),
     )
 
 
@@ -179,6 +183,11 @@ def difference_in_results(actual: Outcome, expected: Outcome) -> str | None:
         return f"it returns {_count(actual)}, where {_count(expected)} is expected."
     for label, result, wanted in zip(_labels(actual), actual.outputs, expected.outputs, strict=True):
         sentence = difference_in_kind(result, wanted, label) or _difference_in_values(result, wanted, label)
+        if sentence:
+            return sentence
+    for weight, wanted in zip(actual.weights, expected.weights, strict=False):
+        label = "a weight, after the call,"
+        sentence = difference_in_kind(weight, wanted, label) or _difference_in_values(weight, wanted, label)
         if sentence:
             return sentence
     return None
@@ -269,26 +278,61 @@ def _widens(result: Tensor, wanted: Tensor) -> bool:
         return False
 
 
-def _copy(argument: object) -> object:
+def _copies(arguments: tuple) -> tuple:
+    """Copies of a case's arguments; a tensor that two of them are made of is copied once."""
+    copies: dict[int, Tensor] = {}
+
+    def copy_tensor(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
+
+    def copy(argument: object) -> object:
+        if isinstance(argument, CallableArgument):
+            # a network, other than the data, is made before sampling begins
+            with torch.inference_mode(False):
+                return CallableArgument(argument.kind, tuple(map(copy_tensor, argument.tensors)))
+        if isinstance(argument, OptimizerArgument):
+            return argument.build(copy_tensor)
+        if isinstance(argument, tuple | list):
+            return type(argument)(map(copy, argument))
+        return copy_tensor(argument) if isinstance(argument, Tensor) else argument
+
+    return tuple(map(copy, arguments))
+
+
+def _tensors(argument: object) -> tuple[Tensor, ...]:
+    """The tensors that an argument is made of; an optimizer's weights are none of its own."""
     if isinstance(argument, CallableArgument):
-        with torch.inference_mode(False):  # a network, other than the data, is made before sampling begins
-            return CallableArgument(argument.kind, tuple(map(_copy, argument.tensors)))
-    if not isinstance(argument, Tensor):
-        return argument
-    return argument.detach().clone().requires_grad_(argument.requires_grad)
+        return argument.tensors
+    if isinstance(argument, tuple | list):
+        return tuple(tensor for part in argument for tensor in _tensors(part))
+    return (argument,) if isinstance(argument, Tensor) else ()
 
 
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, CallableArgument):
-        return all(map(_same, one.tensors, other.tensors))
-    if not isinstance(one, Tensor):
-        return one == other
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _changed(given: tuple, arguments: tuple) -> tuple[int, ...]:
+    """The positions of the arguments that a call has modified, apart from an optimizer's weights."""
+    moved = {id(weight) for argument in given for weight in weights_of(argument)}
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return id(one) in moved or (one.dtype == other.dtype and torch.equal(one, other))
+
+    def unchanged(one: object, other: object) -> bool:
+        tensors, others = _tensors(one), _tensors(other)
+        return len(tensors) == len(others) and all(map(same, tensors, others))  # a list may have lost some
+
+    pairs = enumerate(zip(given, arguments, strict=True))
+    return tuple(i for i, (one, other) in pairs if not unchanged(one, other))
 
 
-def _has_grad(argument: object) -> bool:
-    tensors = argument.tensors if isinstance(argument, CallableArgument) else (argument,)
-    return any(isinstance(tensor, Tensor) and tensor.grad is not None for tensor in tensors)
+def _marked(given: tuple) -> tuple[int, ...]:
+    """The positions of the arguments in which a call has left a .grad, apart from an optimizer's weights."""
+    moved = {id(weight) for argument in given for weight in weights_of(argument)}
+    return tuple(
+        i
+        for i, argument in enumerate(given)
+        if any(tensor.grad is not None and id(tensor) not in moved for tensor in _tensors(argument))
+    )
 
 
 def _gradients(outputs: tuple, arguments: tuple) -> tuple[Tensor | None, ...]:
@@ -327,6 +371,8 @@ def describe(name: str, value: object) -> str:
     if isinstance(value, Tensor):
         gradient = " with gradient" if value.requires_grad else ""
         return f"{name} {_dtype(value)} {_shape(value)}{gradient}"
+    if isinstance(value, tuple | list):
+        return f"{name} = {', '.join(map(str, value))}"
     return f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}"
 
 

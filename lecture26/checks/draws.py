@@ -43,6 +43,11 @@ class Draws:
         shapes = (elements, 7), (7,), (7, outputs)
         return CallableArgument(kind, tuple(self.normal(*shape, **numbers) for shape in shapes))
 
+    def denoiser_weights(self, elements: int, **numbers) -> tuple[Tensor, ...]:
+        """The tensors of a noisy_denoiser, for samples of that many elements."""
+        shapes = (elements, 7), (7,), (7, elements)
+        return tuple(self.normal(*shape, **numbers) for shape in shapes)
+
     def choice(self, options: Sequence) -> object:
         """One of the options."""
         return options[self.integer(0, len(options) - 1)]

@@ -230,6 +230,8 @@ def _relation(outcomes: list[Outcome], expected: tuple[Outcome, ...]) -> str | N
         if torch.allclose(result, value, rtol=1e-3, atol=1e-3, equal_nan=True):
             return relation
     factor = (result @ wanted / wanted.square().sum()).item()
-    if abs(factor) > 1e-3 and torch.allclose(result, factor * wanted, rtol=1e-3, atol=1e-6):
+    if min(abs(factor), abs(factor - 1)) > 1e-3 and torch.allclose(
+        result, factor * wanted, rtol=1e-3, atol=1e-6
+    ):
         return f"{factor:.2g} times the right ones"
     return None

@@ -3,7 +3,8 @@
 A recording judges a candidate without the reference and without the wrong answers' code, so it can be handed
 out; with another seed the same machinery makes hidden tests. On disk it is one safetensors file: every tensor
 under a running number, the rest as JSON in the file's metadata, with {"tensor": number} in a tensor's place
-and {"callable": kind, "tensors": [...]} in that of an argument that can be called.
+and {"callable": kind, "tensors": [...]} in that of an argument that can be called. A tensor that stands in
+two places, as a network's and as an optimizer's weight, has one number.
 """
 
 import json
@@ -18,8 +19,9 @@ from lecture26.kit.tensor_files import read_tensors, write_tensors
 
 from .callables import CallableArgument
 from .core import Case, Exercise, Outcome, call, default_state
+from .optimizers import OptimizerArgument
 
-FORMAT = "lecture26.checks 2"
+FORMAT = "lecture26.checks 3"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Recording:
     def save(self, path: str | Path) -> None:
         """Write the recording into one safetensors file."""
         tensors: dict[str, Tensor] = {}
-        header = json.dumps(_pack(self, tensors))
+        header = json.dumps(_pack(self, tensors, {}))
         write_tensors(path, tensors, {"format": FORMAT, "recording": header})
 
     @classmethod
@@ -105,24 +107,32 @@ def record_exercise(exercise: Exercise, seed: int = 0) -> Recording:
     )
 
 
-def _pack(value: object, tensors: dict[str, Tensor]) -> object:
-    """A nested structure as JSON knows it, its tensors moved to `tensors` under a running number."""
+def _pack(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) -> object:
+    """A nested structure as JSON knows it, its tensors moved to `tensors` under the running `numbers`."""
+
+    def pack(inner: object) -> object:
+        return _pack(inner, tensors, numbers)
+
     if isinstance(value, Tensor):
-        number = str(len(tensors))
+        number = numbers.setdefault(id(value), str(len(tensors)))
         tensors[number] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": number, "requires_grad": value.requires_grad}
     if isinstance(value, CallableArgument):
-        return {"callable": value.kind, "tensors": _pack(value.tensors, tensors)}
+        return {"callable": value.kind, "tensors": pack(value.tensors)}
+    if isinstance(value, OptimizerArgument):
+        return {"optimizer": pack(value.weights), "old": pack(value.old_gradients), "rate": value.rate}
     if is_dataclass(value):
-        return {field.name: _pack(getattr(value, field.name), tensors) for field in fields(value)}
+        return {field.name: pack(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, list | tuple):
-        return [_pack(inner, tensors) for inner in value]
+        return list(map(pack, value))
     return value
 
 
 def _unpack(found: dict, tensors: dict[str, Tensor]) -> object:
     if "callable" in found:
         return CallableArgument(found["callable"], tuple(found["tensors"]))
+    if "optimizer" in found:
+        return OptimizerArgument(tuple(found["optimizer"]), tuple(found["old"]), found["rate"])
     if "tensor" not in found:
         return found
     return tensors[found["tensor"]].requires_grad_(found["requires_grad"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lecture26.commands.invocation import data_option, invocation, options
 from lecture26.kit.checkpoints import list_checkpoints
-from lecture26.kit.data import SPLITS, load
+from lecture26.kit.data import SPLITS, check_images, load
 from lecture26.kit.downstream import Coloured
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
@@ -165,8 +165,7 @@ def compare_on(
         size, mean, std = wanted_images(vit, backbone)
         images = {split: load(data, split, size) for split in SPLITS}
         if process_state().is_main_process:
-            for of_split in images.values():
-                of_split.check()  # damage is found now, and not in the middle of a run
+            check_images(images.values())  # damage is found now, and not in the middle of a run
     splits = {split: Normalised(of_split, mean, std) for split, of_split in images.items()}
     about = {"backbone": backbone, "pretrained": pretrained, "channels": images["train"].channels}
     settings = about | {

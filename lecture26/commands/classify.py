@@ -44,7 +44,8 @@ def classify(task: str, method: str | None, pictures: Sequence[Path]) -> bool:
         try:
             image = images.batch([0])["image"].to(process_state().device)  # (1, 3, H, W)
         except DataError as error:
-            typer.echo(f"error: {error}", err=True)
+            # without the advice for images of a training
+            typer.echo(f"error: {picture} is not a readable image ({error.__context__})", err=True)
             all_read = False
             continue
         probability, number = model(image).float().softmax(dim=1)[0].max(dim=0)

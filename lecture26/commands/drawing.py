@@ -53,6 +53,7 @@ class Drawing:
         Returns:
             x_0, (B, *shape).
         """
+        torch.empty(self.count, *shape)  # more than the memory holds is refused before it fills up
         draws = SampleDraws(self.seed, torch.arange(self.count))
 
         def with_own_noise(diffusion: Diffusion, denoiser: Callable, x_t: Tensor, t: Tensor, noise: Tensor):

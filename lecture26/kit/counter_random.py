@@ -30,8 +30,8 @@ def random_bits(seed: int, counters: torch.Tensor, num_draws: int) -> torch.Tens
     """
     check_int("seed", seed)
     check_positive_int("num_draws", num_draws)
-    seed = torch.tensor(_signed(seed % 2**64))
-    draws = torch.arange(1, num_draws + 1)
+    seed = torch.tensor(_signed(seed % 2**64), device="cpu")
+    draws = torch.arange(1, num_draws + 1, device="cpu")
     generators = _mix(_mix(seed + _GOLDEN_GAMMA) + draws * _GOLDEN_GAMMA)  # (D,) one starting state each
     bits = _mix(generators + (counters[:, None] + 1) * _GOLDEN_GAMMA)  # (B, D)
     return _shift_right(bits, 64 - RANDOM_BITS)

@@ -7,7 +7,7 @@ import warnings
 import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from tarfile import TarError
@@ -91,6 +91,18 @@ def load(name: str | Path, split: str = "train", image_size: int | None = None) 
     return LOADERS[name](split, image_size)
 
 
+def check_images(image_sets: Iterable[ImageSet]) -> None:
+    """Look at every image of some sets before they are used; DataError names all that cannot be read."""
+    errors = []
+    for images in image_sets:
+        try:
+            images.check()
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        raise DataError(" ".join(errors))
+
+
 class PixelSet(ImageSet):
     """Images with 8 bits per channel and at most one label, "class"."""
 
@@ -170,18 +182,18 @@ class FileImages(PixelSet):
             image_size: height and width in pixels to which they are resized and cropped at the centre.
             banner_height: rows of pixels that are cut off at the bottom of each file's image first.
         """
-        super().__init__(channels, image_size, torch.tensor(targets), class_names)
+        super().__init__(channels, image_size, torch.tensor(targets, device="cpu"), class_names)
         self._files, self._banner_height = files, banner_height
         self._image_shape = (channels, image_size, image_size)
         self._cache: torch.Tensor | None = None
         if len(files) * math.prod(self._image_shape) <= CACHE_BYTES:
             # The system hands out this memory page by page, as the images are written.
-            self._cache = torch.empty(len(files), *self._image_shape, dtype=torch.uint8)
-            self._is_cached = torch.zeros(len(files), dtype=torch.bool)
+            self._cache = torch.empty(len(files), *self._image_shape, dtype=torch.uint8, device="cpu")
+            self._is_cached = torch.zeros(len(files), dtype=torch.bool, device="cpu")
 
     def _pixels(self, indices: torch.Tensor) -> torch.Tensor:
         if self._cache is None:
-            pixels = torch.empty(len(indices), *self._image_shape, dtype=torch.uint8)
+            pixels = torch.empty(len(indices), *self._image_shape, dtype=torch.uint8, device="cpu")
             for position, i in enumerate(indices.tolist()):
                 pixels[position] = self._decode(i)
             return pixels
@@ -444,6 +456,8 @@ def _common_channels(files: Sequence[Path]) -> int:
         if mode not in EIGHT_BIT_MODES:
             raise DataError(f"{file} has the pixel format {mode!r}: convert it to 8 bits per channel")
         modes.add(mode)
+    if unreadable:  # others may be damaged further on, and all shall be named at once
+        FileImages(files, [0] * len(files), (), 3, DEFAULT_IMAGE_SIZE).check()
     _raise_if_any(unreadable, len(files))
     return 1 if modes <= set(GREY_MODES) else 3
 

@@ -107,7 +107,8 @@ class Counting(MadeByCode):
         rank, x, y, size, colour = bits[:, 2:].view(-1, 5, cells).unbind(dim=1)  # (B, cells) each
         is_there = rank.argsort(dim=1).argsort(dim=1) <= target[:, None]  # as many of the cells, at random
         radius = 0.05 + 0.055 * uniform(size)  # of the image's width
-        column, row = torch.arange(cells) % CELLS, torch.arange(cells) // CELLS
+        cell = torch.arange(cells, device="cpu")
+        column, row = cell % CELLS, cell // CELLS
         room = 1 / CELLS - 2 * radius  # where the centre may lie within its cell
         x = column / CELLS + radius + room * uniform(x)
         y = row / CELLS + radius + room * uniform(y)
@@ -126,10 +127,11 @@ class Largest(MadeByCode):
         bits = self._bits(indices, seed=3, num_draws=3 + 4 * corners)
         target = choice(bits[:, 0], corners)  # (B,)
         share, x, y, colour = bits[:, 3:].view(-1, 4, corners).unbind(dim=1)  # (B, corners) each
-        is_largest = torch.arange(corners) == target[:, None]
+        corner = torch.arange(corners, device="cpu")
+        is_largest = corner == target[:, None]
         largest = 0.14 + 0.07 * uniform(bits[:, 1, None])  # its radius, of the image's width
         radius = torch.where(is_largest, largest, largest * (0.5 + 0.3 * uniform(share)))
-        column, row = torch.arange(corners) % 2, torch.arange(corners) // 2
+        column, row = corner % 2, corner // 2
         room = 0.46 - 2 * radius  # where the centre may lie
         x = 0.25 + 0.5 * column + room * (uniform(x) - 0.5)
         y = 0.25 + 0.5 * row + room * (uniform(y) - 0.5)
@@ -196,7 +198,7 @@ class Textures(MadeByCode):
             "waves": (frequency * y + phase_y + 1.5 * (4 * math.pi * x + phase_x).sin()).sin(),
         }
         pattern = torch.stack([patterns[name] for name in TEXTURES], dim=1)  # (B, 8, H, W)
-        pattern = pattern[torch.arange(len(target)), target]
+        pattern = pattern[torch.arange(len(target), device="cpu"), target]
         share = torch.sigmoid(4 * pattern)[:, None]  # (B, 1, H, W)
         first = choice(bits[:, 6], len(COLOUR_RGB))
         second = (first + 1 + choice(bits[:, 7], len(COLOUR_RGB) - 1)) % len(COLOUR_RGB)
@@ -256,10 +258,10 @@ class Coloured(ImageSet):
             images.image_size,
             {"class": images.labels["class"]},
         )
-        self._order = torch.arange(len(images))
+        self._order = torch.arange(len(images), device="cpu")
         if count is not None and count < len(images):
             # Spread over the set, which may come sorted by class.
-            self._order = torch.linspace(0, len(images) - 1, count).round().long()
+            self._order = torch.linspace(0, len(images) - 1, count, device="cpu").round().long()
 
     def __len__(self) -> int:
         return len(self._order)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class SampleDraws:
-    """Random draws for a batch, where sample n draws from a generator of its own, seeded with (seed, n).
+    """Random draws for a batch, on the CPU: sample n draws from its own generator, seeded with (seed, n).
 
     Args:
         seed: a non-negative integer, the seed of the run.
@@ -19,11 +19,12 @@ class SampleDraws:
 
     def integers(self, high: int) -> Tensor:
         """One integer per sample, uniform on 0, ..., high - 1: (B,) int64."""
-        return torch.tensor([generator.integers(high) for generator in self._generators])
+        return torch.tensor([generator.integers(high) for generator in self._generators], device="cpu")
 
     def uniform(self) -> Tensor:
         """One number per sample, uniform on [0, 1): (B,) float32."""
-        return torch.tensor([generator.random() for generator in self._generators], dtype=torch.float32)
+        numbers = [generator.random() for generator in self._generators]
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal noise of the given shape per sample: (B, *shape) float32."""

@@ -60,8 +60,10 @@ COLOUR_RGB = torch.tensor(
         (1.00, 0.45, 0.75),
     ],
     dtype=torch.float32,
+    device="cpu",
 )
-GREY_LEVEL = torch.tensor([0.10, 0.92, 0.40, 0.40], dtype=torch.float32)  # of each background, in [0, 1]
+# of each background, in [0, 1]
+GREY_LEVEL = torch.tensor([0.10, 0.92, 0.40, 0.40], dtype=torch.float32, device="cpu")
 GREY_JITTER = 0.03
 TEXTURE_CONTRAST = 0.09  # the two greys of a texture differ from the level by this
 TEXTURE_PERIOD = 0.25
@@ -69,8 +71,10 @@ TEXTURE_PERIOD = 0.25
 MAX_ROTATION = math.radians(15)
 MIN_BRIGHTNESS = 0.88  # the object's colour is multiplied by a number between this and 1
 REACH = 1.4  # no point of a shape of radius 1 is farther than this from its centre
-SHAPE_RADII = torch.tensor([0.175, 0.28], dtype=torch.float32)  # small, large: 5.6 and 9 pixels of 32
-SCENE_RADII = torch.tensor([0.09, 0.145], dtype=torch.float32)  # small, large: 5.8 and 9.3 pixels of 64
+# small, large: 5.6 and 9 pixels of 32
+SHAPE_RADII = torch.tensor([0.175, 0.28], dtype=torch.float32, device="cpu")
+# small, large: 5.8 and 9.3 pixels of 64
+SCENE_RADII = torch.tensor([0.09, 0.145], dtype=torch.float32, device="cpu")
 MARGIN = 0.03  # between an object's reach and the border
 GAP = 0.04  # between the reaches of two objects
 
@@ -111,8 +115,9 @@ class RenderedSet(ImageSet):
         check_choice("image_size", image_size, self.image_sizes)
         check_int("seed", seed)
         self.split, self.image_size, self.seed = split, image_size, seed
-        held_out = torch.tensor([(SHAPES.index(s), COLOURS.index(c)) for s, c in HELD_OUT_PAIRS])
-        is_held_out = torch.zeros(len(SHAPES), len(COLOURS), dtype=torch.bool)
+        pairs = [(SHAPES.index(shape), COLOURS.index(colour)) for shape, colour in HELD_OUT_PAIRS]
+        held_out = torch.tensor(pairs, device="cpu")
+        is_held_out = torch.zeros(len(SHAPES), len(COLOURS), dtype=torch.bool, device="cpu")
         is_held_out[held_out[:, 0], held_out[:, 1]] = True
         self._pairs = (is_held_out if split == "held_out" else ~is_held_out).nonzero()  # (56 or 8, 2)
 
@@ -320,7 +325,7 @@ class ShapesAndScenes(ImageSet):
 
     def batch(self, indices: torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
         indices = self._checked(indices)
-        image = torch.empty(len(indices), self.channels, self.image_size, self.image_size)
+        image = torch.empty(len(indices), self.channels, self.image_size, self.image_size, device="cpu")
         for part, of_part in self._places(indices):
             image[of_part] = part.batch(indices[of_part] // 2)["image"]
         return {"image": image}
@@ -413,7 +418,7 @@ def _objects(shape, colour, radius, x, y, bits, draw_angle) -> Objects:
 
 def pixel_centres(image_size: int) -> torch.Tensor:
     """Where the pixels of a row or a column lie, (image_size,), in units of the image's width."""
-    return (torch.arange(image_size, dtype=torch.float32) + 0.5) / image_size
+    return (torch.arange(image_size, dtype=torch.float32, device="cpu") + 0.5) / image_size
 
 
 def _coverage(objects: Objects, image_size: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from lecture26.classifier_free_guidance import labels_after_dropout
 from lecture26.clip_guidance import Tokenizer, split_words
@@ -78,7 +77,7 @@ class EncodedImages(ImageSet):
         vae = load_model(self._vae).to(device)
         parts = []
         with torch.no_grad():
-            for indices in tqdm(torch.arange(len(self)).split(ENCODING_BATCH), "encoding", unit="batch"):
+            for indices in progress_bar(torch.arange(len(self)).split(ENCODING_BATCH), "encoding"):
                 moments = vae.encode(self.batch(indices)["image"].to(device))
                 parts.append(tuple(values.half().cpu() for values in moments))
         mean, log_variance = map(torch.cat, zip(*parts, strict=True))
@@ -176,7 +175,8 @@ class LatentDiffusionRecipe(Recipe):
             raise ValueError(
                 f"{self.name!r} was trained with another VAE than what {self.vae!r} is now: train it anew"
             )
-        pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
+        with torch.device("cpu"):
+            pipeline = LatentDiffusion.from_settings(self.pipeline_settings())
         pipeline.vae.load_state_dict(vae.network.state_dict())
         pipeline.denoiser.load_state_dict(model.unet.state_dict())
         pipeline.text_encoder.load_state_dict(model.text_encoder.state_dict())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lecture26.kit.checkpoints import load_state, save_checkpoint
-from lecture26.kit.data import load
+from lecture26.kit.data import check_images, load
 from lecture26.kit.files import locked
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.paths import data_dir
@@ -255,8 +255,7 @@ def run(recipe: Recipe, command: str, state_every: float = 60.0) -> dict | None:
         with process_state().main_process_first():  # it may have to download
             images, unseen = recipe.load_images("train"), recipe.load_images("test")
             if process_state().is_main_process:
-                images.check()  # damage is found now, and not in the middle of the run
-                unseen.check()
+                check_images((images, unseen))  # damage is found now, and not in the middle of the run
         recipe = recipe.fitted_to(images)
         settings = recipe.settings()
         network, history = train_network(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from textwrap import shorten
 
+import torch
 from torch import nn
 
 from lecture26.ddpm import Diffusion
@@ -78,7 +79,7 @@ class Trained:
                 weights.
         """
         recipe, state = self.recipe, load_state(self.name, self.card)
-        with self._readable():
+        with self._readable(), torch.device("cpu"):
             network = recipe.build()
             network.load_state_dict(state)
         return network.eval().requires_grad_(False)

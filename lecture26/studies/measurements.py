@@ -1,6 +1,6 @@
 """Measurements too long for a notebook: each makes data/results/NAME.json, which a chapter plots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from tqdm import tqdm
@@ -22,16 +22,15 @@ from lecture26.studies.sweeps import (
 )
 from lecture26.studies.text_to_image import pixel_against_latent, text_to_image_evaluation
 
-STEP_COUNTS = (10, 20, 50, 100, 250, 1000)
+# With how many samples each number of steps is measured: the many steps take seconds for each image.
+STEPS_NUM_SAMPLES = {10: 1024, 20: 1024, 50: 1024, 100: 128, 250: 128, 1000: 128}
 READERS_64 = {"shapes": "reader_shapes64", "scenes": "reader_scenes64"}
-STEPS_NUM_SAMPLES = 128  # fewer than elsewhere: a thousand steps take seconds for each image
 
 
 def sampling_steps(
     model: str,
     reader: str,
-    step_counts: tuple[int, ...] = STEP_COUNTS,
-    num_samples: int = STEPS_NUM_SAMPLES,
+    num_samples: Mapping[int, int] = STEPS_NUM_SAMPLES,
     batch_size: int = BATCH_SIZE,
 ) -> dict:
     """Quality and time of DDPM and DDIM with few and many steps.
@@ -39,19 +38,19 @@ def sampling_steps(
     Args:
         model: a checkpoint of a denoiser.
         reader: a checkpoint of a reader of the same images.
-        step_counts: numbers of denoising steps.
-        num_samples, batch_size: per sampler and number of steps, as `Study` has them.
+        num_samples: of each sampler, by the number of denoising steps.
+        batch_size: as `Study` has it.
 
     Returns:
         "model", "reader", and "runs": for each sampler and number of steps a dict of "sampler" and what
         `Study.run` says.
     """
     study = Study(model, reader, batch_size)
-    settings = [(sampler, steps) for steps in step_counts for sampler in SAMPLERS]
+    settings = [(sampler, steps, count) for steps, count in num_samples.items() for sampler in SAMPLERS]
     runs = []
-    for sampler, steps in tqdm(settings, "sampling", unit="run"):
+    for sampler, steps, count in tqdm(settings, "sampling", unit="run"):
         unguided = study.network, SAMPLERS[sampler]
-        runs.append({"sampler": sampler} | study.run(lambda wanted, way=unguided: way, steps, num_samples))
+        runs.append({"sampler": sampler} | study.run(lambda wanted, way=unguided: way, steps, count))
     return {"model": model, "reader": reader, "runs": runs}
 
 

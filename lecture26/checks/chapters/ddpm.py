@@ -1,119 +1,18 @@
-"""Exercises of chapter 01: schedules, forward process, posterior, predictions, the bound, steps."""
+"""Exercises of chapter 01: forward process, posterior, predictions, training, sampling, fewer steps."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lecture26 import ddpm
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
-from ..draws import Draws, batches, schedule_tables
-from ..mistakes import per_sample, schedule_mistakes
-
-
-def _linear_betas_cases(seed: int) -> list[Case]:
-    drawn = Draws(seed).integer(31, 900)
-    return [Case("a schedule", (num_steps,)) for num_steps in (1000, 21, 30, 100, drawn, 250)]
-
-
-LINEAR_BETAS = Exercise(
-    "ddpm.linear_betas",
-    '"A schedule", equation (1.3)',
-    ddpm.linear_betas,
-    _linear_betas_cases,
-    (
-        Misconception(
-            "betas not scaled at other T",
-            lambda num_steps: torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64),
-            "1e-4 and 0.02 belong to T = 1000. With fewer steps each must add more noise, by the factor 1000 "
-            "/ T, or the chain never reaches noise.",
-        ),
-        Misconception(
-            "scaled by T / 1000",
-            lambda num_steps: torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64) * num_steps / 1000,
-            "The factor is upside down: fewer steps need larger betas, so it is 1000 / T.",
-        ),
-        Misconception(
-            "only the last beta scaled",
-            lambda num_steps: torch.linspace(1e-4, 20 / num_steps, num_steps, dtype=torch.float64),
-            "Both ends of the schedule are multiplied by 1000 / T, the first one too.",
-        ),
-        Misconception(
-            "only the first beta scaled",
-            lambda num_steps: torch.linspace(0.1 / num_steps, 0.02, num_steps, dtype=torch.float64),
-            "Both ends of the schedule are multiplied by 1000 / T, the last one too.",
-        ),
-        Misconception(
-            "computed in float32",
-            lambda num_steps: torch.linspace(0.1 / num_steps, 20 / num_steps, num_steps).double(),
-            "The values are rounded to float32. alpha_bar is a product of up to thousands of them, so the "
-            "tables are float64 from the start: give linspace dtype=torch.float64.",
-        ),
-        Misconception(
-            "float32 result",
-            lambda num_steps: torch.linspace(0.1 / num_steps, 20 / num_steps, num_steps),
-            "linspace gives float32 unless told otherwise: give it dtype=torch.float64.",
-        ),
-        Misconception(
-            "last value left out",
-            lambda num_steps: (
-                (0.1 + 19.9 * torch.arange(num_steps, dtype=torch.float64) / num_steps) / num_steps
-            ),
-            "The first beta is 0.1 / T and the last one exactly 20 / T: T values have T - 1 gaps between "
-            "them.",
-        ),
-        Misconception(
-            "first value left out",
-            lambda num_steps: torch.linspace(
-                0.1 / num_steps, 20 / num_steps, num_steps + 1, dtype=torch.float64
-            )[1:],
-            "The first beta is exactly 0.1 / T. The schedule has T values, and none is kept for 'step 0'.",
-        ),
-        Misconception(
-            "one value too many",
-            lambda num_steps: torch.linspace(
-                0.1 / num_steps, 20 / num_steps, num_steps + 1, dtype=torch.float64
-            ),
-            "The schedule has T values, for the steps 1..T of the papers: there is no beta for clean data.",
-        ),
-        Misconception(
-            "falling instead of rising",
-            lambda num_steps: torch.linspace(20 / num_steps, 0.1 / num_steps, num_steps, dtype=torch.float64),
-            "The first steps add the least noise: the schedule rises from 0.1 / T to 20 / T.",
-        ),
-        Misconception(
-            "alphas instead of betas",
-            lambda num_steps: 1 - ddpm.linear_betas(num_steps),
-            "These are alpha = 1 - beta, the signal that each step keeps; asked for is beta, the noise it "
-            "adds.",
-        ),
-        Misconception(
-            "alpha_bar instead of betas",
-            lambda num_steps: (1 - ddpm.linear_betas(num_steps)).cumprod(0),
-            "This is alpha_bar, the product of all 1 - beta so far; asked for are the betas themselves.",
-        ),
-        Misconception(
-            "linear in the square root",
-            lambda num_steps: (
-                torch.linspace(
-                    (0.1 / num_steps) ** 0.5, (20 / num_steps) ** 0.5, num_steps, dtype=torch.float64
-                )
-                ** 2
-            ),
-            "Here sqrt(beta) grows linearly, as in Stable Diffusion's 'scaled linear' schedule. In this one "
-            "beta does.",
-        ),
-        Misconception(
-            "geometric instead of linear",
-            lambda num_steps: torch.logspace(
-                math.log10(0.1 / num_steps), math.log10(20 / num_steps), num_steps, dtype=torch.float64
-            ),
-            "Neighbouring betas have a constant ratio here; in a linear schedule they have a constant "
-            "difference.",
-        ),
-    ),
-)
+from ..draws import Draws, batches
+from ..mistakes import per_sample, schedule_mistakes, with_arguments
+from ..optimizers import OptimizerArgument
 
 
 def _q_sample_cases(seed: int) -> list[Case]:
@@ -372,105 +271,6 @@ POSTERIOR_MEAN = Exercise(
 )
 
 
-def _posterior_variance_cases(seed: int) -> list[Case]:
-    gathered = [Case(b.note, (b.beta, b.alpha_bar, b.alpha_bar_prev)) for b in batches(seed)]
-    tables = schedule_tables(ddpm.cosine_betas(Draws(seed).integer(30, 60)))
-    return [*gathered, Case("whole tables of cosine_betas", tables)]
-
-
-POSTERIOR_VARIANCE = Exercise(
-    "ddpm.posterior_variance",
-    '"Going back, when the clean data are known", equation (1.14)',
-    ddpm.posterior_variance,
-    _posterior_variance_cases,
-    (
-        Misconception(
-            "beta for beta~",
-            lambda beta, alpha_bar, alpha_bar_prev: beta.clone(),
-            "beta is the variance of x_t given x_{t-1}. Knowing x_0 as well makes it smaller, by the factor "
-            "(1 - alpha_bar_prev) / (1 - alpha_bar).",
-        ),
-        Misconception(
-            "fraction upside down",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar) / (1 - alpha_bar_prev) * beta,
-            "t and t - 1 have changed places in the fraction: beta~ is smaller than beta, and 0 at the first "
-            "step.",
-        ),
-        Misconception(
-            "standard deviation for variance",
-            lambda beta, alpha_bar, alpha_bar_prev: ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).sqrt(),
-            "This is the standard deviation; asked for is the variance, without the root.",
-        ),
-        Misconception(
-            "logarithm of the variance",
-            lambda beta, alpha_bar, alpha_bar_prev: ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).log(),
-            "This is the log-variance, which is -inf at the first step; asked for is the variance.",
-        ),
-        Misconception(
-            "1 - beta for beta",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - beta),
-            "The fraction multiplies beta, the noise of this step, not alpha = 1 - beta.",
-        ),
-        Misconception(
-            "root of beta",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar_prev) / (1 - alpha_bar) * beta.sqrt(),
-            "The fraction multiplies beta, which is a variance already.",
-        ),
-        Misconception(
-            "roots in the fraction",
-            lambda beta, alpha_bar, alpha_bar_prev: (
-                (1 - alpha_bar_prev).sqrt() / (1 - alpha_bar).sqrt() * beta
-            ),
-            "1 - alpha_bar_prev and 1 - alpha_bar are variances: a variance has no roots in it.",
-        ),
-        Misconception(
-            "roots of alpha_bar",
-            lambda beta, alpha_bar, alpha_bar_prev: (
-                (1 - alpha_bar_prev.sqrt()) / (1 - alpha_bar.sqrt()) * beta
-            ),
-            "The variances are 1 - alpha_bar, without a root of alpha_bar.",
-        ),
-        Misconception(
-            "alpha_bar for 1 - alpha_bar",
-            lambda beta, alpha_bar, alpha_bar_prev: alpha_bar_prev / alpha_bar * beta,
-            "The fraction is one of noise variances, 1 - alpha_bar; alpha_bar is the variance of the signal.",
-        ),
-        Misconception(
-            "alpha_bar for 1 - alpha_bar, upside down",
-            lambda beta, alpha_bar, alpha_bar_prev: alpha_bar / alpha_bar_prev * beta,
-            "The fraction is one of noise variances, 1 - alpha_bar_prev above 1 - alpha_bar. alpha_bar / "
-            "alpha_bar_prev is alpha_t.",
-        ),
-        Misconception(
-            "denominator forgotten",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar_prev) * beta,
-            "The product is divided by 1 - alpha_bar.",
-        ),
-        Misconception(
-            "numerator forgotten",
-            lambda beta, alpha_bar, alpha_bar_prev: beta / (1 - alpha_bar),
-            "The factor 1 - alpha_bar_prev is missing; it makes the variance 0 at the first step.",
-        ),
-        Misconception(
-            "beta not multiplied",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar_prev) / (1 - alpha_bar),
-            "This is the factor that belongs to beta, alone. Without the brackets of its numerator, "
-            "1 - alpha_bar_prev / (1 - alpha_bar) * beta comes to the same.",
-        ),
-        Misconception(
-            "brackets of the denominator forgotten",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar_prev) / 1 - alpha_bar * beta,
-            "Without brackets a / 1 - b is (a / 1) - b: the denominator is (1 - alpha_bar).",
-        ),
-        Misconception(
-            "beta squared",
-            lambda beta, alpha_bar, alpha_bar_prev: (1 - alpha_bar_prev) / (1 - alpha_bar) * beta**2,
-            "beta is a variance already: it is not squared.",
-        ),
-    ),
-)
-
-
 def _velocity_cases(seed: int) -> list[Case]:
     return [Case(b.note, (b.normal(), b.alpha_bar, b.normal())) for b in batches(seed)]
 
@@ -532,398 +332,6 @@ V_FROM_X_0_AND_EPS = Exercise(
             "the factors sqrt(alpha_bar) and sqrt(1 - alpha_bar).",
         ),
         *schedule_mistakes(ddpm.v_from_x_0_and_eps, "alpha_bar"),
-    ),
-)
-
-
-X_0_FROM_V = Exercise(
-    "ddpm.x_0_from_v",
-    '"The velocity", equation (1.45)',
-    ddpm.x_0_from_v,
-    _velocity_cases,
-    (
-        Misconception(
-            "plus for minus",
-            lambda x_t, alpha_bar, v: alpha_bar.sqrt() * x_t + (1 - alpha_bar).sqrt() * v,
-            "Turning back from x_t to x_0 subtracts v: put x_t and v in terms of x_0 and eps, and eps must "
-            "cancel.",
-        ),
-        Misconception(
-            "wrong sign",
-            lambda x_t, alpha_bar, v: (1 - alpha_bar).sqrt() * v - alpha_bar.sqrt() * x_t,
-            "This is -x_0: x_t has the plus sign, v the minus sign.",
-        ),
-        Misconception(
-            "eps for x_0",
-            lambda x_t, alpha_bar, v: ddpm.eps_from_v(x_t, alpha_bar, v),
-            "This is eps, sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t; asked for is x_0.",
-        ),
-        Misconception(
-            "factors swapped",
-            lambda x_t, alpha_bar, v: (1 - alpha_bar).sqrt() * x_t - alpha_bar.sqrt() * v,
-            "sqrt(alpha_bar) belongs to x_t and sqrt(1 - alpha_bar) to v: with no noise at all, x_0 is x_t.",
-        ),
-        Misconception(
-            "x_t and v swapped",
-            lambda x_t, alpha_bar, v: alpha_bar.sqrt() * v - (1 - alpha_bar).sqrt() * x_t,
-            "x_t and v have changed places: with no noise at all, x_0 is x_t.",
-        ),
-        Misconception(
-            "v taken for eps",
-            lambda x_t, alpha_bar, v: ddpm.x_0_from_eps(x_t, alpha_bar, v),
-            "This solves for x_0 with eps given. With v nothing is divided: the two are a rotation of x_0 "
-            "and eps.",
-        ),
-        Misconception(
-            "divided by the root",
-            lambda x_t, alpha_bar, v: x_t / alpha_bar.sqrt() - (1 - alpha_bar).sqrt() * v,
-            "x_t is multiplied by sqrt(alpha_bar): the inverse of a rotation is the rotation back, without a "
-            "division.",
-        ),
-        Misconception(
-            "roots forgotten",
-            lambda x_t, alpha_bar, v: alpha_bar * x_t - (1 - alpha_bar) * v,
-            "The factors are cosine and sine of an angle, sqrt(alpha_bar) and sqrt(1 - alpha_bar).",
-        ),
-        Misconception(
-            "alpha_bar for its root",
-            lambda x_t, alpha_bar, v: alpha_bar * x_t - (1 - alpha_bar).sqrt() * v,
-            "The factor of x_t is sqrt(alpha_bar).",
-        ),
-        Misconception(
-            "1 - alpha_bar for its root",
-            lambda x_t, alpha_bar, v: alpha_bar.sqrt() * x_t - (1 - alpha_bar) * v,
-            "The factor of v is sqrt(1 - alpha_bar).",
-        ),
-        Misconception(
-            "clipped to [-1, 1]",
-            lambda x_t, alpha_bar, v: ddpm.x_0_from_v(x_t, alpha_bar, v).clamp(-1, 1),
-            "Clipping is the sampler's affair, and switched off for latents and mixtures: return x_0 as it "
-            "comes.",
-        ),
-        *schedule_mistakes(ddpm.x_0_from_v, "alpha_bar"),
-    ),
-)
-
-
-def _learned_range_cases(seed: int) -> list[Case]:
-    cases = []
-    for b in batches(seed):
-        # beta~ is 0 at the first step, where any floor will do for its logarithm
-        variance = ddpm.posterior_variance(b.beta, b.alpha_bar, b.alpha_bar_prev).clamp(min=1e-6)
-        cases.append(Case(b.note, (b.normal(), b.beta, variance.log())))
-    return cases
-
-
-LEARNED_RANGE_LOG_VARIANCE = Exercise(
-    "ddpm.learned_range_log_variance",
-    '"The model\'s step", equation (1.30)',
-    ddpm.learned_range_log_variance,
-    _learned_range_cases,
-    (
-        Misconception(
-            "v itself as the fraction",
-            lambda v, beta, log_posterior_variance: v * beta.log() + (1 - v) * log_posterior_variance,
-            "v runs from -1 to 1, a fraction from 0 to 1: use (v + 1) / 2.",
-        ),
-        Misconception(
-            "v / 2 as the fraction",
-            lambda v, beta, log_posterior_variance: v / 2 * beta.log() + (1 - v / 2) * log_posterior_variance,
-            "At v = -1 the fraction must be 0, at v = 1 it must be 1: use (v + 1) / 2.",
-        ),
-        Misconception(
-            "v + 1 not halved",
-            lambda v, beta, log_posterior_variance: (v + 1) * beta.log() - v * log_posterior_variance,
-            "v + 1 runs from 0 to 2, a fraction from 0 to 1: halve it.",
-        ),
-        Misconception(
-            "(v - 1) / 2 as the fraction",
-            lambda v, beta, log_posterior_variance: (
-                (v - 1) / 2 * beta.log() + (3 - v) / 2 * log_posterior_variance
-            ),
-            "At v = -1 the fraction must be 0, at v = 1 it must be 1: use (v + 1) / 2.",
-        ),
-        Misconception(
-            "bounds swapped",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                -v, beta, log_posterior_variance
-            ),
-            "The fraction belongs to log beta, the upper bound, which v = 1 must give.",
-        ),
-        Misconception(
-            "sigmoid as the fraction",
-            lambda v, beta, log_posterior_variance: (
-                v.sigmoid() * beta.log() + (1 - v.sigmoid()) * log_posterior_variance
-            ),
-            "The fraction is linear in v, (v + 1) / 2, not a sigmoid of it.",
-        ),
-        Misconception(
-            "v clamped",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                v.clamp(-1, 1), beta, log_posterior_variance
-            ),
-            "v is not clamped: outside [-1, 1] the log-variance goes on in a straight line, and its gradient "
-            "with it.",
-        ),
-        Misconception(
-            "variances mixed instead of their logarithms",
-            lambda v, beta, log_posterior_variance: (
-                (v + 1) / 2 * beta + (1 - v) / 2 * log_posterior_variance.exp()
-            ).log(),
-            "The two log-variances are mixed, not the variances: this gives NaN where v leaves [-1, 1].",
-        ),
-        Misconception(
-            "logarithm of beta forgotten",
-            lambda v, beta, log_posterior_variance: (v + 1) / 2 * beta + (1 - v) / 2 * log_posterior_variance,
-            "beta comes as a variance and must be turned into its logarithm; the lower bound comes as one "
-            "already.",
-        ),
-        Misconception(
-            "variance instead of its logarithm",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                v, beta, log_posterior_variance
-            ).exp(),
-            "This is the variance; asked for is its logarithm.",
-        ),
-        Misconception(
-            "half of the log-variance",
-            lambda v, beta, log_posterior_variance: (
-                0.5 * ddpm.learned_range_log_variance(v, beta, log_posterior_variance)
-            ),
-            "This is the logarithm of the standard deviation; asked for is that of the variance, twice as "
-            "large.",
-        ),
-        Misconception(
-            "brackets of the fraction forgotten",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                2 * v, beta, log_posterior_variance
-            ),
-            "v + 1 / 2 is v + 0.5: write (v + 1) / 2.",
-        ),
-        Misconception(
-            "tanh of v",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                v.tanh(), beta, log_posterior_variance
-            ),
-            "v goes in as it is, without a tanh; nothing keeps it within [-1, 1].",
-        ),
-        Misconception(
-            "logarithm of the lower bound taken twice",
-            lambda v, beta, log_posterior_variance: ddpm.learned_range_log_variance(
-                v, beta, log_posterior_variance.log()
-            ),
-            "The lower bound comes as a logarithm already; beta does not.",
-        ),
-        *schedule_mistakes(ddpm.learned_range_log_variance, "beta", "log_posterior_variance"),
-    ),
-)
-
-
-def _normal_kl_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    batch, wide, side = draws.integer(3, 5), draws.integer(6, 8), draws.integer(3, 5)
-    points, images = (batch, wide), (batch, 3, side, side)
-
-    def four(*shapes, dtype=torch.float64, gradient=False):
-        return tuple(draws.normal(*shape, dtype=dtype, gradient=gradient) for shape in shapes)
-
-    mean, log_variance = four(points, points)
-    zero = torch.zeros((), dtype=torch.float64)
-    return [
-        Case("points", four(*[points] * 4)),
-        Case("images", four(*[images] * 4)),
-        Case("a single point", four(*[(1, wide)] * 4)),
-        Case("one log-variance per sample", four(points, (batch, 1), points, (batch, 1))),
-        Case("images in float32", four(*[images] * 4, dtype=torch.float32)),
-        Case("points with gradient", four(*[points] * 4, gradient=True)),
-        Case("twice the same normal", (mean, log_variance, mean.clone(), log_variance.clone())),
-        Case("against the standard normal", (mean, log_variance, zero, zero.clone())),
-    ]
-
-
-def _kl_of_terms(
-    log_ratio: Tensor, variance_ratio: Tensor | float, scaled_distance: Tensor | float
-) -> Tensor:
-    """The divergence from its terms, right or wrong ones."""
-    return 0.5 * (log_ratio + variance_ratio + scaled_distance - 1)
-
-
-NORMAL_KL = Exercise(
-    "ddpm.normal_kl",
-    '"The bound", equation (1.29)',
-    ddpm.normal_kl,
-    _normal_kl_cases,
-    (
-        Misconception(
-            "arguments reversed",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: ddpm.normal_kl(
-                mean_2, log_variance_2, mean_1, log_variance_1
-            ),
-            "This is KL(N_2 || N_1). The divergence is not symmetric: the first normal is the one averaged "
-            "over.",
-        ),
-        Misconception(
-            "factor 1/2 forgotten",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                2 * ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2)
-            ),
-            "Twice the right value: the factor 1/2 of the normal's exponent is missing.",
-        ),
-        Misconception(
-            "1/2 for the last terms only",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2)
-                + 0.5 * (log_variance_2 - log_variance_1)
-            ),
-            "log(sigma_2 / sigma_1) is half of log_variance_2 - log_variance_1: the factor 1/2 stands before "
-            "all terms.",
-        ),
-        Misconception(
-            "- 1 forgotten",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2) + 0.5
-            ),
-            "The term - 1 is missing: for two equal normals the divergence must be 0.",
-        ),
-        Misconception(
-            "- 1 not halved",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2) - 0.5
-            ),
-            "The factor 1/2 stands before - 1 too: for two equal normals the divergence must be 0.",
-        ),
-        Misconception(
-            "sign of the log ratio",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2)
-                + log_variance_1
-                - log_variance_2
-            ),
-            "The log ratio has the second variance above the first: a wide second normal costs log sigma_2.",
-        ),
-        Misconception(
-            "log ratio forgotten",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2)
-                - 0.5 * (log_variance_2 - log_variance_1)
-            ),
-            "The term log(sigma_2^2 / sigma_1^2) is missing.",
-        ),
-        Misconception(
-            "variance ratio upside down",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1,
-                (log_variance_2 - log_variance_1).exp(),
-                (mean_1 - mean_2) ** 2 * (-log_variance_2).exp(),
-            ),
-            "The ratio is sigma_1^2 / sigma_2^2: the spread of the first normal, measured in units of the "
-            "second.",
-        ),
-        Misconception(
-            "distance over the first variance",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1,
-                (log_variance_1 - log_variance_2).exp(),
-                (mean_1 - mean_2) ** 2 * (-log_variance_1).exp(),
-            ),
-            "The squared distance of the means is divided by the second variance, as every term of the "
-            "second density.",
-        ),
-        Misconception(
-            "distance not squared",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1,
-                (log_variance_1 - log_variance_2).exp(),
-                (mean_1 - mean_2).abs() * (-log_variance_2).exp(),
-            ),
-            "The distance of the means enters squared.",
-        ),
-        Misconception(
-            "distance not divided",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1,
-                (log_variance_1 - log_variance_2).exp(),
-                (mean_1 - mean_2) ** 2,
-            ),
-            "The squared distance of the means is divided by the second variance.",
-        ),
-        Misconception(
-            "distance forgotten",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                (0.5 * (log_variance_2 - log_variance_1 + (log_variance_1 - log_variance_2).exp() - 1))
-                + 0 * (mean_1 - mean_2)
-            ),
-            "The term with the distance of the means is missing.",
-        ),
-        Misconception(
-            "log-variance read as log standard deviation",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: ddpm.normal_kl(
-                mean_1, 2 * log_variance_1, mean_2, 2 * log_variance_2
-            ),
-            "exp(log_variance) is the variance already: it is not squared once more.",
-        ),
-        Misconception(
-            "standard deviation for variance",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1,
-                (0.5 * (log_variance_1 - log_variance_2)).exp(),
-                (mean_1 - mean_2) ** 2 * (-0.5 * log_variance_2).exp(),
-            ),
-            "The ratios are those of variances, exp(log_variance), not of standard deviations, "
-            "exp(log_variance / 2).",
-        ),
-        Misconception(
-            "log-variance read as variance",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: ddpm.normal_kl(
-                mean_1, log_variance_1.log(), mean_2, log_variance_2.log()
-            ),
-            "The arguments are logarithms of variances, negative ones too: take exp where the variance is "
-            "needed.",
-        ),
-        Misconception(
-            "mean over all elements",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: ddpm.normal_kl(
-                mean_1, log_variance_1, mean_2, log_variance_2
-            ).mean(),
-            "Asked for is the divergence of each element; the caller averages.",
-        ),
-        Misconception(
-            "sum over all elements",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: ddpm.normal_kl(
-                mean_1, log_variance_1, mean_2, log_variance_2
-            ).sum(),
-            "Asked for is the divergence of each element; the caller sums or averages.",
-        ),
-        Misconception(
-            "sum over each sample",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2).flatten(1).sum(1)
-            ),
-            "Asked for is the divergence of each element; the caller sums or averages.",
-        ),
-        Misconception(
-            "mean over each sample",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: (
-                ddpm.normal_kl(mean_1, log_variance_1, mean_2, log_variance_2).flatten(1).mean(1)
-            ),
-            "Asked for is the divergence of each element; the caller averages.",
-        ),
-        Misconception(
-            "distance times the second variance",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1,
-                (log_variance_1 - log_variance_2).exp(),
-                (mean_1 - mean_2) ** 2 * log_variance_2.exp(),
-            ),
-            "The squared distance is divided by the second variance: exp(-log_variance_2).",
-        ),
-        Misconception(
-            "variance ratio forgotten",
-            lambda mean_1, log_variance_1, mean_2, log_variance_2: _kl_of_terms(
-                log_variance_2 - log_variance_1, 0, (mean_1 - mean_2) ** 2 * (-log_variance_2).exp()
-            ),
-            "The term sigma_1^2 / sigma_2^2 is missing: for two equal normals the divergence must be 0.",
-        ),
     ),
 )
 
@@ -1288,147 +696,792 @@ DDIM_UPDATE = Exercise(
 )
 
 
-def _respaced_betas_cases(seed: int) -> list[Case]:
+# What a denoiser is to return: x_0, eps, v, or a mixture of them, by the weights of the kind `target`
+NOISE = (0.0, 1.0, 0.0)
+TARGETS = (NOISE, (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.7, -1.1, 0.4))
+
+
+def _target(weights: tuple[float, ...], dtype: torch.dtype) -> CallableArgument:
+    return CallableArgument("target", (torch.tensor(weights, dtype=dtype),))
+
+
+def _exact_prediction_cases(seed: int) -> list[Case]:
+    points = [batch for batch in batches(seed) if len(batch.shape) == 2]
+    cases = []
+    for number, batch in enumerate(points):
+        draws, dim = batch.draws, batch.shape[1]
+        weights = draws.uniform(3, low=0.2, dtype=batch.dtype)
+        means, stds = draws.normal(3, dim, dtype=batch.dtype), draws.uniform(3, low=0.3, dtype=batch.dtype)
+        score = CallableArgument("mixture_score", (weights / weights.sum(), means, stds))
+        target = _target(TARGETS[number % 4], batch.dtype)
+        cases.append(Case(batch.note, (score, batch.normal(), batch.alpha_bar, target)))
+    return cases
+
+
+def _with_noise(noise: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """exact_prediction with another E[eps | x_t], a function of the score and alpha_bar."""
+
+    def wrong(score, x_t, alpha_bar, target):
+        eps = noise(score(x_t, alpha_bar), alpha_bar)
+        return target(ddpm.x_0_from_eps(x_t, alpha_bar, eps), alpha_bar, eps)
+
+    return wrong
+
+
+def _with_expectations(given: Callable) -> Callable:
+    """exact_prediction that gives the target other things than E[x_0 | x_t] and E[eps | x_t].
+
+    given: a function of both, x_t, alpha_bar and the score that returns both.
+    """
+
+    def wrong(score, x_t, alpha_bar, target):
+        gradient = score(x_t, alpha_bar)
+        eps = -(1 - alpha_bar).sqrt() * gradient
+        x_0 = ddpm.x_0_from_eps(x_t, alpha_bar, eps)
+        x_0, eps = given(x_0, eps, x_t, alpha_bar, gradient)
+        return target(x_0, alpha_bar, eps)
+
+    return wrong
+
+
+EXACT_PREDICTION = Exercise(
+    "ddpm.exact_prediction",
+    '"Noise and clean data", equation (1.22)',
+    ddpm.exact_prediction,
+    _exact_prediction_cases,
+    (
+        Misconception(
+            "score for noise",
+            _with_noise(lambda score, alpha_bar: score),
+            "The score and the expected noise are proportional, not equal: (1.18) has a factor.",
+        ),
+        Misconception(
+            "sign of the noise",
+            _with_noise(lambda score, alpha_bar: (1 - alpha_bar).sqrt() * score),
+            "The score points to where data are, and the noise away from there.",
+        ),
+        Misconception(
+            "variance for standard deviation",
+            _with_noise(lambda score, alpha_bar: -(1 - alpha_bar) * score),
+            "The score is multiplied by the noise's variance; that is right for x_0, by (1.17). For the "
+            "noise it is the standard deviation.",
+        ),
+        Misconception(
+            "divided for multiplied",
+            _with_noise(lambda score, alpha_bar: -score / (1 - alpha_bar).sqrt()),
+            "The score is the noise divided by its standard deviation: the way back multiplies.",
+        ),
+        Misconception(
+            "the signal's factor",
+            _with_noise(lambda score, alpha_bar: -alpha_bar.sqrt() * score),
+            "sqrt(alpha_bar) is what is left of the data. The score is measured in units of the noise.",
+        ),
+        Misconception(
+            "noise whatever the target",
+            lambda score, x_t, alpha_bar, target: -(1 - alpha_bar).sqrt() * score(x_t, alpha_bar),
+            "This is the expected noise. What the network should return, `target` says.",
+        ),
+        Misconception(
+            "clean data whatever the target",
+            lambda score, x_t, alpha_bar, target: (
+                (x_t + (1 - alpha_bar) * score(x_t, alpha_bar)) / alpha_bar.sqrt()
+            ),
+            "These are the expected clean data. What the network should return, `target` says.",
+        ),
+        Misconception(
+            "x_t for x_0 in the target",
+            _with_expectations(lambda x_0, eps, x_t, alpha_bar, score: (x_t, eps)),
+            "The target's first argument is the clean data; x_t is noisy. (1.22) has the way from one to "
+            "the other.",
+        ),
+        Misconception(
+            "x_0 and eps swapped",
+            _with_expectations(lambda x_0, eps, x_t, alpha_bar, score: (eps, x_0)),
+            "The target takes the clean data first and the noise last.",
+        ),
+        Misconception(
+            "root forgotten in x_0",
+            _with_expectations(
+                lambda x_0, eps, x_t, alpha_bar, score: ((x_t + (1 - alpha_bar) * score) / alpha_bar, eps)
+            ),
+            "x_0 is divided by its factor in x_t, which is a root.",
+        ),
+        Misconception(
+            "x_0 not divided",
+            _with_expectations(lambda x_0, eps, x_t, alpha_bar, score: (x_t + (1 - alpha_bar) * score, eps)),
+            "x_t without its noise is the clean data times their factor: divide by it.",
+        ),
+        Misconception(
+            "noise added to x_t",
+            _with_expectations(
+                lambda x_0, eps, x_t, alpha_bar, score: (
+                    (x_t + (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt(),
+                    eps,
+                )
+            ),
+            "To get from x_t to clean data, the noise is taken away.",
+        ),
+        Misconception(
+            "noise not scaled in x_0",
+            _with_expectations(lambda x_0, eps, x_t, alpha_bar, score: ((x_t - eps) / alpha_bar.sqrt(), eps)),
+            "In x_t the noise has a factor of its own, its standard deviation: take away as much.",
+        ),
+        Misconception(
+            "score of the clean data",
+            lambda score, x_t, alpha_bar, target: ddpm.exact_prediction(
+                lambda x_t, alpha_bar: score(x_t, torch.ones_like(alpha_bar)), x_t, alpha_bar, target
+            ),
+            "This is the score of q(x_0). At step t the score of q(x_t) is needed, at that step's alpha_bar.",
+        ),
+        Misconception(
+            "score at x_t / sqrt(alpha_bar)",
+            lambda score, x_t, alpha_bar, target: ddpm.exact_prediction(
+                lambda x_t, alpha_bar: score(x_t / alpha_bar.sqrt(), alpha_bar), x_t, alpha_bar, target
+            ),
+            "q(x_t) is a density of x_t as it stands: its score is asked for there, not at the rescaled "
+            "point.",
+        ),
+        Misconception(
+            "one step for the whole batch",
+            with_arguments(
+                ddpm.exact_prediction, alpha_bar=lambda alpha_bar, **_: alpha_bar[:1].expand_as(alpha_bar)
+            ),
+            "The schedule at the first sample's step is used for all. Each sample has a step of its own.",
+        ),
+    ),
+)
+
+
+def _simple_loss_cases(seed: int) -> list[Case]:
+    cases = []
+    for number, batch in enumerate(batches(seed)):
+        elements = math.prod(batch.shape[1:])
+        denoiser = CallableArgument(
+            "noisy_denoiser", batch.draws.denoiser_weights(elements, dtype=batch.dtype)
+        )
+        target = _target(TARGETS[number % 4], batch.dtype)
+        given = denoiser, batch.normal(), batch.t, batch.normal(), batch.alpha_bar, target
+        cases.append(Case(batch.note, given))
+    return cases
+
+
+def _with_error(of: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """simple_loss with another function of prediction and target."""
+
+    def wrong(denoiser, x_0, t, noise, alpha_bar, target):
+        prediction = denoiser(ddpm.q_sample(x_0, alpha_bar, noise), t)
+        return of(prediction, target(x_0, alpha_bar, noise))
+
+    return wrong
+
+
+def _with_target(of: Callable) -> Callable:
+    """simple_loss compared with another target, a function of the given one, x_0, alpha_bar, noise and "
+    "x_t."""
+
+    def wrong(denoiser, x_0, t, noise, alpha_bar, target):
+        x_t = ddpm.q_sample(x_0, alpha_bar, noise)
+        return (denoiser(x_t, t) - of(target, x_0, alpha_bar, noise, x_t)).square().mean()
+
+    return wrong
+
+
+def _with_noisy(x_t: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """simple_loss in which the denoiser is shown another x_t, a function of x_0, alpha_bar and the noise."""
+
+    def wrong(denoiser, x_0, t, noise, alpha_bar, target):
+        prediction = denoiser(x_t(x_0, alpha_bar, noise), t)
+        return (prediction - target(x_0, alpha_bar, noise)).square().mean()
+
+    return wrong
+
+
+SIMPLE_LOSS = Exercise(
+    "ddpm.simple_loss",
+    '"From the bound to the simple loss", equation (1.34)',
+    ddpm.simple_loss,
+    _simple_loss_cases,
+    (
+        Misconception(
+            "noise for the target",
+            _with_target(lambda target, x_0, alpha_bar, noise, x_t: noise),
+            "The prediction is compared with the noise, whatever the denoiser is to return: `target` says "
+            "what.",
+        ),
+        Misconception(
+            "clean data for the target",
+            _with_target(lambda target, x_0, alpha_bar, noise, x_t: x_0),
+            "The prediction is compared with x_0, whatever the denoiser is to return: `target` says what.",
+        ),
+        Misconception(
+            "target of noisy data",
+            _with_target(lambda target, x_0, alpha_bar, noise, x_t: target(x_t, alpha_bar, noise)),
+            "The target is a function of the clean data and their noise; here it is given x_t.",
+        ),
+        Misconception(
+            "x_0 and noise swapped in the target",
+            _with_target(lambda target, x_0, alpha_bar, noise, x_t: target(noise, alpha_bar, x_0)),
+            "The target takes the clean data first and the noise last.",
+        ),
+        Misconception(
+            "denoiser sees clean data",
+            _with_noisy(lambda x_0, alpha_bar, noise: x_0),
+            "The denoiser is shown x_0. In sampling it will meet noisy data, so it is trained on x_t.",
+        ),
+        Misconception(
+            "noise added without factors",
+            _with_noisy(lambda x_0, alpha_bar, noise: x_0 + noise),
+            "Signal and noise both have a factor in x_t, by (1.6).",
+        ),
+        Misconception(
+            "signal and noise swapped",
+            _with_noisy(lambda x_0, alpha_bar, noise: ddpm.q_sample(noise, alpha_bar, x_0)),
+            "x_t is made with x_0 and the noise in each other's place.",
+        ),
+        Misconception(
+            "roots forgotten",
+            _with_noisy(lambda x_0, alpha_bar, noise: alpha_bar * x_0 + (1 - alpha_bar) * noise),
+            "x_t is made with variances in the place of standard deviations.",
+        ),
+        Misconception(
+            "noise of its own",
+            _with_noisy(lambda x_0, alpha_bar, noise: ddpm.q_sample(x_0, alpha_bar, torch.randn_like(x_0))),
+            "x_t is made with fresh noise. The denoiser can only learn the noise that it is shown.",
+        ),
+        Misconception(
+            "t + 1 for the denoiser",
+            with_arguments(ddpm.simple_loss, t=lambda t, **_: t + 1),
+            "The denoiser is told the next step. Code counts from 0: hand t on as it is given.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            with_arguments(ddpm.simple_loss, t=lambda t, **_: t[:1].expand_as(t)),
+            "The denoiser is told the first sample's step for all. Each sample has a step of its own.",
+        ),
+        Misconception(
+            "prediction cut off",
+            _with_error(lambda prediction, target: (prediction.detach() - target).square().mean()),
+            "The value is right, but no gradient reaches the denoiser, so it cannot learn: no no_grad() and "
+            "no detach() around the prediction.",
+        ),
+        Misconception(
+            "sum for mean",
+            _with_error(lambda prediction, target: (prediction - target).square().sum()),
+            "The squares are added up. A mean does not depend on the size of batch and images.",
+        ),
+        Misconception(
+            "elements added up",
+            _with_error(lambda prediction, target: (prediction - target).square().sum() / len(target)),
+            "The mean is over the samples only, and the elements are added up: average over both.",
+        ),
+        Misconception(
+            "root of the mean",
+            _with_error(lambda prediction, target: (prediction - target).square().mean().sqrt()),
+            "This is the root of the loss. Its minimum is the same, but the gradient is another one.",
+        ),
+        Misconception(
+            "absolute error",
+            _with_error(lambda prediction, target: (prediction - target).abs().mean()),
+            "An absolute error teaches the median; the score is in the mean, which a squared error teaches.",
+        ),
+        Misconception(
+            "half of the square",
+            _with_error(lambda prediction, target: 0.5 * (prediction - target).square().mean()),
+            "(1.34) has no factor of one half.",
+        ),
+        Misconception(
+            "square of the mean",
+            _with_error(lambda prediction, target: (prediction - target).mean().square()),
+            "Here errors of opposite sign cancel: square first, then average.",
+        ),
+        *schedule_mistakes(ddpm.simple_loss, "alpha_bar"),
+    ),
+)
+
+
+def _training_step_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    side, wide = draws.integer(4, 5), draws.integer(6, 8)
+    float64, float32 = torch.float64, torch.float32
+    cases = []
+    for note, shape, dtype in (
+        ("points", (side, wide), float64),
+        ("images", (side, 3, 2, wide), float64),
+        ("one sample", (1, wide), float64),
+        ("a large batch", (40, 2), float64),
+        ("points in float32", (side, wide), float32),
+        ("images in float32", (side, 1, 3, 3), float32),
+        ("a square", (side, side), float64),
+    ):
+        weights = draws.denoiser_weights(math.prod(shape[1:]), dtype=dtype, gradient=True)
+        old = tuple(draws.normal(*weight.shape, dtype=dtype) for weight in weights)
+        optimizer = OptimizerArgument(weights, old, draws.uniform(1, low=0.05, high=0.2).item())
+        loss_of = CallableArgument("denoising_loss", weights)
+        x_0, noise = draws.normal(*shape, dtype=dtype), draws.normal(*shape, dtype=dtype)
+        cases.append(Case(note, (optimizer, loss_of, x_0, draws.steps(shape[0], 100), noise)))
+    return cases
+
+
+def _gradients_kept(optimizer, loss_of, x_0, t, noise):
+    loss = loss_of(x_0, t, noise)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _zeroed_before_the_step(optimizer, loss_of, x_0, t, noise):
+    loss = loss_of(x_0, t, noise)
+    loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return loss.detach()
+
+
+def _step_before_backward(optimizer, loss_of, x_0, t, noise):
+    loss = loss_of(x_0, t, noise)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _loss_after_the_step(optimizer, loss_of, x_0, t, noise):
+    ddpm.training_step(optimizer, loss_of, x_0, t, noise)
+    return loss_of(x_0, t, noise).detach()
+
+
+def _gradient_taken_twice(optimizer, loss_of, x_0, t, noise):
+    optimizer.zero_grad()
+    loss_of(x_0, t, noise).backward()
+    loss = loss_of(x_0, t, noise)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _two_steps(optimizer, loss_of, x_0, t, noise):
+    loss = ddpm.training_step(optimizer, loss_of, x_0, t, noise)
+    optimizer.step()
+    return loss
+
+
+def _with_factor(factor: Callable[[Tensor], float]) -> Callable:
+    """training_step along the gradient of the loss times a factor, a function of x_0."""
+
+    def wrong(optimizer, loss_of, x_0, t, noise):
+        optimizer.zero_grad()
+        loss = loss_of(x_0, t, noise)
+        (factor(x_0) * loss).backward()
+        optimizer.step()
+        return loss.detach()
+
+    return wrong
+
+
+TRAINING_STEP = Exercise(
+    "ddpm.training_step",
+    '"A network learns the mixture"',
+    ddpm.training_step,
+    _training_step_cases,
+    (
+        Misconception(
+            "old gradients kept",
+            _gradients_kept,
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
+        ),
+        Misconception(
+            "no gradient at the step",
+            _zeroed_before_the_step,
+            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
+            "whether it fills or empties them.",
+        ),
+        Misconception(
+            "step before backward",
+            _step_before_backward,
+            "The optimizer steps while the gradients of the step before stand there; this loss has not been "
+            "differentiated yet.",
+        ),
+        Misconception(
+            "loss after the step",
+            _loss_after_the_step,
+            "The loss is computed anew after the weights have moved. Return the one that the step began "
+            "with.",
+        ),
+        Misconception(
+            "gradient taken twice",
+            _gradient_taken_twice,
+            "The loss is computed and differentiated twice, and the gradients add up.",
+        ),
+        Misconception(
+            "two steps",
+            _two_steps,
+            "The optimizer steps twice along one gradient. There is one step for each gradient.",
+        ),
+        Misconception(
+            "uphill",
+            _with_factor(lambda x_0: -1.0),
+            "The weights move up the loss. The optimizer goes against the gradient by itself.",
+        ),
+        Misconception(
+            "gradient summed over the batch",
+            _with_factor(len),
+            "The loss is a mean already; here its gradient grows with the batch.",
+        ),
+        Misconception(
+            "divided by the batch again",
+            _with_factor(lambda x_0: 1 / len(x_0)),
+            "The loss is a mean already; here it is divided by the size of the batch once more.",
+        ),
+        Misconception(
+            "data and noise swapped",
+            lambda optimizer, loss_of, x_0, t, noise: ddpm.training_step(optimizer, loss_of, noise, t, x_0),
+            "The loss takes x_0 first, then t, then the noise.",
+        ),
+        Misconception(
+            "noise of its own",
+            lambda optimizer, loss_of, x_0, t, noise: ddpm.training_step(
+                optimizer, loss_of, x_0, t, torch.randn_like(noise)
+            ),
+            "The noise is drawn anew. The batch is given: x_0, t and noise.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            lambda optimizer, loss_of, x_0, t, noise: ddpm.training_step(
+                optimizer, loss_of, x_0, t[:1].expand_as(t), noise
+            ),
+            "The first sample's step is used for all. Each sample has a step of its own.",
+        ),
+        Misconception(
+            "t + 1",
+            lambda optimizer, loss_of, x_0, t, noise: ddpm.training_step(
+                optimizer, loss_of, x_0, t + 1, noise
+            ),
+            "The loss is told the next step. Code counts from 0: hand t on as it is given.",
+        ),
+    ),
+)
+
+
+def _reverse_chain_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    side, wide = draws.integer(3, 4), draws.integer(5, 6)
+    float64, float32 = torch.float64, torch.float32
+    cases = []
+    for note, shape, num_steps, dtype, mode in (
+        ("points", (side, wide), 5, float64, "grad"),
+        ("images", (side, 2, 3, wide), draws.integer(3, 6), float64, "grad"),
+        ("a square", (side, side), draws.integer(7, 9), float64, "no_grad"),
+        ("one sample", (1, wide), 4, float64, "grad"),
+        ("a single step", (side, 2), 1, float64, "grad"),
+        ("float32", (side, wide), 6, float32, "no_grad"),
+        ("many steps", (2, 3), 20, float64, "grad"),
+        ("inference mode", (side, 1, 2, 2), 4, float64, "inference_mode"),
+    ):
+        elements = math.prod(shape[1:])
+        mixing = draws.normal(elements, elements, dtype=dtype) / math.sqrt(elements)
+        step = CallableArgument("sampler_step", (mixing, draws.normal(elements, dtype=dtype)))
+        noise_at = CallableArgument("noise_table", (draws.normal(num_steps, *shape, dtype=dtype),))
+        gradient = note == "images"
+        x_T = draws.normal(*shape, dtype=dtype, gradient=gradient)
+        cases.append(Case(note, (step, x_T, num_steps, noise_at), mode))
+    return cases
+
+
+def _chain(
+    order: Callable = lambda num_steps: reversed(range(num_steps)),
+    told: Callable = lambda index: index,
+    noise: Callable = lambda noise_at, index, num_steps, x_t: noise_at(index),
+    after: Callable = lambda x_t: x_t,
+    restart: bool = False,
+) -> Callable:
+    """reverse_chain with something changed.
+
+    order: of the steps; told: the number that a step is told; noise: that it gets; after: what is done to its
+    result; restart: whether each step begins with x_T.
+    """
+
+    def wrong(step, x_T, num_steps, noise_at):
+        x_t = x_T
+        for index in order(num_steps):
+            t = torch.full((len(x_t),), told(index))
+            x_t = after(step(x_T if restart else x_t, t, noise(noise_at, index, num_steps, x_t)))
+        return x_t
+
+    return wrong
+
+
+REVERSE_CHAIN = Exercise(
+    "ddpm.reverse_chain",
+    '"From noise to data"',
+    ddpm.reverse_chain,
+    _reverse_chain_cases,
+    (
+        Misconception(
+            "forwards",
+            _chain(order=range),
+            "The steps are taken from 0 upwards. Sampling begins with the noisiest one.",
+        ),
+        Misconception(
+            "t counted from 1",
+            _chain(told=lambda index: index + 1),
+            "The steps are told the papers' t, from T to 1. Code counts from 0.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            lambda step, x_T, num_steps, noise_at: ddpm.reverse_chain(
+                lambda x_t, t, noise: step(x_t, t[:1], noise), x_T, num_steps, noise_at
+            ),
+            "t has one element. Each sample of the batch has its own, even where all are at the same step.",
+        ),
+        Misconception(
+            "last step left out",
+            _chain(order=lambda num_steps: range(num_steps - 1, 0, -1)),
+            "The step of t = 0, the last one, is missing: a range does not contain its end.",
+        ),
+        Misconception(
+            "first step left out",
+            _chain(order=lambda num_steps: range(num_steps - 2, -1, -1)),
+            "The step of t = num_steps - 1, the first one taken, is missing.",
+        ),
+        Misconception(
+            "last step taken twice",
+            _chain(order=lambda num_steps: [*reversed(range(num_steps)), 0]),
+            "There is one step too many: num_steps steps lead from x_T to x_0.",
+        ),
+        Misconception(
+            "every step from x_T",
+            _chain(restart=True),
+            "Each step begins again with x_T. It goes on from where the step before has come to.",
+        ),
+        Misconception(
+            "one noise for all steps",
+            _chain(noise=lambda noise_at, index, num_steps, x_t: noise_at(num_steps - 1)),
+            "Every step gets the noise of the first one. The steps' noises must be independent.",
+        ),
+        Misconception(
+            "noises in the other order",
+            _chain(noise=lambda noise_at, index, num_steps, x_t: noise_at(num_steps - 1 - index)),
+            "The noises are numbered like the steps: that of step t is noise_at(t), not that of the t-th "
+            "call.",
+        ),
+        Misconception(
+            "no noise",
+            _chain(noise=lambda noise_at, index, num_steps, x_t: torch.zeros_like(x_t)),
+            "The steps get no noise. Each gets its own.",
+        ),
+        Misconception(
+            "no noise in the last step",
+            _chain(
+                noise=lambda noise_at, index, num_steps, x_t: (
+                    noise_at(index) if index > 0 else torch.zeros_like(x_t)
+                )
+            ),
+            "The noise of the last step is left out here. Leaving it out is for the step itself to do: it "
+            "knows t.",
+        ),
+        Misconception(
+            "noise of its own",
+            _chain(noise=lambda noise_at, index, num_steps, x_t: torch.randn_like(x_t)),
+            "The noise is drawn anew. Use the one that is given, so that a seed decides the sample.",
+        ),
+        Misconception(
+            "x_t for the noise",
+            _chain(noise=lambda noise_at, index, num_steps, x_t: x_t),
+            "The step is given x_t in the place of its noise.",
+        ),
+        Misconception(
+            "clipped on the way",
+            _chain(after=lambda x_t: x_t.clamp(-1, 1)),
+            "x_t is clamped to [-1, 1]. It is noisy, and noise has no such bounds; only a predicted x_0 may "
+            "be clipped, and the step does that.",
+        ),
+        Misconception(
+            "noise for x_T",
+            lambda step, x_T, num_steps, noise_at: ddpm.reverse_chain(
+                step, noise_at(num_steps - 1), num_steps, noise_at
+            ),
+            "The chain begins with the noise of the first step. It begins with x_T.",
+        ),
+    ),
+)
+
+
+def _respacing_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     cases = []
-    for schedule, num_steps, kept, first, dtype in (
-        (ddpm.linear_betas, 1000, 20, 0, torch.float64),
-        (ddpm.cosine_betas, 400, 10, 0, torch.float64),
-        (ddpm.cosine_betas, draws.integer(50, 300), draws.integer(5, 9), 3, torch.float64),
-        (ddpm.linear_betas, 100, draws.integer(5, 9), 1, torch.float64),
-        (ddpm.linear_betas, 30, 30, 0, torch.float64),
-        (ddpm.linear_betas, 100, 1, 50, torch.float64),
-        (ddpm.linear_betas, 1000, 7, 0, torch.float32),
+    for schedule, num_steps, kept, original, dtype in (
+        (ddpm.linear_betas, 1000, 20, 1000, torch.float64),
+        (ddpm.cosine_betas, 400, 10, 1000, torch.float64),
+        (ddpm.cosine_betas, draws.integer(50, 300), 8, 1000, torch.float64),
+        (ddpm.linear_betas, draws.integer(60, 100), 6, 400, torch.float64),
+        (ddpm.linear_betas, 31, 4, 90, torch.float64),
+        (ddpm.linear_betas, draws.integer(100, 200), 2, 300, torch.float64),
+        (ddpm.linear_betas, 700, 12, 1000, torch.float32),
     ):
+        # an even number of kept steps never falls on the half between two
         alpha_bar = (1 - schedule(num_steps)).cumprod(0).to(dtype)  # (T,)
-        # the first, the last, and some in between, unevenly spread
-        between = first + 1 + draws.steps(max(kept - 2, 0), num_steps - first - 2)
-        steps = torch.tensor(sorted({first, *between.tolist(), num_steps - 1} if kept > 1 else {first}))
-        note = f"{len(steps)} of {num_steps} steps of {schedule.__name__}, the first one {first}"
-        cases.append(Case(note, (alpha_bar, steps)))
+        original_steps = draws.steps(num_steps, original).sort().values
+        note = f"{kept} of {num_steps} steps of {schedule.__name__}, once {original}"
+        cases.append(Case(note, (alpha_bar, original_steps, kept)))
     return cases
+
+
+def _kept_steps(alpha_bar: Tensor, num_steps: int) -> Tensor:
+    return torch.linspace(0, len(alpha_bar) - 1, num_steps, dtype=torch.float64).round().long()
 
 
 def _alpha_bar_before(alpha_bar: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
 
 
-RESPACED_BETAS = Exercise(
-    "ddpm.respaced_betas",
+def _with_kept(choose: Callable[[int, int], Tensor]) -> Callable:
+    """respacing to other steps, a function of T and S."""
+
+    def wrong(alpha_bar, original_steps, num_steps):
+        kept = choose(len(alpha_bar), num_steps)
+        return ddpm.respaced_betas(alpha_bar, kept), original_steps[kept]
+
+    return wrong
+
+
+def _with_betas(betas: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """respacing with other betas, a function of alpha_bar and the kept steps."""
+
+    def wrong(alpha_bar, original_steps, num_steps):
+        kept = _kept_steps(alpha_bar, num_steps)
+        return betas(alpha_bar, kept), original_steps[kept]
+
+    return wrong
+
+
+def _with_told(told: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """respacing with other steps told to the denoiser, a function of original_steps and the kept ones."""
+
+    def wrong(alpha_bar, original_steps, num_steps):
+        kept = _kept_steps(alpha_bar, num_steps)
+        return ddpm.respaced_betas(alpha_bar, kept), told(original_steps, kept)
+
+    return wrong
+
+
+def _evenly(first: float, last: float, count: int) -> Tensor:
+    return torch.linspace(first, last, count, dtype=torch.float64)
+
+
+RESPACING = Exercise(
+    "ddpm.respacing",
     '"Fewer steps", equation (1.43)',
-    ddpm.respaced_betas,
-    _respaced_betas_cases,
+    ddpm.respacing,
+    _respacing_cases,
     (
         Misconception(
+            "every k-th step",
+            _with_kept(lambda total, count: torch.arange(0, total, total // count)[:count]),
+            "With every k-th step from 0 on, the last one is not kept, and the chain does not begin at "
+            "noise.",
+        ),
+        Misconception(
+            "last step not kept",
+            _with_kept(lambda total, count: _evenly(0, total, count + 1)[:-1].round().long()),
+            "The steps are even, but the last one is not among them, and the chain does not begin at noise.",
+        ),
+        Misconception(
+            "first step not kept",
+            _with_kept(lambda total, count: (_evenly(0, total, count + 1)[1:] - 1).round().long()),
+            "The steps are even, but the first one is not among them: the last move to the data is a long "
+            "one.",
+        ),
+        Misconception(
+            "cut down for rounded",
+            _with_kept(lambda total, count: _evenly(0, total - 1, count).long()),
+            "Converting to whole numbers cuts off what is behind the point. Round to the nearest.",
+        ),
+        Misconception(
+            "quadratic",
+            _with_kept(lambda total, count: (_evenly(0, math.sqrt(total - 1), count) ** 2).round().long()),
+            "The steps are denser near the data, as in one of DDIM's variants. Here they are even.",
+        ),
+        Misconception(
+            "the last steps only",
+            _with_kept(lambda total, count: torch.arange(total - count, total)),
+            "These are neighbours at the noisy end. Spread the steps over the whole schedule.",
+        ),
+        Misconception(
+            "from noise to data",
+            _with_kept(lambda total, count: _evenly(0, total - 1, count).round().long().flip(0)),
+            "The steps run backwards. A schedule is written from data to noise; the sampler turns it round.",
+        ),
+        Misconception(
+            "own steps told",
+            _with_told(lambda original_steps, kept: kept),
+            "These are the steps of the schedule that is shortened, and it may be a short one itself: look "
+            "up which original ones they stand for.",
+        ),
+        Misconception(
+            "steps counted anew",
+            _with_told(lambda original_steps, kept: torch.arange(len(kept))),
+            "The network is told 0, 1, 2, ... It has learned the original steps, and would take the data "
+            "for far less noisy than they are.",
+        ),
+        Misconception(
+            "original steps counted from 1",
+            _with_told(lambda original_steps, kept: original_steps[kept] + 1),
+            "The original steps are told by one too high: code counts from 0 everywhere.",
+        ),
+        Misconception(
+            "first of the original steps",
+            _with_told(lambda original_steps, kept: original_steps[: len(kept)]),
+            "These are the first few original steps, not those of the steps that are kept.",
+        ),
+        Misconception(
             "old betas at the kept steps",
-            lambda alpha_bar, steps: (1 - alpha_bar / _alpha_bar_before(alpha_bar))[steps],
-            "These are the betas of single steps. A step of the short schedule covers several, so it must "
-            "take alpha_bar from one kept step to the next.",
+            _with_betas(lambda alpha_bar, kept: (1 - alpha_bar / _alpha_bar_before(alpha_bar))[kept]),
+            "These are the betas of single steps. A step of the short schedule covers several.",
         ),
         Misconception(
             "old betas, scaled",
-            lambda alpha_bar, steps: (
-                (1 - alpha_bar / _alpha_bar_before(alpha_bar))[steps] * (len(alpha_bar) / len(steps))
+            _with_betas(
+                lambda alpha_bar, kept: (
+                    (1 - alpha_bar / _alpha_bar_before(alpha_bar))[kept] * (len(alpha_bar) / len(kept))
+                )
             ),
             "Scaled betas only come near: their alpha_bar must equal the long schedule's at the kept steps "
             "exactly.",
         ),
         Misconception(
-            "betas added up",
-            lambda alpha_bar, steps: (
-                (1 - alpha_bar / _alpha_bar_before(alpha_bar))
-                .cumsum(0)[steps]
-                .diff(prepend=alpha_bar.new_zeros(1))
-            ),
-            "Noise of several steps does not just add up, for each step also shrinks what is there: the "
-            "alphas multiply.",
-        ),
-        Misconception(
-            "1 - alpha_bar",
-            lambda alpha_bar, steps: 1 - alpha_bar[steps],
-            "1 - alpha_bar is the noise since the beginning; a beta is the noise since the kept step before: "
-            "divide by its alpha_bar.",
-        ),
-        Misconception(
-            "fraction upside down",
-            lambda alpha_bar, steps: 1 - _alpha_bar_before(alpha_bar[steps]) / alpha_bar[steps],
-            "The later alpha_bar, the smaller one, stands above: a beta is positive.",
-        ),
-        Misconception(
-            "alphas instead of betas",
-            lambda alpha_bar, steps: alpha_bar[steps] / _alpha_bar_before(alpha_bar[steps]),
-            "This is alpha', what a step keeps; asked for is beta' = 1 - alpha'.",
-        ),
-        Misconception(
-            "alpha_bar instead of betas",
-            lambda alpha_bar, steps: alpha_bar[steps],
+            "alpha_bar for betas",
+            _with_betas(lambda alpha_bar, kept: alpha_bar[kept]),
             "This is alpha_bar at the kept steps; asked for are the betas that it comes from.",
         ),
         Misconception(
-            "root of the fraction",
-            lambda alpha_bar, steps: 1 - (alpha_bar[steps] / _alpha_bar_before(alpha_bar[steps])).sqrt(),
-            "alpha' is the ratio of two alpha_bars, without a root.",
+            "alphas for betas",
+            _with_betas(lambda alpha_bar, kept: alpha_bar[kept] / _alpha_bar_before(alpha_bar[kept])),
+            "This is alpha', what a step keeps; asked for is what it adds in noise.",
         ),
         Misconception(
-            "difference instead of ratio",
-            lambda alpha_bar, steps: _alpha_bar_before(alpha_bar[steps]) - alpha_bar[steps],
-            "alpha_bar is a product: from one kept step to the next it changes by a factor, so divide.",
+            "1 - alpha_bar for betas",
+            _with_betas(lambda alpha_bar, kept: 1 - alpha_bar[kept]),
+            "1 - alpha_bar is the noise since the beginning; a beta is the noise since the kept step before.",
         ),
         Misconception(
-            "first step left out",
-            lambda alpha_bar, steps: 1 - alpha_bar[steps][1:] / alpha_bar[steps][:-1],
-            "There is one beta for each kept step: before the first one alpha_bar is 1.",
-        ),
-        Misconception(
-            "first beta 0",
-            lambda alpha_bar, steps: (
-                1 - alpha_bar[steps] / torch.cat([alpha_bar[steps][:1], alpha_bar[steps][:-1]])
-            ),
-            "Before the first kept step there are clean data, alpha_bar = 1: the first beta is 1 - alpha_bar "
-            "there.",
-        ),
-        Misconception(
-            "last step before the first",
-            lambda alpha_bar, steps: 1 - alpha_bar[steps] / alpha_bar[steps].roll(1),
-            "roll brings the last alpha_bar to the front. Before the first kept step there are clean data, "
-            "alpha_bar = 1.",
-        ),
-        Misconception(
-            "neighbour in the long schedule",
-            lambda alpha_bar, steps: 1 - alpha_bar[steps] / alpha_bar[steps - 1],
-            "alpha_bar is divided by that of the kept step before, not by that of the step before in the "
-            "long schedule; before the first it is 1.",
-        ),
-        Misconception(
-            "long schedule's alpha_bar before the first kept step",
-            lambda alpha_bar, steps: (
-                1
-                - alpha_bar[steps]
-                / torch.cat([_alpha_bar_before(alpha_bar)[steps[:1]], alpha_bar[steps][:-1]])
-            ),
-            "Before the first kept step there are clean data, alpha_bar = 1, even where the long schedule "
-            "began earlier.",
-        ),
-        Misconception(
-            "clamped at 0.999",
-            lambda alpha_bar, steps: ddpm.respaced_betas(alpha_bar, steps).clamp(max=0.999),
-            "The cosine schedule was clamped when it was made. Clamped again, alpha_bar no longer equals the "
-            "long schedule's.",
+            "results swapped",
+            lambda alpha_bar, original_steps, num_steps: ddpm.respacing(alpha_bar, original_steps, num_steps)[
+                ::-1
+            ],
+            "The betas come first, then the original steps.",
         ),
     ),
 )
 
 
 EXERCISES = [
-    LINEAR_BETAS,
     Q_SAMPLE,
     POSTERIOR_MEAN,
-    POSTERIOR_VARIANCE,
-    V_FROM_X_0_AND_EPS,
-    X_0_FROM_V,
-    LEARNED_RANGE_LOG_VARIANCE,
-    NORMAL_KL,
+    EXACT_PREDICTION,
+    SIMPLE_LOSS,
     ANCESTRAL_UPDATE,
     DDIM_UPDATE,
-    RESPACED_BETAS,
+    REVERSE_CHAIN,
+    RESPACING,
+    TRAINING_STEP,
+    V_FROM_X_0_AND_EPS,
 ]

@@ -1,12 +1,15 @@
-"""Exercises of chapter 02: time embedding, scale and shift, attention, patches, averaged weights, bits."""
+"""Exercises of chapter 02: time embedding, residual block, attention, patches, the whole, moving average."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lecture26 import unet
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws
 from ..mistakes import patch_grid, scores
@@ -191,126 +194,210 @@ TIMESTEP_EMBEDDING = Exercise(
 )
 
 
-def _scale_shift_cases(seed: int) -> list[Case]:
+def _residual_block_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
-    batch, channels, height, width = (
+    batch, height, width, dim = (
+        draws.integer(2, 3),
         draws.integer(3, 4),
         draws.integer(5, 6),
-        draws.integer(2, 3),
         draws.integer(7, 8),
     )
-    # With all axes of one length, a (B, C) tensor along the wrong ones raises no error.
-    side = draws.integer(3, 5)
-    cube = (side, side, side, side)
-    image = (batch, channels, height, width)
+    side = draws.choice((4, 6))
+
+    def case(note, batch, channels, out_channels, height, width, dim, **kind):
+        def normalisation(channels):
+            groups = 2 if channels % 2 == 0 else 1
+            return _layer("normalisation", draws, (groups, channels // groups), **numbers)
+
+        numbers = {"dtype": kind.get("dtype", torch.float64)}
+        same = channels == out_channels
+        x, embedding = draws.normal(batch, channels, height, width, **kind), draws.normal(batch, dim, **kind)
+        arguments = (
+            normalisation(channels),
+            _layer("convolution", draws, (out_channels, channels, 3, 3), **numbers),
+            _layer("linear", draws, (2 * out_channels, dim), **numbers),
+            normalisation(out_channels),
+            _layer("convolution", draws, (out_channels, out_channels, 3, 3), **numbers),
+            CallableArgument("bypass", ())
+            if same
+            else _layer("convolution", draws, (out_channels, channels, 1, 1), **numbers),
+        )
+        return Case(note, (x, embedding, *arguments))
+
     return [
-        _scale_shift_case(draws, "images", image),
-        _scale_shift_case(draws, "all axes of one length", cube),
-        _scale_shift_case(draws, "a batch of one", (1, channels, height, width)),
-        _scale_shift_case(draws, "a single channel", (batch, 1, height, width)),
-        _scale_shift_case(draws, "images in float32", image, dtype=torch.float32),
-        _scale_shift_case(draws, "images with gradient", image, gradient=True),
-        Case(
-            "scale and shift 0", (draws.normal(*image), *torch.zeros(2, batch, channels, dtype=torch.float64))
-        ),
+        # With all axes of one length, a (B, C) tensor along the wrong ones raises no error.
+        case("all axes of one length", side, side, side, side, side, side),
+        case("more channels out than in", batch, 4, 6, height, width, dim),
+        case("fewer channels out than in", batch, 6, 4, height, width, dim),
+        case("as many channels out as in", batch, 4, 4, height, width, dim),
+        case("a batch of one", 1, 3, 4, height, width, dim),
+        case("float32", batch, 4, 6, height, width, dim, dtype=torch.float32),
+        case("with gradient", batch, 4, 6, height, width, dim, gradient=True),
     ]
 
 
-def _scale_shift_case(draws, note, shape, dtype=torch.float64, gradient=False) -> Case:
-    h, scale, shift = (
-        draws.normal(*s, dtype=dtype, gradient=gradient) for s in (shape, shape[:2], shape[:2])
-    )
-    return Case(note, (h, scale, shift))
+def _layer(kind: str, draws: Draws, shape: tuple[int, ...], **numbers) -> CallableArgument:
+    """A layer with drawn weights of that shape, and biases as many as its outputs."""
+    bias = shape if kind == "normalisation" else shape[:1]
+    return CallableArgument(kind, (draws.normal(*shape, **numbers), draws.normal(*bias, **numbers)))
 
 
-SCALE_SHIFT = Exercise(
-    "unet.scale_shift",
-    '"What the step changes", equation (2.6)',
-    unet.scale_shift,
-    _scale_shift_cases,
+def _residual(
+    modulated: Callable = lambda norm, h, scale, shift: unet.scale_shift(norm(h), scale, shift),
+    inward: Callable = lambda x, norm, conv: conv(F.silu(norm(x))),
+    outward: Callable = lambda h, conv: conv(F.silu(h)),
+    told: Callable = lambda embedding, layer: layer(F.silu(embedding)).chunk(2, dim=1),
+    joined: Callable = lambda x, h, skip, norm: skip(x) + h,
+) -> Callable:
+    """The block with one of its parts exchanged."""
+
+    def block(x, embedding, norm_in, conv_in, to_scale_shift, norm_out, conv_out, skip):
+        h = inward(x, norm_in, conv_in)
+        h = modulated(norm_out, h, *told(embedding, to_scale_shift))
+        return joined(x, outward(h, conv_out), skip, norm_in)
+
+    return block
+
+
+RESIDUAL_BLOCK = Exercise(
+    "unet.residual_block",
+    '"The path around", equation (2.7)',
+    unet.residual_block,
+    _residual_block_cases,
     (
         Misconception(
-            "1 + forgotten",
-            lambda h, scale, shift: h * scale[:, :, None, None] + shift[:, :, None, None],
-            "The factor is 1 + scale, so that an embedding of 0 leaves h as it is; here it wipes h out.",
+            "skip forgotten",
+            _residual(joined=lambda x, h, skip, norm: h),
+            "The branch comes back alone: skip(x) is added to it.",
+        ),
+        Misconception(
+            "branch forgotten",
+            _residual(joined=lambda x, h, skip, norm: skip(x) + 0 * h),
+            "Only skip(x) comes back: the branch is added to it.",
+        ),
+        Misconception(
+            "skip of the normalised map",
+            _residual(joined=lambda x, h, skip, norm: skip(norm(x)) + h),
+            "The path around starts at x itself, or a new block would not leave x as it is.",
+        ),
+        Misconception(
+            "skip of the activated map",
+            _residual(joined=lambda x, h, skip, norm: skip(F.silu(norm(x))) + h),
+            "The path around starts at x itself, before the normalisation and the SiLU.",
+        ),
+        Misconception(
+            "SiLU of the sum",
+            _residual(joined=lambda x, h, skip, norm: F.silu(skip(x) + h)),
+            "Nothing comes after the sum, or a new block would not leave x as it is.",
+        ),
+        Misconception(
+            "no SiLU before the first convolution",
+            _residual(inward=lambda x, norm, conv: conv(norm(x))),
+            "Before the first convolution comes the normalisation, then the SiLU.",
+        ),
+        Misconception(
+            "no normalisation before the first convolution",
+            _residual(inward=lambda x, norm, conv: conv(F.silu(x))),
+            "norm_in is not used: x is normalised before the first SiLU.",
+        ),
+        Misconception(
+            "normalisation after the SiLU",
+            _residual(inward=lambda x, norm, conv: conv(norm(F.silu(x)))),
+            "The normalisation comes before the SiLU, so that the SiLU gets numbers of the order of 1.",
+        ),
+        Misconception(
+            "convolution first",
+            _residual(inward=lambda x, norm, conv: F.silu(conv(norm(x)))),
+            "norm, SiLU, convolution is the order of both halves; here the SiLU follows its convolution.",
+        ),
+        Misconception(
+            "no SiLU before the last convolution",
+            _residual(outward=lambda h, conv: conv(h)),
+            "A SiLU stands between the scale and shift and the last convolution.",
+        ),
+        Misconception(
+            "SiLU after the last convolution",
+            _residual(outward=lambda h, conv: F.silu(conv(h))),
+            "The branch ends in the convolution, so that it can add negative numbers too.",
+        ),
+        Misconception(
+            "embedding without SiLU",
+            _residual(told=lambda embedding, layer: layer(embedding).chunk(2, dim=1)),
+            "The linear layer gets silu(embedding).",
+        ),
+        Misconception(
+            "SiLU of scale and shift",
+            _residual(told=lambda embedding, layer: F.silu(layer(embedding)).chunk(2, dim=1)),
+            "The SiLU stands before the linear layer: scale and shift themselves may be any numbers.",
         ),
         Misconception(
             "scale and shift swapped",
-            lambda h, scale, shift: unet.scale_shift(h, shift, scale),
-            "scale belongs into the factor, shift is added.",
+            _residual(told=lambda embedding, layer: layer(F.silu(embedding)).chunk(2, dim=1)[::-1]),
+            "The first half of the linear layer's numbers is the scale, the second half the shift.",
         ),
         Misconception(
-            "shifted before scaled",
-            lambda h, scale, shift: (h + shift[:, :, None, None]) * (1 + scale[:, :, None, None]),
-            "The shift is added last, and is not scaled itself.",
+            "scale and shift in turn",
+            _residual(told=lambda embedding, layer: layer(F.silu(embedding)).unflatten(1, (-1, 2)).unbind(2)),
+            "Scale and shift do not alternate: the first half of the numbers is the scale, the second the "
+            "shift.",
         ),
         Misconception(
-            "shift forgotten",
-            lambda h, scale, shift: h * (1 + scale[:, :, None, None]),
-            "The term shift is missing: an embedding must be able to move a channel's mean as well.",
+            "1 + forgotten",
+            _residual(lambda norm, h, scale, shift: unet.scale_shift(norm(h), scale - 1, shift)),
+            "The factor is 1 + scale, so that an embedding of 0 leaves h as it is; here it wipes h out.",
         ),
         Misconception(
             "scale forgotten",
-            lambda h, scale, shift: h + shift[:, :, None, None],
+            _residual(lambda norm, h, scale, shift: unet.scale_shift(norm(h), 0 * scale, shift)),
             "The factor 1 + scale is missing: an embedding must be able to change a channel's spread too.",
         ),
         Misconception(
-            "1 + at the shift",
-            lambda h, scale, shift: h * scale[:, :, None, None] + 1 + shift[:, :, None, None],
-            "The 1 belongs to the factor: h (1 + scale) + shift.",
+            "shift forgotten",
+            _residual(lambda norm, h, scale, shift: unet.scale_shift(norm(h), scale, 0 * shift)),
+            "The shift is missing: an embedding must be able to move a channel's mean as well.",
         ),
         Misconception(
-            "1 - scale",
-            lambda h, scale, shift: h * (1 - scale[:, :, None, None]) + shift[:, :, None, None],
-            "The scale has the wrong sign: the factor is 1 + scale.",
-        ),
-        Misconception(
-            "exponential of the scale",
-            lambda h, scale, shift: h * scale[:, :, None, None].exp() + shift[:, :, None, None],
-            "The factor is 1 + scale, not exp(scale); the two agree for small scales only.",
-        ),
-        Misconception(
-            "shift subtracted",
-            lambda h, scale, shift: unet.scale_shift(h, scale, -shift),
-            "The shift has the wrong sign: it is added.",
-        ),
-        Misconception(
-            "divided by the factor",
-            lambda h, scale, shift: h / (1 + scale[:, :, None, None]) + shift[:, :, None, None],
-            "h is multiplied by 1 + scale.",
-        ),
-        Misconception(
-            "along the last axes",
-            lambda h, scale, shift: h * (1 + scale) + shift,
-            "A (B, C) tensor broadcasts against height and width. Give it the shape (B, C, 1, 1).",
-        ),
-        Misconception(
-            "along channels and height",
-            lambda h, scale, shift: h * (1 + scale[:, :, None]) + shift[:, :, None],
-            "A (B, C, 1) tensor broadcasts against channels, height and width. Give it the shape (B, C, 1, "
-            "1).",
-        ),
-        Misconception(
-            "along batch and width",
-            lambda h, scale, shift: h * (1 + scale[:, None, None, :]) + shift[:, None, None, :],
-            "The numbers belong to the channels, the second axis: give them the shape (B, C, 1, 1).",
-        ),
-        Misconception(
-            "along batch and height",
-            lambda h, scale, shift: h * (1 + scale[:, None, :, None]) + shift[:, None, :, None],
-            "The numbers belong to the channels, the second axis: give them the shape (B, C, 1, 1).",
-        ),
-        Misconception(
-            "one sample for the whole batch",
-            lambda h, scale, shift: unet.scale_shift(h, scale[:1], shift[:1]),
-            "The first sample's numbers are used for all. Each sample has an embedding of its own.",
-        ),
-        Misconception(
-            "mean over the batch",
-            lambda h, scale, shift: unet.scale_shift(
-                h, scale.mean(0, keepdim=True), shift.mean(0, keepdim=True)
+            "shifted before scaled",
+            _residual(
+                lambda norm, h, scale, shift: unet.scale_shift(norm(h), scale, shift * (1 + scale)),
             ),
-            "The numbers are averaged over the batch. Each sample has an embedding of its own.",
+            "The shift is added last, and is not scaled itself.",
+        ),
+        Misconception(
+            "scaled and shifted before the normalisation",
+            _residual(lambda norm, h, scale, shift: norm(unet.scale_shift(h, scale, shift))),
+            "The normalisation takes off again most of what it gets: scale and shift come after it.",
+        ),
+        Misconception(
+            "no normalisation before scale and shift",
+            _residual(lambda norm, h, scale, shift: unet.scale_shift(h, scale, shift)),
+            "norm_out is not used: h is normalised before it is scaled and shifted.",
+        ),
+        Misconception(
+            "scale and shift along the last axes",
+            _residual(lambda norm, h, scale, shift: norm(h) * (1 + scale) + shift),
+            "A (B, C) tensor broadcasts against height and width. Give it the shape (B, C, 1, 1), or use "
+            "scale_shift.",
+        ),
+        Misconception(
+            "scale and shift along channels and height",
+            _residual(lambda norm, h, scale, shift: norm(h) * (1 + scale[:, :, None]) + shift[:, :, None]),
+            "A (B, C, 1) tensor broadcasts against channels, height and width. Give it the shape (B, C, 1, "
+            "1), or use scale_shift.",
+        ),
+        Misconception(
+            "one embedding for the whole batch",
+            _residual(told=lambda embedding, layer: layer(F.silu(embedding[:1])).chunk(2, dim=1)),
+            "The first sample's embedding is used for all. Each sample is at a step of its own.",
+        ),
+        Misconception(
+            "ReLU for SiLU",
+            _residual(
+                inward=lambda x, norm, conv: conv(F.relu(norm(x))),
+                outward=lambda h, conv: conv(F.relu(h)),
+                told=lambda embedding, layer: layer(F.relu(embedding)).chunk(2, dim=1),
+            ),
+            "The nonlinearity of this chapter is the SiLU.",
         ),
     ),
 )
@@ -490,6 +577,198 @@ ATTENTION = Exercise(
 )
 
 
+def _self_attention_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch, height, width = draws.integer(2, 3), draws.integer(2, 3), draws.integer(4, 5)
+
+    def case(note, batch, heads, head_dim, height, width, **kind):
+        numbers, channels = {"dtype": kind.get("dtype", torch.float64)}, heads * head_dim
+        return Case(
+            note,
+            (
+                draws.normal(batch, channels, height, width, **kind),
+                _layer("normalisation", draws, (heads, head_dim), **numbers),
+                _layer("linear", draws, (3 * channels, channels), **numbers),
+                _layer("linear", draws, (channels, channels), **numbers),
+                heads,
+            ),
+        )
+
+    return [
+        # With axes of one length, a mistake about the axes raises no error.
+        case("as many pixels as channels, images as heads", 3, 3, 3, 3, 3),
+        case("two heads", batch, 2, draws.integer(3, 5), height, width),
+        case("three heads", batch, 3, 2, height, width),
+        case("a single head", batch, 1, draws.integer(4, 6), height, width),
+        case("heads of one channel", batch, 4, 1, height, width),
+        case("a single pixel", batch, 2, 3, 1, 1),
+        case("a batch of one", 1, 2, 4, height, width),
+        case("float32", batch, 2, 4, height, width, dtype=torch.float32),
+        case("with gradient", batch, 2, 3, height, width, gradient=True),
+    ]
+
+
+def _attending(
+    tokens: Callable = lambda x, norm: norm(x).flatten(2).transpose(1, 2),
+    split: Callable = lambda qkv, heads: qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4),
+    attend: Callable = unet.attention,
+    merge: Callable = lambda mixed: mixed.transpose(1, 2).flatten(2),
+    project: Callable = lambda merged, layer: layer(merged),
+    back: Callable = lambda h, like: h.transpose(1, 2).reshape(like.shape),
+    joined: Callable = lambda x, h, norm: x + h,
+) -> Callable:
+    """The layer with one of its parts exchanged."""
+
+    def layer(x, norm, qkv, to_out, heads):
+        q, k, v = split(qkv(tokens(x, norm)), heads)
+        h = project(merge(attend(q, k, v)), to_out)
+        return joined(x, back(h, x), norm)
+
+    return layer
+
+
+def _scaled_by(size: Callable) -> Callable:
+    """Attention whose scores are divided by the root of size(q, k)."""
+    return lambda q, k, v: _attention(q, k, v, 1 / math.sqrt(size(q)))
+
+
+SELF_ATTENTION = Exercise(
+    "unet.self_attention",
+    '"The layer", equation (2.11)',
+    unet.self_attention,
+    _self_attention_cases,
+    (
+        Misconception(
+            "not added to the input",
+            _attending(joined=lambda x, h, norm: h),
+            "What attention finds is added to x: at the start of training the layer must do nothing.",
+        ),
+        Misconception(
+            "added to the normalised map",
+            _attending(joined=lambda x, h, norm: norm(x) + h),
+            "The result is added to x itself, not to its normalised version.",
+        ),
+        Misconception(
+            "normalisation forgotten",
+            _attending(tokens=lambda x, norm: x.flatten(2).transpose(1, 2)),
+            "norm is not used: queries, keys and values are made from the normalised map.",
+        ),
+        Misconception(
+            "pixels not transposed",
+            _attending(tokens=lambda x, norm: norm(x).reshape(x.shape[0], -1, x.shape[1])),
+            "Reshaping (B, C, H, W) to (B, H W, C) mixes channels and pixels: flatten the pixels, then "
+            "transpose.",
+        ),
+        Misconception(
+            "columns before rows",
+            _attending(tokens=lambda x, norm: norm(x).mT.flatten(2).transpose(1, 2)),
+            "The pixels become tokens column by column, but come back row by row: the picture is jumbled.",
+        ),
+        Misconception(
+            "a single head",
+            lambda x, norm, qkv, project, heads: unet.self_attention(x, norm, qkv, project, 1),
+            "The heads are not split: each has its own scores, over its own channels.",
+        ),
+        Misconception(
+            "channels dealt out in turn",
+            _attending(
+                split=lambda qkv, heads: qkv.unflatten(2, (3, -1, heads)).permute(2, 0, 4, 1, 3),
+                merge=lambda mixed: mixed.permute(0, 2, 3, 1).flatten(2),
+            ),
+            "A head's channels lie side by side: C splits into (heads, C / heads), not into (C / heads, "
+            "heads).",
+        ),
+        Misconception(
+            "heads before q, k, v",
+            _attending(split=lambda qkv, heads: qkv.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4)),
+            "The 3 C channels hold all queries, then all keys, then all values: they split into (3, heads, C "
+            "/ heads).",
+        ),
+        Misconception(
+            "heads look at each other",
+            _attending(
+                split=lambda qkv, heads: qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 1, 3, 4),
+                merge=lambda mixed: mixed.flatten(2),
+            ),
+            "attention mixes along the last axis but one. That must be the pixels: bring the heads in front "
+            "of them.",
+        ),
+        Misconception(
+            "images look at each other",
+            _attending(
+                split=lambda qkv, heads: qkv.unflatten(2, (3, heads, -1)).permute(2, 1, 3, 0, 4),
+                merge=lambda mixed: mixed.permute(2, 0, 1, 3).flatten(2),
+            ),
+            "attention mixes along the last axis but one, here the batch. Each image is on its own: that "
+            "axis must be the pixels.",
+        ),
+        Misconception(
+            "channels look at each other",
+            _attending(
+                attend=lambda q, k, v: _attention(q.mT, k.mT, v.mT, 1 / math.sqrt(q.shape[-2])).mT,
+            ),
+            "The pixels are the tokens, and the channels their features; here it is the other way round.",
+        ),
+        Misconception(
+            "heads merged without coming back behind the pixels",
+            _attending(merge=lambda mixed: mixed.reshape(mixed.shape[0], mixed.shape[2], -1)),
+            "(B, heads, N, d) becomes (B, N, heads, d) first; reshaped as it is, pixels and heads are mixed "
+            "up.",
+        ),
+        Misconception(
+            "heads merged the other way round",
+            _attending(merge=lambda mixed: mixed.permute(0, 2, 3, 1).flatten(2)),
+            "The channels of one head stay side by side: flatten (B, N, heads, d), not (B, N, d, heads).",
+        ),
+        Misconception(
+            "heads added up",
+            _attending(merge=lambda mixed: mixed.sum(1).repeat(1, 1, mixed.shape[1])),
+            "The heads are set side by side, C / heads channels each, not added: the last layer mixes them.",
+        ),
+        Misconception(
+            "last layer forgotten",
+            _attending(project=lambda merged, layer: merged),
+            "project is not used: it mixes what the heads have found.",
+        ),
+        Misconception(
+            "pixels not transposed back",
+            _attending(back=lambda h, like: h.reshape(like.shape)),
+            "Reshaping (B, H W, C) to (B, C, H, W) mixes pixels and channels: transpose first.",
+        ),
+        Misconception(
+            "keys asked by queries swapped",
+            _attending(attend=lambda q, k, v: unet.attention(k, q, v)),
+            "The first C channels of qkv are the queries, the next the keys.",
+        ),
+        Misconception(
+            "values first",
+            _attending(attend=lambda q, k, v: unet.attention(k, v, q)),
+            "The 3 C channels of qkv are queries, keys, values, in this order.",
+        ),
+        Misconception(
+            "keys mixed",
+            _attending(attend=lambda q, k, v: unet.attention(q, k, k)),
+            "The weights mix the values, not the keys.",
+        ),
+        Misconception(
+            "scores not scaled",
+            _attending(attend=_scaled_by(lambda q: 1)),
+            "The scores are not divided by sqrt(d): call attention, which does.",
+        ),
+        Misconception(
+            "scaled by all channels",
+            _attending(attend=_scaled_by(lambda q: q.shape[-1] * q.shape[1])),
+            "The scores are divided by the root of all channels; d is the number of one head's.",
+        ),
+        Misconception(
+            "scaled twice",
+            _attending(attend=_scaled_by(lambda q: q.shape[-1] ** 2)),
+            "attention divides the scores already: do not scale the queries as well.",
+        ),
+    ),
+)
+
+
 def _patchify_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     batch, channels = draws.integer(2, 3), draws.integer(4, 5)
@@ -597,6 +876,160 @@ PATCHIFY = Exercise(
 )
 
 
+def _unet_forward_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch, height, width = draws.integer(2, 3), draws.integer(2, 3), draws.integer(4, 5)
+
+    def case(note, batch, channels, height, width, levels, skips, **kind):
+        dim, told = 3, 2
+
+        def layer(name, inputs, *number):
+            numbers = {"dtype": kind.get("dtype", torch.float64)}
+            return CallableArgument(name, (draws.normal(*number, inputs + dim + told, channels, **numbers),))
+
+        return Case(
+            note,
+            (
+                draws.normal(batch, channels, height, width, **kind),
+                draws.normal(batch, dim, **kind),
+                draws.normal(batch, told, **kind),
+                layer("way_down", channels, levels * skips - 1),  # h is the first map
+                layer("middle", channels),
+                tuple(layer("up_level", 2 * channels, skips) for _ in range(levels)),
+            ),
+        )
+
+    return [
+        case("two levels", batch, 3, height, width, 2, 2),
+        case("three levels", batch, 4, height, width, 3, 2),
+        case("three skips for each level", batch, 3, height, width, 2, 3),
+        case("a single level", batch, 3, height, width, 1, 2),
+        case("a batch of one", 1, 3, height, width, 3, 3),
+        case("float32", batch, 4, height, width, 2, 2, dtype=torch.float32),
+        case("with gradient", batch, 3, height, width, 2, 2, gradient=True),
+    ]
+
+
+def _way_up(
+    choose: Callable = lambda maps, level, levels: _last_first(maps, level, levels),
+    enter: Callable = lambda h, maps, middle, told: middle(maps[-1], *told),
+    order: Callable = list,
+    told_above: Callable = lambda embedding, cond: (embedding, cond),
+    climb: Callable = lambda h, at_bottom, level, skips, told: level(h, skips, *told),
+) -> Callable:
+    """The U-Net's forward with one of its parts exchanged."""
+
+    def forward(h, embedding, cond, down, middle, up):
+        maps = down(h, embedding, cond)
+        at_bottom = result = enter(h, maps, middle, (embedding, cond))
+        for number, level in enumerate(order(up)):
+            skips = choose(maps, number, len(up))
+            result = climb(result, at_bottom, level, skips, told_above(embedding, cond))
+        return result
+
+    return forward
+
+
+def _last_first(maps: list[Tensor], level: int, levels: int) -> list[Tensor]:
+    """The maps that a level gets, which is right."""
+    own = len(maps) // levels
+    return maps[::-1][level * own : (level + 1) * own]
+
+
+UNET_FORWARD = Exercise(
+    "unet.unet_forward",
+    '"The whole"',
+    unet.unet_forward,
+    _unet_forward_cases,
+    (
+        Misconception(
+            "first maps first",
+            _way_up(lambda maps, level, levels: maps[level * len(maps) // levels :][: len(maps) // levels]),
+            "The way up begins where the way down ended: it takes the last maps first.",
+        ),
+        Misconception(
+            "order within a level",
+            _way_up(lambda maps, level, levels: _last_first(maps, level, levels)[::-1]),
+            "Each level has its own maps, but in the wrong order: the last map is taken first.",
+        ),
+        Misconception(
+            "levels mixed up",
+            _way_up(lambda maps, level, levels: maps[::-1][level::levels]),
+            "A level takes maps that follow each other: it works at one resolution.",
+        ),
+        Misconception(
+            "the same maps for every level",
+            _way_up(lambda maps, level, levels: _last_first(maps, 0, levels)),
+            "Each map is used once: what a level has taken is gone for the next.",
+        ),
+        Misconception(
+            "the last map for all",
+            _way_up(lambda maps, level, levels: [maps[-1]] * (len(maps) // levels)),
+            "Each stage gets a map of its own: a map that is taken leaves the list.",
+        ),
+        Misconception(
+            "last map left out",
+            lambda h, embedding, cond, down, middle, up: _run_out(maps=down(h, embedding, cond)),
+            "The maps do not last: the lowest one goes into the middle and is the first skip as well, and h "
+            "itself is a map, too.",
+        ),
+        Misconception(
+            "skips of zeros",
+            _way_up(
+                lambda maps, level, levels: [torch.zeros_like(m) for m in _last_first(maps, level, levels)]
+            ),
+            "The maps of the way down are missing on the way up, and with them all detail.",
+        ),
+        Misconception(
+            "middle forgotten",
+            _way_up(enter=lambda h, maps, middle, told: maps[-1]),
+            "Between the way down and the way up the last map goes through the middle.",
+        ),
+        Misconception(
+            "middle of the first map",
+            _way_up(enter=lambda h, maps, middle, told: middle(h, *told)),
+            "The middle gets the last map of the way down, not the first.",
+        ),
+        Misconception(
+            "middle twice",
+            _way_up(enter=lambda h, maps, middle, told: middle(middle(maps[-1], *told), *told)),
+            "The middle is passed once.",
+        ),
+        Misconception(
+            "middle added to its input",
+            _way_up(enter=lambda h, maps, middle, told: maps[-1] + middle(maps[-1], *told)),
+            "The middle's blocks have their own paths around them: nothing is added here.",
+        ),
+        Misconception(
+            "levels in reverse",
+            _way_up(order=lambda up: list(reversed(up))),
+            "up begins with the lowest level already: take its levels in their order.",
+        ),
+        Misconception(
+            "every level from the bottom",
+            _way_up(climb=lambda h, at_bottom, level, skips, told: level(at_bottom, skips, *told)),
+            "A level gets what the level before returned, not the middle's result again.",
+        ),
+        Misconception(
+            "embedding not told above",
+            _way_up(told_above=lambda embedding, cond: (torch.zeros_like(embedding), cond)),
+            "The way up must know the step as well: each level gets the embedding.",
+        ),
+        Misconception(
+            "condition not told above",
+            _way_up(told_above=lambda embedding, cond: (embedding, torch.zeros_like(cond))),
+            "The way up gets the condition as well: attention there may look at it.",
+        ),
+    ),
+)
+
+
+def _run_out(maps: list[Tensor]) -> Tensor:
+    """What happens to who takes one map more than there are."""
+    while True:
+        maps.pop()
+
+
 def _ema_update_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     rows, columns = draws.integer(3, 5), draws.integer(2, 6)
@@ -688,70 +1121,12 @@ EMA_UPDATE = Exercise(
 )
 
 
-def _bits_per_dim_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    batch = draws.integer(3, 6)
-    return [
-        Case(note, (1000 * draws.uniform(*shape).to(dtype), num_dimensions))
-        for note, shape, dtype, num_dimensions in (
-            ("a batch of images", (batch,), torch.float64, 3 * 32 * 32),
-            ("the terms of each step", (batch, 7), torch.float64, 784),
-            ("a single number", (), torch.float64, 64),
-            ("one image", (1,), torch.float64, draws.integer(100, 999)),
-            ("one dimension", (batch,), torch.float64, 1),
-            ("float32", (batch,), torch.float32, 3072),
-        )
-    ]
-
-
-BITS_PER_DIM = Exercise(
-    "unet.bits_per_dim",
-    '"Bits per dimension", equation (2.23)',
-    unet.bits_per_dim,
-    _bits_per_dim_cases,
-    (
-        Misconception(
-            "still in nats",
-            lambda nats, num_dimensions: nats / num_dimensions,
-            "This is in nats per dimension: one bit is ln 2 nats.",
-        ),
-        Misconception(
-            "multiplied by ln 2",
-            lambda nats, num_dimensions: nats * math.log(2) / num_dimensions,
-            "A bit is less than a nat, so the number of bits is the larger one: divide by ln 2.",
-        ),
-        Misconception(
-            "divided by 2",
-            lambda nats, num_dimensions: nats / (2 * num_dimensions),
-            "The logarithm of 2 is missing: divide by ln 2, not by 2.",
-        ),
-        Misconception(
-            "logarithm of base 10",
-            lambda nats, num_dimensions: nats / (num_dimensions * math.log10(2)),
-            "Nats come from the natural logarithm: use ln 2.",
-        ),
-        Misconception(
-            "bits per image",
-            lambda nats, num_dimensions: nats / math.log(2),
-            "These are the bits of a whole image: divide by the number of dimensions.",
-        ),
-        Misconception(
-            "wrong sign",
-            lambda nats, num_dimensions: -nats / (num_dimensions * math.log(2)),
-            "nats is -log P already; the sign is turned once too often.",
-        ),
-        Misconception(
-            "divided by ln 256",
-            lambda nats, num_dimensions: nats / (num_dimensions * math.log(256)),
-            "This counts bytes: one bit is ln 2 nats, whatever the number of values of a pixel.",
-        ),
-        Misconception(
-            "averaged over the batch",
-            lambda nats, num_dimensions: torch.ones_like(nats) * nats.mean() / (num_dimensions * math.log(2)),
-            "Every image keeps a number of its own: leave the shape of nats as it is.",
-        ),
-    ),
-)
-
-
-EXERCISES = [TIMESTEP_EMBEDDING, SCALE_SHIFT, ATTENTION, PATCHIFY, EMA_UPDATE, BITS_PER_DIM]
+EXERCISES = [
+    TIMESTEP_EMBEDDING,
+    RESIDUAL_BLOCK,
+    ATTENTION,
+    SELF_ATTENTION,
+    PATCHIFY,
+    UNET_FORWARD,
+    EMA_UPDATE,
+]
