@@ -47,18 +47,17 @@ To draw with them, let LECTURE26_MINE name the folder:
 
 @dataclass(frozen=True, eq=False)
 class Chapter:
-    """The text of a chapter's module in the course's package at `root`, and what it defines, by name."""
+    """The text of a chapter's module in the course's package, and what it defines, by name."""
 
-    root: Path
     name: str
     text: str
     known: dict[str, Statement]
 
     @classmethod
     def read(cls, root: Path, name: str) -> "Chapter":
-        """The module of this name."""
+        """The module of this name in the course at `root`."""
         text = (root / "lecture26" / f"{name}.py").read_text(encoding="utf-8")
-        return cls(root, name, text, by_name(statements(text)))
+        return cls(name, text, by_name(statements(text)))
 
 
 @dataclass(frozen=True, eq=False)
