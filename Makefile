@@ -1,5 +1,5 @@
 # What can be done with the course; `make help` lists it.
-#   NAMES=01_ddpm         only these chapters (lab, course, package, notebooks, nbval)
+#   NAMES=01_ddpm         only these chapters (lab, update, course, package, notebooks, nbval)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
 
@@ -12,10 +12,12 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab test quick lint tests nbval check course package notebooks benchmark clean
+.PHONY: help lab mine update test quick lint tests nbval check course package notebooks benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
+	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
+	@echo "make update     new versions of the chapters into work/, your solutions carried over"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
 	@echo "make course     run every notebook, print seconds and memory of each chapter"
@@ -33,6 +35,12 @@ $(INSTALLED): requirements.lock
 lab: $(INSTALLED)
 	@$(RUN) tools/editions.py $(if $(NAMES),00_start_here $(NAMES))
 	$(RUN) -m jupyterlab --ServerApp.root_dir=. work/00_start_here.ipynb
+
+mine: $(INSTALLED)
+	@$(RUN) tools/mine.py
+
+update: $(INSTALLED)
+	@$(RUN) tools/editions.py --update $(NAMES)
 
 test: lint check tests nbval
 	@echo "make test: passed"

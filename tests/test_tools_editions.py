@@ -6,6 +6,7 @@ import sys
 import nbformat
 import pytest
 from jupytext.config import find_jupytext_configuration_file
+from nbformat.v4 import new_code_cell
 
 import editions
 import notebooks
@@ -190,6 +191,130 @@ def test_question_that_is_no_assignment_is_refused(course_with_question):
         editions.make_copies(course_with_question)
 
 
+# --- A new version of the chapter ---
+
+
+def change_chapter(root, old="A course of one chapter", new="A course of two chapters"):
+    """Edit the sample's source, as a newer checkout would have it."""
+    source = root / "notebooks" / "01_waves.py"
+    text = source.read_text()
+    assert text.count(old) == 1
+    source.write_text(text.replace(old, new))
+
+
+def solve(root, *other_cells, body="return [math.exp(-rate * t) for t in times]"):
+    """Fill in the exercise of the copy and put other cells at its end; returns the copy's bytes."""
+    copy = root / "work" / "01_waves.ipynb"
+    notebook = nbformat.read(copy, as_version=4)
+    exercise = notebook.cells[position(notebook, "exercise")]
+    exercise.source = exercise.source.replace(editions.TO_FILL_IN, body)
+    notebook.cells += [new_code_cell(source) for source in other_cells]
+    nbformat.write(notebook, copy)
+    return copy.read_bytes()
+
+
+def updated(root):
+    """The copy after an update, the lines that the update printed, and the old copies."""
+    lines = editions.make_copies(root, update=True)
+    old = sorted((root / "work").glob("old/*"))
+    return nbformat.read(root / "work" / "01_waves.ipynb", as_version=4), lines, old
+
+
+def test_update_leaves_a_copy_of_this_version_alone(course):
+    learners_copy(course)
+    mine = solve(course, "my_note = 1")
+    _, lines, old = updated(course)
+    assert lines == ["kept work/01_waves.ipynb, which is up to date"]
+    assert (course / "work" / "01_waves.ipynb").read_bytes() == mine and not old
+
+
+def test_update_carries_solutions_into_the_new_version(course):
+    learners_copy(course)
+    helper = "@functools.cache\ndef decayed(rate, t):\n    return math.exp(-rate * t)"
+    body = "return [decayed(rate, t) for t in times]"
+    mine = solve(course, "import functools", helper, "scratch = decayed(1.0, 2.0)", body=body)
+    change_chapter(course)
+    change_chapter(course, "How much of a wave is left.", "How much of a wave there is left.")
+    notebook, lines, (old,) = updated(course)
+    assert old.read_bytes() == mine
+    assert lines == [
+        f"updated work/01_waves.ipynb; the old one, with whatever else you wrote, is work/old/{old.name}",
+        "  carried over waves.decay",
+    ]
+    assert "two chapters" in notebook.cells[0].source
+    exercise = notebook.cells[position(notebook, "exercise")].source
+    assert exercise.startswith(f"import functools\n\n\n{helper}\n\n\ndef decay(times")
+    assert '"""How much of a wave there is left.\n' in exercise
+    assert f"    {body}\n\n\n# Nothing below" in exercise
+    assert not any("scratch" in cell.source for cell in notebook.cells)
+    # and from there again, with every old copy kept
+    change_chapter(course, "two chapters", "three chapters")
+    notebook, lines, old = updated(course)
+    assert body in notebook.cells[position(notebook, "exercise")].source
+    assert lines[1:] == ["  carried over waves.decay"] and len(old) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "def decay(times: Samples, rate: float)",
+            "def decay(rate: float, times: Samples)",
+            "waves.decay: its parameters were (times, rate), and are (rate, times) now",
+        ),
+        (
+            '# %% tags=["export", "exercise"]',
+            '# %% tags=["export"]',
+            "decay, which is no exercise of the chapter any more",
+        ),
+    ],
+)
+def test_update_says_what_it_could_not_carry_over(course, old, new, said):
+    learners_copy(course)
+    mine = solve(course)
+    change_chapter(course, old, new)
+    _, lines, (kept,) = updated(course)
+    assert lines[1:] == [f"  not carried over: {said}"]
+    assert kept.read_bytes() == mine
+
+
+def test_update_of_a_broken_cell_an_open_exercise_and_a_clash(course):
+    learners_copy(course)
+    change_chapter(course)
+    _, lines, _ = updated(course)
+    assert len(lines) == 1  # nothing was solved, so nothing is said
+    solve(course, body="return [1.0")
+    change_chapter(course, "two chapters", "three chapters")
+    _, lines, _ = updated(course)
+    assert len(lines) == 2 and lines[1].endswith("of its cell is no Python: '[' was never closed")
+    solve(course, "phases = math.exp", body="return [phases(-rate * t) for t in times]")
+    change_chapter(course, "three chapters", "four chapters")
+    _, lines, _ = updated(course)
+    assert lines[1:] == ["  carried over waves.decay; phases in it is the chapter's"]
+
+
+def test_update_carries_answers_to_questions(course_with_question):
+    course = course_with_question
+    notebook = learners_copy(course)
+    notebook.cells[position(notebook, "question")].source = "half_life = math.log(2)"
+    nbformat.write(notebook, course / "work" / "01_waves.ipynb")
+    change_chapter(course, "# exp(-k t) is", "# At half the amplitude exp(-k t) is")
+    notebook, lines, _ = updated(course)
+    assert notebook.cells[position(notebook, "question")].source == "half_life = math.log(2)"
+    assert lines[1:] == ["  carried over the answer half_life"]
+
+
+def test_update_keeps_what_it_cannot_read_and_makes_what_is_missing(course):
+    copy = course / "work" / "01_waves.ipynb"
+    copy.parent.mkdir()
+    copy.write_text("mine")
+    (line,) = editions.make_copies(course, update=True)
+    assert line.startswith("kept work/01_waves.ipynb: work/01_waves.ipynb cannot be read as a notebook")
+    assert copy.read_text() == "mine"
+    copy.unlink()
+    assert editions.make_copies(course, update=True) == ["made work/01_waves.ipynb"]
+
+
 @pytest.mark.slow
 def test_copy_runs_unsolved(course):
     notebook = learners_copy(course)
@@ -268,6 +393,9 @@ def test_command_line(course, monkeypatch, capsys):
     )
     editions.main()
     assert capsys.readouterr().out.endswith(f"made {course}/new/01_waves.ipynb\n")
+    monkeypatch.setattr(sys, "argv", ["editions.py", "--update", "--root", str(course)])
+    editions.main()
+    assert capsys.readouterr().out == "kept work/01_waves.ipynb, which is up to date\n"
     monkeypatch.setattr(sys, "argv", ["editions.py", "nome", "--root", str(course)])
     with pytest.raises(SystemExit, match="there are: 01_waves"):
         editions.main()

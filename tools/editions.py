@@ -3,6 +3,9 @@
 A copy is an .ipynb without outputs that is paired with no source. A copy that exists is the learner's own and
 stays as it is; so does the record of solved exercises beside the copies, but for the names of new exercises.
 
+With `--update` a copy of an older version of its chapter gives way to a new one, into which the solved
+exercises are carried over; the old one goes to work/old/.
+
 With `--rehearse FOLDER` it makes the rehearsals there instead, on which `make nbval` tries both a learner who
 solves every exercise and one who solves none.
 """
@@ -10,9 +13,11 @@ solves every exercise and one who solves none.
 import argparse
 import ast
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import jupytext
@@ -20,9 +25,22 @@ import nbformat
 from ipykernel.ipkernel import IPythonKernel
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, module_name, notebook_sources, read_cells
+from carry_over import carry_over
+from course import (
+    OWN_METADATA,
+    ROOT,
+    SOLUTION_MARKERS,
+    Cell,
+    CourseError,
+    cells_of_notebook,
+    digest,
+    module_name,
+    notebook_sources,
+    read_cells,
+)
 from lecture26.kit import solved
 from lecture26.kit.files import replace_when_complete
+from own_code import read_own_notebook
 from wrong_sides import load_wrong_sides, trials
 
 BEGIN, END = SOLUTION_MARKERS
@@ -48,7 +66,10 @@ def learners_copy(source: Path) -> nbformat.NotebookNode:
     # JupyterLab writes down the kernel's language when it opens a notebook; where that stands already, an
     # untouched notebook stays unmodified.
     language = IPythonKernel.language_info
-    return new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": language})
+    metadata = {"kernelspec": kernelspec, "language_info": language}
+    notebook = new_notebook(cells=cells, metadata=metadata)
+    notebook.metadata[OWN_METADATA] = {"built_from": digest(cells_of_notebook(notebook))}
+    return notebook
 
 
 def rehearsal(source: Path) -> nbformat.NotebookNode:
@@ -151,14 +172,19 @@ def names_to_solve(source: Path) -> list[str]:
     return [re.search(r"\bcheck(?:_answer)?\(\s*[\"']([^\"']+)", call)[1] for call in calls]
 
 
-def make_copies(root: Path, names: list[str] | None = None) -> list[str]:
-    """Put the copies that are not there yet into root/work; returns a line for each notebook."""
+def make_copies(root: Path, names: list[str] | None = None, update: bool = False) -> list[str]:
+    """Put the copies that are not there yet into root/work; returns lines on each notebook.
+
+    `update`: bring those that are there up to date, and keep the old ones in work/old.
+    """
     work = root / "work"
     work.mkdir(exist_ok=True)
     lines = []
     for source in notebook_sources(root, names):
         copy = work / f"{source.stem}.ipynb"
-        if copy.exists():
+        if copy.exists() and update:
+            lines += update_copy(copy, source)
+        elif copy.exists():
             lines.append(f"kept work/{copy.name}, which is yours (rename it to get a fresh copy)")
         else:
             with replace_when_complete(copy) as temporary:
@@ -170,6 +196,27 @@ def make_copies(root: Path, names: list[str] | None = None) -> list[str]:
     except ValueError as error:
         lines.append(f"nothing will be recorded as solved: {error}")
     return lines
+
+
+def update_copy(copy: Path, source: Path) -> list[str]:
+    """Bring a learner's copy up to date with its chapter, and keep the old one; returns what was done."""
+    old, fresh = read_own_notebook(copy), learners_copy(source)
+    if old.problem:
+        return [f"kept {old.path}: {old.problem}"]
+    before = nbformat.read(copy, as_version=4).metadata.get(OWN_METADATA, {})
+    if before.get("built_from") == fresh.metadata[OWN_METADATA]["built_from"]:
+        return [f"kept {old.path}, which is up to date"]
+    carried = carry_over(old, fresh, source)
+    kept = copy.parent / "old" / f"{copy.stem}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb"
+    kept.parent.mkdir(exist_ok=True)
+    with replace_when_complete(kept) as temporary:
+        shutil.copyfile(copy, temporary)
+    with replace_when_complete(copy) as temporary:
+        nbformat.write(fresh, temporary)
+    return [
+        f"updated {old.path}; the old one, with whatever else you wrote, is work/old/{kept.name}",
+        *carried,
+    ]
 
 
 def make_rehearsals(root: Path, folder: Path, names: list[str] | None = None) -> list[str]:
@@ -186,13 +233,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the learner's copies of the notebooks in work/.")
     parser.add_argument("names", nargs="*", help="chapters, e.g. ddpm or 01_ddpm; none means all")
     parser.add_argument("--root", type=Path, default=ROOT, help="the course's folder (default: this one)")
+    parser.add_argument(
+        "--update", action="store_true", help="bring copies up to date, solutions carried over"
+    )
     parser.add_argument("--rehearse", type=Path, metavar="FOLDER", help="make the rehearsals in this folder")
     arguments = parser.parse_args()
     try:
         if arguments.rehearse:
             lines = make_rehearsals(arguments.root, arguments.rehearse, arguments.names)
         else:
-            lines = make_copies(arguments.root, arguments.names)
+            lines = make_copies(arguments.root, arguments.names, arguments.update)
         print("\n".join(lines))
     except CourseError as error:
         sys.exit(str(error))

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import lecture26
+
 OWN_FOLDER = "Let the environment variable LECTURE26_DATA name a folder of your own that can be written to"
 
 
@@ -16,7 +18,8 @@ def expanded(path: str | os.PathLike) -> Path:
 
 def shipped_data_dir() -> Path:
     """The data folder that came with the course, beside the package; perhaps it cannot be written to."""
-    return Path(__file__).resolve().parents[2] / "data"
+    # the course's own package even where LECTURE26_MINE says that its modules are taken from elsewhere
+    return Path(lecture26.__file__).resolve().parents[1] / "data"
 
 
 def data_dir() -> Path:
