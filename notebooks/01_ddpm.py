@@ -164,6 +164,30 @@ two_noises = torch.tensor([-1.0, 1.0])
 x_next = math.sqrt(1 - beta) * previous[:, None] + math.sqrt(beta) * two_noises  # (2, 2), all combinations
 verify("1.2", x_next.var(correction=0) - 1, (1 - beta) * (previous.var(correction=0) - 1), atol=1e-12)
 
+# %% [markdown]
+# The whole of it: a chain of steps from the data to noise, which is chosen, and a chain back, which has to be learned.
+
+# %%
+figure, axis = plt.subplots(figsize=(9, 2.4), layout="constrained")
+for place, name in enumerate(("$x_0$", r"$\cdots$", "$x_{t-1}$", "$x_t$", r"$\cdots$", "$x_T$")):
+    rim = {"boxstyle": "circle", "facecolor": "white", "edgecolor": "none" if "dots" in name else "black"}
+    axis.text(place, 0, name, ha="center", va="center", fontsize=15, bbox=rim)
+for place in range(5):
+    for start, end, height, colour in ((0.25, 0.75, 0.22, colours[0]), (0.75, 0.25, -0.22, colours[1])):
+        style = {"arrowstyle": "->", "connectionstyle": "arc3,rad=-0.3", "color": colour, "linewidth": 1.5}
+        axis.annotate("", (place + end, height), (place + start, height), arrowprops=style)
+for text, height, colour in (
+    (r"$q(x_t\,|\,x_{t-1})$ adds noise: chosen", 0.62, colours[0]),
+    (r"$p(x_{t-1}\,|\,x_t)$ takes it away: to be learned", -0.8, colours[1]),
+):
+    axis.text(2.5, height, text, color=colour, ha="center", fontsize=13)
+axis.set(xlim=(-0.5, 5.5), ylim=(-0.95, 0.9))
+axis.axis("off")
+show(
+    figure,
+    "A chain from x_0 over x_{t-1} and x_t to x_T: arrows of q to the right above it, arrows of p to the left below.",
+)
+
 # %% [markdown] tags=["core"]
 # ### A schedule
 #
@@ -1774,6 +1798,34 @@ def ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
 # %%
 check("ddpm.ddim_update", ddim_update)
 
+
+# %% [markdown]
+# All of it in two boxes:
+
+# %%
+training = [
+    "Training",
+    "repeat:",
+    r"   draw $x_0$ from the data, a step $t$, noise $\epsilon$",
+    r"   $x_t=\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\,\epsilon$",
+    r"   a step down the gradient of $\|\epsilon-\epsilon_\theta(x_t,t)\|^2$",
+]
+sampling = [
+    "Sampling",
+    r"draw $x_T$ from $\mathcal{N}(0,I)$",
+    r"for $t=T,\dots,1$:",
+    r"   $\hat x_0=(x_t-\sqrt{1-\bar\alpha_t}\,\epsilon_\theta(x_t,t))\,/\sqrt{\bar\alpha_t}$",
+    r"   $x_{t-1}=\tilde\mu_t(x_t,\hat x_0)+\sigma_t z$,  no $z$ at $t=1$",
+]
+figure, axes = plt.subplots(1, 2, figsize=(11, 2.6), layout="constrained")
+for axis, loop, colour in zip(axes, (training, sampling), colours):
+    axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
+    axis.grid(False)
+    axis.spines[:].set(visible=True, color=colour, linewidth=1.5)
+    for row, text in enumerate(loop):
+        weight = "bold" if row == 0 else "normal"
+        axis.text(0.04, 0.86 - 0.185 * row, text, fontsize=14, va="center", weight=weight)
+show(figure, "Two boxes with five lines each: the training loop, and the sampling loop of DDPM.")
 
 # %% [markdown] tags=["core"]
 # ### From noise to data
