@@ -87,7 +87,7 @@ show(
 #
 # How three of them came about:
 
-# %%
+# %% tags=["draw"]
 frames = [0, 8, 13, 17, 21, 25]  # of the film's 26
 steps = [few_steps.steps[24 - frame].item() for frame in frames[:-1]]  # as code counts, from 999 down
 titles = [f"paper t = {step + 1}\ncode t = {step}" for step in steps] + ["paper t = 0\nthe image"]
@@ -417,7 +417,7 @@ check("ddpm.q_sample", q_sample)
 # Most chapters train on images made by code: 8 shapes in 8 colours and 2 sizes on 4 backgrounds. All this is known, so one
 # can *measure* whether a model drew what it was asked for.
 
-# %%
+# %% tags=["draw"]
 indices = torch.arange(64)
 attributes = {
     "shape": indices // 8,

@@ -167,7 +167,7 @@ verify("1.2", x_next.var(correction=0) - 1, (1 - beta) * (previous.var(correctio
 # %% [markdown]
 # The whole of it: a chain of steps from the data to noise, which is chosen, and a chain back, which has to be learned.
 
-# %%
+# %% tags=["draw"]
 figure, axis = plt.subplots(figsize=(9, 2.4), layout="constrained")
 for place, name in enumerate(("$x_0$", r"$\cdots$", "$x_{t-1}$", "$x_t$", r"$\cdots$", "$x_T$")):
     rim = {"boxstyle": "circle", "facecolor": "white", "edgecolor": "none" if "dots" in name else "black"}
@@ -381,7 +381,7 @@ verify("1.8", (1 - cosine_betas(1000)).cumprod(dim=0)[:-1], curve, atol=1e-12)
 #
 # (the lecture's $z_\lambda$ is $x_t$ at that log-SNR). At $\lambda = 0$ both are equal.
 
-# %%
+# %% tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for (name, table), colour in zip(SCHEDULES.items(), colours):
     kept = (1 - table(1000)).cumprod(dim=0)
@@ -741,7 +741,7 @@ verify("1.16", error_of_guess, error_of_mean + (mean_x_0 - guess[:, 0]) ** 2, at
 # steps** are what makes it possible to go back by drawing from normals. On the mixture of two narrow components in one
 # dimension, with $x_t$ half way between them:
 
-# %%
+# %% tags=["draw"]
 places = torch.linspace(-1.6, 1.6, 2001)  # x_{t-1}
 figure, axes = plt.subplots(1, 4, figsize=(13, 2.6), sharey=True, layout="constrained")
 for axis, beta in zip(axes, (0.5, 0.2, 0.05, 0.005)):
@@ -1665,7 +1665,7 @@ verify("1.33", divergence, weight * (error**2).sum(dim=1), atol=1e-10)
 # %% [markdown]
 # How differently do the two losses weigh the steps?
 
-# %%
+# %% tags=["draw"]
 figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
 beta, kept = diffusion.betas[1:], diffusion.alpha_bar[1:]
 axis.semilogy(range(1, 200), beta**2 / (2 * diffusion.posterior_variance[1:] * (1 - beta) * (1 - kept)))
@@ -1802,7 +1802,7 @@ check("ddpm.ddim_update", ddim_update)
 # %% [markdown]
 # All of it in two boxes:
 
-# %%
+# %% tags=["draw"]
 training = [
     "Training",
     "repeat:",
@@ -2121,7 +2121,7 @@ for variance in ("fixed_small", "fixed_large"):
     x_0 = sample(diffusion, exact_denoiser(mixture, diffusion), (4000, 2), generator=source, progress=False)
     results[variance] = spreads(x_0)
 
-# %%
+# %% tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 rows = {"exact": (mixture.weights, mixture.stds), **results}
 for offset, (name, values), colour in zip((-0.25, 0, 0.25), rows.items(), ("lightgrey", *colours)):
@@ -2346,7 +2346,7 @@ check_answer(
     hint="For ten steps, is a step back near a normal distribution at all?",
 )
 
-# %%
+# %% tags=["draw"]
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for (name, marker), colour in zip(zip(samplers, "os^"), colours):
     axis.loglog(
@@ -2472,7 +2472,7 @@ print(
 )
 assert learned_error < 1.05 * exact_error
 
-# %%
+# %% tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 smooth = np.convolve(losses, np.ones(50) / 50, mode="valid")
 axes[0].plot(smooth)
@@ -2549,7 +2549,7 @@ print(
 )
 assert strays["exact"] < 0.025 and 0.03 < strays["network"] < 0.2
 
-# %%
+# %% tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
 across = torch.linspace(-1.4, 1.4, 141)
 heights = mixture.log_prob(torch.cartesian_prod(across, across)).reshape(141, 141).T
@@ -2699,7 +2699,7 @@ in_order = mended_gap < gaps["learned", 200] < gaps["fixed_large", 200]
 print(f"mended fixed large, network, fixed large, from the smallest gap on: {in_order}")
 assert in_order
 
-# %%
+# %% tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 counts = [25, 50, 100, 200]
 for variance, colour in zip(("fixed_small", "fixed_large"), colours):
@@ -2811,7 +2811,7 @@ verify(
     "1.45", torch.cat([x_0_from_v(x_t, kept, v), eps_from_v(x_t, kept, v)]), torch.cat([x_0, eps]), atol=1e-12
 )
 
-# %%
+# %% tags=["draw"]
 phi = np.linspace(0, np.pi / 2, 100)
 start, end, at = np.array([1.0, 0.2]), np.array([-0.3, 1.1]), np.pi / 5
 path = np.outer(np.cos(phi), start) + np.outer(np.sin(phi), end)

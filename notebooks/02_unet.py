@@ -167,7 +167,7 @@ unit_images = torch.eye(side**2, **exact).reshape(-1, 1, side, side)  # (36, 1, 
 A = F.avg_pool2d(unit_images, p).flatten(1).T  # (9, 36)
 verify("2.1", A @ A.T, torch.eye(9, **exact) / p**2, atol=1e-12)
 
-# %%
+# %% tags=["draw"]
 pooled = [F.avg_pool2d(noisy[:, 3], p) for p in (1, 2, 4, 8)]
 rows = [F.interpolate(picture, size=32) for picture in pooled]  # shown at one size
 figure = show_grid(
@@ -278,7 +278,7 @@ embedding = timestep_embedding(t, 64)
 distance = t[:, None] - t  # (143, 143)
 verify("2.4", embedding @ embedding.T, (omega * distance[:, :, None]).cos().sum(dim=-1), atol=1e-10)
 
-# %%
+# %% tags=["draw"]
 every_step = timestep_embedding(torch.arange(1000), 64)  # (1000, 64)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[3, 2], layout="constrained")
 axes[0].imshow(every_step.T, aspect="auto", interpolation="nearest")
@@ -862,7 +862,7 @@ coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
 energies = torch.stack([part.square().sum(dim=(1, 2, 3)) for part in (coarse, x - coarse)])  # (2, 5)
 verify("2.14", energies.sum(dim=0), x.square().sum(dim=(1, 2, 3)), atol=1e-10)
 
-# %%
+# %% tags=["draw"]
 picture = three_images[:2]
 coarse_picture = F.interpolate(F.avg_pool2d(picture, 4), scale_factor=4, mode="nearest")
 shown = torch.stack([picture, coarse_picture, picture - coarse_picture], dim=1).flatten(0, 1)
@@ -1082,7 +1082,7 @@ assert torch.equal(unpatchify(patchify(x, p), p), x)
 #
 # This is how the pieces fit together:
 
-# %%
+# %% tags=["draw"]
 grey = "lightgrey"
 top = {
     "picture $x_t$\n32×32, 3": (0, 3, grey),
@@ -1393,7 +1393,7 @@ for _ in range(600):
         averages[decay] = ema_update(averages[decay], jittering, decay)
         lines[f"decay {decay}"].append(averages[decay][0])
 
-# %%
+# %% tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
 for (name, line), colour in zip(lines.items(), ("lightgrey", *colours)):
     axis.plot(line, color=colour, label=name)
@@ -1589,7 +1589,7 @@ for step in progress_bar(range(400), "training"):
         unseen_losses["as they stand"].append(unseen_loss(digit_network))
         unseen_losses["averaged"].append(unseen_loss(digit_ema.model))
 
-# %%
+# %% tags=["draw"]
 kept = diffusion.alpha_bar[unseen_t].float()[:, None, None, None]
 start_loss = (kept + (1 - kept) * unseen_digits.square()).mean().item()  # (2.16)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
@@ -1744,7 +1744,7 @@ assert coarsest < 3 * whole and min(middle_level, finest) > 6 * whole
 #
 # Step by step, on unseen images:
 
-# %%
+# %% tags=["draw"]
 steps = [0, 10, 30, 60, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 999]
 same_noise = noise_like(unseen_shapes, torch.Generator().manual_seed(1))
 with torch.no_grad():
@@ -1783,7 +1783,7 @@ with torch.no_grad():
     trained(x_t, t)
 hook.remove()
 
-# %%
+# %% tags=["draw"]
 tokens = layer.norm(seen[0]).flatten(2).transpose(1, 2)  # (3, 64, C)
 q, k, _ = layer.qkv(tokens).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
 looks_at = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)  # (3, 64, 64)
@@ -1861,7 +1861,7 @@ show_table(
     ],
 )
 
-# %%
+# %% tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[3, 2], layout="constrained")
 for sampler, marker, colour in zip(("ddpm", "ddim"), "os", colours):
     own = [run for (_, name), run in runs.items() if name == sampler]
@@ -2016,7 +2016,7 @@ for variance in ("fixed_small", "fixed_large"):
     terms = bits[variance, "the network"]
     assert png < terms.sum() < 8 and terms[:3].sum() > 0.5 * terms.sum()
 
-# %%
+# %% tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
 for (variance, who), terms in bits.items():
     style = {"color": colours[variance == "fixed_large"], "linestyle": "-" if who == "the network" else ":"}

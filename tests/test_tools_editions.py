@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -10,7 +11,7 @@ from nbformat.v4 import new_code_cell
 
 import editions
 import notebooks
-from course import ROOT, CourseError
+from course import ROOT, Cell, CourseError
 from lecture26.kit import solved
 
 SAMPLE = ROOT / "tests" / "sample_course"
@@ -335,6 +336,30 @@ def test_copy_runs_solved(course):
 
 
 @pytest.mark.slow
+def cell(number, source, *tags, kind="code"):
+    return Cell("notebooks/01_waves.py", number, 1, kind, source, tags)
+
+
+def test_sections_run_once_more_from_the_last_one_on():
+    cells = [
+        cell(1, "import math"),
+        cell(2, "## One", "core", kind="markdown"),
+        cell(3, "a = 1"),
+        cell(4, "### Part *(at a second reading)*", "optional", kind="markdown"),
+        cell(5, "b = 1"),
+        cell(6, "## Two *(at a second reading)*", "optional", kind="markdown"),
+        cell(7, "c = 1"),
+    ]
+    assert [again.source for again in editions.once_more(cells)] == ["c = 1", "a = 1", "b = 1"]
+    assert editions.once_more([replace(each, tags=()) for each in cells]) == []
+
+
+def test_a_cell_that_only_draws_is_folded():
+    folded, open_ = (editions.code_cell(cell(1, "show(figure)", *tags)) for tags in (("draw",), ()))
+    assert folded.metadata == {"tags": ["draw"], "jupyter": {"source_hidden": True}}
+    assert open_.metadata == {}
+
+
 def test_one_rehearsal_runs_the_notebook_and_the_copy(course):
     shutil.copy(ROOT / "notebooks" / "jupytext.toml", course / "notebooks")
     notebooks.run(course, store=True)

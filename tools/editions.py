@@ -78,7 +78,7 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
     One run of it serves three: every cell of the notebook runs and must give its stored output, the checks of
     the solved exercises among them; and so does the learner's copy run with all exercises left open, since
     what follows an exercise gets the finished function from the package. Behind a proof stand the trials of
-    its wrong sides.
+    its wrong sides, and at the end each section runs once more.
     """
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     stored, notebook.cells = notebook.cells, []
@@ -90,7 +90,22 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
         if exercise is not None:
             to_solve, check, *rest = unsolved(exercise, cell, module_name(source))
             notebook.cells += [to_solve, hidden_cell(check.source), *rest]  # the check of what is not solved
+    notebook.cells += [hidden_cell(cell.source) for cell in once_more(cells)]
     return notebook
+
+
+def once_more(cells: list[Cell]) -> list[Cell]:
+    """The code of a chapter's sections, the last section first: whoever goes back meets no proof that breaks.
+
+    Of chapters whose sections are tagged core or optional, which promise this; none of others.
+    """
+    sections: list[list[Cell]] = []
+    for cell in cells:
+        if cell.source.startswith("## ") and {"core", "optional"} & set(cell.tags):
+            sections.append([])
+        elif sections and cell.kind == "code":
+            sections[-1].append(cell)
+    return [cell for section in reversed(sections) for cell in section]
 
 
 def is_to_solve(cell: Cell) -> bool:
@@ -123,8 +138,11 @@ def unsolved(exercise: Cell, check: Cell, module: str) -> list[nbformat.Notebook
 
 
 def code_cell(cell: Cell) -> nbformat.NotebookNode:
-    """A code cell without outputs."""
-    return new_code_cell(cell.source, metadata={"tags": list(cell.tags)} if cell.tags else {})
+    """A code cell without outputs; one that only draws is folded, so that the picture is what one sees."""
+    metadata = {"tags": list(cell.tags)} if cell.tags else {}
+    if "draw" in cell.tags:
+        metadata["jupyter"] = {"source_hidden": True}
+    return new_code_cell(cell.source, metadata=metadata)
 
 
 def hidden_cell(code: str) -> nbformat.NotebookNode:
