@@ -408,6 +408,10 @@ check("ddpm.q_sample", q_sample)
 #
 # So you can **jump in** anywhere, with *Run All Above Selected Cell*.
 #
+# Exercises are formulas, algorithms of some lines, and questions to be answered before the next cell is run; each says how
+# hard it is and how many minutes it takes. What you have solved is kept beside your copies, and shown at a chapter's end.
+# `make update` brings new versions of chapters and carries your solutions over; `make mine` makes a package of them.
+#
 # Cells tagged `export` make the package: what a notebook proves is the code that trains the models, on the [command
 # line](../README.md#the-command-line).
 

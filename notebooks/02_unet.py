@@ -40,7 +40,7 @@ from torchvision.utils import save_image
 from typer.testing import CliRunner
 
 from lecture26.__main__ import app
-from lecture26.checks import check
+from lecture26.checks import check, progress
 from lecture26.ddpm import (
     Diffusion,
     bound,
@@ -2111,7 +2111,12 @@ workshop.cleanup()
 # - Good samples and short codes are different virtues: bits per dimension (2.23) count what nobody sees.
 #
 # [Chapter 03](03_classifier_guidance.ipynb) takes the long-trained network as it is, and makes it draw what is asked for.
-#
+# What you have solved so far, in all chapters:
+
+# %% tags=["nbval-ignore-output"]
+progress()
+
+# %% [markdown]
 # [Previous: 01 DDPM](01_ddpm.ipynb) · [Next: 03 Classifier guidance](03_classifier_guidance.ipynb)
 #
 # ## References
