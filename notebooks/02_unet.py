@@ -75,6 +75,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lecture26.ddpm import at_least_float32
 from lecture26.kit.state_dicts import without_compilation
 from lecture26.kit.validation import check_positive_int, check_shape
 
@@ -1411,11 +1412,11 @@ show(figure, "One jittering curve and two averages of it: the one of decay 0.99 
 
 
 # %% tags=["export"]
-def at_least_float32(model):
+def out_of_half_precision(model):
     """Turn the weights and buffers of a model that are in half precision into float32; returns the model."""
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+            tensor.data = tensor.data.to(at_least_float32(tensor.dtype))
     return model
 
 
@@ -1440,7 +1441,7 @@ class EMA(nn.Module):
             raise ValueError(f"decay must lie in [0, 1]; got decay={decay}")
         self.decay = decay
         followed = without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
-        self.model = at_least_float32(followed)
+        self.model = out_of_half_precision(followed)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
