@@ -12,11 +12,12 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine update test quick lint tests nbval check course package notebooks benchmark clean
+.PHONY: help lab mine milestones update test quick lint tests nbval check course package notebooks benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
 	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
+	@echo "make milestones pictures drawn by these functions, chapter by chapter: build/milestones.html"
 	@echo "make update     new versions of the chapters into work/, your solutions carried over"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
@@ -38,6 +39,9 @@ lab: $(INSTALLED)
 
 mine: $(INSTALLED)
 	@$(RUN) tools/mine.py
+
+milestones: mine
+	@$(RUN) tools/milestones.py
 
 update: $(INSTALLED)
 	@$(RUN) tools/editions.py --update $(NAMES)

@@ -2839,6 +2839,27 @@ show(figure, "A quarter of an ellipse from x_0 to eps, with x_t on it and the ve
 verify("1.32", *bayes_on_outputs("v"), atol=1e-8)
 
 # %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# The finished functions have drawn all the pictures above. Now let yours draw. Save this notebook, call `make mine` in
+# a terminal (in JupyterLab: *File, New, Terminal*), and run the next cell. `make mine` checks what you have solved, and
+# builds a copy of the package in which each function that passes is yours. The cell runs on that copy, in a process of
+# its own, and says which of your functions were called in it, and how often. Where an exercise is open or wrong, the
+# course's function stands in, so that the picture is right in any case. `make milestones` draws those of all chapters,
+# on one page.
+#
+# Here your loss and your training step teach a small network, and your samplers draw: from it, and from the exact
+# denoiser.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "milestone ddpm",
+    alt="Three clusters of points: of the data, by the exact denoiser, and, with some points between them, by the network; and the loss of the network, which falls.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide begins sampling with $x_T\sim\mathcal N(0,I)$ and goes from $t=T$ to 1, with a mean $\mu_\theta(x_t)$ and a

@@ -2091,6 +2091,22 @@ print(sorted(file.name for file in Path(workshop.name, "checkpoints").iterdir())
 workshop.cleanup()
 
 # %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. The long-trained weights go through your
+# blocks, your attention and your way down and up, and the sampler of chapter 01, which may be yours as well, draws
+# images from them.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "sample --model ddpm_shapes32 --count 16",
+    alt="Sixteen images, most of which show one object in one colour on a plain or patterned background.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # Of the network, the slides say one line, under latent diffusion: 'applies U-Net denoising in latent space'. For the last

@@ -1484,7 +1484,23 @@ show(
 # The clean classifier has not even convinced itself. Its streaks look like noise to the denoiser, which takes them
 # out again, step by step; what is left in the end is some object or other. Nothing in the formula has changed; only
 # the noise is missing from the classifier's training.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your gradient of the classifier steers the
+# network of chapter 02.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --model ddpm_shapes32 --guidance classifier --class "red star" --sampler ddpm --count 16',
+    alt="Sixteen images, nearly all of which show a red star.",
+)
+
+# %% [markdown]
 # ## What the lecture's slide says
 #
 # The slide gives $x_{t-1}\sim\mathcal N(\mu+s\Sigma\nabla_{x_t}\log p_\phi(y\mid x_t),\Sigma)$, an implementation

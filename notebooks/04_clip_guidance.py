@@ -1990,6 +1990,21 @@ print(
 )
 assert (similarity["guided"] > similarity["unguided"] + 0.1).all()
 
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your attention with a mask reads the sentence,
+# and your gradient of the similarity steers by it.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --model ddpm_shapes32 --guidance clip --prompt "a yellow crescent on a dark background" --sampler ddpm --count 16',
+    alt="Sixteen images, nearly all of which show a yellow crescent on dark ground.",
+)
+
 # %% [markdown]
 # ## What the lecture's slide says
 #

@@ -1578,7 +1578,23 @@ show(figure, "Eight wishes in columns, drawn unguided and by the three guidances
 #   makes the large difference in this table, but the training with labels. It is so because shapes are a small world,
 #   which this network has learned completely. Where it has not, as in chapter 07 with its sentences, or in any
 #   photographs, the conditional model alone is vague, and a weight above 0 buys what its training could not.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. One network gives both answers, and your
+# combination of the two steers.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --model conditional_ddpm_shapes32 --guidance cfg --w 0.5 --class "blue ring" --count 16',
+    alt="Sixteen images, all of which show a blue ring.",
+)
+
+# %% [markdown]
 # ## What the lecture's slide says
 #
 # The slide gives

@@ -1571,7 +1571,23 @@ show(figure, "Two curves shaped like a U with their lowest points near a standar
 # A network has further reasons. It sees inputs whose size changes along the way by up to $\sigma_z$, is trained at
 # steps of which half teach next to nothing (see the percentages above), and its loss weights the noise levels in a way
 # chosen for data of another size. Chapter 07 never clips codes, by the way: pixels end at $-1$ and 1, codes do not.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your draw of the code stands between the
+# encoder and the decoder, and your functions measure what the way through both costs.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "milestone vae",
+    alt="Two rows of eight scenes: images, and below each what comes out of the decoder, hardly to be told from it.",
+)
+
+# %% [markdown]
 # ## What the lecture's slide says
 #
 # Three steps of a workflow, and a remark.

@@ -2261,6 +2261,21 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
 # Their `guidance_scale` of 7.5 is $w=6.5$ here. This was not run for the course, which needs no download; what is
 # tested is the interface, with random weights.
 
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your cross-attention listens to the words in
+# each step of the sampler, and your way out of the latent space leads to pixels.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --prompt "a large yellow star on a striped background" --count 4 --steps 25',
+    alt="Four images of a large yellow star on striped ground.",
+)
+
 # %% [markdown]
 # ## What the lecture's slide says
 #

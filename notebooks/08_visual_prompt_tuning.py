@@ -2264,7 +2264,23 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 # validation split is to choose from, and three seeds of the best; goes on where it was stopped; and takes several
 # GPUs with `accelerate launch -m lecture26 adapt ...`. It optimises with AdamW, and the paper with SGD: a test of the
 # claim, not a repetition of the paper's experiments.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your prompts are put into the frozen backbone
+# and learn to name digits, your head of the bank names them, and your count says what that saves.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "milestone visual_prompt_tuning",
+    alt="Twenty-four digits, each below the name that the network gives it; where that is wrong, the right one is added.",
+)
+
+# %% [markdown]
 # ## What the lecture's slide says
 #
 # - *The code of the slide.* It has the faults of the list above, and this chapter has found them by experiment on a

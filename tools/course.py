@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+
+# Tools are the course's own, whatever package the notebooks beside them have been switched to.
+os.environ.pop("LECTURE26_MINE", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_METADATA = "lecture26"  # a stored notebook's: the digest of the source it was built from

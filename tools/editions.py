@@ -97,13 +97,14 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
 def once_more(cells: list[Cell]) -> list[Cell]:
     """The code of a chapter's sections, the last section first: whoever goes back meets no proof that breaks.
 
-    Of chapters whose sections are tagged core or optional, which promise this; none of others.
+    Of chapters whose sections are tagged core or optional, which promise this; none of others. A milestone
+    runs in a process of its own, and need not be tried again.
     """
     sections: list[list[Cell]] = []
     for cell in cells:
         if cell.source.startswith("## ") and {"core", "optional"} & set(cell.tags):
             sections.append([])
-        elif sections and cell.kind == "code":
+        elif sections and cell.kind == "code" and "milestone" not in cell.tags:
             sections[-1].append(cell)
     return [cell for section in reversed(sections) for cell in section]
 

@@ -100,7 +100,8 @@ def checked(cell: Cell) -> tuple[str, str]:
     for node in ast.walk(ast.parse(without_magics(cell.source))):
         match node:
             case ast.Call(func=ast.Name("check"), args=[ast.Constant(str(name)), ast.Name(function)]):
-                return name, function
+                if name.partition(".")[2] == function:
+                    return name, function
     raise cell.error(1, 'an exercise\'s check is called as check("chapter.function", function)')
 
 
