@@ -2265,8 +2265,8 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
 # ## Your code runs the model
 #
 # Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
-# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your cross-attention listens to the words in
-# each step of the sampler, and your way out of the latent space leads to pixels.
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your combination of chapter 05
+# steers by the words, your sampler of chapter 01 draws codes, and your way out of the latent space leads to pixels.
 
 # %% tags=["milestone", "nbval-ignore-output"]
 from lecture26.kit.own_package import show_milestone

@@ -14,14 +14,14 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from course import ROOT, Cell, CourseError, notebook_sources, read_cells
 from lecture26.kit.files import replace_when_complete, write_json
-from lecture26.kit.own_package import calls_of, enlarged, read_ledger, whose
+from lecture26.kit.own_package import calls_of, enlarged, read_ledger, times, whose
 from own_code import tasks
 
 PACKAGE = Path("build") / "mine"
@@ -50,7 +50,7 @@ class Drawn:
     """What came of a milestone: a PNG and the calls of the chapters' functions; or else why there is none."""
 
     picture: bytes = b""
-    calls: Mapping[str, int] | None = None
+    calls: Mapping[str, int] = field(default_factory=dict)
     fault: str = "It has not been drawn yet."
 
 
@@ -102,13 +102,11 @@ def draw_all(root: Path, limit: float = TIME_LIMIT) -> dict[Milestone, Drawn]:
     drawn = {milestone: kept(root, milestone, package) for milestone in milestones(root)}
     write_page(root, drawn, ledger)
     for milestone, before in drawn.items():
-        if before.calls is None:
+        if before.fault:
             drawn[milestone] = draw(root, milestone, package, limit)
             write_page(root, drawn, ledger)
-        print(
-            f"{milestone.chapter}: {drawn[milestone].fault or whose(ledger, drawn[milestone].calls)}",
-            flush=True,
-        )
+        told = drawn[milestone].fault or whose(ledger, drawn[milestone].calls)[0]
+        print(f"{milestone.chapter}: {told}", flush=True)
     return drawn
 
 
@@ -160,8 +158,9 @@ h1, h2 { line-height: 1.25; }
 section { border-top: 1px solid var(--line); padding: 0.5rem 0 1.5rem; }
 figure { margin: 1rem 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-figcaption, .quiet { color: var(--quiet); overflow-wrap: anywhere; }
-progress { width: min(20rem, 100%); height: 0.9rem; vertical-align: middle; accent-color: #0072b2; }
+figcaption p { margin: 0.5rem 0; overflow-wrap: anywhere; }
+figcaption p + p, .quiet { color: var(--quiet); overflow-wrap: anywhere; }
+progress { width: min(14rem, 40%); height: 0.9rem; vertical-align: middle; accent-color: #0072b2; }
 code { font-size: 0.9em; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 .fault { border-left: 4px solid #d55e00; padding-left: 0.75rem; overflow-wrap: anywhere; }"""
@@ -202,12 +201,12 @@ def write_page(root: Path, drawn: Mapping[Milestone, Drawn], ledger: Mapping) ->
 
 def section(milestone: Milestone, drawn: Drawn, ledger: Mapping) -> str:
     """A chapter's part of the page."""
-    called = f"python -m lecture26 {milestone.command}"
+    called = f"LECTURE26_MINE={PACKAGE.as_posix()} python -m lecture26 {milestone.command}"
     if drawn.fault:
         shown = f'<p class="fault">{escape(drawn.fault)}</p>'
     else:
         source = "data:image/png;base64," + base64.b64encode(drawn.picture).decode()
-        caption = escape(whose(ledger, drawn.calls))
+        caption = "".join(f"<p>{escape(sentence)}</p>" for sentence in whose(ledger, drawn.calls))
         image = f'<img src="{source}" alt="{escape(milestone.alt)}">'
         shown = f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
     return "\n".join(
@@ -217,7 +216,7 @@ def section(milestone: Milestone, drawn: Drawn, ledger: Mapping) -> str:
             f"<p>{share(milestone.exercises, ledger)}</p>",
             shown,
             f'<p class="quiet">Drawn by <code>{escape(called)}</code></p>',
-            listed("Yours", milestone.exercises, ledger["own"]),
+            listed("Yours", milestone.exercises, with_calls(ledger["own"], drawn)),
             listed("The course's", milestone.exercises, ledger["course"]),
             "</section>",
         ]
@@ -230,6 +229,12 @@ def share(exercises: Iterable[str], ledger: Mapping) -> str:
     own = sum(name in ledger["own"] for name in exercises)
     told = f"{own} of {len(exercises)} functions are yours"
     return f'<progress max="{len(exercises)}" value="{own}" aria-label="{told}"></progress> {told}.'
+
+
+def with_calls(places: Mapping[str, str], drawn: Drawn) -> dict[str, str]:
+    """Where each of the learner's functions comes from, and how often the picture's command has called it."""
+    called = {name: times(drawn.calls[name]) if name in drawn.calls else "never" for name in places}
+    return {name: f"{place}; called {called[name]} for this picture" for name, place in places.items()}
 
 
 def listed(whose: str, exercises: Iterable[str], reasons: Mapping[str, str]) -> str:

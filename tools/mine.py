@@ -39,8 +39,8 @@ HEAD = "# Made by `make mine`. What stands between two lines of dashes is the le
 BEGIN = "# --- The learner's own {}, from {}, cell {} ---"
 END = "# --- End of the learner's own {} ---"
 USE = """\
-`make milestones` lets them draw, chapter by chapter, and shows the pictures on a page. For all else, let
-LECTURE26_MINE name the folder:
+`make milestones` lets them draw, chapter by chapter, and shows the pictures on a page.
+For all else, let LECTURE26_MINE name the folder:
     LECTURE26_MINE={folder} python -m lecture26 sample --out own.png
     %env LECTURE26_MINE={folder}     (the first cell of a notebook, after a restart of its kernel)"""
 
@@ -247,7 +247,7 @@ def main() -> None:
     own = sum(verdict.own is not None for verdict in verdicts)
     print(table(verdicts))
     print(
-        f"\n{FOLDER.as_posix()}: {own} of {len(verdicts)} functions are yours. "
+        f"\n{FOLDER.as_posix()}: {own} of {len(verdicts)} functions are yours.\n"
         + USE.format(folder=FOLDER.as_posix())
     )
 

@@ -253,11 +253,16 @@ def defines(statement: Statement, function: str) -> bool:
     return isinstance(statement.node, ast.FunctionDef) and statement.node.name == function
 
 
-def is_unsolved(node: ast.FunctionDef) -> bool:
-    """Whether a function still ends in the `...` that stands for its solution."""
-    match node.body[-1]:
-        case ast.Expr(ast.Constant(value)):
-            return value is ...
+def is_unsolved(node: ast.FunctionDef | ast.With) -> bool:
+    """Whether a function still runs into the `...` that stands for its solution, perhaps inside a `with`."""
+    for statement in node.body:
+        match statement:
+            case ast.Return():
+                return False
+            case ast.With() if is_unsolved(statement):
+                return True
+            case ast.Expr(ast.Constant(value)) if value is ...:
+                return True
     return False
 
 

@@ -67,9 +67,11 @@ def run_on_own_package(*words: str) -> str:
     """
     package = own_package_dir()
     ledger = read_ledger(package)
-    told = whose(ledger, calls_of(words, package if ledger.get("own") else None))
-    work = course_dir() / "work"
-    is_old = bool(ledger) and work.is_dir() and ledger["work"] != work_digest(work)
+    if not ledger.get("own"):
+        calls_of(words, None)
+        return NOT_BUILT
+    told = " ".join(whose(ledger, calls_of(words, package)))
+    is_old = ledger["work"] != work_digest(course_dir() / "work")
     return f"{told} {OUT_OF_DATE}" if is_old else told
 
 
@@ -105,19 +107,21 @@ def calls_of(words: Iterable[str], package: Path | None, limit: float | None = N
         return json.loads(counts.read_text(encoding="utf-8"))
 
 
-def whose(ledger: Mapping, calls: Mapping[str, int]) -> str:
-    """Whose functions a command has called, in words.
+def whose(ledger: Mapping, calls: Mapping[str, int]) -> list[str]:
+    """Whose functions a command has called, in one sentence or two: the learner's, then the course's.
 
     Args:
         ledger: as `read_ledger` gives it.
         calls: as `calls_of` gives them.
     """
     if not ledger.get("own"):
-        return NOT_BUILT
+        return [NOT_BUILT]
     own = [f"{name} ({times(calls[name])})" for name in ledger["own"] if name in calls]
     others = [name for name in ledger["course"] if name in calls]
-    told = f"Functions of yours ran in it: {', '.join(own)}." if own else "None of your functions ran in it."
-    return f"{told} The course's ran for these exercises: {', '.join(others)}." if others else told
+    told = [
+        f"Functions of yours ran in it: {', '.join(own)}." if own else "None of your functions ran in it."
+    ]
+    return told + [f"The course's ran for these exercises: {', '.join(others)}."] if others else told
 
 
 def times(count: int) -> str:
