@@ -410,7 +410,18 @@ check("ddpm.q_sample", q_sample)
 #
 # Exercises are formulas, algorithms of some lines, and questions to be answered before the next cell is run; each says how
 # hard it is and how many minutes it takes. What you have solved is kept beside your copies, and shown at a chapter's end.
-# `make update` brings new versions of chapters and carries your solutions over; `make mine` makes a package of them.
+# `make update` brings new versions of chapters and carries your solutions over.
+#
+# **Your code runs the model.** Since each exercise is followed by the finished function, you would never see your own at
+# work. Save your notebooks and call `make mine` in a terminal: it checks what you have solved, and builds a copy of the
+# package, `build/mine`, in which each function that passes is yours. Two things run on it:
+#
+# - the *milestone* at the end of each chapter, a cell that draws with your functions and says which were called;
+#   `make milestones` draws them all, on one page;
+# - a whole notebook with `%env LECTURE26_MINE=build/mine` in its first cell, once its kernel has been restarted. What it
+#   imports from earlier chapters, and takes as 'finished' in its own exercises, is then yours wherever you have solved it.
+#
+# What is open or wrong stays the course's, so both run at any time. When you have solved more, call `make mine` again.
 #
 # Cells tagged `export` make the package: what a notebook proves is the code that trains the models, on the [command
 # line](../README.md#the-command-line).

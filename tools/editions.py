@@ -209,6 +209,10 @@ def make_copies(root: Path, names: list[str] | None = None, update: bool = False
             with replace_when_complete(copy) as temporary:
                 nbformat.write(learners_copy(source), temporary)
             lines.append(f"made work/{copy.name}")
+    if update:
+        known = {f"{source.stem}.ipynb" for source in notebook_sources(root)}
+        others = sorted({file.name for file in work.glob("*.ipynb")} - known)
+        lines += [f"kept work/{name} as it is: no chapter has that name" for name in others]
     every = {source.stem: names_to_solve(source) for source in notebook_sources(root)}
     try:
         solved.lay_out(work, {chapter: names for chapter, names in every.items() if names})

@@ -117,10 +117,10 @@ def without_magics(source: str) -> str:
 def own_notebooks(work: Path, source: Path) -> list[OwnNotebook]:
     """The learner's copies of a notebook in a folder, its namesake first.
 
-    Copies whose names begin alike count too, such as 01_ddpm-Copy1.ipynb.
+    Copies whose names begin with the chapter's number count too, such as 01_ddpm-Copy1.ipynb or 01_old.ipynb.
     """
     namesake = work / f"{source.stem}.ipynb"
-    others = sorted(set(work.glob(f"{source.stem}*.ipynb")) - {namesake})
+    others = sorted(set(work.glob(f"{source.stem[:3]}*.ipynb")) - {namesake})
     return [read_own_notebook(path) for path in (namesake, *others)]
 
 
