@@ -163,7 +163,8 @@ figcaption p + p, .quiet { color: var(--quiet); overflow-wrap: anywhere; }
 progress { width: min(14rem, 40%); height: 0.9rem; vertical-align: middle; accent-color: #0072b2; }
 code { font-size: 0.9em; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
-.fault { white-space: pre-wrap; border-left: 4px solid #d55e00; padding-left: 0.75rem; overflow-wrap: anywhere; }"""
+.fault { border-left: 4px solid #d55e00; padding-left: 0.75rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }"""
 DOCUMENT = """\
 <!DOCTYPE html>
 <html lang="en">

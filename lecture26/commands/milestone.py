@@ -86,6 +86,7 @@ class PointDenoiser(nn.Module):
         )  # fmt: skip
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity (B, 2) of noisy points x_t (B, 2) at their steps t (B,)."""
         angles = self.log_snr[t][:, None] * torch.tensor([0.1, 0.25, 0.5, 1.0])  # (B, 4)
         return self.layers(torch.cat([x_t, angles.sin(), angles.cos()], dim=1))
 

@@ -108,11 +108,14 @@ def calls_of(words: Iterable[str], package: Path | None, limit: float | None = N
 
 
 def whose(ledger: Mapping, calls: Mapping[str, int]) -> list[str]:
-    """Whose functions a command has called, in one sentence or two: the learner's, then the course's.
+    """Whose functions a command has called, in words.
 
     Args:
         ledger: as `read_ledger` gives it.
         calls: as `calls_of` gives them.
+
+    Returns:
+        A sentence on the learner's functions, and one on the course's if any were called for an exercise.
     """
     if not ledger.get("own"):
         return [NOT_BUILT]
@@ -125,12 +128,12 @@ def whose(ledger: Mapping, calls: Mapping[str, int]) -> list[str]:
 
 
 def times(count: int) -> str:
-    """How often, in words."""
+    """A `count` of calls in words."""
     return "once" if count == 1 else f"{count:,} times"
 
 
 def work_digest(work: Path) -> str:
-    """A text that changes with the code in the notebooks of a folder, and not with their outputs."""
+    """A text that changes with the code in the notebooks of a folder `work`, and not with their outputs."""
     digest = hashlib.sha256()
     for file in sorted(work.glob("*.ipynb")):
         content = file.read_bytes()
