@@ -10,23 +10,11 @@ import re
 import symtable
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 
-from course import Cell, read_cells
-
 MAGIC = re.compile(r"^( *)[%!?].*$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Task:
-    """An exercise of a notebook's source: its name in the checks, its function, its cell."""
-
-    name: str
-    function: str
-    cell: Cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,24 +72,6 @@ class OwnFunction:
         return f"{self.notebook}, cell {self.definition.cell}" + (
             f", with {', '.join(names)}" if names else ""
         )
-
-
-def tasks(source: Path) -> list[Task]:
-    """The exercises of a notebook's source whose functions are a part of its module."""
-    found = []
-    for cell, check in pairwise(read_cells(source)):
-        if {"exercise", "export"} <= set(cell.tags):
-            found.append(Task(*checked(check), cell))
-    return found
-
-
-def checked(cell: Cell) -> tuple[str, str]:
-    """The exercise and the function that a cell gives to `check`."""
-    for node in ast.walk(ast.parse(without_magics(cell.source))):
-        match node:
-            case ast.Call(func=ast.Name("check"), args=[ast.Constant(str(name)), ast.Name(function)]):
-                return name, function
-    raise cell.error(1, 'an exercise\'s check is called as check("chapter.function", function)')
 
 
 def without_magics(source: str) -> str:
