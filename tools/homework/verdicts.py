@@ -1,0 +1,219 @@
+"""Is an answer right? Judged by what a student's process claims, after all such processes have ended.
+
+What is said of visible cases may quote them, and the student's own errors. Of hidden cases nothing is said
+but which known mistake it is, or of what kind the fault is: neither arguments nor numbers, shapes or texts.
+"""
+
+import builtins
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import EllipsisType
+
+import torch
+
+from lecture26.checks import CheckResult, Recording
+from lecture26.checks.core import (
+    Outcome,
+    difference_in_results,
+    difference_in_traces,
+    with_traces,
+    wrong_gradient,
+)
+from lecture26.checks.judging import judge_outcomes
+from lecture26.checks.recording import record_exercise
+
+from .assignments import Item
+from .canary import sings
+from .inputs import Tests
+from .runner import Answers, Frame
+from .wire import Claims, plain_text, read_claims
+
+TAMPERED = (
+    "not graded: the process told something else of the grader's own function than what this did. Code that "
+    "changes torch or the checks themselves gets no points; your instructor has been told."
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an item earns.
+
+    points: None where a person has to score it.
+    lines: why, for the student; mistake: the name of a known one; suspicious: whether a person should look.
+    cell: the student's cell, for the graded notebook.
+    """
+
+    item: Item
+    points: float | None
+    lines: tuple[str, ...]
+    mistake: str | None = None
+    suspicious: bool = False
+    cell: str = ""
+
+
+class Judge:
+    """Judges the items of an assignment; references are called for the first time here."""
+
+    def __init__(self, tests: dict[str, Tests], answers: dict[str, dict]) -> None:
+        """tests: of the exercises, by name; answers: the right ones to questions, by name."""
+        self._tests, self._answers = tests, answers
+        self._record = functools.cache(lambda name, seed: record_exercise(tests[name].exercise, seed))
+
+    def scores(self, items: Iterable[Item], answers: Answers, missing: dict[str, str]) -> list[Score]:
+        """Of each item what it earns.
+
+        Args:
+            items: of the assignment.
+            answers: what came of the submission.
+            missing: why a notebook could not be read at all, by its name.
+        """
+        frames: dict[str, Frame] = {}
+        unread = dict(missing)
+        for frame in answers.frames:
+            if isinstance(name := frame.about.get("name"), str):
+                frames.setdefault(name, frame)
+            elif isinstance(name := frame.about.get("notebook"), str):
+                unread[name] = f"it cannot be read: {plain_text(frame.about.get('problem'))}"
+        return [
+            self._score(item, frames.get(item.exercise), unread.get(item.notebook) or answers.problem)
+            for item in items
+        ]
+
+    def _score(self, item: Item, frame: Frame | None, problem: str | None) -> Score:
+        if frame is None:
+            why = f"not graded: {problem or 'no answer came back'}."
+            return Score(item, 0.0, (why,))
+        notes = tuple(map(plain_text, frame.about.get("notes", ())))
+        cell = str(frame.about.get("cell", ""))
+        if item.kind == "paper":
+            return Score(item, None, ("scored by hand.", *notes), cell=cell)
+        if found := frame.about.get("problem"):
+            return Score(item, 0.0, (f"not right: {plain_text(found)}.", *notes), cell=cell)
+        try:
+            judged = self._judged(item, frame)
+        except Exception as error:  # only a process that was made to do so answers in another form
+            why = f"not graded: the answer has a wrong form ({type(error).__name__})."
+            judged = Score(item, 0.0, (why,), suspicious=True)
+        return replace(judged, lines=(*judged.lines, *notes), cell=cell)
+
+    def _judged(self, item: Item, frame: Frame) -> Score:
+        status = frame.about["status"]
+        if status[0] != "ok":
+            return Score(item, 0.0, (f"not right: it {status[0]}, on the notebook's cases.",))
+        if item.kind == "question":
+            return self._question(item, read_claims(frame.payloads[0], 0, 0))
+        visible = self._passes(item, frame.payloads[0], self._tests[item.exercise].visible_seed)
+        if isinstance(visible, Score):
+            return visible
+        if not visible[0]:
+            lines = tuple(visible[0].message.splitlines())
+            return Score(item, 0.0, lines, visible[0].misconception)
+        if status[1] != "ok":
+            return Score(item, 0.0, (f"It passes the notebook's cases, but on hidden ones it {status[1]}.",))
+        hidden = self._passes(item, frame.payloads[1], self._tests[item.exercise].hidden_seed)
+        if isinstance(hidden, Score):
+            return hidden
+        if not hidden[0]:
+            return Score(item, 0.0, self._about_hidden(item, *hidden), hidden[0].misconception)
+        return Score(item, item.points, ("passed, on the notebook's cases and on hidden ones.",))
+
+    def _question(self, item: Item, claims: Claims) -> Score:
+        right = self._answers[item.exercise]
+        if claims.problem:
+            why = f"not right: {claims.problem}. Write the answer itself: a number, or a text in quotes."
+            return Score(item, 0.0, (why,))
+        if claims.value is None:
+            return Score(item, 0.0, ("not answered.",))
+        if _agrees(claims.value, right["right"], right.get("within", 0.0)):
+            return Score(item, item.points, ("right.",))
+        return Score(item, 0.0, ("not right.",))
+
+    def _passes(
+        self, item: Item, payload: bytes, seed: int
+    ) -> tuple[CheckResult, tuple[Outcome, ...]] | Score:
+        """What the check says of the cases of a seed, and the outcomes; or a score where it was not tried."""
+        tests = self._tests[item.exercise]
+        hidden = seed == tests.hidden_seed
+        recording = self._record(item.exercise, seed)
+        claims = read_claims(payload, len(recording.cases), len(recording.parameters))
+        if claims.problem:
+            said = "it ends in an error on hidden cases" if hidden else claims.problem
+            return Score(item, 0.0, (f"not right: {said.rstrip('.')}.",))
+        if not sings(claims.canary, tests.canary):
+            return Score(item, 0.0, (TAMPERED,), suspicious=True)
+        outcomes = tuple(
+            with_traces(outcome, remains, case.arguments)
+            for outcome, remains, case in zip(claims.outcomes, claims.remains, recording.cases, strict=True)
+        )
+        again = claims.again
+        if tests.references:  # it has seen other exercises' answers, which must not be told on
+            outcomes, again = (tuple(map(_without_words, some)) for some in (outcomes, again))
+        result = judge_outcomes(recording, outcomes, lambda number: (outcomes[number], again[number]))
+        if result and judge_outcomes(never_right(recording), outcomes, lambda number: ()):
+            return Score(item, 0.0, (TAMPERED,), suspicious=True)
+        return result, outcomes
+
+    def _about_hidden(
+        self, item: Item, result: CheckResult, outcomes: tuple[Outcome, ...]
+    ) -> tuple[str, ...]:
+        """What may be said of hidden cases that are wrong."""
+        recording = self._record(item.exercise, self._tests[item.exercise].hidden_seed)
+        first = (
+            "It passes the notebook's cases, but not hidden ones with other shapes, numbers and schedules."
+        )
+        derivation = f"See {recording.derivation}."
+        for wrong in recording.misconceptions:
+            if wrong.name == result.misconception:
+                return first, f"The mistake is known: {wrong.name}. {wrong.hint}", derivation
+        pairs = zip(outcomes, recording.expected, strict=True)
+        fault = next(filter(None, (_kind_of_fault(*pair, recording.parameters) for pair in pairs)), "")
+        return first, fault, derivation
+
+
+def _kind_of_fault(outcome: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
+    """In what respect an outcome is wrong, in words that hold nothing of its arguments; None if it is right."""
+    if outcome.error:
+        return "It ends in an error."
+    if difference_in_results(outcome, expected):
+        return "Its results are wrong."
+    if sentence := difference_in_traces(outcome, expected, parameters):
+        return f"{sentence[0].upper()}{sentence[1:]}"
+    if name := wrong_gradient(outcome, expected, parameters):
+        return f"The gradient with respect to {name} is wrong."
+    return None
+
+
+def _without_words(outcome: Outcome) -> Outcome:
+    """An outcome without what a student's code can choose freely: an error's text, names of its own types."""
+    error = outcome.error
+    if error and not isinstance(getattr(builtins, error, None), type):
+        error = "Exception"
+    known = torch.Tensor | None | EllipsisType
+    outputs = tuple(output if isinstance(output, known) else object() for output in outcome.outputs)
+    return replace(outcome, outputs=outputs, error=error, error_text="")
+
+
+def never_right(recording: Recording) -> Recording:
+    """A check that no answer passes, unless the comparison itself has been tampered with."""
+
+    def spoiled(value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return ~value if value.dtype == torch.bool else value + 1
+
+    expected = tuple(
+        replace(
+            outcome,
+            outputs=tuple(map(spoiled, outcome.outputs)),
+            weights=tuple(map(spoiled, outcome.weights)),
+        )
+        for outcome in recording.expected
+    )
+    return replace(recording, expected=expected, misconceptions=())
+
+
+def _agrees(value: object, right: object, within: float) -> bool:
+    if isinstance(right, str) or isinstance(value, str | bool):
+        return value == right and type(value) is type(right)
+    return abs(value - right) <= within  # false for what is not a number
