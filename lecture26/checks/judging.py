@@ -59,7 +59,7 @@ def judge(recording: Recording, candidate: Callable) -> CheckResult:
         return failed("not right yet.", problem)
     outcomes = [call(candidate, case, silent=i > 0) for i, case in enumerate(recording.cases)]
     if all(outcome.unfilled for outcome in outcomes):
-        return failed("not filled in yet.", "Write its body in place of the `...`, and `return` the result.")
+        return failed("not filled in yet.", "Write its body, and `return` the result.")
     trial = _Trial(recording, outcomes)
     if not any(trial.differences):
         return CheckResult(recording.exercise, True, f"passed, on all {len(outcomes)} cases.")
