@@ -223,11 +223,18 @@ def defines(statement: Statement, function: str) -> bool:
 
 
 def is_unsolved(node: ast.FunctionDef) -> bool:
-    """Whether a function still ends in the `...` that stands for its solution."""
+    """Whether a function still ends in what stands for its solution, and returns nothing before.
+
+    That is `...` in the learner's copies, and `raise NotImplementedError` in homework.
+    """
     match node.body[-1]:
         case ast.Expr(ast.Constant(value)):
-            return value is ...
-    return False
+            open_end = value is ...
+        case ast.Raise(ast.Name("NotImplementedError") | ast.Call(ast.Name("NotImplementedError"))):
+            open_end = True
+        case _:
+            open_end = False
+    return open_end and not any(isinstance(inner, ast.Return) for inner in ast.walk(node))
 
 
 def same(one: Statement, other: Statement) -> bool:

@@ -77,7 +77,7 @@ def judge_outcomes(
         return CheckResult(recording.exercise, False, "\n".join(lines), misconception)
 
     if all(outcome.unfilled for outcome in outcomes):
-        return failed("not filled in yet.", "Write its body in place of the `...`, and `return` the result.")
+        return failed("not filled in yet.", "Write its body, and `return` the result.")
     trial = _Trial(recording, outcomes)
     if not any(trial.differences):
         return CheckResult(recording.exercise, True, f"passed, on all {len(outcomes)} cases.")

@@ -42,7 +42,7 @@ class Item:
 
     exercise: its name, such as "ddpm.q_posterior"; that of a paper question is made of its heading.
     function: the function to write, or the variable that a question sets; "" for a paper question.
-    points: at most.
+    points: at most; 0 for one that is not graded.
     grade_id: nbgrader's, of the cell that carries the points; `solution_id` is that of the student's cell.
     kind: one of KINDS; a formula or an algorithm is checked by recordings.
     notebook: the notebook it stands in, such as "01_ddpm".
@@ -99,7 +99,7 @@ class Cohort:
 
     @classmethod
     def of(cls, name: str = DEFAULT_COHORT, root: Path = ROOT) -> "Cohort":
-        """The cohort of a name in the course at `root`; CourseError for a name that is no name of a folder."""
+        """The cohort of a name in the course at `root`; CourseError for a name that no folder should have."""
         if not NAME.fullmatch(name):
             raise CourseError(f"COHORT must be made of letters, digits, - and _; got {name!r}")
         return cls(name, root / OUT / name)
@@ -151,7 +151,7 @@ class Cohort:
         return int(file.read_text())
 
     def answers(self, assignment: str) -> dict[str, dict]:
-        """Of each question, by its name: "right", the answer, and "within", how far a number may be from it."""
+        """Of each question, by its name: "right", its answer, and "within", how far off a number may be."""
         return json.loads((self.instructor(assignment) / "answers.json").read_text(encoding="utf-8"))
 
     def assignments(self) -> dict[str, Assignment]:
@@ -195,17 +195,15 @@ def write_assignments(cohort: Cohort, found: list[Assignment]) -> None:
     (cohort.folder / "assignments.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_settings(root: Path = ROOT) -> dict:
-    """The instructor's settings; CourseError where the file is no TOML."""
+def load_settings(root: Path = ROOT, file: Path = SETTINGS) -> dict:
+    """The instructor's settings; CourseError where there is no such file, or it is no TOML."""
     try:
-        return tomllib.loads((root / SETTINGS).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise CourseError(f"{SETTINGS.as_posix()}: {error}") from error
+        return tomllib.loads((root / file).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise CourseError(f"{root / file}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Items, from the notebooks' tags
-# ---------------------------------------------------------------------------------------------------------------
+# --- Items, from the notebooks' tags ---
 
 HEADING = re.compile(r"^(?:#### |\*\*)((?:Exercise|Question) \d+)(?:: (.+)|\.\*\*)", re.MULTILINE)
 KIND = re.compile(
@@ -264,7 +262,7 @@ def items_of(source: Path, points: dict) -> list[Item]:
             grade_id = f"{call[1].partition('.')[2]}-points"
             found.append(Item(call[1], call[2], worth, grade_id, kind, source.stem, said.title))
             said = Announcement()
-    return [item for item in found if item.points > 0]
+    return found
 
 
 def is_paper_question(cell: Cell) -> bool:
@@ -319,9 +317,9 @@ def assignments_of(course: Path, settings: dict) -> list[Assignment]:
             )
         )
     known = {item.exercise for assignment in found for item in assignment.items}
-    unknown = [n for n, worth in points["of"].items() if n not in known and worth > 0]
+    unknown = points["of"].keys() - known
     if unknown:
         raise CourseError(
-            f"{SETTINGS.as_posix()} gives points to {', '.join(unknown)}, which no assignment has"
+            f"{SETTINGS.as_posix()} gives points to {', '.join(sorted(unknown))}, which no assignment has"
         )
     return found
