@@ -8,6 +8,7 @@ import copy
 import html
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import nbformat
 from nbformat.v4 import new_output
 from nbgrader.api import Grade, Gradebook
 from nbgrader.utils import parse_utc
+from sqlalchemy.exc import SAWarning
 
 from .assignments import Assignment, Cohort
 from .collect import Submission
@@ -52,6 +54,15 @@ class Book:
             for name in assignment.notebooks
         }
 
+    def blank(self) -> dict[str, str]:
+        """The text of each marked cell as it was handed out, by its grade_id."""
+        return {
+            cell.metadata.nbgrader.grade_id: cell.source
+            for notebook in self._released.values()
+            for cell in notebook.cells
+            if "nbgrader" in cell.metadata
+        }
+
     def __enter__(self) -> "Book":
         self._book = Gradebook(f"sqlite:///{self._cohort.gradebook}", self._cohort.name)
         return self
@@ -64,9 +75,10 @@ class Book:
         name, student = self._assignment.name, submission.student
         timestamp = _parsed(submission.timestamp)
         self._book.update_or_create_student(student)
-        self._book.update_or_create_submission(
-            name, student, **({"timestamp": timestamp} if timestamp else {})
-        )
+        with warnings.catch_warnings(action="ignore", category=SAWarning):  # nbgrader's own affair
+            self._book.update_or_create_submission(
+                name, student, **({"timestamp": timestamp} if timestamp else {})
+            )
         for score in scores:
             self._enter_score(student, score)
         self._book.db.commit()

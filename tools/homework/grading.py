@@ -1,15 +1,15 @@
 """Grades an assignment's submissions: run all, then judge all, then write scores, notebooks and pages.
 
-What a submission's run gave is kept, so that an interrupted grading goes on where it was, and a second one only
-runs what is new: other notebooks, other tests, another grader.
+What a submission's run gave is kept, so that an interrupted grading goes on where it was, and a second one
+only runs what is new: other notebooks, other tests, another grader.
 """
 
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lecture26.kit.files import replace_when_complete
@@ -20,7 +20,7 @@ from .feedback import page
 from .gradebook import Book, Entry
 from .inputs import inputs_of, tests_of
 from .runner import Answers, Inputs, Runner, answers_in
-from .verdicts import Judge, Score
+from .verdicts import Judge, Score, unreadable
 
 OWN_FILES = [
     Path(__file__).with_name(f"{name}.py") for name in ("worker", "wire", "extract", "canary", "jail")
@@ -30,12 +30,16 @@ OWN_FILES.append(Path(__file__).parents[1] / "own_code.py")
 
 @dataclass(frozen=True)
 class Report:
-    """A student's result. suspicious: whether a person should look at the submission."""
+    """A student's result.
+
+    cpu_s: seconds of processor time that the student's code took; trouble: why it did not come to its end.
+    """
 
     submission: Submission
     scores: list[Score]
     entry: Entry
     cpu_s: float
+    trouble: str | None
 
     @property
     def points(self) -> float:
@@ -49,6 +53,7 @@ class Report:
 
     @property
     def suspicious(self) -> bool:
+        """Whether a person should look at the submission."""
         return any(score.suspicious for score in self.scores)
 
 
@@ -72,13 +77,14 @@ def grade(
     inputs = inputs_of(cohort, assignment, tests)
     runs = run_all(found, inputs, cohort.folder / "runs" / assignment.name, jobs, guarded)
     # from here on there are expected outcomes, and no process with students' code any more
-    judge = Judge(tests, cohort.answers(assignment.name))
     reports = []
     with Book(cohort, assignment) as book:
+        judge = Judge(tests, cohort.answers(assignment.name), book.blank())
         for handed_in, answers in zip(found, runs, strict=True):
+            handed_in = replace(handed_in, problems=handed_in.problems | unreadable(answers))
             scores = judge.scores(assignment.items, answers, handed_in.problems)
             entry = book.enter(handed_in, scores)
-            reports.append(Report(handed_in, scores, entry, answers.cpu_s))
+            reports.append(Report(handed_in, scores, entry, answers.cpu_s, answers.problem))
             print(_line(reports[-1], assignment), flush=True)
     write_results(cohort, assignment, reports)
     return reports
@@ -107,24 +113,22 @@ def run_all(
     if new:
         with Runner(inputs, guarded) as runner:
 
-            def run(i: int) -> None:
+            def run(i: int) -> str:
                 runs[i] = runner.run(submissions[i].notebooks)
                 _keep_run(places[i], keys[i], runs[i])
+                return submissions[i].student
 
             _all_at_once(run, new, jobs)
     return [run or Answers() for run in runs]
 
 
-def _all_at_once(run: object, numbers: list[int], jobs: int) -> None:
-    """Call a function with each number, several at once; an interrupt begins no more of them."""
+def _all_at_once(run: Callable[[int], str], numbers: list[int], jobs: int) -> None:
+    """Call a function with each number, several at once; after an interrupt no more calls begin."""
     pool = ThreadPoolExecutor(jobs)
-    done = 0
     try:
-        for _ in pool.map(run, numbers):
-            done += 1
-            print(
-                f"\r{done} of {len(numbers)} have run", end="\n" if done == len(numbers) else "", flush=True
-            )
+        calls = [pool.submit(run, number) for number in numbers]
+        for count, call in enumerate(as_completed(calls), start=1):
+            print(f"run {count} of {len(numbers)}: {call.result()}", flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -173,7 +177,8 @@ def rows(assignment: Assignment, reports: Iterable[Report]) -> list[list[object]
     found = [head]
     for report in reports:
         points = [report.entry.items[name].points for name in names]
-        problems = "; ".join(f"{name}.ipynb: {why}" for name, why in report.submission.problems.items())
+        problems = [f"{name}.ipynb: {why}" for name, why in report.submission.problems.items()]
+        problems += [report.trouble] if report.trouble else []
         found.append(
             [
                 report.submission.student,
@@ -183,7 +188,7 @@ def rows(assignment: Assignment, reports: Iterable[Report]) -> list[list[object]
                 len(report.open),
                 f"{report.entry.late_s / 3600:.1f}",
                 "yes" if report.suspicious else "",
-                problems,
+                "; ".join(problems),
             ]
         )
     return found
@@ -191,6 +196,7 @@ def rows(assignment: Assignment, reports: Iterable[Report]) -> list[list[object]
 
 def _line(report: Report, assignment: Assignment) -> str:
     notes = [f"{name}.ipynb: {why}" for name, why in report.submission.problems.items()]
+    notes += [report.trouble] if report.trouble else []
     notes += [f"{len(report.open)} to be scored by hand"] if report.open else []
     notes += ["LOOK AT THIS ONE: its processes told other things than they did"] if report.suspicious else []
     points = f"{report.points:g} of {assignment.points:g}"

@@ -211,7 +211,7 @@ def _end(process: subprocess.Popen) -> None:
 def _why_not_ready(answer: dict, errors: bytes) -> str:
     if "holes" in answer:
         return (
-            "students' code cannot be confined here: although Landlock and seccomp are switched on, a process "
+            "students' code cannot be confined here: with Landlock and seccomp switched on, a process "
             f"can still {', '.join(answer['holes'])}. With UNGUARDED=1 it runs with your rights"
         )
     return f"the process that runs students' code did not start:\n{errors.decode(errors='replace')[-3000:]}"

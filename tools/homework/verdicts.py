@@ -52,31 +52,38 @@ class Score:
     cell: str = ""
 
 
+def unreadable(answers: Answers) -> dict[str, str]:
+    """Why notebooks could not be read by the submission's process, by their names."""
+    about = [frame.about for frame in answers.frames if "notebook" in frame.about]
+    return {str(found["notebook"]): f"it cannot be read: {plain_text(found['problem'])}" for found in about}
+
+
 class Judge:
     """Judges the items of an assignment; references are called for the first time here."""
 
-    def __init__(self, tests: dict[str, Tests], answers: dict[str, dict]) -> None:
-        """tests: of the exercises, by name; answers: the right ones to questions, by name."""
-        self._tests, self._answers = tests, answers
+    def __init__(self, tests: dict[str, Tests], answers: dict[str, dict], blank: dict[str, str]) -> None:
+        """Give it what it needs to know.
+
+        tests: of the exercises, by name.
+        answers: the right ones to questions, by name.
+        blank: the text of each cell as it was handed out, by its grade_id.
+        """
+        self._tests, self._answers, self._blank = tests, answers, blank
         self._record = functools.cache(lambda name, seed: record_exercise(tests[name].exercise, seed))
 
-    def scores(self, items: Iterable[Item], answers: Answers, missing: dict[str, str]) -> list[Score]:
+    def scores(self, items: Iterable[Item], answers: Answers, problems: dict[str, str]) -> list[Score]:
         """Of each item what it earns.
 
         Args:
             items: of the assignment.
             answers: what came of the submission.
-            missing: why a notebook could not be read at all, by its name.
+            problems: why a notebook could not be read, by its name.
         """
-        frames: dict[str, Frame] = {}
-        unread = dict(missing)
+        frames = {}
         for frame in answers.frames:
-            if isinstance(name := frame.about.get("name"), str):
-                frames.setdefault(name, frame)
-            elif isinstance(name := frame.about.get("notebook"), str):
-                unread[name] = f"it cannot be read: {plain_text(frame.about.get('problem'))}"
+            frames.setdefault(frame.about.get("name"), frame)
         return [
-            self._score(item, frames.get(item.exercise), unread.get(item.notebook) or answers.problem)
+            self._score(item, frames.get(item.exercise), problems.get(item.notebook) or answers.problem)
             for item in items
         ]
 
@@ -86,10 +93,12 @@ class Judge:
             return Score(item, 0.0, (why,))
         notes = tuple(map(plain_text, frame.about.get("notes", ())))
         cell = str(frame.about.get("cell", ""))
-        if item.kind == "paper":
-            return Score(item, None, ("scored by hand.", *notes), cell=cell)
         if found := frame.about.get("problem"):
             return Score(item, 0.0, (f"not right: {plain_text(found)}.", *notes), cell=cell)
+        if item.kind == "paper" and cell.strip() in ("", self._blank.get(item.solution_id, "").strip()):
+            return Score(item, 0.0, ("not answered.", *notes), cell=cell)
+        if item.kind == "paper":
+            return Score(item, None, ("scored by hand.", *notes), cell=cell)
         try:
             judged = self._judged(item, frame)
         except Exception as error:  # only a process that was made to do so answers in another form
@@ -172,7 +181,7 @@ class Judge:
 
 
 def _kind_of_fault(outcome: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:
-    """In what respect an outcome is wrong, in words that hold nothing of its arguments; None if it is right."""
+    """In what respect an outcome is wrong, in words that hold nothing of its arguments; None if right."""
     if outcome.error:
         return "It ends in an error."
     if difference_in_results(outcome, expected):

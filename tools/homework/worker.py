@@ -9,7 +9,7 @@ inputs and nothing else. So a process with a student's code holds neither other 
 outcomes nor, but for the exercises that its own builds on, any solution.
 
 CONFIG is JSON; `runner.settings` makes it. The grader talks through a socket: it sends {"run": sizes} with
-the files of a submission and gets the process's number, and sends {"end": number} when it has read all it wants.
+the files of a submission and gets the process's number; it sends {"end": number} when it has read all it wants.
 """
 
 import json

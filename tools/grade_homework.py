@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from course import CourseError
-
-from .assignments import DEFAULT_COHORT, Cohort
+from homework.assignments import DEFAULT_COHORT, Cohort
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
         if not asked.submissions.is_dir():
             raise CourseError(f"SUBMISSIONS must be a folder; got {asked.submissions}")
         cohort.use_course()
-        from .grading import grade  # not before it is known whose lecture26 it grades with
+        from homework.grading import grade  # not before it is known whose lecture26 it grades with
 
         grade(cohort, assignment, asked.submissions, asked.jobs, not asked.unguarded)
     except CourseError as error:
