@@ -22,7 +22,7 @@ from own_code import without_magics
 
 from .assignments import Assignment, Cohort, assignments_of, write_assignments
 from .course_copy import copy_course
-from .leaks import leaks, secrets_of
+from .leaks import Secret, Secrets, leaks
 from .nbgrader_setup import TO_ANSWER, settings, write_settings
 from .notebook import Built, source_notebook
 from .package import HANDED_OUT, Modules, handed_modules, write_package
@@ -64,13 +64,15 @@ def build(cohort: Cohort, root: Path = ROOT, private: Path | None = None) -> lis
     for assignment in found:
         lines += write_source(cohort, assignment, root)
     record(cohort)
+    secrets = Secrets(cohort.course)
     for assignment in found:
-        release(cohort, assignment)
+        seed = Secret(str(cohort.secret_seed(assignment.name)), "the seed of the hidden tests")
+        release(cohort, assignment, [*secrets.of(assignment), seed])
         lines.append(
             f"{assignment.name}: {len(assignment.items)} items, {assignment.points:g} points: "
             f"{cohort.hand_out(assignment.name)}"
         )
-    return lines
+    return lines + [f"note: {sentence}" for sentence in secrets.told_by_chapters()]
 
 
 def write_source(cohort: Cohort, assignment: Assignment, root: Path) -> list[str]:
@@ -182,9 +184,8 @@ def record(cohort: Cohort) -> None:
         raise CourseError(f"recording the checks failed:\n{run.stderr.strip()}")
 
 
-def release(cohort: Cohort, assignment: Assignment) -> None:
+def release(cohort: Cohort, assignment: Assignment, secrets: list[Secret]) -> None:
     """Let nbgrader make what is handed out and fill its gradebook; search it, and pack it."""
-    cohort.secret_seed(assignment.name)
     config = settings(cohort)
     config.GenerateAssignment.preprocessors = [
         ClearAnswers if step is ClearSolutions else step
@@ -195,7 +196,7 @@ def release(cohort: Cohort, assignment: Assignment) -> None:
         said = [line for line in made["log"].splitlines() if not line.startswith("[INFO]")]
         raise CourseError(f"nbgrader cannot make {assignment.name}:\n" + "\n".join(said))
     folder = cohort.release(assignment.name)
-    given_away = leaks(folder, secrets_of(cohort, assignment))
+    given_away = leaks(folder, secrets)
     if given_away:
         shutil.rmtree(folder)
         raise CourseError(f"{assignment.name} would give away:\n" + "\n".join(given_away))

@@ -17,7 +17,7 @@ from pathlib import Path
 from course import SOLUTION_MARKERS, Cell, module_name, notebook_sources, read_cells
 from own_code import without_magics
 
-from .assignments import Assignment, Cohort, folded_answer, is_paper_question
+from .assignments import Assignment, folded_answer, is_paper_question
 
 SHORTEST = 24  # characters without white space: shorter ones, such as `x = x + 1`, say nothing
 BEGIN, END = SOLUTION_MARKERS
@@ -38,36 +38,35 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def secrets_of(cohort: Cohort, assignment: Assignment) -> list[Secret]:
-    """All that an assignment must not hold, but for what the chapters say outside of the answers."""
-    own = [cohort.course / "notebooks" / f"{name}.py" for name in assignment.notebooks]
-    sources = notebook_sources(cohort.course)
-    later = [source for source in sources if source >= min(own)]
-    found = [secret for source in later for secret in in_notebook(source)]
-    checks = cohort.course / "lecture26" / "checks" / "chapters"
-    for source in later:
-        file = checks / f"{module_name(source)}.py"
-        if file.exists():
-            found += in_checks(file)
-    found = [secret for secret in found if len(secret.text) >= SHORTEST]
-    found.append(Secret(str(cohort.secret_seed(assignment.name)), "the seed of the hidden tests"))
-    told = "\n".join(haystack for source in sources for haystack in outside_answers(source))
-    return [secret for secret in found if secret.text not in told]
+class Secrets:
+    """What a course's assignments must not hold, but for what its chapters say outside of the answers."""
+
+    def __init__(self, course: Path) -> None:
+        checks = course / "lecture26" / "checks" / "chapters"
+        self.by_notebook: dict[str, list[Secret]] = {}
+        told = []
+        for source in notebook_sources(course):
+            file, cells = checks / f"{module_name(source)}.py", read_cells(source)
+            found = [*in_notebook(cells), *(in_checks(file) if file.exists() else ())]
+            self.by_notebook[source.stem] = [secret for secret in found if len(secret.text) >= SHORTEST]
+            told += outside_answers(cells)
+        self.told = "\n".join(told)
+
+    def of(self, assignment: Assignment) -> list[Secret]:
+        """What an assignment must not hold: of its own notebooks and of those that come after its first."""
+        first = min(assignment.notebooks)
+        found = [secret for name, secrets in self.by_notebook.items() if name >= first for secret in secrets]
+        return [secret for secret in found if secret.text not in self.told]
+
+    def told_by_chapters(self) -> list[str]:
+        """Which answers a chapter tells outside of them, as sentences for its author."""
+        found = [secret for secrets in self.by_notebook.values() for secret in secrets]
+        found = [s for s in found if s.text in self.told and s.what.startswith("an answer")]
+        return list(dict.fromkeys(f"{s.what} stands in the chapters' text, too: {s.text}" for s in found))
 
 
-def told_by_chapters(course: Path) -> list[str]:
-    """Where a chapter itself tells what one of its exercises computes, as sentences for its author."""
-    found = []
-    for source in notebook_sources(course):
-        told = "\n".join(outside_answers(source))
-        secrets = [s for s in in_notebook(source) if len(s.text) >= SHORTEST and s.text in told]
-        found += [f"{s.what} stands outside of it, too: {s.text}" for s in secrets]
-    return list(dict.fromkeys(found))
-
-
-def in_notebook(source: Path) -> Iterator[Secret]:
+def in_notebook(cells: list[Cell]) -> Iterator[Secret]:
     """The answers of a chapter's exercises and questions, and the rubrics of those on paper."""
-    cells = read_cells(source)
     for cell in cells:
         if {"exercise", "question"} & set(cell.tags):
             for answer in SOLUTION.findall(cell.source):
@@ -104,9 +103,9 @@ def is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
-def outside_answers(source: Path) -> Iterator[str]:
+def outside_answers(cells: list[Cell]) -> Iterator[str]:
     """The text of a chapter without its answers."""
-    for cell in read_cells(source):
+    for cell in cells:
         yield from forms(cell, SOLUTION.sub("\n", cell.source))
 
 
@@ -149,8 +148,9 @@ def texts_in(name: str, content: bytes) -> Iterator[str]:
         yield from normalised(text)
     elif name.endswith((".ipynb", ".json")):
         for string in strings_in(json.loads(text)):
-            yield squeezed(string)
-            yield from normalised(string)
+            if len(string) >= SHORTEST:
+                yield squeezed(string)
+                yield from normalised(string)
     elif name.endswith(".zip"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for member in archive.namelist():
@@ -166,7 +166,8 @@ def strings_in(plain: object) -> Iterator[str]:
             yield key
             yield from strings_in(value)
     elif isinstance(plain, list):
-        if plain and all(isinstance(value, str) for value in plain):
+        if all(isinstance(value, str) for value in plain):
             yield "".join(plain)
-        for value in plain:
-            yield from strings_in(value)
+        else:
+            for value in plain:
+                yield from strings_in(value)
