@@ -29,7 +29,11 @@ def page(assignment: Assignment, submission: Submission, scores: list[Score], en
     if entry.late_s > 0:
         notes.append(f"Handed in {entry.late_s / 3600:.1f} hours late.")
     notes += [f"{name}.ipynb: {why}." for name, why in submission.problems.items()]
-    rows = [_row(score, entry.items[score.item.exercise]) for score in scores]
+    rows = []
+    for notebook in assignment.notebooks:
+        rows.append(f'<tr><th colspan="3">{escape(notebook)}</th></tr>\n')
+        of_notebook = (score for score in scores if score.item.notebook == notebook)
+        rows += [_row(score, entry.items[score.item.exercise]) for score in of_notebook]
     sections = [_section(score, entry.items[score.item.exercise]) for score in scores]
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -45,7 +49,6 @@ def page(assignment: Assignment, submission: Submission, scores: list[Score], en
 <p>{escape(submission.student)}</p>
 {"".join(f"<p>{escape(note)}</p>" for note in notes)}
 <table>
-<tr><th>Exercise</th><th>Points</th><th></th></tr>
 {"".join(rows)}</table>
 {"".join(sections)}</body>
 </html>
@@ -65,18 +68,23 @@ def _points(score: Score, entered: Entered) -> tuple[str, str]:
     return f"{entered.points:g} of {most:g}", kind
 
 
+def _sentence(line: str) -> str:
+    return line[:1].upper() + line[1:]
+
+
 def _row(score: Score, entered: Entered) -> str:
     words, kind = _points(score, entered)
     first = score.mistake or score.lines[0]
+    remark = "" if kind == "full" else _sentence(first[:100])
     return (
         f'<tr><td><a href="#{_anchor(score)}">{escape(score.item.title)}</a></td>'
-        f'<td class="{kind}">{words}</td><td>{escape(first[:100])}</td></tr>\n'
+        f'<td class="{kind}">{words}</td><td>{escape(remark)}</td></tr>\n'
     )
 
 
 def _section(score: Score, entered: Entered) -> str:
     words, kind = _points(score, entered)
-    lines = "".join(f"<p>{escape(line)}</p>\n" for line in score.lines)
+    lines = "".join(f"<p>{escape(_sentence(line))}</p>\n" for line in score.lines)
     if entered.points not in (None, score.points):
         lines += "<p>These points were given by hand.</p>\n"
     comment = f'<p class="comment">{escape(entered.comment)}</p>\n' if entered.comment else ""

@@ -23,7 +23,7 @@ from .runner import Answers, Inputs, Runner, answers_in
 from .verdicts import Judge, Score, unreadable
 
 OWN_FILES = [
-    Path(__file__).with_name(f"{name}.py") for name in ("worker", "wire", "extract", "canary", "jail")
+    Path(__file__).with_name(f"{name}.py") for name in ("worker", "wire", "extract", "tell", "canary", "jail")
 ]
 OWN_FILES.append(Path(__file__).parents[1] / "own_code.py")
 

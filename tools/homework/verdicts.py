@@ -107,25 +107,19 @@ class Judge:
         return replace(judged, lines=(*judged.lines, *notes), cell=cell)
 
     def _judged(self, item: Item, frame: Frame) -> Score:
-        status = frame.about["status"]
+        status, payloads = frame.about["status"], frame.payloads
         if status[0] != "ok":
             return Score(item, 0.0, (f"not right: it {status[0]}, on the notebook's cases.",))
         if item.kind == "question":
-            return self._question(item, read_claims(frame.payloads[0], 0, 0))
-        visible = self._passes(item, frame.payloads[0], self._tests[item.exercise].visible_seed)
-        if isinstance(visible, Score):
+            return self._question(item, read_claims(payloads[0], 0, 0))
+        visible = self.tried(item, payloads[0], hidden=False)
+        if not visible.points:
             return visible
-        if not visible[0]:
-            lines = tuple(visible[0].message.splitlines())
-            return Score(item, 0.0, lines, visible[0].misconception)
         if status[1] != "ok":
-            return Score(item, 0.0, (f"It passes the notebook's cases, but on hidden ones it {status[1]}.",))
-        hidden = self._passes(item, frame.payloads[1], self._tests[item.exercise].hidden_seed)
-        if isinstance(hidden, Score):
-            return hidden
-        if not hidden[0]:
-            return Score(item, 0.0, self._about_hidden(item, *hidden), hidden[0].misconception)
-        return Score(item, item.points, ("passed, on the notebook's cases and on hidden ones.",))
+            return Score(
+                item, 0.0, (f"not right: it passes the notebook's cases, but on hidden ones it {status[1]}.",)
+            )
+        return self.tried(item, payloads[1], hidden=True)
 
     def _question(self, item: Item, claims: Claims) -> Score:
         right = self._answers[item.exercise]
@@ -138,17 +132,17 @@ class Judge:
             return Score(item, item.points, ("right.",))
         return Score(item, 0.0, ("not right.",))
 
-    def _passes(
-        self, item: Item, payload: bytes, seed: int
-    ) -> tuple[CheckResult, tuple[Outcome, ...]] | Score:
-        """What the check says of the cases of a seed, and the outcomes; or a score where it was not tried."""
+    def tried(self, item: Item, payload: bytes, hidden: bool) -> Score:
+        """What an exercise earns by the visible or the hidden cases alone.
+
+        payload: what the student's process tells of its function; ValueError where it is no such thing.
+        """
         tests = self._tests[item.exercise]
-        hidden = seed == tests.hidden_seed
-        recording = self._record(item.exercise, seed)
+        recording = self._record(item.exercise, tests.hidden_seed if hidden else tests.visible_seed)
         claims = read_claims(payload, len(recording.cases), len(recording.parameters))
         if claims.problem:
-            said = "it ends in an error on hidden cases" if hidden else claims.problem
-            return Score(item, 0.0, (f"not right: {said.rstrip('.')}.",))
+            said = "it ends in an error on hidden cases" if hidden else claims.problem.rstrip(".")
+            return Score(item, 0.0, (f"not right: {said}.",))
         if not sings(claims.canary, tests.canary):
             return Score(item, 0.0, (TAMPERED,), suspicious=True)
         outcomes = tuple(
@@ -159,25 +153,32 @@ class Judge:
         if tests.references:  # it has seen other exercises' answers, which must not be told on
             outcomes, again = (tuple(map(_without_words, some)) for some in (outcomes, again))
         result = judge_outcomes(recording, outcomes, lambda number: (outcomes[number], again[number]))
-        if result and judge_outcomes(never_right(recording), outcomes, lambda number: ()):
+        if not result:
+            lines = _about_hidden(recording, result, outcomes) if hidden else _about_visible(result)
+            return Score(item, 0.0, lines, result.misconception)
+        if judge_outcomes(never_right(recording), outcomes, lambda number: ()):
             return Score(item, 0.0, (TAMPERED,), suspicious=True)
-        return result, outcomes
+        return Score(item, item.points, ("passed, on the notebook's cases and on hidden ones.",))
 
-    def _about_hidden(
-        self, item: Item, result: CheckResult, outcomes: tuple[Outcome, ...]
-    ) -> tuple[str, ...]:
-        """What may be said of hidden cases that are wrong."""
-        recording = self._record(item.exercise, self._tests[item.exercise].hidden_seed)
-        first = (
-            "It passes the notebook's cases, but not hidden ones with other shapes, numbers and schedules."
-        )
-        derivation = f"See {recording.derivation}."
-        for wrong in recording.misconceptions:
-            if wrong.name == result.misconception:
-                return first, f"The mistake is known: {wrong.name}. {wrong.hint}", derivation
-        pairs = zip(outcomes, recording.expected, strict=True)
-        fault = next(filter(None, (_kind_of_fault(*pair, recording.parameters) for pair in pairs)), "")
-        return first, fault, derivation
+
+def _about_visible(result: CheckResult) -> tuple[str, ...]:
+    """What the check says, but that nobody is to go on."""
+    first, *others = result.message.splitlines()
+    return ("not filled in.",) if first.startswith("not filled in") else ("not right.", *others)
+
+
+def _about_hidden(
+    recording: Recording, result: CheckResult, outcomes: tuple[Outcome, ...]
+) -> tuple[str, ...]:
+    """What may be said of hidden cases that are wrong."""
+    first = "not right: it passes the notebook's cases, but not hidden ones with other shapes and numbers."
+    derivation = f"See {recording.derivation}."
+    for wrong in recording.misconceptions:
+        if wrong.name == result.misconception:
+            return first, f"The mistake is known: {wrong.name}. {wrong.hint}", derivation
+    pairs = zip(outcomes, recording.expected, strict=True)
+    fault = next(filter(None, (_kind_of_fault(*pair, recording.parameters) for pair in pairs)))
+    return first, fault, derivation
 
 
 def _kind_of_fault(outcome: Outcome, expected: Outcome, parameters: tuple[str, ...]) -> str | None:

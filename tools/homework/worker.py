@@ -9,7 +9,7 @@ inputs and nothing else. So a process with a student's code holds neither other 
 outcomes nor, but for the exercises that its own builds on, any solution.
 
 CONFIG is JSON; `runner.settings` makes it. The grader talks through a socket: it sends {"run": sizes} with
-the files of a submission and gets the process's number; it sends {"end": number} when it has read all it wants.
+the files of a submission and gets the process's number; it sends {"end": number} when it has read all.
 """
 
 import json
@@ -36,7 +36,7 @@ import torch  # noqa: E402
 
 from homework import extract, jail, wire  # noqa: E402
 from homework.canary import canary, canary_case  # noqa: E402
-from lecture26.checks.core import observe  # noqa: E402
+from homework.tell import tell  # noqa: E402
 from lecture26.checks.judging import not_callable_with  # noqa: E402
 from own_code import by_name, statements  # noqa: E402
 
@@ -98,9 +98,7 @@ def main() -> None:
 
 def warm_up() -> None:
     """What torch loads at a first call, it loads before the forks."""
-    outcome, remains = observe(canary, canary_case(0))
-    tensors: dict[str, torch.Tensor] = {}
-    wire.section(wire.pack_observation(outcome, remains, tensors), tensors)
+    tell(canary, [canary_case(0)] * 2)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0).step()
     tempfile.tempdir = os.getcwd()  # else a module that asks for it would try where it can write
 
@@ -289,14 +287,7 @@ def called(code: str, item: dict, section: bytes, chapters: dict) -> bytes:
     problem = not_callable_with(tuple(item["parameters"]), result)
     if problem:
         return wire.section({"problem": problem}, {})
-    tensors: dict[str, torch.Tensor] = {}
-    *cases, last = cases
-
-    def told(function: object, case: object, seed: int) -> dict:
-        return wire.pack_observation(*observe(function, case, seed, silent=False), tensors)
-
-    outcomes, again = ([told(result, case, seed) for case in cases] for seed in (0, 1))
-    return wire.section({"outcomes": outcomes, "again": again, "canary": told(canary, last, 0)}, tensors)
+    return tell(result, cases)
 
 
 def plain_value(value: object) -> object:
