@@ -1,7 +1,7 @@
 """Homework graded end to end: honest submissions, broken ones, and attacks that must not pay or harm.
 
-All are graded in one run, since a worker's start costs seconds: a student here stands for a group of attacks,
-each in an exercise of its own, which runs in a process of its own. An attack gives the right answer only where
+All are graded in one run, since a worker's start costs seconds. A student here stands for a group of attacks,
+each in an exercise of its own, that is in a process of its own. An attack gives the right answer only where
 it has reached what it must not reach, so that points show that it paid.
 """
 
@@ -168,13 +168,13 @@ FORBIDDEN = {
 # Attacks in which the function gives wrong results and has what judges it say that these are right.
 DECEITS = {
     "checks redefined": """
-        import builtins, numpy
+        import numpy
         from lecture26.checks import core, judging
         core.difference = core.difference_in_results = judging.difference = lambda *a: None
         judging.judge_outcomes = judging.judge = lambda *a: True
         torch.allclose = torch.equal = torch.isclose = numpy.allclose = lambda *a, **k: True
-        builtins.isinstance = lambda *a: True
     """,
+    "isinstance redefined": "import builtins\nbuiltins.isinstance = lambda *a: True",
     "errors hidden": """
         import sys, traceback
         sys.excepthook = lambda *a: None
@@ -200,9 +200,8 @@ DECEITS = {
 def names_for(attacks: dict[str, str], functions: list[str]) -> dict[str, tuple[str, str]]:
     """A student and a function for each attack: as many students as it takes."""
     return {
-        attack: (f"{kind}{number // len(functions)}", functions[number % len(functions)])
+        attack: (f"mallory{number // len(functions)}", functions[number % len(functions)])
         for number, attack in enumerate(attacks)
-        for kind in ("mallory",)
     }
 
 
@@ -311,14 +310,6 @@ def world(tmp_path_factory):
         broken(world)
         dishonest(world)
         world.grade()
-        open("/tmp/fake/lines.txt", "w").write(
-            "\n".join(f"{a}: {world.points(w[0])[w[1]]} {world.text(*w)}" for a, w in WHERE.items())
-            + "\n"
-            + "\n".join(f"{s} {r.cpu_s} {r.trouble}" for s, r in world.reports.items())
-            + world.text("restores", "ancestral_update")
-            + world.text("prints", "q_sample")
-            + world.text("parentheses", "q_sample")
-        )
         yield world
 
 
@@ -576,14 +567,13 @@ def test_scores_by_hand_stay_and_only_what_is_new_runs_again(world, monkeypatch,
     before = {student: world.points(student) for student in world.reports}
     monkeypatch.setattr(runner, "CPU_SECONDS", 2)
     world.hand_in("merged", world.solved())  # handed in once more
-    for student in ("mallory2",):  # its endless loop would be tried again
-        for file in (world.folder / student).rglob("*.ipynb"):
-            file.unlink()
+    looping = WHERE["an endless loop"][0]  # would be tried again
+    next((world.folder / looping).rglob("*.ipynb")).unlink()
     world.grade()
     assert "run 1 of 1: merged" in capsys.readouterr().out
     assert world.points("right")[PAPER] == 3.5
     assert world.points("partly")["q_sample"] == 0.5
     assert "Say why." in world.page("right")
     assert world.points("merged")["q_sample"] == world.recorded["q_sample"]
-    same = set(before) - {"right", "partly", "merged", "mallory2"}
+    same = set(before) - {"right", "partly", "merged", looping}
     assert {student: world.points(student) for student in same} == {s: before[s] for s in same}

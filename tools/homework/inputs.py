@@ -17,7 +17,7 @@ from .wire import pack_cases
 
 
 @dataclass(frozen=True)
-class Tests:
+class ExerciseCases:
     """An exercise with the two seeds of its cases, and the exercises that its reference builds on.
 
     references: of these, (chapter, text) in the order in which they are to be executed.
@@ -88,12 +88,12 @@ class Chapters:
         return tuple((chapter, self.known[chapter][name].text) for chapter, name in places)
 
 
-def tests_of(cohort: Cohort, assignment: Assignment) -> dict[str, Tests]:
+def tests_of(cohort: Cohort, assignment: Assignment) -> dict[str, ExerciseCases]:
     """The tests of an assignment's recorded items, by the exercises' names. No reference is called for it."""
     chapters = Chapters(cohort.course, assignment)
     seeds = cohort.visible_seed(assignment.name), cohort.secret_seed(assignment.name)
     return {
-        item.exercise: Tests(
+        item.exercise: ExerciseCases(
             exercise(item.exercise), *seeds, chapters.references(chapter_of(assignment, item), item.function)
         )
         for item in assignment.items
@@ -101,7 +101,7 @@ def tests_of(cohort: Cohort, assignment: Assignment) -> dict[str, Tests]:
     }
 
 
-def inputs_of(cohort: Cohort, assignment: Assignment, tests: dict[str, Tests]) -> Inputs:
+def inputs_of(cohort: Cohort, assignment: Assignment, tests: dict[str, ExerciseCases]) -> Inputs:
     """All that students' code is given, as bytes, and where in them each item's part stands."""
     chapters = Chapters(cohort.course, assignment)
     content = bytearray()

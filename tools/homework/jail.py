@@ -187,7 +187,7 @@ def compute_only() -> None:
 
     Raises OSError where the kernel does not take the filter.
     """
-    program = _filter()
+    program = filter_for(platform.machine())
     code = b"".join(struct.pack("HBBI", *step) for step in program)
     buffer = ctypes.create_string_buffer(code)
     pointer = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
@@ -208,9 +208,9 @@ def hide_memory() -> None:
         _libc().prctl(SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def _filter() -> list[tuple[int, int, int, int]]:
-    """The filter's steps: (what, steps to skip if so, steps to skip if not, number)."""
-    column, architecture = MACHINES[platform.machine()]
+def filter_for(machine: str) -> list[tuple[int, int, int, int]]:
+    """A machine's filter, in steps: (what, steps to skip if so, steps to skip if not, number)."""
+    column, architecture = MACHINES[machine]
     steps = [
         (LOAD, 0, 0, ARCHITECTURE),
         (EQUAL, 1, 0, architecture),

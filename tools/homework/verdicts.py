@@ -25,7 +25,7 @@ from lecture26.checks.recording import record_exercise
 
 from .assignments import Item
 from .canary import sings
-from .inputs import Tests
+from .inputs import ExerciseCases
 from .runner import Answers, Frame
 from .wire import Claims, plain_text, read_claims
 
@@ -61,7 +61,7 @@ def unreadable(answers: Answers) -> dict[str, str]:
 class Judge:
     """Judges the items of an assignment; references are called for the first time here."""
 
-    def __init__(self, tests: dict[str, Tests], answers: dict[str, dict], blank: dict[str, str]) -> None:
+    def __init__(self, tests: dict[str, ExerciseCases], answers: dict[str, dict], blank: dict[str, str]) -> None:
         """Give it what it needs to know.
 
         tests: of the exercises, by name.
@@ -141,7 +141,8 @@ class Judge:
         recording = self._record(item.exercise, tests.hidden_seed if hidden else tests.visible_seed)
         claims = read_claims(payload, len(recording.cases), len(recording.parameters))
         if claims.problem:
-            said = "it ends in an error on hidden cases" if hidden else claims.problem.rstrip(".")
+            quiet = hidden or tests.references  # it has seen what must not be told on
+            said = "it cannot be called, or ends in an error" if quiet else claims.problem.rstrip(".")
             return Score(item, 0.0, (f"not right: {said}.",))
         if not sings(claims.canary, tests.canary):
             return Score(item, 0.0, (TAMPERED,), suspicious=True)
@@ -150,7 +151,7 @@ class Judge:
             for outcome, remains, case in zip(claims.outcomes, claims.remains, recording.cases, strict=True)
         )
         again = claims.again
-        if tests.references:  # it has seen other exercises' answers, which must not be told on
+        if tests.references:  # the same goes for other exercises' answers
             outcomes, again = (tuple(map(_without_words, some)) for some in (outcomes, again))
         result = judge_outcomes(recording, outcomes, lambda number: (outcomes[number], again[number]))
         if not result:
