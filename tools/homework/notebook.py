@@ -90,7 +90,6 @@ class _Maker:
         self.left_out: list[str] = []
         self.missing: dict[str, str] = {}  # names that no cell sets, with what they would have needed
         self.exercise_above: Cell | None = None
-        self.solving = False  # from the first exercise on
 
     def cells(self) -> list[nbformat.NotebookNode]:
         """All cells."""
@@ -150,7 +149,7 @@ class _Maker:
         """A code cell: an exercise, its check, or another one, if what it needs is there."""
         above, self.exercise_above = self.exercise_above, None
         if "exercise" in cell.tags or "question" in cell.tags:
-            self.exercise_above, self.solving = cell, True
+            self.exercise_above = cell
             item = self.items[called(self.course_cells[cell.number]).args[0].value]
             made = self.code_cell(cell, with_open_answer(cell))
             return [marked(made, item.solution_id, grade=False, solution=True)]
@@ -223,8 +222,10 @@ class _Maker:
         return [self.code_cell(cell, text)] if text.strip() else []
 
     def code_cell(self, cell: Cell, text: str) -> nbformat.NotebookNode:
-        """A code cell; from the first exercise on, its failing does not stop a run of all cells."""
-        tags = [tag for tag in cell.tags if tag in KEPT_TAGS] + ["raises-exception"] * self.solving
+        """A code cell; unless it does nothing but import, its failing does not stop a run of all cells."""
+        tags = [tag for tag in cell.tags if tag in KEPT_TAGS]
+        if not all(isinstance(statement.node, IMPORTS) for statement in code_of(cell)):
+            tags.append("raises-exception")
         metadata = {"tags": tags} if tags else {}
         if "draw" in cell.tags:
             metadata["jupyter"] = {"source_hidden": True}

@@ -1,8 +1,9 @@
 """Short messages in the place of tracebacks, where a cell fails since something is not solved yet."""
 
+import sys
 from types import TracebackType
 
-from .own_code import statements
+from .own_code import Statement, statements
 from .reading import assignment
 
 
@@ -21,6 +22,60 @@ class NotSolvedYet(ShortError, NotImplementedError):
     """Something runs on the function of an exercise that is not solved; the text says which."""
 
 
+class Missing:
+    """What a notebook's cells have not set for want of a solution.
+
+    reasons: the names, each with what is missing.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.cell: list[Statement] = []
+
+    def begin(self, text: str) -> None:
+        """Note the cell that is about to run."""
+        try:
+            self.cell = list(statements(text))
+        except SyntaxError:
+            self.cell = []
+
+    def end(self, error: BaseException | None) -> None:
+        """Note how the cell has ended, by what it raised if anything."""
+        bound = {name for statement in self.cell for name in statement.bound}
+        reason = self.reason(error) if error is not None else None
+        if reason is not None:
+            self.reasons |= dict.fromkeys(bound, reason)
+        elif error is None:
+            for name in bound:
+                self.reasons.pop(name, None)
+
+    def reason(self, error: BaseException) -> str | None:
+        """What is missing, if an error of the cell has come from that; None if it has not."""
+        if isinstance(error, NotRightYet):
+            return None
+        if isinstance(error, NotSolvedYet):
+            return str(error)
+        name = unsolved_function(error.__traceback__) if isinstance(error, NotImplementedError) else None
+        if name is not None:
+            return f"this needs {name} ({titles()[name]}), which is not solved"
+        read = [name for statement in self.cell for name in sorted(statement.used)]
+        return next((self.reasons[name] for name in read if name in self.reasons), None)
+
+
+def titles() -> dict[str, str]:
+    """The functions to be written, with the titles of their exercises."""
+    return {item["function"]: item["title"] for item in assignment()["items"] if item["function"]}
+
+
+def unsolved_function(trace: TracebackType | None) -> str | None:
+    """The function in which an error was raised, if it is one of those to be written."""
+    name = None
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_name
+        trace = trace.tb_next
+    return name if name in titles() else None
+
+
 def explain_what_is_missing() -> None:
     """In a notebook, let cells that fail for want of a solution say what they need, and nothing else."""
     try:
@@ -28,49 +83,23 @@ def explain_what_is_missing() -> None:
     except ImportError:  # a script, where tracebacks are what one wants
         return
     shell = get_ipython()
-    if shell is not None:
-        reasons: dict[str, str] = {}  # name: why no cell has set it
+    if shell is None:
+        return
+    missing = Missing()
 
-        def explain(shell, kind, error, trace, tb_offset=None):
-            reason = reason_of(error, trace, reasons)
-            if reason is None:
-                lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
-            else:
-                lines = [f"Not yet: {reason}."]
-            shell._showtraceback(kind, error, lines)
-            return lines
+    def explain(shell, kind, error, trace, tb_offset=None):
+        reason = missing.reason(error)
+        if reason is not None:
+            lines = [f"Not yet: {reason}."]
+            if "matplotlib.pyplot" in sys.modules:  # no figure that is half drawn
+                sys.modules["matplotlib.pyplot"].close("all")
+        elif isinstance(error, ShortError):
+            lines = error._render_traceback_()
+        else:
+            lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
+        shell._showtraceback(kind, error, lines)
+        return lines
 
-        def note(result):
-            error = result.error_in_exec
-            reason = reason_of(error, getattr(error, "__traceback__", None), reasons) if error else None
-            for name in set_by(result.info.raw_cell):
-                if reason is not None:
-                    reasons[name] = reason
-                elif error is None:
-                    reasons.pop(name, None)
-
-        shell.set_custom_exc((NameError, NotImplementedError), explain)
-        shell.events.register("post_run_cell", note)
-
-
-def reason_of(error: BaseException, trace: TracebackType | None, reasons: dict[str, str]) -> str | None:
-    """Why an error was raised, if it is for want of a solution; None if it is not."""
-    if isinstance(error, NotSolvedYet):
-        return str(error)
-    if isinstance(error, NotImplementedError):
-        functions = {item["function"]: item["title"] for item in assignment()["items"] if item["function"]}
-        while trace is not None:
-            name = trace.tb_frame.f_code.co_name
-            trace = trace.tb_next
-        return f"this needs {name} ({functions[name]}), which is not solved" if name in functions else None
-    if isinstance(error, NameError):
-        return reasons.get(error.name)
-    return None
-
-
-def set_by(cell: str) -> set[str]:
-    """The names that a cell sets at the top level."""
-    try:
-        return {name for statement in statements(cell) for name in statement.bound}
-    except SyntaxError:
-        return set()
+    shell.set_custom_exc((Exception,), explain)
+    shell.events.register("pre_run_cell", lambda info: missing.begin(info.raw_cell))
+    shell.events.register("post_run_cell", lambda result: missing.end(result.error_in_exec))

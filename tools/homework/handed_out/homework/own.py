@@ -36,7 +36,7 @@ def own(exercise: str) -> Callable:
 def saved(exercise: str) -> Callable:
     """The function for an exercise in the student's saved notebook, if it passes its check."""
     wanted = item(exercise)
-    where = f"{wanted['function']} ({wanted['title']} of {wanted['notebook']})"
+    where = f"{wanted['function']} ({wanted['title']}, in {wanted['notebook']})"
     found = solution(wanted, notebook(wanted["notebook"]))
     if found.problem:
         raise NotSolvedYet(f"this needs {where}, which is not solved")
