@@ -364,7 +364,9 @@ def test_names_of_the_chapter_and_finished_exercises_are_not_taken_from_the_note
     cells = notebook(
         (
             None,
-            "def chapters_own(x):\n    return 0\ndef other(x):\n    return 0\ndef helper(x):\n    return other(x)",
+            "def chapters_own(x):\n    return 0\n"
+            "def other(x):\n    return 0\n"
+            "def helper(x):\n    return other(x)",
         ),
         ("wave", "def wave(x):\n    return helper(chapters_own(other(x)))"),
     )

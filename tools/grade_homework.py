@@ -1,4 +1,4 @@
-"""Grade the submissions of an assignment: `make grade ASSIGNMENT=ddpm SUBMISSIONS=folder [COHORT=name]`."""
+"""Grade the submissions of an assignment; `make grade ASSIGNMENT=ddpm SUBMISSIONS=folder` calls it."""
 
 import argparse
 import os

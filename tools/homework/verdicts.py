@@ -61,7 +61,9 @@ def unreadable(answers: Answers) -> dict[str, str]:
 class Judge:
     """Judges the items of an assignment; references are called for the first time here."""
 
-    def __init__(self, tests: dict[str, ExerciseCases], answers: dict[str, dict], blank: dict[str, str]) -> None:
+    def __init__(
+        self, tests: dict[str, ExerciseCases], answers: dict[str, dict], blank: dict[str, str]
+    ) -> None:
         """Give it what it needs to know.
 
         tests: of the exercises, by name.
