@@ -1,9 +1,14 @@
 # What can be done with the course; `make help` lists it.
 #   NAMES=01_ddpm         only these chapters (lab, update, course, package, notebooks, nbval)
+#   COHORT=autumn         of graded homework: the course as it is held once, with a variant of its own
+#   ASSIGNMENT=ddpm SUBMISSIONS=folder JOBS=2 UNGUARDED=1      what `make grade` grades, and how
+#   PRIVATE=folder        of graded homework: exercises of your own (see homework/private_example)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
 
 NAMES ?=
+COHORT ?= default
+PRIVATE ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 # two processes of one thread each, a whole file or notebook at a time
@@ -12,13 +17,16 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine milestones update test quick lint tests nbval check course package notebooks benchmark clean
+.PHONY: help lab mine milestones update homework grade formgrader test quick lint tests nbval check course package notebooks benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
 	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
 	@echo "make milestones pictures drawn by these functions, chapter by chapter: build/milestones.html"
 	@echo "make update     new versions of the chapters into work/, your solutions carried over"
+	@echo "make homework   graded assignments from the chapters, to hand out: homework_out/COHORT"
+	@echo "make grade      scores, and a page for each student: ASSIGNMENT=ddpm SUBMISSIONS=folder"
+	@echo "make formgrader look through what was handed in, and score answers by hand, in the browser"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
 	@echo "make course     run every notebook, print seconds and memory of each chapter"
@@ -27,6 +35,7 @@ help:
 	@echo "make check      do sources, stored notebooks and modules agree?"
 	@echo "make benchmark  speed and memory side by side with peers"
 	@echo "make clean      remove .venv and caches; work/ and data/ stay"
+	@echo "Add COHORT=name and PRIVATE=folder for homework (homework/assignments.toml has its settings)."
 	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."
 
 $(INSTALLED): requirements.lock
@@ -45,6 +54,16 @@ milestones: mine
 
 update: $(INSTALLED)
 	@$(RUN) tools/editions.py --update $(NAMES)
+
+homework: $(INSTALLED)
+	@$(RUN) tools/make_homework.py --cohort "$(COHORT)" $(if $(PRIVATE),--private "$(PRIVATE)")
+
+grade: $(INSTALLED)
+	@$(RUN) tools/grade_homework.py --cohort "$(COHORT)" $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(UNGUARDED),--unguarded) "$(ASSIGNMENT)" "$(SUBMISSIONS)"
+
+formgrader: $(INSTALLED)
+	@$(RUN) tools/formgrader.py --cohort "$(COHORT)"
 
 test: lint check tests nbval
 	@echo "make test: passed"

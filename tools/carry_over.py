@@ -9,7 +9,6 @@ from own_code import (
     OwnFunction,
     OwnNotebook,
     Statement,
-    Task,
     broken,
     by_name,
     defines,
@@ -17,9 +16,9 @@ from own_code import (
     own_cell,
     own_function,
     parameters,
-    tasks,
     text_of,
 )
+from tasks import Task, tasks
 
 
 def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> list[str]:

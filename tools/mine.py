@@ -22,7 +22,6 @@ from own_code import (
     OwnFunction,
     OwnNotebook,
     Statement,
-    Task,
     by_name,
     first_line,
     own_function,
@@ -30,8 +29,8 @@ from own_code import (
     parameters,
     same,
     statements,
-    tasks,
 )
+from tasks import Task, tasks
 
 TIME_LIMIT = 60.0  # seconds for one check, of which most take less than one
 FOLDER = Path("build") / "mine"

@@ -10,23 +10,11 @@ import re
 import symtable
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 
-from course import Cell, read_cells
-
 MAGIC = re.compile(r"^( *)[%!?].*$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Task:
-    """An exercise of a notebook's source: its name in the checks, its function, its cell."""
-
-    name: str
-    function: str
-    cell: Cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,25 +72,6 @@ class OwnFunction:
         return f"{self.notebook}, cell {self.definition.cell}" + (
             f", with {', '.join(names)}" if names else ""
         )
-
-
-def tasks(source: Path) -> list[Task]:
-    """The exercises of a notebook's source whose functions are a part of its module."""
-    found = []
-    for cell, check in pairwise(read_cells(source)):
-        if {"exercise", "export"} <= set(cell.tags):
-            found.append(Task(*checked(check), cell))
-    return found
-
-
-def checked(cell: Cell) -> tuple[str, str]:
-    """The exercise and the function that a cell gives to `check`."""
-    for node in ast.walk(ast.parse(without_magics(cell.source))):
-        match node:
-            case ast.Call(func=ast.Name("check"), args=[ast.Constant(str(name)), ast.Name(function)]):
-                if name.partition(".")[2] == function:
-                    return name, function
-    raise cell.error(1, 'an exercise\'s check is called as check("chapter.function", function)')
 
 
 def without_magics(source: str) -> str:
@@ -254,7 +223,10 @@ def defines(statement: Statement, function: str) -> bool:
 
 
 def is_unsolved(node: ast.FunctionDef | ast.With) -> bool:
-    """Whether a function still runs into the `...` that stands for its solution, perhaps inside a `with`."""
+    """Whether a function still runs into what stands for its solution, perhaps inside a `with`.
+
+    That is `...` in the learner's copies, and `raise NotImplementedError` in homework.
+    """
     for statement in node.body:
         match statement:
             case ast.Return():
@@ -262,6 +234,8 @@ def is_unsolved(node: ast.FunctionDef | ast.With) -> bool:
             case ast.With() if is_unsolved(statement):
                 return True
             case ast.Expr(ast.Constant(value)) if value is ...:
+                return True
+            case ast.Raise(ast.Name("NotImplementedError") | ast.Call(ast.Name("NotImplementedError"))):
                 return True
     return False
 
