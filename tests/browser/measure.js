@@ -1,0 +1,69 @@
+// What is wrong with each slide of a deck, all steps shown; run in its page. Returns lines of text.
+() => {
+  const SMALLEST_TEXT = 20; // pixels
+  const SMALLEST_SCALE = 0.75; // of an equation
+  const faults = [];
+
+  function outside(box, frame) {
+    return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+  }
+
+  function overlap(one, other) {
+    const across = Math.min(one.right, other.right) - Math.max(one.left, other.left);
+    const down = Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top);
+    return across > 1 && down > 1;
+  }
+
+  function texts(slide) {
+    const walker = document.createTreeWalker(slide, NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (walker.nextNode()) {
+      const holder = walker.currentNode.parentElement;
+      if (walker.currentNode.data.trim() && !holder.closest("mjx-container, aside")) found.push(walker.currentNode);
+    }
+    return found;
+  }
+
+  function boxOf(node) {
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    return range.getBoundingClientRect();
+  }
+
+  Reveal.getSlides().forEach((section, index) => {
+    Reveal.slide(index);
+    section.querySelectorAll(".fragment").forEach((step) => step.classList.add("visible"));
+    const name = `slide ${index + 1} (${section.querySelector("h1, h2").textContent.trim()})`;
+    const fault = (what) => faults.push(`${name}: ${what}`);
+    const slide = section.querySelector(".slide");
+    const frame = slide.getBoundingClientRect();
+    if (Math.abs(frame.width - 1280) > 1 || Math.abs(frame.height - 720) > 1) fault(`is ${frame.width} x ${frame.height}`);
+    const content = slide.querySelector(".content").getBoundingClientRect();
+    const blocks = [...slide.querySelectorAll(".content p, .content li, .content table, .listing, .equation, .picture")];
+    for (const block of blocks) {
+      if (outside(block.getBoundingClientRect(), content)) fault(`<${block.className || block.tagName}> leaves its place`);
+      if (block.scrollWidth > block.clientWidth + 1 && block.matches(".listing")) fault("code is wider than its box");
+    }
+    blocks.forEach((one, n) => blocks.slice(n + 1).forEach((other) => {
+      if (!one.contains(other) && overlap(one.getBoundingClientRect(), other.getBoundingClientRect())) fault("two parts overlap");
+    }));
+    for (const text of texts(slide)) {
+      const size = parseFloat(getComputedStyle(text.parentElement).fontSize);
+      if (size < SMALLEST_TEXT) fault(`'${text.data.trim().slice(0, 30)}' has ${size} px`);
+      if (outside(boxOf(text), frame)) fault(`'${text.data.trim().slice(0, 30)}' leaves the slide`);
+    }
+    for (const formula of slide.querySelectorAll("mjx-container svg")) {
+      if (outside(formula.getBoundingClientRect(), frame)) fault("a formula leaves the slide");
+    }
+    for (const equation of slide.querySelectorAll(".equation")) {
+      if (Number(equation.dataset.scale) < SMALLEST_SCALE) fault(`equation scaled to ${equation.dataset.scale}`);
+    }
+    for (const image of slide.querySelectorAll("img")) {
+      if (!image.complete || !image.naturalWidth) fault("a picture is not shown");
+      if (image.getBoundingClientRect().height < 150) fault("a picture is too small");
+      if (!image.alt) fault("a picture has no description");
+    }
+    if (section.querySelector("[data-mjx-error]")) fault("mathematics that MathJax refuses");
+  });
+  return faults;
+}
