@@ -271,7 +271,7 @@ verify("1.6", torch.tensor(iterated), closed_form, atol=1e-12)
 # variance or a standard deviation.
 
 
-# %% slide=["# This line makes training cheap", "[code q_sample]", "? A factor too many or too few square roots: which of its properties would break?", "The variance: data of variance 1 would not keep it."] tags=["export", "exercise"]
+# %% slide=["# This line makes training cheap", "[code q_sample]", "? What breaks if a square root is forgotten?", "The variance: data of variance 1 do not keep it."] tags=["export", "exercise"]
 def q_sample(x_0, alpha_bar, noise):
     """Draw x_t given x_0 in one step.
 
@@ -633,7 +633,7 @@ def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
     ### END SOLUTION
 
 
-# %% slide=["# Back, if $x_0$ is known: Bayes' rule", "$$q(x_{t-1}\\mid x_t,x_0)\\ \\propto\\ q(x_t\\mid x_{t-1})\\;q(x_{t-1}\\mid x_0)$$", "A product of normals is normal. Complete the square:", "$$\\tilde\\beta_t=\\frac{1-\\bar\\alpha_{t-1}}{1-\\bar\\alpha_t}\\,\\beta_t \\tag{1.14}$$", "$$\\tilde\\mu_t=\\frac{\\sqrt{\\bar\\alpha_{t-1}}\\,\\beta_t}{1-\\bar\\alpha_t}\\,x_0+\\frac{\\sqrt{\\alpha_t}\\,(1-\\bar\\alpha_{t-1})}{1-\\bar\\alpha_t}\\,x_t \\tag{1.15}$$", "# Two weights, of what is clean and what is noisy", "[code posterior_mean]", "? In the last step back $\\bar\\alpha_{t-1}=1$. What is the mean, what the variance?", "$x_0$, and 0: nothing else is left to be known."]
+# %% slide=["# Back, if $x_0$ is known: Bayes' rule", "$$q(x_{t-1}\\mid x_t,x_0)\\ \\propto\\ q(x_t\\mid x_{t-1})\\;q(x_{t-1}\\mid x_0)$$", "A product of normals is normal. Complete the square:", "$$\\tilde\\beta_t=\\frac{1-\\bar\\alpha_{t-1}}{1-\\bar\\alpha_t}\\,\\beta_t \\tag{1.14}$$", "$$\\tilde\\mu_t=\\frac{\\sqrt{\\bar\\alpha_{t-1}}\\,\\beta_t}{1-\\bar\\alpha_t}\\,x_0+\\frac{\\sqrt{\\alpha_t}\\,(1-\\bar\\alpha_{t-1})}{1-\\bar\\alpha_t}\\,x_t \\tag{1.15}$$"]
 check("ddpm.posterior_mean", posterior_mean)
 
 

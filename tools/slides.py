@@ -68,7 +68,7 @@ CODE_WIDTH, CODE_HEIGHT, LARGEST_CODE = 1120, 480, 28  # pixels; the last is the
 TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
 EQUATION = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 NUMBER = re.compile(r"\((\d+\.\d+)\)")
-REFERENCE = re.compile(r"\[(picture|table|output|code)(?: ([^\]]+))?\]")
+REFERENCE = re.compile(r"\[(picture|table|output|code)\b *([^\]]*)\]")
 TABLE = re.compile(r"(?:^\|.*\|$\n?){3,}", re.MULTILINE)
 OPTIONAL = " *(at a second reading)*"
 
@@ -250,6 +250,8 @@ def part_of(text: str, cell: Cell, chapter: Chapter) -> Part:
         return equation(TAG.sub("", own[1]), f"({tag[1]})" if tag else "")
     if text.startswith("|"):
         return Part("table", MARKDOWN.render(text))
+    if text.startswith("["):
+        raise cell.error(0, f"{text!r} is none of [picture], [table], [output] and [code]")
     for mark, kind in (("- ", "item"), ("? ", "question"), ("", "text")):
         if text.startswith(mark):
             words = text.removeprefix(mark)
@@ -262,7 +264,7 @@ def equation(tex: str, number: str) -> Part:
     return Part("equation", f'<div class="formula">\\[{html.escape(tex)}\\]</div>{number}')
 
 
-def picture(which: str | None, cell: Cell, chapter: Chapter) -> Part:
+def picture(which: str, cell: Cell, chapter: Chapter) -> Part:
     """A stored picture of the cell."""
     outputs = chapter.outputs.get(cell.number, [])
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
@@ -278,7 +280,7 @@ def picture(which: str | None, cell: Cell, chapter: Chapter) -> Part:
     return Part("picture", image, is_wide=is_wide)
 
 
-def table(_: str | None, cell: Cell, chapter: Chapter) -> Part:
+def table(_: str, cell: Cell, chapter: Chapter) -> Part:
     """The first table of the cell's text, or of its stored output."""
     texts = [cell.source] if cell.kind == "markdown" else []
     texts += [output.get("data", {}).get("text/markdown", "") for output in chapter.outputs.get(cell.number, [])]
@@ -288,7 +290,7 @@ def table(_: str | None, cell: Cell, chapter: Chapter) -> Part:
     return Part("table", MARKDOWN.render(tables[0]))
 
 
-def output(lines: str | None, cell: Cell, chapter: Chapter) -> Part:
+def output(lines: str, cell: Cell, chapter: Chapter) -> Part:
     """What the cell printed, or lines `first-last` of it."""
     printed = "".join(each.get("text", "") for each in chapter.outputs.get(cell.number, [])).splitlines()
     if lines:
@@ -299,9 +301,9 @@ def output(lines: str | None, cell: Cell, chapter: Chapter) -> Part:
     return listing("output", html.escape(fitting(printed, cell)), printed)
 
 
-def code(what: str | None, cell: Cell, chapter: Chapter) -> Part:
+def code(what: str, cell: Cell, chapter: Chapter) -> Part:
     """A definition of the chapter, the cell, or some lines of either."""
-    name, _, lines = (what or "").partition(":")
+    name, _, lines = what.partition(":")
     name = name.strip()
     if name and name not in chapter.definitions:
         raise cell.error(0, f"the chapter defines no {name!r}")

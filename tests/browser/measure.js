@@ -53,9 +53,12 @@
       if (outside(boxOf(text), frame)) fault(`'${text.data.trim().slice(0, 30)}' leaves the slide`);
     }
     for (const formula of slide.querySelectorAll("mjx-container svg")) {
-      if (outside(formula.getBoundingClientRect(), frame)) fault("a formula leaves the slide");
+      const holder = formula.closest(".content, h1, h2, footer").getBoundingClientRect();
+      if (outside(formula.getBoundingClientRect(), holder)) fault("a formula leaves its place");
     }
     for (const equation of slide.querySelectorAll(".equation")) {
+      const number = equation.querySelector(".number");
+      if (number && outside(number.getBoundingClientRect(), content)) fault("an equation's number leaves its place");
       if (Number(equation.dataset.scale) < SMALLEST_SCALE) fault(`equation scaled to ${equation.dataset.scale}`);
     }
     for (const image of slide.querySelectorAll("img")) {

@@ -19,12 +19,15 @@ function toggleTheme() {
 // An equation that is too wide is made smaller. The tests allow this down to 0.75.
 function fitEquations() {
   for (const equation of document.querySelectorAll(".equation")) {
-    const formula = equation.querySelector("svg").getBoundingClientRect().width;
+    const formula = equation.querySelector("svg");
+    const { width, height } = formula.getBoundingClientRect();
     const number = equation.querySelector(".number");
     const room = equation.clientWidth - (number ? number.offsetWidth + 24 : 0);
-    const scale = Math.min(1, room / formula);
+    const scale = Math.min(1, room / width);
     equation.dataset.scale = scale.toFixed(3);
-    equation.querySelector(".formula").style.fontSize = `${scale}em`;
+    // in pixels: the browser rounds the unit ex, so that a smaller font would not do
+    formula.style.width = `${scale * width}px`;
+    formula.style.height = `${scale * height}px`;
   }
 }
 
