@@ -530,7 +530,7 @@ class Tokenizer:
         return row + [self.padding] * (self.length - len(row))
 
 
-# %% slide=["# Words become numbers", "[output]", "One number for each word; 0, 1 and 2 are padding, begin and end."]
+# %% slide=["# Words become numbers", "[output 2-3]", "One number for each word; 0, 1 and 2 are padding, begin and end."]
 images = load("shapes")
 words = sorted({word for caption in images.captions(range(2000)) for word in split_words(caption)})
 tokenizer = Tokenizer(words, length=12)
@@ -587,7 +587,7 @@ def masked_attention(q, k, v, mask):
     ### END SOLUTION
 
 
-# %% slide=["# A mask: no token looks at what comes after it", "$$w_{ij}=\\frac{m_{ij}\\,e^{q_i\\cdot k_j/\\sqrt d}}{\\sum_lm_{il}\\,e^{q_i\\cdot k_l/\\sqrt d}},\\qquad m^\\text{causal}_{ij}=[\\,j\\le i\\,] \\tag{4.16}$$", "[code masked_attention]"]
+# %% slide=["# A mask: no token looks at what comes after it", "$$w_{ij}=\\frac{m_{ij}\\,e^{q_i\\cdot k_j/\\sqrt d}}{\\sum_lm_{il}\\,e^{q_i\\cdot k_l/\\sqrt d}},\\qquad m^\\text{causal}_{ij}=[\\,j\\le i\\,] \\tag{4.16}$$", "[code masked_attention: scores .. return]"]
 check("clip_guidance.masked_attention", masked_attention)
 
 # %% [markdown]
