@@ -1502,7 +1502,7 @@ for kind in ("exact", "plug-in", "f at x_t"):
 for kind, (means, widths) in outcome.items():
     print(f"{kind:9}" + "".join(f"  s = {k}: {m:.2f} +- {w:.2f}" for k, m, w in zip((1, 8), means, widths)))
 
-# %% slide=["# Exact guidance hits the target, the plug-in overshoots", "[picture]", "Grey: the data; the target is best at 1. A clean $f$ at the noisy $x_t$ ends in one point."]
+# %% slide=["# Exact guidance hits the target, the plug-in overshoots", "[picture]", "Grey: the data; $f$ is highest at 1. A clean $f$, asked at the noisy $x_t$, ends in one point."]
 line = torch.linspace(-1.6, 1.8, 1000)
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.3), layout="constrained")
 V = 1 / (1 / sigma**2 + lab.alpha_bar / (1 - lab.alpha_bar))
@@ -1706,7 +1706,7 @@ show(figure, "Eight prompts in columns; rows without guidance, and with both kin
 #
 # Prompts that no training picture showed, neither for the network nor for the CLIPs: the held-out pairs.
 
-# %% slide=["# Pairs that no training ever showed", "[picture]", "Through noisy images (above) and predicted ones: colours mostly come right, shapes less often."]
+# %% slide=["# Pairs that no training ever showed", "[picture]", "Through noisy images (above) the colours come right, and most shapes; through predicted ones less."]
 held_out_prompts = [f"a large {colour} {shape}" for shape, colour in HELD_OUT_PAIRS]
 drawn = {through: draw_prompts(held_out_prompts, SCALES[through], through) for through in SCALES}
 titles = [prompt[8:].replace(" ", "\n") for prompt in held_out_prompts]

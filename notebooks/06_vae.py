@@ -1007,7 +1007,7 @@ show(figure, "Six scenes: original, with noise, and with one small object exchan
 # what remains without it is short:
 
 
-# %% slide=["# An autoencoder of images keeps the form of a picture", "- 64 x 64 x 3 to 16 x 16 x 4: a place of the code belongs to a place of the image", "- the encoder puts out means and log-variances", "- the decoder is its mirror image, and draws nothing", "? Why no skips from the one to the other?", "What does not go through the code must not arrive."] tags=["export"]
+# %% slide=["# An autoencoder of images keeps the form of a picture", "- $64\\times64\\times3$ to $16\\times16\\times4$: a place of the code belongs to a place of the image", "- the encoder puts out means and log-variances", "- the decoder is its mirror image, and draws nothing", "? Why no skips from the one to the other?", "What does not go through the code must not arrive."] tags=["export"]
 class PlainBlock(nn.Module):
     """Chapter 02's residual block without an embedding: two convolutions around a skip.
 
@@ -1506,7 +1506,7 @@ assert abs(scale / metrics["latent_scale"] - 1) < 0.1
 #
 # The same noise at the same step, on codes of three sizes, and decoded:
 
-# %% slide=["# The same step, three sizes of codes", "[picture]", "Half-way: nothing is left, it is as it should be, and nothing has happened yet."]
+# %% slide=["# Without it: the same step, three sizes of codes", "[picture]", "Half-way: nothing is left, it is as it should be, and nothing has happened yet."]
 step, sizes = 500, (0.1, 1.0, 10.0)
 kept = diffusion.alpha_bar[step].float()
 codes = scale * mean[:8]  # of standard deviation 1

@@ -70,6 +70,7 @@ EQUATION = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 NUMBER = re.compile(r"\((\d+\.\d+)\)")
 REFERENCE = re.compile(r"\[(picture|table|output|code)\b *([^\]]*)\]")
 TABLE = re.compile(r"(?:^\|.*\|$\n?){3,}", re.MULTILINE)
+LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")  # of a note: it is read aloud
 OPTIONAL = " *(at a second reading)*"
 
 
@@ -200,7 +201,7 @@ def read_slides(chapter: Chapter) -> list[Slide]:
             if text.startswith("# "):
                 section = chapter.section_of(cell)
                 notes = chapter.speaker_notes.get(section) or "\n\n".join(prose)
-                slides.append(Slide(text.removeprefix("# "), section, cell, notes=notes))
+                slides.append(Slide(text.removeprefix("# "), section, cell, notes=LINK.sub(r"\1", notes)))
                 prose = []
             else:
                 slides[-1].parts.append(part_of(text, cell, chapter))

@@ -63,7 +63,7 @@
     }
     for (const image of slide.querySelectorAll("img")) {
       if (!image.complete || !image.naturalWidth) fault("a picture is not shown");
-      if (image.getBoundingClientRect().height < 150) fault("a picture is too small");
+      if (image.getBoundingClientRect().height < 100) fault("a picture is too small");
       if (!image.alt) fault("a picture has no description");
     }
     if (section.querySelector("[data-mjx-error]")) fault("mathematics that MathJax refuses");
