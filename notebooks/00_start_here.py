@@ -395,7 +395,7 @@ check("ddpm.q_sample", q_sample)
 # Whatever gives the right values passes. Go back to the first try and mend it, or drop the other root, swap the factors,
 # let it crash.
 
-# %% [markdown] slide=["# How to work", "- `make lab` makes copies that are yours.", "- Fill in a body, run its check, compare with the folded answer.", "- The next cell takes the finished function: the rest runs whatever you typed.", "- So you can jump in anywhere."] tags=["core"]
+# %% [markdown] slide=["# Your copies are yours: jump in anywhere", "- `make lab` makes copies that are yours.", "- Fill in a body, run its check, compare with the folded answer.", "- The next cell takes the finished function: the rest runs whatever you typed.", "- `make mine` builds a package of what you have solved."] tags=["core"]
 # ## How to work
 #
 # `make lab` has put copies of the notebooks into `work/`. They are yours: no command writes over them. An exercise there has

@@ -1159,7 +1159,7 @@ for scale in (0.0, 1.0, 4.0, 8.0, 16.0, 40.0):
     source = torch.Generator().manual_seed(7)
     by_scale[f"s = {scale:g}"] = sample(short, guided, x_T.shape, ddpm_step, source, x_T)
 
-# %% slide=["# Red stars, at last", "[picture]", "The same noise in each column: colour obeys first, then the outline; large scales change everything."]
+# %% slide=["# Colour obeys first, then the outline", "[picture]", "Red stars at six scales, from the same noise in each column; large ones change everything."]
 figure = show_grid(torch.cat(list(by_scale.values())), row_titles=list(by_scale), inches_per_image=1.0)
 show(figure, "Rows of eight pictures, from unguided to strongly guided: more and more of them are red stars.")
 

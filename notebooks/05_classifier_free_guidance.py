@@ -1228,7 +1228,7 @@ print(f"asymmetry of the Jacobian, 0 for a gradient: {asymmetry:.1f}")
 # Eight times the same noise, the condition 'red star', fifty DDIM steps, and weights from unconditional to far too
 # large:
 
-# %% slide=["# Red stars, from the same noise", "[picture]", "At $w=0$ both sizes; above it the stars grow, the red deepens, and at last they glare."]
+# %% slide=["# Larger weights: larger, redder, glaring", "[picture]", "Red stars from the same noise: at $w=0$ of both sizes, above it nearly all of them large."]
 star = torch.tensor([images.labels["shape"].index("star"), images.labels["colour"].index("red")]).expand(8, 2)
 none_of_8 = torch.tensor(recipe.num_classes).expand(8, 2)
 x_T = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6))

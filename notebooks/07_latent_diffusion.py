@@ -103,7 +103,7 @@ from lecture26.vae import KLVAE, reparameterize
 # $(HW)^2$ scores, each a dot product of $C$ numbers, and as much again to mix the values. PyTorch can count what is
 # really computed:
 
-# %% slide=["# What a pixel costs", "(7.1)", "? Sides smaller by $f=4$: by what factors do both shrink?", "A convolution by $f^2=16$, attention by $f^4=256$.", "What a whole network saves is less, and depends on what it is compared with."]
+# %% slide=["# Attention pays most for pixels", "(7.1)", "? Sides smaller by $f=4$: by what factors do both shrink?", "A convolution by $f^2=16$, attention by $f^4=256$.", "What a whole network saves is less, and depends on what it is compared with."]
 sides = (64, 32, 16)
 convolution = nn.Conv2d(32, 48, 3, padding=1, bias=False)
 
@@ -1437,7 +1437,7 @@ show(figure, "The loss of the last run falls at first, while the lesson is learn
 # *The loss of the last run, cross entropy of the lesson included. Its scale is not that of the short training above,
 # since its steps are drawn otherwise.*
 
-# %% slide=["# Six prompts", "[picture]", "One prompt a row, one noise a column; the fourth and the fifth hold the same words in other places."]
+# %% slide=["# Each object in its own colour, at its own place", "[picture]", "One prompt a row, one noise a column; the fourth and the fifth hold the same words in other places."]
 prompts = [
     "a large yellow star on a striped background",
     "a small purple heart on a light background",
@@ -1461,7 +1461,7 @@ show(
 #
 # The same noise at several weights:
 
-# %% slide=["# The weight again", "[picture]", "Anything at $w=-1$, what was asked for from 1 on, and edges that are pushed too far at 8."]
+# %% slide=["# From a weight of 1 on it draws what was asked for", "[picture]", "One prompt, six seeds: anything at $w=-1$, and edges that are pushed too far at 8."]
 weights = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 wish = "a small red star above a large blue ring on a light background"
 drawn = [pipeline.text_to_image([wish] * 6, w=w, steps=30, generator=seeds(10, 6)) for w in weights]
@@ -1717,7 +1717,7 @@ at_place, by_hand = word_maps(layers[0], 8, 8)[0, :, 2, 5], layers[0][0, :, 2 * 
 sums = maps.sum(dim=0).flatten()
 verify("7.12", torch.cat([sums, at_place]), torch.cat([torch.ones(64), by_hand]), atol=1e-5)
 
-# %% slide=["# Where each word is looked at from", "[picture]", "'Star' from the star, 'ring' from the ring, 'dark' from the ground."]
+# %% slide=["# Each word is looked at from its object", "[picture]", "'Star' from the star, 'ring' from the ring, 'dark' from the ground."]
 pieces = ["(begin)", *wish.split(), "(end)"]
 chosen = [2, 3, 4, 7, 10, 11, 12, 15, 17]
 figure, axes = plt.subplots(2, 5, figsize=(11, 4.8), layout="constrained")
@@ -1816,7 +1816,7 @@ class LatentDiffusion(LatentDiffusion):
         return self.decode(sample(diffusion, denoiser, z_t.shape, ddim_step, x_T=z_t, start=start))
 
 
-# %% slide=["# From a picture to a picture", "[picture]", "Noised up to a step, then denoised as the prompt says: more strength, less of the original."]
+# %% slide=["# From a picture to a picture: the strength decides what survives", "[picture]", "Noised up to a step, then denoised as the prompt says: more strength, less of the original."]
 original = shapes.batch([3])["image"]
 print("it shows:", shapes.captions([3])[0])
 wish, strengths = "a large blue heart on a light background", (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -1927,7 +1927,7 @@ class LatentDiffusion(LatentDiffusion):
         return torch.where(is_unknown, self.decode(z_0), images)
 
 
-# %% slide=["# The right half, drawn five times", "[picture]", "The left half is given; stripes and shades go on across the border."]
+# %% slide=["# Stripes and shades go on across the border", "[picture]", "The left half is given, and the right half drawn for a prompt, five times."]
 original = scenes.batch([7])["image"]
 print("it shows:", scenes.captions([7])[0])
 hidden = torch.zeros(1, 1, 64, 64, dtype=torch.bool)

@@ -1425,7 +1425,7 @@ def bias_tuning(vit, num_classes):
     return model
 
 
-# %% slide=["# The alternatives", "- **linear probe**: a new head, and nothing else", "- **biases only**: the same vector for each token", "- **prompts**: shallow, or deep", "- **full fine-tuning**: everything, on a copy", "? Which of them can change the ratio (8.12) within a block?"]
+# %% slide=["# Prompts are one way among several", "- **linear probe**: a new head, and nothing else", "- **biases only**: the same vector for each token", "- **prompts**: shallow, or deep", "- **full fine-tuning**: everything, on a copy", "? Which of them can change the ratio (8.12) within a block?"]
 model = bias_tuning(vit, num_classes=8)
 collected = []
 layer = model.blocks[2].mlp.fc1
@@ -1516,7 +1516,7 @@ adapt_live("vpt-deep")
 # %%
 adapt_live("full")
 
-# %% slide=["# Three methods on the digits, live", "[picture]", "Learning rates differ by far: what suits prompts and heads lies much above that of full fine-tuning."]
+# %% slide=["# Deep prompts learn the digits nearly as fast as all weights", "[picture]", "Learning rates differ by far: what suits prompts and heads lies much above that of full fine-tuning."]
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for (method, losses), colour in zip(curves.items(), colours):
     smooth = torch.tensor(losses).unfold(0, 10, 5).mean(dim=1)
@@ -1771,7 +1771,7 @@ for method, runs in by_length.items():
         print(f"{method:12} n = {run['num_prompts']:2}  {with_spread(run)} %  trained {run['trained']:6,}  "
               f"learning rate {run['learning_rate']:g}")  # fmt: skip
 
-# %% slide=["# How many prompts?", "[picture]", "One deep prompt at each block gains a little, eight most of it; full fine-tuning stays ahead."]
+# %% slide=["# One prompt gains a little, eight most of it", "[picture]", "Accuracy of counting by the number of prompts: full fine-tuning stays ahead."]
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for (method, runs), marker, colour in zip(by_length.items(), "os", colours[1:]):
     counts, shares = [run["num_prompts"] for run in runs], [run["accuracy"] for run in runs]

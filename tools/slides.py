@@ -45,7 +45,9 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 import npm
+from chromium import chromium
 from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, notebook_sources, read_cells
+from export import SECOND_READING
 
 DECK = Path(__file__).parent / "deck"
 FROM_NPM = {
@@ -65,13 +67,15 @@ WIDE = 1.75  # a picture at least this much wider than high stands above its sen
 PICTURE_WIDTH, PICTURE_HEIGHT = 1168, 460  # pixels that a picture above its sentence may take
 CODE_WIDTH, CODE_HEIGHT, LARGEST_CODE = 1120, 480, 28  # pixels; the last is the size of the letters
 
+READY = 'body[data-ready="true"]'  # of a deck in a browser: all is set, and can be shown
+PRINTING_TIMEOUT = 300_000  # milliseconds
+
 TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
 EQUATION = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 NUMBER = re.compile(r"\((\d+\.\d+)\)")
 REFERENCE = re.compile(r"\[(picture|table|output|code)\b *([^\]]*)\]")
 TABLE = re.compile(r"(?:^\|.*\|$\n?){3,}", re.MULTILINE)
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")  # of a note: it is read aloud
-OPTIONAL = " *(at a second reading)*"
 
 
 def maths(content: str, options: dict) -> str:
@@ -165,21 +169,41 @@ class Chapter:
 
     @cached_property
     def speaker_notes(self) -> dict[str, str]:
-        """What the teaching plan says on each section, by its heading."""
-        plan = self.source.parents[1] / "teaching" / f"{self.source.stem}.toml"
-        if not plan.exists():
+        """What the teaching text of the chapter says on each section, in Markdown, by heading."""
+        path = self.source.parents[1] / "teaching" / f"{self.source.stem}.toml"
+        if not path.exists():
             return {}
-        return {}
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))["sections"]
+        return {heading: notes_of(entry) for heading, entry in entries.items()}
 
-    def section_of(self, cell: Cell) -> str:
-        """The heading of the section in which a cell stands; that of the chapter before the first one."""
-        heading = ""
-        for other in self.cells[: cell.number]:
-            if other.kind == "markdown":
-                for line in other.source.splitlines():
-                    if line.startswith("## "):
-                        heading = line.removeprefix("## ").removesuffix(OPTIONAL)
-        return heading
+    def headings_above(self, cell: Cell) -> list[str]:
+        """The headings of the sections in which a cell stands, the inmost last; a cell begins with its own."""
+        lines = [
+            line
+            for other in self.cells[: cell.number]
+            if other.kind == "markdown"
+            for line in (other.source if other.number < cell.number else first_line(cell)).splitlines()
+            if re.match(r"##+ ", line)
+        ]
+        section = max((n for n, line in enumerate(lines) if line.startswith("## ")), default=len(lines))
+        return [line.lstrip("# ").removesuffix(SECOND_READING) for line in lines[section:]]
+
+
+def first_line(cell: Cell) -> str:
+    """The first line of a cell's text."""
+    return cell.source.partition("\n")[0]
+
+
+def notes_of(entry: dict) -> str:
+    """What a speaker wants to see of a section's entry in the teaching text."""
+    asked = entry.get("predict", {})
+    lines = [
+        entry["say"],
+        f"**Ask:** {asked['question']} *{asked['answer']}*" if asked else "",
+        f"**Where people stumble:** {entry['stumble']}",
+        f"**The question that always comes:** {entry['question']} *{entry['answer']}*",
+    ]
+    return "\n\n".join(filter(None, lines))
 
 
 def segment(cell: Cell, node: ast.stmt) -> str:
@@ -199,9 +223,11 @@ def read_slides(chapter: Chapter) -> list[Slide]:
             raise cell.error(0, f"the first text of `slide` must be '# Title'; got {cell.slide[0]!r}")
         for text in cell.slide:
             if text.startswith("# "):
-                section = chapter.section_of(cell)
-                notes = chapter.speaker_notes.get(section) or "\n\n".join(prose)
-                slides.append(Slide(text.removeprefix("# "), section, cell, notes=LINK.sub(r"\1", notes)))
+                headings = chapter.headings_above(cell)
+                planned = [chapter.speaker_notes[each] for each in headings if each in chapter.speaker_notes]
+                notes = LINK.sub(r"\1", planned[-1] if planned else "\n\n".join(prose))
+                section = headings[0] if headings else chapter.title
+                slides.append(Slide(text.removeprefix("# "), section, cell, notes=notes))
                 prose = []
             else:
                 slides[-1].parts.append(part_of(text, cell, chapter))
@@ -386,7 +412,7 @@ def title_page(chapter: Chapter) -> str:
     title, _, subtitle = title.partition(": ")
     return (
         f'<section class="title" id="title"><div class="slide"><h1>{MARKDOWN.renderInline(title)}</h1>'
-        f'<div class="content"><p class="text">{MARKDOWN.renderInline(subtitle.capitalize())}</p></div>'
+        f'<div class="content"><p class="text">{MARKDOWN.renderInline(subtitle[:1].upper() + subtitle[1:])}</p></div>'
         f"<footer><span>Chapter {number}</span></footer></div></section>"
     )
 
@@ -403,7 +429,7 @@ def page(chapter: Chapter, slide: Slide, number: int) -> str:
     return (
         f'<section class="{layout}"><div class="slide"><h2>{MARKDOWN.renderInline(slide.title)}</h2>'
         f'<div class="content">{content}</div>'
-        f"<footer><span>{MARKDOWN.renderInline(slide.section or chapter.title)}</span><span>{number}</span></footer></div>"
+        f"<footer><span>{MARKDOWN.renderInline(slide.section)}</span><span>{number}</span></footer></div>"
         f'<aside class="notes">{MARKDOWN.render(slide.notes)}</aside></section>'
     )
 
@@ -448,6 +474,21 @@ def build(root: Path, names: list[str] | None = None) -> list[str]:
     return [*lines, f"open {(folder / 'index.html').relative_to(root)} in a browser"]
 
 
+def print_decks(root: Path, names: list[str] | None = None) -> list[str]:
+    """Print decks that were built into root/build/slides/NN_name.pdf, each slide with all its steps on a page."""
+    lines = []
+    with chromium() as browser:
+        for source in notebook_sources(root, names):
+            deck = root / "build" / "slides" / f"{source.stem}.html"
+            page = browser.new_page()
+            page.goto(f"{deck.resolve().as_uri()}?print-pdf")
+            page.wait_for_selector(READY, timeout=PRINTING_TIMEOUT)
+            page.pdf(path=deck.with_suffix(".pdf"), prefer_css_page_size=True, print_background=True)
+            page.close()
+            lines.append(f"printed {deck.with_suffix('.pdf').relative_to(root)}")
+    return lines
+
+
 def code_style() -> str:
     """The colours of code, on light and on dark ground."""
     light, dark = HtmlFormatter(style="default"), HtmlFormatter(style="github-dark")
@@ -476,7 +517,7 @@ def main() -> None:
     try:
         lines = build(arguments.root, arguments.names)
         if arguments.pdf:
-            pass
+            lines += print_decks(arguments.root, arguments.names)
         print("\n".join(lines))
     except CourseError as error:
         sys.exit(str(error))
