@@ -64,10 +64,14 @@ def read_cells(source: Path) -> list[Cell]:
     cells = jupytext.reads(text, fmt="py:percent").cells
     if len(cells) != len(markers):
         raise CourseError(f"{where}: text stands before the first cell's line '# %%'")
-    return [
+    read = [
         Cell(where, number, marker + 1, cell.cell_type, cell.source, *own_metadata(cell))
         for number, (cell, marker) in enumerate(zip(cells, markers, strict=True), start=1)
     ]
+    for cell, slide in zip(read, (cell.metadata.get("slide", []) for cell in cells), strict=True):
+        if not isinstance(slide, list) or not all(isinstance(text, str) for text in slide):
+            raise cell.error(0, f"`slide` must be a list of texts; got {slide!r}")
+    return read
 
 
 def own_metadata(cell: nbformat.NotebookNode) -> tuple[tuple[str, ...], tuple[str, ...]]:

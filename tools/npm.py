@@ -23,6 +23,10 @@ PUBLIC_REGISTRY = "https://registry.npmjs.org"
 PATIENCE = 120  # seconds until a server that says nothing is given up
 
 
+class NotFetched(CourseError):
+    """A package is not in the cache, and no registry could be reached."""
+
+
 @dataclass(frozen=True)
 class Package:
     """One version of an npm package; `sha512` of its archive in base64, as `npm view NAME dist.integrity` tells."""
@@ -83,7 +87,7 @@ def fetch(package: Package, folder: Path) -> Path:
                 archive.write_bytes(answer.read())
     except (subprocess.CalledProcessError, urllib.error.URLError, TimeoutError, ValueError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        raise CourseError(
+        raise NotFetched(
             f"{package.name} {package.version} could not be fetched from npm, and is not in the cache yet. The first"
             f" `make slides` needs a network; later ones do not.\n  {said.strip()}"
         ) from None

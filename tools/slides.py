@@ -215,10 +215,10 @@ def segment(cell: Cell, node: ast.stmt) -> str:
 def read_slides(chapter: Chapter) -> list[Slide]:
     """The slides of a chapter, as its cells have them; raises CourseError where one cannot be made or is too full."""
     slides = []
-    prose = []
+    prose, is_told = [], False  # what the notebook says up to here, and whether a slide's notes have it
     for cell in chapter.cells:
         if cell.kind == "markdown":
-            prose.append(cell.source)
+            prose, is_told = ([] if is_told else prose) + [cell.source], False
         if cell.slide and not cell.slide[0].startswith("# "):
             raise cell.error(0, f"the first text of `slide` must be '# Title'; got {cell.slide[0]!r}")
         for text in cell.slide:
@@ -228,7 +228,7 @@ def read_slides(chapter: Chapter) -> list[Slide]:
                 notes = LINK.sub(r"\1", planned[-1] if planned else "\n\n".join(prose))
                 section = headings[0] if headings else chapter.title
                 slides.append(Slide(text.removeprefix("# "), section, cell, notes=notes))
-                prose = []
+                is_told = True
             else:
                 slides[-1].parts.append(part_of(text, cell, chapter))
     for slide in slides:
@@ -297,7 +297,9 @@ def picture(which: str, cell: Cell, chapter: Chapter) -> Part:
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     index = int(which or 1) - 1
     if index >= len(pictures):
-        raise cell.error(0, f"no picture {index + 1} is stored: run `make notebooks NAMES={chapter.source.stem}`")
+        raise cell.error(
+            0, f"no picture {index + 1} is stored: run `make notebooks NAMES={chapter.source.stem}`"
+        )
     png = pictures[index].data["image/png"].strip().replace("\n", "")
     alt = html.escape(pictures[index].metadata.get("image/png", {}).get("alt", ""))
     width, height = struct.unpack(">II", b64decode(png)[16:24])
@@ -310,7 +312,9 @@ def picture(which: str, cell: Cell, chapter: Chapter) -> Part:
 def table(_: str, cell: Cell, chapter: Chapter) -> Part:
     """The first table of the cell's text, or of its stored output."""
     texts = [cell.source] if cell.kind == "markdown" else []
-    texts += [output.get("data", {}).get("text/markdown", "") for output in chapter.outputs.get(cell.number, [])]
+    texts += [
+        output.get("data", {}).get("text/markdown", "") for output in chapter.outputs.get(cell.number, [])
+    ]
     tables = [found[0] for text in texts if (found := TABLE.search(text))]
     if not tables:
         raise cell.error(0, "neither the cell's text nor its stored output has a table")
@@ -356,7 +360,9 @@ def fitting(lines: list[str], cell: Cell) -> str:
     """The lines, if they fit on a slide."""
     widest = max(lines, key=len)
     if len(lines) > MOST_LINES:
-        raise cell.error(0, f"{len(lines)} lines of code or output, more than {MOST_LINES}: show some of them")
+        raise cell.error(
+            0, f"{len(lines)} lines of code or output, more than {MOST_LINES}: show some of them"
+        )
     if len(widest) > MOST_COLUMNS:
         raise cell.error(0, f"a line is longer than {MOST_COLUMNS} characters: {widest!r}")
     return "\n".join(lines)
@@ -441,7 +447,8 @@ def steps(parts: list[Part], begun: bool = False) -> list[str]:
         step = " fragment" if begun or number else ""
         if part.kind == "item":
             is_first, is_last = (
-                not 0 <= other < len(parts) or parts[other].kind != "item" for other in (number - 1, number + 1)
+                not 0 <= other < len(parts) or parts[other].kind != "item"
+                for other in (number - 1, number + 1)
             )
             item = f'<li class="{step.strip()}">{part.html}</li>'
             pieces.append("<ul>" * is_first + item + "</ul>" * is_last)
@@ -492,7 +499,10 @@ def print_decks(root: Path, names: list[str] | None = None) -> list[str]:
 def code_style() -> str:
     """The colours of code, on light and on dark ground."""
     light, dark = HtmlFormatter(style="default"), HtmlFormatter(style="github-dark")
-    styles = [light.get_token_style_defs(".listing"), dark.get_token_style_defs('[data-theme="dark"] .listing')]
+    styles = [
+        light.get_token_style_defs(".listing"),
+        dark.get_token_style_defs('[data-theme="dark"] .listing'),
+    ]
     return "\n".join(line for style in styles for line in style)
 
 

@@ -2,6 +2,7 @@
 () => {
   const SMALLEST_TEXT = 20; // pixels
   const SMALLEST_SCALE = 0.75; // of an equation
+  const SMALLEST_CONTRAST = 4.5; // of text with its ground, as in WCAG 2, level AA
   const faults = [];
 
   function outside(box, frame) {
@@ -30,6 +31,25 @@
     return range.getBoundingClientRect();
   }
 
+  function luminance(colour) {
+    const parts = colour.match(/[\d.]+/g).slice(0, 3).map((part) => part / 255);
+    const [r, g, b] = parts.map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  }
+
+  function ground(element) {
+    for (let holder = element; holder; holder = holder.parentElement) {
+      const colour = getComputedStyle(holder).backgroundColor;
+      if (!/, 0\)$/.test(colour) && colour !== "transparent") return colour;
+    }
+    return "rgb(255, 255, 255)";
+  }
+
+  function contrast(element) {
+    const [dark, light] = [luminance(getComputedStyle(element).color), luminance(ground(element))].sort((a, b) => a - b);
+    return (light + 0.05) / (dark + 0.05);
+  }
+
   Reveal.getSlides().forEach((section, index) => {
     Reveal.slide(index);
     section.querySelectorAll(".fragment").forEach((step) => step.classList.add("visible"));
@@ -50,6 +70,8 @@
     for (const text of texts(slide)) {
       const size = parseFloat(getComputedStyle(text.parentElement).fontSize);
       if (size < SMALLEST_TEXT) fault(`'${text.data.trim().slice(0, 30)}' has ${size} px`);
+      const seen = contrast(text.parentElement);
+      if (seen < SMALLEST_CONTRAST) fault(`'${text.data.trim().slice(0, 30)}' has a contrast of ${seen.toFixed(1)}`);
       if (outside(boxOf(text), frame)) fault(`'${text.data.trim().slice(0, 30)}' leaves the slide`);
     }
     for (const formula of slide.querySelectorAll("mjx-container svg")) {
