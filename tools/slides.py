@@ -1,7 +1,7 @@
-"""Make the lecture's slides from the notebooks: build/slides/NN_name.html, a deck of reveal.js for each chapter.
+"""Make the lecture's slides from the notebooks: build/slides/NN_name.html, a deck of reveal.js a chapter.
 
-A cell with the metadata `slide`, a list of texts, is shown. The first text, `# Title`, begins a slide, and so does
-every further one; the others are its parts, which appear one after the other:
+A cell with the metadata `slide`, a list of texts, is shown. The first text, `# Title`, begins a slide, and so
+does every further one; the others are its parts, which appear one after the other:
 
     "A sentence."            Markdown, with $mathematics$
     "- an item"              items that follow each other make a list
@@ -11,9 +11,9 @@ every further one; the others are its parts, which appear one after the other:
     "[picture]"              the cell's stored picture; "[picture 2]" its second one
     "[table]"                the first table of the cell's text, or of its stored output
     "[output]"               what the cell printed; "[output 1-3]" some lines of it
-    "[code cfg_combine]"     a function, class or Class.method of the chapter, without docstrings and checks of
-                             arguments; "[code]" the cell itself; "[code NAME: mixed .. return]" from the line
-                             that begins with the one to the line that begins with the other
+    "[code cfg_combine]"     a function, class or Class.method of the chapter, without docstrings and checks
+                             of arguments; "[code]" the cell itself; "[code NAME: mixed .. return]" from the
+                             line that begins with the one to the line that begins with the other
     "| a | b |\\n|---|---|"   a table of its own
 
     python tools/slides.py               every chapter
@@ -91,6 +91,12 @@ MARKDOWN = (
 )
 
 
+def inline(text: str) -> str:
+    """A line of Markdown as HTML; a formula stays in one line with the comma or bracket that touches it."""
+    formula = r'[^\s<>]*<span class="math inline">[^<]*</span>[^\s<]*'
+    return re.sub(formula, r'<span class="whole">\g<0></span>', MARKDOWN.renderInline(text))
+
+
 @dataclass(frozen=True)
 class Part:
     """What appears in one step: its kind, its HTML, and the words that it holds in the text of the slide."""
@@ -153,7 +159,7 @@ class Chapter:
 
     @cached_property
     def definitions(self) -> dict[str, list[str]]:
-        """The code of each function, class and Class.method; of a class that is reopened, one text for each part."""
+        """The code of each function, class and Class.method, a text for each time it is opened."""
         found: dict[str, list[str]] = {}
         for cell in self.cells:
             if cell.kind != "code" or re.search(r"^[%!]", cell.source, re.MULTILINE):
@@ -177,7 +183,7 @@ class Chapter:
         return {heading: notes_of(entry) for heading, entry in entries.items()}
 
     def headings_above(self, cell: Cell) -> list[str]:
-        """The headings of the sections in which a cell stands, the inmost last; a cell begins with its own."""
+        """The headings of the sections in which a cell stands, the inmost last."""
         lines = [
             line
             for other in self.cells[: cell.number]
@@ -213,7 +219,7 @@ def segment(cell: Cell, node: ast.stmt) -> str:
 
 
 def read_slides(chapter: Chapter) -> list[Slide]:
-    """The slides of a chapter, as its cells have them; raises CourseError where one cannot be made or is too full."""
+    """The slides of a chapter; raises CourseError where one cannot be made or is too full."""
     slides = []
     prose, is_told = [], False  # what the notebook says up to here, and whether a slide's notes have it
     for cell in chapter.cells:
@@ -245,7 +251,8 @@ def faults_of(slide: Slide) -> list[str]:
         faults.append(f"the title has more than {MOST_WORDS['title']} words")
     for part in slide.parts:
         if part.words > MOST_WORDS.get(part.kind, part.words):
-            faults.append(f"a {part.kind} has {part.words} words, more than {MOST_WORDS[part.kind]}")
+            article = "an" if part.kind == "item" else "a"
+            faults.append(f"{article} {part.kind} has {part.words} words, more than {MOST_WORDS[part.kind]}")
     if (words := sum(part.words for part in slide.parts)) > MOST_WORDS_OF_SLIDE:
         faults.append(f"it has {words} words, more than {MOST_WORDS_OF_SLIDE}")
     if kinds.count("item") > MOST_ITEMS:
@@ -282,7 +289,7 @@ def part_of(text: str, cell: Cell, chapter: Chapter) -> Part:
     for mark, kind in (("- ", "item"), ("? ", "question"), ("", "text")):
         if text.startswith(mark):
             words = text.removeprefix(mark)
-            return Part(kind, MARKDOWN.renderInline(words), number_of_words(words))
+            return Part(kind, inline(words), number_of_words(words))
 
 
 def equation(tex: str, number: str) -> Part:
@@ -416,9 +423,10 @@ def title_page(chapter: Chapter) -> str:
     """The first slide: the chapter's title, and what it begins with as notes."""
     number, _, title = chapter.title.partition(" ")
     title, _, subtitle = title.partition(": ")
+    subtitle = subtitle[:1].upper() + subtitle[1:]
     return (
-        f'<section class="title" id="title"><div class="slide"><h1>{MARKDOWN.renderInline(title)}</h1>'
-        f'<div class="content"><p class="text">{MARKDOWN.renderInline(subtitle[:1].upper() + subtitle[1:])}</p></div>'
+        f'<section class="title" id="title"><div class="slide"><h1>{inline(title)}</h1>'
+        f'<div class="content"><p class="text">{inline(subtitle)}</p></div>'
         f"<footer><span>Chapter {number}</span></footer></div></section>"
     )
 
@@ -433,9 +441,9 @@ def page(chapter: Chapter, slide: Slide, number: int) -> str:
     else:
         content = "".join(steps(slide.parts))
     return (
-        f'<section class="{layout}"><div class="slide"><h2>{MARKDOWN.renderInline(slide.title)}</h2>'
+        f'<section class="{layout}"><div class="slide"><h2>{inline(slide.title)}</h2>'
         f'<div class="content">{content}</div>'
-        f"<footer><span>{MARKDOWN.renderInline(slide.section)}</span><span>{number}</span></footer></div>"
+        f"<footer><span>{inline(slide.section)}</span><span>{number}</span></footer></div>"
         f'<aside class="notes">{MARKDOWN.render(slide.notes)}</aside></section>'
     )
 
@@ -482,7 +490,7 @@ def build(root: Path, names: list[str] | None = None) -> list[str]:
 
 
 def print_decks(root: Path, names: list[str] | None = None) -> list[str]:
-    """Print decks that were built into root/build/slides/NN_name.pdf, each slide with all its steps on a page."""
+    """Print decks that were built into root/build/slides/NN_name.pdf, each slide with all its steps."""
     lines = []
     with chromium() as browser:
         for source in notebook_sources(root, names):
@@ -510,7 +518,7 @@ def write_index(root: Path, folder: Path) -> None:
     """A page with a link to each deck that is there."""
     chapters = [Chapter(source) for source in notebook_sources(root)]
     links = [
-        f'<li><a href="{chapter.source.stem}.html">{MARKDOWN.renderInline(chapter.title)}</a></li>'
+        f'<li><a href="{chapter.source.stem}.html">{inline(chapter.title)}</a></li>'
         for chapter in chapters
         if (folder / f"{chapter.source.stem}.html").exists()
     ]
