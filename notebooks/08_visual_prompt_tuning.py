@@ -249,7 +249,7 @@ def normalised(norm, tokens):
     return centred / deviation * norm.weight + norm.bias
 
 
-# %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to ten digits."]
+# %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to nine digits."]
 e = patches(x, 4) @ kernel.flatten(1).T + bias  # (8, 64, d)
 z = torch.cat([vit.cls_token.expand(len(x), 1, -1), e], dim=1) + vit.pos_embed  # (8, 65, d)
 for block in vit.blocks:

@@ -86,10 +86,10 @@ def fetch(package: Package, folder: Path) -> Path:
             with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
                 archive.write_bytes(answer.read())
     except (subprocess.CalledProcessError, urllib.error.URLError, TimeoutError, ValueError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        said = "\n  ".join((getattr(error, "stderr", None) or str(error)).splitlines()[:4])
         raise NotFetched(
             f"{package.name} {package.version} could not be fetched from npm, and is not in the cache yet."
-            f" The first `make slides` needs a network; later ones do not.\n  {said.strip()}"
+            f" The first `make slides` needs a network; later ones do not.\n  {said}"
         ) from None
     return archive
 
