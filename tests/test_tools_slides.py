@@ -116,6 +116,14 @@ def test_lines_of_a_function_and_of_the_cell_itself(course):
     ]
 
 
+def test_comment_that_makes_a_line_too_long_stands_above_it():
+    line = "    weights = scores.softmax(dim=-1)  # (B, heads, N, M), one row for each of N places"
+    assert slides.formatted(f"def f():\n{line}\n").splitlines()[1:] == [
+        "    # (B, heads, N, M), one row for each of N places",
+        "    weights = scores.softmax(dim=-1)",
+    ]
+
+
 def test_methods_are_named_by_their_class(course):
     assert text_of(html_of(course, "[code Wave.__call__: pairs .. pairs]")).startswith("pairs = zip(")
 

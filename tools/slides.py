@@ -74,6 +74,7 @@ TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
 EQUATION = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 NUMBER = re.compile(r"\((\d+\.\d+)\)")
 REFERENCE = re.compile(r"\[(picture|table|output|code)\b *([^\]]*)\]")
+LINE_AND_COMMENT = re.compile(r"( *)(.*\S)  (# [^'\"]*)$")
 TABLE = re.compile(r"(?:^\|.*\|$\n?){3,}", re.MULTILINE)
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")  # of a note: it is read aloud
 
@@ -406,7 +407,14 @@ def lines_between(text: str, first: str, last: str, cell: Cell) -> str:
 
 
 def formatted(text: str) -> str:
-    """Code in lines that fit on a slide; as it is where it is a part of a statement."""
+    """Code in lines that fit on a slide; unbroken where it is a part of a statement.
+
+    What makes a line too long is often its comment, which then stands above it.
+    """
+    text = "\n".join(
+        LINE_AND_COMMENT.sub(r"\1\3\n\1\2", line) if len(line) > MOST_COLUMNS else line
+        for line in text.splitlines()
+    )
     command = [sys.executable, "-m", "ruff", "format", f"--line-length={MOST_COLUMNS}", "-"]
     ruff = subprocess.run(command, input=text, capture_output=True, text=True)
     return ruff.stdout if ruff.returncode == 0 else text
