@@ -28,7 +28,7 @@ def deck(decks, page):
 
     def opened(chapter, query=""):
         page.goto((decks / f"{chapter}.html").resolve().as_uri() + query)
-        page.wait_for_selector(slides.READY, timeout=300_000)
+        page.wait_for_selector(slides.READY)
         return page
 
     return opened
