@@ -14,8 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 import npm
 import slides
-from course import ROOT, Cell, CourseError, notebook_sources
-from slides import Chapter, Slide
+from course import ROOT, Cell, CourseError, notebook_sources, read_cells
+from slide_code import fitting, formatted
+from slide_texts import Chapter, Part, Slide, faults_of, read_slides
 
 SAMPLE = ROOT / "tests" / "sample_course"
 FEWEST, MOST = 25, 40  # slides of a chapter
@@ -43,7 +44,7 @@ def course(tmp_path):
 def store(root):
     """Write a stored notebook with the outputs of the last cell."""
     notebook = new_notebook()
-    for cell in slides.read_cells(root / "notebooks" / "01_waves.py"):
+    for cell in read_cells(root / "notebooks" / "01_waves.py"):
         make = new_code_cell if cell.kind == "code" else new_markdown_cell
         notebook.cells.append(make(cell.source))
     notebook.cells[-1].outputs = [
@@ -67,11 +68,11 @@ def write_slide(root, *texts):
 def html_of(root, *texts):
     """The HTML of a slide of the last cell."""
     chapter = write_slide(root, "# A title", *texts)
-    return slides.page(chapter, slides.read_slides(chapter)[-1], 9)
+    return slides.page(chapter, read_slides(chapter)[-1], 9)
 
 
 def test_a_cell_may_hold_several_slides_in_the_order_of_the_notebook(course):
-    read = slides.read_slides(Chapter(course / "notebooks" / "01_waves.py"))
+    read = read_slides(Chapter(course / "notebooks" / "01_waves.py"))
     assert [slide.title for slide in read] == ["Waves die away", "What to remember", "Two of them multiply"]
     assert [slide.kinds() for slide in read] == [["question", "equation"], ["item"], ["code", "text"]]
     assert [slide.section for slide in read] == ["01 · Damped waves"] * 2 + ["1.2 What a **wave** does"]
@@ -79,7 +80,7 @@ def test_a_cell_may_hold_several_slides_in_the_order_of_the_notebook(course):
 
 def test_equation_is_the_notebooks_own_with_its_number_beside_it(course):
     chapter = Chapter(course / "notebooks" / "01_waves.py")
-    page = slides.page(chapter, slides.read_slides(chapter)[0], 2)
+    page = slides.page(chapter, read_slides(chapter)[0], 2)
     assert r"\[e^{-k(s+t)} = e^{-ks} e^{-kt}\]" in page and '<span class="number">(1.1)</span>' in page
 
 
@@ -118,7 +119,7 @@ def test_lines_of_a_function_and_of_the_cell_itself(course):
 
 def test_comment_that_makes_a_line_too_long_stands_above_it():
     line = "    weights = scores.softmax(dim=-1)  # (B, heads, N, M), one row for each of N places"
-    assert slides.formatted(f"def f():\n{line}\n").splitlines()[1:] == [
+    assert formatted(f"def f():\n{line}\n").splitlines()[1:] == [
         "    # (B, heads, N, M), one row for each of N places",
         "    weights = scores.softmax(dim=-1)",
     ]
@@ -176,7 +177,7 @@ def test_what_cannot_be_shown_is_refused_by_cell_and_line(course, texts, message
     chapter = write_slide(course, *texts)
     line = chapter.source.read_text().splitlines().index("wave = Wave(frequency=1.0, rate=0.5)")
     with pytest.raises(CourseError) as refusal:
-        slides.read_slides(chapter)
+        read_slides(chapter)
     assert str(refusal.value).startswith(f"notebooks/01_waves.py:{line} (cell 13): ")
     assert message in str(refusal.value)
 
@@ -184,30 +185,30 @@ def test_what_cannot_be_shown_is_refused_by_cell_and_line(course, texts, message
 def test_code_that_is_too_long_or_too_wide_is_refused():
     cell = Cell("notebooks/01_waves.py", 1, 1, "code", "", ())
     with pytest.raises(CourseError, match="16 lines of code or output, more than 15"):
-        slides.fitting(["x = 1"] * 16, cell)
+        fitting(["x = 1"] * 16, cell)
     with pytest.raises(CourseError, match="a line is longer than 84 characters"):
-        slides.fitting(["x" * 85], cell)
+        fitting(["x" * 85], cell)
 
 
 def test_outputs_of_a_cell_that_was_changed_are_not_shown(course):
     source = course / "notebooks" / "01_waves.py"
     source.write_text(source.read_text().replace("print(wave)", "print(wave.rate)"))
     with pytest.raises(CourseError, match="no such output is stored"):
-        slides.read_slides(write_slide(course, "# T", "[output]"))
+        read_slides(write_slide(course, "# T", "[output]"))
 
 
 def test_notes_are_the_teaching_text_of_the_section_or_else_the_prose(course):
     source = course / "notebooks" / "01_waves.py"
     texts = '# %% slide=["# T", "One."] tags=["export", "exercise"]\ndef decay'
     source.write_text(source.read_text().replace('# %% tags=["export", "exercise"]\ndef decay', texts))
-    prose = {slide.title: slide.notes for slide in slides.read_slides(Chapter(source))}
+    prose = {slide.title: slide.notes for slide in read_slides(Chapter(source))}
     assert "A course of one chapter" in prose["Waves die away"]
     assert prose["What to remember"] == prose["Waves die away"]
     assert prose["T"].startswith("## 1.1") and "A course of one chapter" not in prose["T"]
     plan = course / "teaching" / "01_waves.toml"
     plan.parent.mkdir()
     plan.write_text(PLAN)
-    planned = {slide.title: slide.notes for slide in slides.read_slides(Chapter(source))}
+    planned = {slide.title: slide.notes for slide in read_slides(Chapter(source))}
     assert planned["Waves die away"] == prose["Waves die away"]
     assert planned["T"].startswith("Let them guess.\n\n**Ask:** Half of it? *The half-life.*\n\n")
     assert "**Where people stumble:** The sign." in planned["T"] and "Why e?" in planned["T"]
@@ -294,7 +295,7 @@ def test_without_a_network_it_says_so(tmp_path, monkeypatch):
 def test_every_chapter_has_its_slides(source):
     """Reading them holds each slide to `faults_of`: short texts, and for each picture a sentence."""
     chapter = Chapter(source)
-    read = slides.read_slides(chapter)
+    read = read_slides(chapter)
     assert FEWEST <= len(read) + 1 <= MOST  # with the title
     kinds = [kind for slide in read for kind in slide.kinds()]
     assert all(kinds.count(kind) >= 3 for kind in ("picture", "question"))
@@ -306,5 +307,5 @@ def test_every_chapter_has_its_slides(source):
 
 def test_a_slide_without_faults():
     cell = Cell("notebooks/01_waves.py", 1, 1, "code", "", ())
-    parts = [slides.Part("picture", ""), slides.Part("text", "", words=3)]
-    assert slides.faults_of(Slide("A title", "", cell, parts)) == []
+    parts = [Part("picture", ""), Part("text", "", words=3)]
+    assert faults_of(Slide("A title", "", cell, parts)) == []
