@@ -63,6 +63,11 @@ def learners_copy(source: Path) -> nbformat.NotebookNode:
             cells += unsolved(exercise, cell, module_name(source))
         elif not is_to_solve(cell):
             cells.append(code_cell(cell) if cell.kind == "code" else new_markdown_cell(cell.source))
+    return unpaired(source, cells)
+
+
+def unpaired(source: Path, cells: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:
+    """A notebook of these cells, with the kernel of a source but paired with none."""
     kernelspec = jupytext.read(source).metadata["kernelspec"]
     # JupyterLab writes down the kernel's language when it opens a notebook; where that stands already, an
     # untouched notebook stays unmodified.
@@ -97,7 +102,7 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
 
 
 def once_more(cells: list[Cell]) -> list[Cell]:
-    """The code of a chapter's sections, the last section first: whoever goes back meets no proof that breaks."""
+    """The code of a chapter's sections, the last section first: going back breaks no proof."""
     sections: list[list[Cell]] = []
     for cell in cells:
         if cell.source.startswith("## ") and {"core", "optional"} & set(cell.tags):
@@ -224,16 +229,22 @@ def update_copy(copy: Path, source: Path) -> list[str]:
     if before.get("built_from") == fresh.metadata[OWN_METADATA]["built_from"]:
         return [f"kept {old.path}, which is up to date"]
     carried = carry_over(old, fresh, source)
-    kept = copy.parent / "old" / f"{copy.stem}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb"
-    kept.parent.mkdir(exist_ok=True)
-    with replace_when_complete(kept) as temporary:
-        shutil.copyfile(copy, temporary)
+    kept = put_aside(copy)
     with replace_when_complete(copy) as temporary:
         nbformat.write(fresh, temporary)
     return [
         f"updated {old.path}; the old one, with whatever else you wrote, is work/old/{kept.name}",
         *carried,
     ]
+
+
+def put_aside(copy: Path) -> Path:
+    """Keep a copy of a notebook in old/ beside it, under a name that tells the time; returns where."""
+    kept = copy.parent / "old" / f"{copy.stem}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb"
+    kept.parent.mkdir(exist_ok=True)
+    with replace_when_complete(kept) as temporary:
+        shutil.copyfile(copy, temporary)
+    return kept
 
 
 def make_rehearsals(root: Path, folder: Path, names: list[str] | None = None) -> list[str]:
