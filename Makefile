@@ -1,5 +1,5 @@
 # What can be done with the course; `make help` lists it.
-#   NAMES=01_ddpm         only these chapters (lab, update, course, package, notebooks, nbval)
+#   NAMES=01_ddpm         only these chapters (lab, update, live, course, package, notebooks, nbval)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
 
@@ -12,12 +12,13 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine update test quick lint tests nbval check course package notebooks benchmark clean
+.PHONY: help lab mine update live live-reset test quick lint tests nbval check course package notebooks benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
 	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
 	@echo "make update     new versions of the chapters into work/, your solutions carried over"
+	@echo "make live       notebooks to teach from, with plans and notes, in live/; live-reset begins anew"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
 	@echo "make course     run every notebook, print seconds and memory of each chapter"
@@ -42,6 +43,13 @@ mine: $(INSTALLED)
 update: $(INSTALLED)
 	@$(RUN) tools/editions.py --update $(NAMES)
 
+live: $(INSTALLED)
+	@$(RUN) tools/live.py $(NAMES)
+	@echo "open them by: $(RUN) -m jupyterlab live"
+
+live-reset: $(INSTALLED)
+	@$(RUN) tools/live.py --reset $(NAMES)
+
 test: lint check tests nbval
 	@echo "make test: passed"
 
@@ -64,9 +72,10 @@ tests: $(INSTALLED)
 
 nbval: $(INSTALLED)
 	@rm -rf $(REHEARSALS) && $(RUN) tools/editions.py --rehearse $(REHEARSALS) $(NAMES)
+	@$(RUN) tools/live.py --rehearse $(REHEARSALS) $(NAMES)
 	$(PYTEST) --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
 		--nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 $(REHEARSALS)
-	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved"
+	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved, or live"
 
 course: $(INSTALLED)
 	@$(RUN) tools/notebooks.py run $(NAMES)

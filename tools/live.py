@@ -36,8 +36,9 @@ IMPORT = "from lecture26.kit.live import typed_or_finished"
 LARGER = 'plt.rcParams["figure.dpi"] = 110  # for a projector'
 LEFT_OUT = "# from what is left out here"
 TYPED_IN_REHEARSAL = "05_classifier_free_guidance"
-# The chapters that `make nbval` runs; of the others a test sees that each name is defined before it is used.
-REHEARSED = (TYPED_IN_REHEARSAL,)
+# The chapters that `make nbval` runs, one as it is made and one typed; of all a test sees that each name
+# is defined before it is used.
+REHEARSED = ("01_ddpm", TYPED_IN_REHEARSAL)
 RISE = {
     "scroll": True,
     "center": False,
@@ -248,7 +249,7 @@ def to_be_typed(cell: Cell, names: list[str]) -> str:
     source = cell.source
     for name in names:
         lines, node = source.splitlines(), function_node(source, name)
-        lines[first_statement(node).lineno - 1 : node.end_lineno] = [f"    {TO_TYPE}"]
+        lines[line_of_body(node) - 1 : node.end_lineno] = [f"    {TO_TYPE}"]
         source = "\n".join(lines)
     return with_short_docstrings(source)
 
@@ -274,9 +275,10 @@ def function_node(source: str, name: str) -> ast.FunctionDef:
     return node
 
 
-def first_statement(node: ast.FunctionDef) -> ast.stmt:
-    """The first statement of a function, its docstring aside."""
-    return node.body[1] if ast.get_docstring(node) is not None else node.body[0]
+def line_of_body(node: ast.FunctionDef) -> int:
+    """The first line of a function's body, below its docstring."""
+    first = node.body[0]
+    return first.end_lineno + 1 if ast.get_docstring(node) is not None else first.lineno
 
 
 def lines_of(source: str, name: str) -> str:
@@ -295,7 +297,7 @@ def body_of(cell: Cell, name: str) -> str:
     if "exercise" in cell.tags:
         return "\n".join(found.group(2) for found in editions.SOLUTION.finditer(cell.source)).rstrip()
     node = function_node(cell.source, name)
-    return "\n".join(cell.source.splitlines()[first_statement(node).lineno - 1 : node.end_lineno])
+    return "\n".join(cell.source.splitlines()[line_of_body(node) - 1 : node.end_lineno])
 
 
 # --- Cells that the teaching text names ---

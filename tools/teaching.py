@@ -160,7 +160,10 @@ def plan(teaching: Teaching, to_type: dict[str, dict[str, str]]) -> str:
     head = ["section", "minutes", "code runs", "to type", *(f"sessions of {length}" for length in lengths)]
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|" + "---|" * len(lengths)]
     for heading, notes in teaching.notes.items():
-        ends = {length: f"end of {number}" for length, number, _ in teaching.session_ends(heading)}
+        ends = {
+            length: f"end of {number}, {minutes_of_sessions(teaching, length)[number - 1]:.0f} min"
+            for length, number, _ in teaching.session_ends(heading)
+        }
         names = ", ".join(f"`{name}`" for name in to_type[heading])
         row = [heading, f"{notes.minutes:g}", f"{notes.seconds:.0f} s", names]
         lines.append("| " + " | ".join([*row, *(ends.get(length, "") for length in lengths)]) + " |")
@@ -184,6 +187,7 @@ table {{ border-collapse: collapse; font-size: 9.5pt; }}
 th, td {{ text-align: left; padding: .15em .6em; border-bottom: 1px solid #ccc; }}
 pre {{ font-size: 9pt; background: #f3f3f3; padding: .6em; white-space: pre-wrap; break-inside: avoid; }}
 section {{ break-inside: avoid-page; }}
+.anchor-link {{ display: none; }}
 .end {{ border: 2px solid #333; padding: .4em .8em; margin: 1em 0; break-inside: avoid; }}
 @media print {{ body {{ margin: 0; max-width: none; }} }}
 </style>
