@@ -1,5 +1,6 @@
 # What can be done with the course; `make help` lists it.
-#   NAMES=01_ddpm         only these chapters (lab, update, live, course, package, notebooks, nbval)
+#   NAMES=01_ddpm         only these chapters (lab, update, live, slides, course, package, notebooks, nbval)
+#   PDF=1                 print the slides as well (slides)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
 
@@ -8,11 +9,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # two processes of one thread each, a whole file or notebook at a time
 PYTEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q --color=no -n 2 --dist loadfile
+TESTS := tests --ignore=tests/browser
 REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine update live live-reset test quick lint tests nbval check course package notebooks benchmark clean
+.PHONY: help lab mine update live live-reset test quick lint tests nbval check browser slides course package notebooks \
+	benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
@@ -21,6 +24,8 @@ help:
 	@echo "make live       notebooks to teach from, with plans and notes, in live/; live-reset begins anew"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
+	@echo "make browser    what is shown in a browser, tested in Chromium"
+	@echo "make slides     the lecture's slides in build/slides; PDF=1 prints them as well"
 	@echo "make course     run every notebook, print seconds and memory of each chapter"
 	@echo "make package    make lecture26/NAME.py from the notebooks"
 	@echo "make notebooks  run the notebooks and store them with their outputs"
@@ -54,7 +59,7 @@ test: lint check tests nbval
 	@echo "make test: passed"
 
 quick: $(INSTALLED) lint check
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow" $(TESTS)
 	@echo "make quick: passed"
 
 lint: $(INSTALLED)
@@ -67,7 +72,7 @@ check: $(INSTALLED)
 	@echo "check: sources, stored notebooks and modules agree"
 
 tests: $(INSTALLED)
-	$(PYTEST) tests
+	$(PYTEST) $(TESTS)
 	@echo "tests: passed"
 
 nbval: $(INSTALLED)
@@ -76,6 +81,12 @@ nbval: $(INSTALLED)
 	$(PYTEST) --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
 		--nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 $(REHEARSALS)
 	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved, or live"
+
+browser: $(INSTALLED)
+	TQDM_DISABLE=1 $(RUN) -m pytest -q --color=no -rs tests/browser
+
+slides: $(INSTALLED)
+	@$(RUN) tools/slides.py $(if $(PDF),--pdf) $(NAMES)
 
 course: $(INSTALLED)
 	@$(RUN) tools/notebooks.py run $(NAMES)

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Steer a finished model, without training it again", "A finished network draws whatever it likes. You want a red star.", "? What else could say where a red star is?", "A classifier. Its gradient says which change of the picture makes it more of a red star.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both of its forms", "- wrap a denoiser, so that every sampler takes it as it is", "- say what a scale above 1 does, and what it does not do", "- train a classifier that reads noise, and say why a clean one fails", "- choose a scale by accuracy, variety, distance and cost"]
 # # 03 Classifier guidance: steering a finished model
 #
 # Chapter 02's network draws whatever it likes. Suppose you want a red star, and do not want to train it again. You
@@ -85,7 +85,7 @@ torch.set_default_dtype(torch.float64)
 # it: the density of the noisy points $q(x_t)$, that of each class $q(x_t\mid y)$, and, by Bayes' rule, the
 # probability that a noisy point belongs to a class.
 
-# %%
+# %% slide=["# Bayes' rule, in logarithms", "$$q(x_t\\mid y)=\\frac{q(y\\mid x_t)\\,q(x_t)}{q(y)}$$", "? Take the logarithm, then the gradient in $x_t$. Which term is gone?", "(3.1)", "Nothing is approximated. But the classifier must read *noisy* pictures."]
 mixture = GaussianMixture(
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )
@@ -143,7 +143,7 @@ probabilities = mixture.responsibilities(x_t, levels)  # (64, 3)
 average = (probabilities[:, :, None] * class_scores).sum(dim=1)  # (64, 2)
 verify("3.2", gradient, class_scores[:, y] - average, atol=1e-9)
 
-# %%
+# %% slide=["# Guidance gives to one class what it takes from others", "$$\\nabla\\log q(y\\mid x_t)=\\nabla\\log q(x_t\\mid y)-\\sum_kq(k\\mid x_t)\\,\\nabla\\log q(x_t\\mid k) \\tag{3.2}$$", "From what the average class wants to what class $y$ wants. Zero where $y$ is certain. And over all classes,", "$$\\sum_yq(y\\mid x_t)\\,\\nabla\\log q(y\\mid x_t)=0 \\tag{3.3}$$"]
 total = 0
 for k in range(3):
     log_prob_k = mixture.responsibilities(x_t, levels)[:, k].log()
@@ -154,7 +154,7 @@ verify("3.3", total, torch.zeros(64, 2), atol=1e-9)
 # %% [markdown]
 # As a picture, at one noise level:
 
-# %%
+# %% slide=["# Two fields add up to the one that is wanted", "[picture]", "All classes pull, the classifier pulls to the upper one, and the sum pulls there from everywhere."]
 axis_points = torch.linspace(-1.5, 1.5, 13)
 field = torch.cartesian_prod(axis_points, axis_points)  # (169, 2)
 arrows = {
@@ -214,7 +214,7 @@ def guided_eps(eps, gradient, alpha_bar, scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# For a denoiser it is a shift of the noise", "(3.4)", "[code guided_eps]", "The minus is easily lost: the noise points away from the data."]
 check("classifier_guidance.guided_eps", guided_eps)
 
 # %%
@@ -288,7 +288,7 @@ def selected_log_probs(logits, y):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A log-probability is more than a logit", "(3.5)", "? Why not take the gradient of the logit $\\ell_y$?", "A network can raise all its logits at once, and know nothing."]
 check("classifier_guidance.selected_log_probs", selected_log_probs)
 
 # %% [markdown]
@@ -344,7 +344,7 @@ def log_prob_gradient(classifier, x_t, t, y):
         ### END SOLUTION
 
 
-# %%
+# %% slide=["# One gradient for a whole batch", "[code log_prob_gradient: with torch .. return]", "The sum will do: no image's log-probability depends on another image.", "# Sum, not mean", "? With the mean in the place of the sum, what would change?", "Each gradient would be $B$ times too small: guidance as strong as the batch is short.", "(3.6)"]
 check("classifier_guidance.log_prob_gradient", log_prob_gradient)
 
 # %% [markdown]
@@ -386,7 +386,7 @@ verify("3.6", together, torch.cat(one_by_one), atol=1e-12)
 # called.
 
 
-# %% tags=["export"]
+# %% slide=["# A guided denoiser is a denoiser", "[code classifier_guided]", "In comes a callable of $x_t$ and $t$, and out comes one. No sampler has to know."] tags=["export"]
 def classifier_guided(denoiser, classifier, y, scale, diffusion):
     """A denoiser whose score is moved along the gradient of a classifier's log-probability.
 
@@ -444,7 +444,7 @@ class_paths = torch.stack([path(step, exact_denoiser(alone, diffusion), x_T) for
 # %%
 verify("3.7", guided_paths, class_paths, atol=1e-8)
 
-# %%
+# %% slide=["# With exact parts, guided paths are those of the class", "[picture]", "The same starts and noise: unguided paths end in all classes, guided ones in one."]
 unguided_paths = torch.stack([path(step, unguided, x_T) for step in steps.values()])
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True, layout="constrained")
 data = mixture.sample(800, torch.Generator().manual_seed(1))[0]
@@ -494,7 +494,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 # The last term does not depend on $x_{t-1}$. So the guided step is normal again, with the same variance and the mean
 # $\mu+s\Sigma g$: the lecture's formula.
 
-# %%
+# %% slide=["# The lecture's form: move the mean", "Bayes' rule on one step: a narrow normal times a classifier.", "$$p(x_{t-1}\\mid x_t,y)\\ \\propto\\ p(x_{t-1}\\mid x_t)\\;q(y\\mid x_{t-1}) \\tag{3.8}$$", "Over so short a distance, $\\log q(y\\mid\\cdot)$ is nearly a straight line:", "$$\\log q(y\\mid x_{t-1})\\approx\\log q(y\\mid\\mu)+(x_{t-1}-\\mu)\\cdot g \\tag{3.9}$$"]
 normal = torch.distributions.Normal
 mean, g = (torch.randn(2, generator=generator) for _ in range(2))
 variance, s = torch.rand(2, generator=generator), 3.0
@@ -528,7 +528,7 @@ def guided_mean(mean, variance, gradient, scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Complete the square: the same variance, a moved mean", "$$\\begin{aligned}&\\log\\mathcal N(x_{t-1};\\,\\mu,\\Sigma)+s\\,(x_{t-1}-\\mu)\\cdot g\\\\&=\\log\\mathcal N(x_{t-1};\\,\\mu+s\\Sigma g,\\,\\Sigma)+\\tfrac{s^2}2\\,g^\\top\\Sigma g\\end{aligned} \\tag{3.10}$$", "[code guided_mean]", "It needs $\\Sigma$, so it is a hook of DDPM's step. DDIM has no $\\Sigma$."]
 check("classifier_guidance.guided_mean", guided_mean)
 
 # %% [markdown]
@@ -578,7 +578,7 @@ def classifier_mean_shift(classifier, y, scale):
 # Exactly, without Taylor, with the gradient at $x_t$ and $t$; but with $\beta_t/\sqrt{\alpha_t}$ in the place of
 # $\Sigma$.
 
-# %%
+# %% slide=["# The exact shift has another factor", "$$\\mathbb E[x_{t-1}\\mid x_t,y]=\\mathbb E[x_{t-1}\\mid x_t]+\\frac{\\beta_t}{\\sqrt{\\alpha_t}}\\,\\nabla_{x_t}\\log q(y\\mid x_t) \\tag{3.11}$$", "Without Taylor, with the gradient at $x_t$ and $t$. The wrapped denoiser does just this."]
 p = diffusion.p_mean_variance(unguided, x_t, t)
 p_class = diffusion.p_mean_variance(exact_denoiser(alone, diffusion), x_t, t)
 wanted = torch.full((64,), y)
@@ -591,7 +591,7 @@ verify("3.11", p_class.mean, p.mean + beta / (1 - beta).sqrt() * gradient, atol=
 # shift itself, halfway down the chain, for ever finer schedules, $\Sigma$ being the small fixed variance:
 
 
-# %%
+# %% slide=["# Both forms meet as steps get finer", "[output]", "The error of $\\Sigma g$, for the point and level at which $g$ is taken. It falls about as fast as $1/T$."]
 def shift_errors(num_steps, fraction=0.6):
     """Root-mean-square error of four versions of Sigma g, relative to the exact shift."""
     fine = Diffusion(linear_betas(num_steps))
@@ -677,7 +677,7 @@ for name, x_0 in ends.items():
 # Two overlapping classes on a line show it. First (3.14). Its left side is the score of the tilted density after
 # noising, an integral over a fine grid of $x_0$:
 
-# %%
+# %% slide=["# A scale above 1 does not sample a sharper classifier", "One is tempted to say that it samples", "$$\\tilde q(x_0)\\propto q(x_0)\\,q(y\\mid x_0)^s \\tag{3.13}$$", "But what that would need is", "$$\\nabla\\log\\tilde q(x_t)=\\nabla\\log q(x_t)+\\nabla\\log\\mathbb E\\bigl[q(y\\mid x_0)^s\\mid x_t\\bigr] \\tag{3.14}$$", "Guidance has the power outside of the expectation."]
 line = GaussianMixture([0.5, 0.5], [[-0.4], [0.4]], [0.35, 0.35])
 grid = torch.linspace(-4, 4, 4001)  # x_0
 kept, s = torch.tensor(0.4), 3.0
@@ -726,7 +726,7 @@ for s in (1.0, 3.0, 10.0):
         source = torch.Generator().manual_seed(0)
         drawn[s, name] = sample(on_line, steered, x_T.shape, step, source, x_T, progress=False)
 
-# %%
+# %% slide=["# At large scales it draws what no data are", "[picture]", "Black: the tilted density, which stays where data are. Guidance leaves it behind, DDIM farther than DDPM."]
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharex=True, layout="constrained")
 for axis, s in zip(axes, (1.0, 3.0, 10.0)):
     log_tilted = line.log_prob(grid[:, None]) + s * log_likelihood
@@ -748,7 +748,7 @@ show(
 # 3 and 10 the tilted density (black) stays where there are data of the class; guidance leaves it behind, DDIM farther
 # than DDPM.*
 
-# %%
+# %% slide=["# Why is DDIM worse off?", "? Same field, same number of steps: why does DDIM go farther?", "It adds up every push. DDPM's fresh noise takes samples back to where data are.", "A scale that was tuned for one sampler is not right for another."]
 for s in (1.0, 3.0, 10.0):
     means = [f"{name} {drawn[s, name].mean():.2f}" for name in steps]
     print(f"s = {s:g}: mean of the samples: {', '.join(means)}")
@@ -809,7 +809,7 @@ def attention_pool(tokens, queries):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A classifier for noise: the U-Net's way down", "It is told the step. One learned query for each label asks the coarse map:", "$$a_l=\\sum_n\\operatorname{softmax}_n\\!\\left(\\frac{q_l\\cdot h_n}{\\sqrt C}\\right)h_n \\tag{3.15}$$", "? At the start the queries are zero. What is $a_l$ then?", "The mean over all places."]
 check("classifier_guidance.attention_pool", attention_pool)
 
 # %%
@@ -862,7 +862,7 @@ def joint_logits(first, second):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Two labels, one answer: logits add up", "$$p(\\text{shape},\\text{colour}\\mid x_t)=p(\\text{shape}\\mid x_t)\\;p(\\text{colour}\\mid x_t) \\tag{3.16}$$", "[code joint_logits]", "So pairs that were never seen together can be asked for."]
 check("classifier_guidance.joint_logits", joint_logits)
 
 # %%
@@ -1011,7 +1011,7 @@ class NoisyClassifier(DownPath):
 # the cross-entropy, the mean of $-\log p_\phi(y\mid x_t)$. By (3.17), with the logits of the pairs, that is the sum
 # of the cross-entropies of shape and colour.
 
-# %%
+# %% slide=["# It is trained on what it will meet", "[code classifier_loss]", "An image, a step and noise are drawn, and the loss is a cross-entropy.", "? Can it fall to zero?", "Never: at the last steps there is nothing left to read."]
 images = load("shapes")
 unconditional = load_model("ddpm_shapes32")
 diffusion = load_diffusion("ddpm_shapes32")  # cosine, 1000 steps, v-prediction, clipped
@@ -1078,7 +1078,7 @@ def accuracy_by_step(classifier):
 classifiers = {"200 steps": live, "trained long": trained_classifier, "clean images only": clean_classifier}
 accuracy = {name: accuracy_by_step(network) for name, network in classifiers.items()}
 
-# %%
+# %% slide=["# A classifier of clean images is lost early", "[picture]", "It is perfect on clean images, and blind where guidance has most to decide."]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), sharey=True, layout="constrained")
 for axis, label, column in zip(axes, ("shape", "colour"), (0, 1)):
     for (name, rows), style, colour in zip(accuracy.items(), ("s--", "o-", "^:"), colours):
@@ -1124,7 +1124,7 @@ for step in (50, 300, 600):
         gradient = log_prob_gradient(classifier, x_t, t, torch.full((3,), red_star))
         rows[f"{name}, t = {step}"] = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
 
-# %%
+# %% slide=["# Two kinds of gradients", "[picture]", "Towards 'red star': the noisy classifier's are patches where the object is, the clean one's are streaks everywhere."]
 figure = show_grid(
     torch.stack(list(rows.values()), dim=1).flatten(0, 1), columns=9, titles=list(rows), inches_per_image=1.25
 )
@@ -1160,7 +1160,7 @@ for scale in (0.0, 1.0, 4.0, 8.0, 16.0, 40.0):
     source = torch.Generator().manual_seed(7)
     by_scale[f"s = {scale:g}"] = sample(short, guided, x_T.shape, ddpm_step, source, x_T)
 
-# %%
+# %% slide=["# Colour obeys first, then the outline", "[picture]", "Red stars at six scales, from the same noise in each column; large ones change everything."]
 figure = show_grid(torch.cat(list(by_scale.values())), row_titles=list(by_scale), inches_per_image=1.0)
 show(figure, "Rows of eight pictures, from unguided to strongly guided: more and more of them are red stars.")
 
@@ -1179,7 +1179,7 @@ for name, x_0 in by_scale.items():
 # %% [markdown]
 # The same by the lecture's form, with the hook:
 
-# %%
+# %% slide=["# Both forms draw nearly the same", "[picture]", "Wrapped denoiser and moved mean at the same scale, from the same noise."]
 hooked = partial(ddpm_step, mean_shift=classifier_mean_shift(trained_classifier, wanted, 8.0))
 shifted = sample(short, unconditional, x_T.shape, hooked, torch.Generator().manual_seed(7), x_T)
 rows = {"wrapped": by_scale["s = 8"], "shifted": shifted}
@@ -1202,7 +1202,7 @@ show(figure, "Two rows of eight pictures, by the wrapped denoiser and by the shi
 # By (3.4) and (1.22) the gradient $g$ moves $\hat x_0$ by $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;g$. At the
 # first step of sampling that factor is enormous, and soon it is not:
 
-# %%
+# %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[output]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
 for index in (49, 45, 40, 25):
     alpha_bar = short.alpha_bar[index]
     factor = (1 - alpha_bar) / alpha_bar.sqrt()
@@ -1245,7 +1245,7 @@ for way, (path_of_50, denoiser) in ways.items():
     guided = classifier_guided(denoiser, trained_classifier, wanted, 8.0, diffusion)
     by_way |= {f"{name}, {way}": x_0 for name, x_0 in by_both_samplers(path_of_50, guided).items()}
 
-# %%
+# %% slide=["# Clip after the guidance", "[picture]", "Clipped after, no push is larger than the range of pixels; before or never, the first step throws all far out."]
 show_stars(by_way, "Six rows of pictures: good where clipped after the guidance, dark or garish elsewhere.")
 
 # %% [markdown]
@@ -1370,7 +1370,7 @@ for sampler, runs in curves.items():
         )
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**plain))
 
-# %%
+# %% slide=["# There is no one best scale", "[picture]", "Accuracy rises, variety falls, and the distance from real images has its minimum in between, if at all."]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
 for axis, quantity in zip(axes, ("accuracy_all", "frechet_distance", "recall")):
     for (sampler, runs), marker, colour in zip(curves.items(), "os", colours):
@@ -1473,7 +1473,7 @@ for name, x_0 in by_guide.items():
     print(f"{name}: convinced itself of {itself[name]:.0%}; the reader reads {reads[name]:.0%} as asked for")
 assert reads["noisy"] > reads["clean"] + 0.2
 
-# %%
+# %% slide=["# A clean classifier cannot guide", "[picture]", "The same formula, denoiser and noise: the clean classifier's streaks look like noise, and are taken out again.", "# What the lecture's formula leaves unsaid", "- It is a first-order approximation, for ancestral sampling only.", "- The classifier must know the noise, and the step.", "- A higher scale costs variety and likeness.", "- There is a best scale for each model, sampler and measure.", "# What to remember", "- The class's score is the unconditional one plus a noisy classifier's gradient.", "- For a denoiser: move the noise by $-s\\sqrt{1-\\bar\\alpha_t}\\,g$.", "- Exact at $s=1$; above it, neither a class nor a tilted density.", "- A guided denoiser is a denoiser: every sampler takes it."]
 names = [f"{images.labels['colour'][c]}\n{images.labels['shape'][s]}" for s, c in zip(*asked_for.values())][
     :8
 ]

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# One network, asked twice", "? What is the noise in this image, given that it shows a red star? And given nothing?", "The difference of the two answers is a classifier's gradient.", "It can be made longer: **classifier-free guidance**.", "# What you can do afterwards", "- derive the guidance from Bayes' rule", "- translate between the two ways to count its strength", "- train one network that answers with a label and without", "- wrap any conditional denoiser, for any sampler", "- say what a large weight does to pictures, and what helps"]
 # # 05 Classifier-free guidance: two answers of one network
 #
 # Chapters 03 and 04 steered a finished model by the gradient of a second network, which had to be trained on noisy
@@ -87,7 +87,7 @@ torch.set_default_dtype(torch.float64)
 # With numbers, at the point of chapter 03: class 2 of the mixture is the upper one, and at the origin, halfway to
 # noise, its score points up, and that of all classes together hardly anywhere.
 
-# %%
+# %% slide=["# Bayes' rule, read from left to right", "Chapter 03: an unconditional score and a classifier make a conditional score.", "$$\\nabla\\log q(x_t\\mid y)=\\nabla\\log q(x_t)+\\nabla\\log q(y\\mid x_t)$$", "? Now we have both scores, and no classifier. What do we know?", "$$\\nabla\\log q(y\\mid x_t)=\\nabla\\log q(x_t\\mid y)-\\nabla\\log q(x_t)$$"]
 mixture = GaussianMixture(
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )
@@ -100,11 +100,11 @@ noises = {
 for given, eps in noises.items():
     print(f"expected noise given {given:8}", [round(e, 2) for e in eps.tolist()])
 
-# %% [markdown]
+# %% [markdown] slide=["# Two denoisers contain a classifier", "A denoiser is a score in another unit: $\\mathbb E[\\epsilon\\mid x_t]=-\\sqrt{1-\\bar\\alpha_t}\\,\\nabla\\log q(x_t)$. So", "(5.1)", "Nobody trained this **implicit classifier**."]
 # **Exercise 1.** Fill in `implicit_gradient`.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# In code it is one line", "[code implicit_gradient]", "On the mixture it agrees with the exact classifier, differentiated by autograd."] tags=["export", "exercise"]
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
     """The gradient of the classifier that a conditional and an unconditional denoiser contain.
 
@@ -184,7 +184,7 @@ verify("5.1", implicit_gradient(eps_c, eps_u, alpha_bar), gradient, atol=1e-9)
 # $z_\lambda$ for $x_t$. Read it as a walk on the straight line through both answers: $w=-1$ is the unconditional one,
 # $w=0$ the conditional one, and $w>0$ goes on past it. In the example above:
 
-# %%
+# %% slide=["# Guidance walks on through both answers", "(5.2)", "- $w=-1$: the unconditional answer", "- $w=0$: the conditional answer", "- $w>0$: past it, away from the unconditional one"]
 for w in (-1.0, -0.5, 0.0, 1.0, 3.0):
     mixed = (1 + w) * noises["y"] - w * noises["nothing"]
     print(f"w = {w:4}:", [round(e, 2) for e in mixed.tolist()])
@@ -193,7 +193,7 @@ for w in (-1.0, -0.5, 0.0, 1.0, 3.0):
 # **Exercise 2.** Fill in `cfg_combine`.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# All of it, in one line", "[code cfg_combine]", "Whatever else this chapter has is about what goes in, and what comes out."] tags=["export", "exercise"]
 def cfg_combine(eps_cond, eps_uncond, w):
     """Mix a conditional and an unconditional prediction: classifier-free guidance.
 
@@ -216,7 +216,7 @@ def cfg_combine(eps_cond, eps_uncond, w):
 # %%
 check("classifier_free_guidance.cfg_combine", cfg_combine)
 
-# %% [markdown]
+# %% [markdown] slide=["# A weight $w$ is a scale $1+w$ of chapter 03", "Sort by the difference of the answers, and put (5.1) in:", "$$\\tilde\\epsilon=\\epsilon_u+(1+w)(\\epsilon_c-\\epsilon_u)$$", "(5.3)", "Seen from the *conditional* model the scale is $w$. The two numbers count from different ends.", "# The density behind it is sharper than the class", "$$\\begin{aligned}-\\frac{\\tilde\\epsilon}{\\sqrt{1-\\bar\\alpha_t}}&=(1+w)\\nabla\\log q(x_t\\mid y)-w\\nabla\\log q(x_t)\\\\&=\\nabla_{x_t}\\log\\bigl[q(x_t\\mid y)\\;q(y\\mid x_t)^{w}\\bigr]\\end{aligned} \\tag{5.4}$$", "A sum of scores is a product of densities. At $w=0$ it is the class itself."]
 # Which scale of chapter 03 is that? Sort by the difference, $\tilde\epsilon=\epsilon_u+(1+w)(\epsilon_c-\epsilon_u)$,
 # and put (5.1) in: the difference is $-\sqrt{1-\bar\alpha_t}$ times the classifier's gradient. So
 #
@@ -250,7 +250,7 @@ scores = [
 ]
 verify("5.4", -mixed / (1 - alpha_bar).sqrt(), torch.stack(scores), atol=1e-9)
 
-# %%
+# %% slide=["# All weights lie on one straight line", "[picture]", "The tips of the arrows lie on the line through the unconditional score, $w=-1$, and the conditional one, $w=0$."]
 spot = torch.tensor([[0.35, 0.1]])
 score_c, score_u = alone.score(spot, kept)[0], mixture.score(spot, kept)[0]
 noisy, labels = mixture.sample(1500, torch.Generator().manual_seed(1))
@@ -317,7 +317,7 @@ def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Two ways to count the same thing", "$$\\tilde\\epsilon=\\epsilon_u+s\\,(\\epsilon_c-\\epsilon_u)=(1+w)\\,\\epsilon_c-w\\,\\epsilon_u,\\qquad s=1+w \\tag{5.5}$$", "| | number | conditional | unconditional |\n|---|---|---|---|\n| Ho and Salimans; this course | $w$ | 0 | -1 |\n| GLIDE, Imagen, Stable Diffusion | $s$ | 1 | 0 |\n| pipelines of diffusers | $s$ | 1 and below | never |", "# A number without its convention says little", "? Stable Diffusion's usual 7.5: which $w$ is that?", "$w=6.5$.", "? And `guidance_scale=0` in a pipeline of diffusers?", "The *conditional* model, without a word: the network is asked twice only above 1."]
 check("classifier_free_guidance.combine_by_guidance_scale", combine_by_guidance_scale)
 
 # %%
@@ -342,7 +342,7 @@ verify("5.5", by_scale, mixed, atol=1e-12)
 # step, and a mixture of two clipped predictions would be something else. And variance channels, where a network has
 # them, are no prediction of the noise: they are not mixed, and the conditional ones are kept.
 
-# %%
+# %% slide=["# Noise, data or velocity: any prediction may be mixed", "Given $x_t$, each is of the form $a\\,x_t+b\\,\\epsilon$, and $1+w$ and $-w$ add up to 1.", "$$\\begin{aligned}\\hat x_0(\\tilde\\epsilon)&=(1+w)\\,\\hat x_0(\\epsilon_c)-w\\,\\hat x_0(\\epsilon_u)\\\\v(\\tilde\\epsilon)&=(1+w)\\,v(\\epsilon_c)-w\\,v(\\epsilon_u)\\end{aligned} \\tag{5.6}$$", "Clipping is not linear: it comes after the mixing."]
 w = 3.0
 for_x_0, for_v = (partial(convert, x_t, t) for convert in (diffusion.x_0_from_eps, diffusion.v_from_eps))
 guided = cfg_combine(eps_c, eps_u, w)
@@ -398,7 +398,7 @@ def stacked_conditions(cond, null_cond, batch):
     return torch.cat([cond, null_cond])
 
 
-# %% [markdown]
+# %% [markdown] slide=["# A guided denoiser is a denoiser", "[code classifier_free_guided: outputs = .. output_cond, output_null]", "- Both answers come from one forward pass, of a batch twice as long.", "- Both see the same $x_t$.", "- The sampler knows nothing of it."]
 # Where nothing is to be guided, at $w=0$ or outside of the interval, the second half would be thrown away. Then the
 # network is asked for the conditional answer only, which costs half as much and is exact to the last bit.
 
@@ -457,7 +457,7 @@ def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=N
     return guided
 
 
-# %% [markdown]
+# %% [markdown] slide=["# With exact networks, it is classifier guidance, path for path", "(5.7)", "For every sampler and any number of steps, from the same noise.", "? So what can be different with trained networks?", "Only their errors. And two answers of one network have their errors in common."]
 # For an exact denoiser, (5.3) holds at every $x_t$. So the whole path of guided sampling is that of chapter 03, from
 # the same noise, for any sampler, with any number of steps:
 #
@@ -496,7 +496,7 @@ by_classifier = [
 classifier_free = [paths[name, w] for name in steps for w in (0.0, 1.0, 4.0)]
 verify("5.7", torch.stack(classifier_free), torch.stack(by_classifier), atol=1e-6)
 
-# %%
+# %% slide=["# Above 0, samples leave the class", "[picture]", "At $w=0$ they are the upper class. Above it they move on, away from the others, and crowd."]
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True, layout="constrained")
 data = mixture.sample(800, torch.Generator().manual_seed(1))[0]
 for axis, w in zip(axes, (-1.0, 0.0, 1.0, 4.0)):
@@ -544,7 +544,7 @@ for w in (0.0, 1.0, 4.0):
 # pictures are redder than the average by 0.5, then at $w=3$ they come out redder than the average by 2, in units in
 # which a pixel has no more than 1. This is **over-saturation**, and it is no failure of the network.
 
-# %%
+# %% slide=["# Two normals: guidance moves the mean", "Class $\\mathcal N(\\mu_c,\\sigma^2I)$, all data $\\mathcal N(\\mu_u,\\sigma^2I)$. The mixture of scores, at every level:", "$$\\begin{aligned}&(1+w)\\,\\frac{\\sqrt{\\bar\\alpha_t}\\,\\mu_c-x_t}{v_t}-w\\,\\frac{\\sqrt{\\bar\\alpha_t}\\,\\mu_u-x_t}{v_t}=\\frac{\\sqrt{\\bar\\alpha_t}\\,\\mu_w-x_t}{v_t}\\\\&\\mu_w=\\mu_c+w\\,(\\mu_c-\\mu_u)\\end{aligned} \\tag{5.8}$$", "# Over-saturation is no failure of the network", "? Red pictures are redder than the average by 0.5. How much redder are they at $w=3$?", "By 2: $\\mu_w-\\mu_u=(1+w)(\\mu_c-\\mu_u)$.", "A pixel has no more than 1. The network is exact, and the picture is glaring."]
 grid = torch.Generator().manual_seed(7)
 mu_c, mu_u, sigma, w = 0.3 * torch.randn(64, generator=grid), 0.1 * torch.randn(64, generator=grid), 0.2, 3.0
 normals = {"c": mu_c, "u": mu_u, "w": mu_c + w * (mu_c - mu_u)}
@@ -600,7 +600,7 @@ verify("5.8", torch.stack(guided_ends), torch.stack(normal_ends), atol=1e-7)
 # values for each of $y=0$, $y=1$ and $\varnothing$. The loss is quadratic in the table, so a single Newton step from
 # anywhere lands in its minimum.
 
-# %%
+# %% slide=["# One network gives both answers", "In training, replace the label by the **null label** $\\varnothing$ with probability $p$:", "$$\\begin{aligned}L(f)&=\\mathbb E\\,\\|\\epsilon-f(x_t,t,c)\\|^2\\\\&=(1-p)\\;\\mathbb E\\,\\|\\epsilon-f(x_t,t,y)\\|^2+p\\;\\mathbb E\\,\\|\\epsilon-f(x_t,t,\\varnothing)\\|^2\\end{aligned} \\tag{5.9}$$", "Each part of the loss meets other inputs, and can be minimised by itself.", "# It converges to both denoisers, for every $p$", "A squared error is smallest at the conditional expectation:", "(5.10)", "? Then why does $p$ matter at all?", "A real network has finite capacity and time: $p$ says where its errors go. Usual: 0.1 to 0.2."]
 line = GaussianMixture([0.7, 0.3], [[-0.5], [0.6]], [0.3, 0.2])
 kept, spots = torch.tensor(0.5), torch.linspace(-1.5, 1.5, 9)  # alpha_bar_t, and x_t
 fine = torch.linspace(-4, 4, 2001)  # x_0
@@ -636,7 +636,7 @@ exact_table = expected(spots.repeat_interleave(3)[:, None], torch.zeros(27, dtyp
 minima = torch.stack([newton_step(p) for p in (0.1, 0.5)])
 verify("5.10", minima, exact_table.expand(2, 9, 3), atol=1e-7)
 
-# %%
+# %% slide=["# The minimum is where the expectations are", "[picture]", "Dots: the table that minimises the loss. Lines: the exact expectations, one for each label and for none."]
 curve_at = torch.linspace(-1.7, 1.7, 200)[:, None]
 figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
 for c, (name, colour) in enumerate(zip(("y = 0", "y = 1", r"$\varnothing$"), colours)):
@@ -664,7 +664,7 @@ show(
 # **Exercise 4.** Fill in `labels_after_dropout`. It gets the draws, so that it can be checked.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# Dropping labels takes two lines", "[code labels_after_dropout]", "- All labels of a sample go together.", "- The null label is a class more, never class 0.", "- In training only: a sampler that drops labels draws what nobody asked for."] tags=["export", "exercise"]
 def labels_after_dropout(y, null_label, u, p):
     """Replace the labels of the samples whose draw falls below p.
 
@@ -794,7 +794,7 @@ def rescaled(guided, cond, phi):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Contrast grows with the weight", "With the difference $d=c-u$, over the pixels of one sample:", "(5.11)", "A parabola in $w$. Lin et al. scale the prediction back:", "(5.12)"]
 check("classifier_free_guidance.rescaled", rescaled)
 
 # %%
@@ -823,7 +823,7 @@ verify("5.13", spread_of(rescaled(guided, c, 0.7)), between, atol=1e-12)
 # $\phi=1$:
 
 
-# %%
+# %% slide=["# Rescaling works in the space where it is done", "? Three exact networks, one for each prediction type, all rescaled. Which one gets its contrast back?", "[output]", "Predicted noise has standard deviation 1 whatever the picture is: there is nothing to take back."]
 def contrast(prediction, w, phi):
     """The mean spread of 50 pictures drawn with a network of this prediction type."""
     typed = Diffusion(linear_betas(200), prediction)
@@ -889,7 +889,7 @@ def within_interval(guided, cond, t, first, last):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Guide only where it helps", "(5.14)", "- noisy steps: $x_t$ says little, and everything is pushed one way", "- clean steps: the class is certain, and asking twice is a waste", "- outside of the interval one answer is enough: it saves time"]
 check("classifier_free_guidance.within_interval", within_interval)
 
 # %% [markdown]
@@ -924,7 +924,7 @@ for name, (w, interval) in runs.items():
 assert (lines["w = 3, all steps"][-1] < -0.6).all()
 assert (lines["w = 3, steps 0 to 39"][-1] >= -0.6).double().mean() > 0.3
 
-# %%
+# %% slide=["# Guided early, the less typical sort is gone", "[picture]", "One class, two sorts (dotted). Guided at all steps every path ends in the far one; guided late, both are there."]
 shown = ("w = 0", "w = 3, all steps", "w = 3, steps 0 to 39")
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), sharey=True, layout="constrained")
 for axis, name in zip(axes, shown):
@@ -973,7 +973,7 @@ show(
 # with the odds of $n$ as a factor: where $n$ is out of the question, nothing has to be done. The negative prompt has no
 # such factor. It pushes wherever $x_t$ is, also where $n$ has long been ruled out.
 
-# %%
+# %% slide=["# A negative prompt takes the place of 'nothing'", "$$-\\frac{(1+w)\\,\\epsilon_y-w\\,\\epsilon_n}{\\sqrt{1-\\bar\\alpha_t}}=\\nabla_{x_t}\\log\\left[q(x_t\\mid y)\\left(\\frac{q(y\\mid x_t)}{q(n\\mid x_t)}\\right)^{w}\\right] \\tag{5.15}$$", "The picture is made likelier to be $y$ *against* $n$: a duel, $w$ times its log-odds."]
 unwanted = torch.remainder(classes + 1, 3)  # another class for each of the 64 points
 x_t, t = points.detach(), torch.randint(200, (64,), generator=torch.Generator().manual_seed(0))
 alpha_bar = diffusion.alpha_bar[t, None]
@@ -984,7 +984,7 @@ log_y, log_n = (log_joint.gather(1, k[:, None])[:, 0] for k in (classes, unwante
 (score,) = torch.autograd.grad((log_y + 2.0 * (log_y - log_n)).sum(), points, retain_graph=True)
 verify("5.15", -cfg_combine(eps_y, eps_n, 2.0) / (1 - alpha_bar).sqrt(), score, atol=1e-9)
 
-# %%
+# %% slide=["# It is a direction, not a logical 'not'", "The exact 'not $n$' has the odds of $n$ as a factor:", "$$\\nabla\\log\\bigl(1-q(n\\mid x_t)\\bigr)=-\\frac{q(n\\mid x_t)}{1-q(n\\mid x_t)}\\,\\nabla\\log q(n\\mid x_t) \\tag{5.16}$$", "Where $n$ is out of the question, nothing has to be done. The negative prompt pushes there, too."]
 chances = mixture.responsibilities(points, alpha_bar)  # (64, 3)
 q_n = chances.gather(1, unwanted[:, None])  # (64, 1)
 is_other = torch.arange(3) != unwanted[:, None]  # (64, 3)
@@ -1022,7 +1022,7 @@ for name, x_0 in ends.items():
     shares = ", ".join(f"{(found == k).double().mean():4.0%}" for k in range(3))
     print(f"{name:26} classes {shares}; mean height {x_0[:, 1].mean():.2f}")
 
-# %%
+# %% slide=["# Log-odds have no end", "[picture]", "The exact 'not' removes the class. The negative prompt drives the rest beyond the data, and leaves some of $n$."]
 figure, axes = plt.subplots(1, 5, figsize=(14, 3.2), sharex=True, sharey=True, layout="constrained")
 for axis, (name, x_0) in zip(axes, ends.items()):
     axis.scatter(*data.T, s=2, color="lightgrey")
@@ -1090,7 +1090,7 @@ print("at the start, every label gives the unconditional answer")
 # the sample's own source, so that a run can be stopped and continued.
 
 
-# %%
+# %% slide=["# Training: one line more than in chapter 02", "[code draw: batch = .. cond =]", "- The network has a table for each label, with a row more for 'nothing'.", "- Training begins with the weights of the unconditional model.", "- The new rows begin at zero: at first every label gives the old answer."]
 def draw(random):
     """A training batch: images, labels of which some are dropped, steps and noise."""
     batch = images.batch(random.integers(len(images)))
@@ -1149,7 +1149,7 @@ told = {
     for name, n in {"tables, 100 steps": live, "trained long": trained}.items()
 }
 
-# %%
+# %% slide=["# The network believes what it is told", "[picture]", "Right labels lower the loss, most where $x_t$ is nearly noise; wrong ones raise it."]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), sharey=True, layout="constrained")
 for axis, (name, rows) in zip(axes, told.items()):
     for column, label, style, colour in (
@@ -1199,7 +1199,7 @@ print({name: round(value, 3) for name, value in card["metrics"].items() if name.
 # a gradient field, its Jacobian $J$, is symmetric, so that $a^\top Jb=b^\top Ja$ for any two directions. Differences
 # of the field along random directions measure both sides:
 
-# %%
+# %% slide=["# No classifier can be integrated from it", "A gradient field has a symmetric Jacobian: $a^\\top Jb=b^\\top Ja$.", "The difference of two network answers has not: its antisymmetric part is nearly as large as the symmetric one.", "'Implicit classifier' names what the two answers approximate."]
 t, told_64 = torch.full((64,), 500), own
 directions = torch.randn(2, 64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -1229,7 +1229,7 @@ print(f"asymmetry of the Jacobian, 0 for a gradient: {asymmetry:.1f}")
 # Eight times the same noise, the condition 'red star', fifty DDIM steps, and weights from unconditional to far too
 # large:
 
-# %%
+# %% slide=["# Larger weights: larger, redder, glaring", "[picture]", "Red stars from the same noise: at $w=0$ of both sizes, above it nearly all of them large."]
 star = torch.tensor([images.labels["shape"].index("star"), images.labels["colour"].index("red")]).expand(8, 2)
 none_of_8 = torch.tensor(recipe.num_classes).expand(8, 2)
 x_T = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6))
@@ -1315,7 +1315,7 @@ for sampler, runs in curves.items():
         print(f"{sampler.upper()}  w = {run['w']:4}  {row(run)}")
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**stored["runs"][0]))
 
-# %%
+# %% slide=["# The best weight depends on what one measures", "[picture]", "Accuracy wants guidance, the distance from real images wants none, and variety shrinks."]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
 for axis, quantity in zip(axes, ("accuracy_all", "frechet_distance", "recall")):
     for (sampler, runs), marker, colour in zip(curves.items(), "os", colours):
@@ -1382,7 +1382,7 @@ for name, pictures in {"real images": real_images, **drawn}.items():
     print(f"{name:24} {share:7.0%} {pictures.flatten(1).std(dim=1).mean():10.2f}")
     assert share > 0.75 if name == "w = 4" else share < 0.65 if "steps" in name else True
 
-# %%
+# %% slide=["# Guidance decides what nobody asked for", "[picture]", "Size was not asked for. A large star is more certainly a star, so guidance draws large ones; an interval spares both."]
 rows = torch.cat([pictures[:8] for pictures in drawn.values()])
 figure = show_grid(rows, row_titles=list(drawn), inches_per_image=1.0)
 show(
@@ -1558,7 +1558,7 @@ ways = {
     "conditional": partial(trained, cond=eight),
 }
 
-# %%
+# %% slide=["# Three guidances and none, the same wishes", "[picture]", "Classifier and CLIP push a finished model; classifier-free guidance is trained in, and draws what is asked for.", "# What each is good for", "| | needs | a step costs | takes |\n|---|---|---|---|\n| classifier | a network of noisy images | its gradient besides | its classes |\n| CLIP | two towers, noisy images | its gradient besides | any words |\n| classifier-free | dropped labels in training | twice | what it knows |\n| conditional, $w=0$ | labels in training | once | what it knows |", "Where a world is learned completely, the conditional model alone is best. Elsewhere a weight buys what training could not.", "# What to remember", "- Two denoisers contain a classifier; mixing is guidance at scale $1+w$.", "- One network gives both answers if labels are dropped in training.", "- A number needs its convention: $w$, or $s=1+w$.", "- A weight above 0 buys accuracy with variety and contrast.", "- A negative prompt is a direction, no 'not'."]
 drawn = [
     sample(short, way, x_T.shape, ddpm_step, torch.Generator().manual_seed(7), x_T) for way in ways.values()
 ]

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# A network that names photographs shall read digits", "? What could be done without training its weights anew?", "Leave every weight as it is, and hand it a few learned tokens beside the image: **prompts**.", "# What you can do afterwards", "- compute a Vision Transformer's answer by hand", "- find by experiment what is wrong with a wrapper that runs", "- build shallow and deep prompts, and prove the backbone untouched", "- say what a prompt adds to attention, and what it cannot change", "- compare methods fairly, and serve many tasks from one backbone"]
 # # 08 Visual prompt tuning: many tasks, one backbone
 #
 # A Vision Transformer has learned to name photographs, and we want it to read digits. One could train all of its
@@ -150,7 +150,7 @@ x = shapes.batch(range(8))["image"].double()  # (8, 3, 32, 32)
 cut = patches(x, 4)
 print(f"images {tuple(x.shape)}, patches {tuple(cut.shape)}")
 
-# %%
+# %% slide=["# A picture becomes a list of patches", "[picture]", "64 small squares. Nothing in the list says which one lies beside which."]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
 left.imshow((x[0].permute(1, 2, 0) + 1) / 2)
 left.set(title="an image, 32 x 32 pixels")
@@ -174,7 +174,7 @@ show(figure, "An image of a coloured shape, and the same image cut into eight ti
 #
 # $$e_i=W_e\,c_i+b_e,\qquad W_e\in\mathbb R^{d\times3p^2} \tag{8.1}$$
 
-# %%
+# %% slide=["# Patches become tokens, and a class token gathers the answer", "(8.1)", "$$z_0=\\bigl[e_\\text{cls},\\,e_1,\\dots,e_{N_p}\\bigr]+E_\\text{pos} \\tag{8.2}$$", "In each block tokens look at one another, then each is worked on by itself:", "$$z'=z_{\\ell-1}+\\operatorname{Attn}(\\operatorname{LN}(z_{\\ell-1})),\\qquad z_{\\ell}=z'+\\operatorname{MLP}(\\operatorname{LN}(z')) \\tag{8.3}$$"]
 kernel, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
 print(f"kernel {tuple(kernel.shape)}: d = {kernel.shape[0]} numbers from {kernel[0].numel()}")
 verify("8.1", cut @ kernel.flatten(1).T + bias, vit.patch_embed(x), atol=1e-10)
@@ -249,7 +249,7 @@ def normalised(norm, tokens):
     return centred / deviation * norm.weight + norm.bias
 
 
-# %%
+# %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to ten digits."]
 e = patches(x, 4) @ kernel.flatten(1).T + bias  # (8, 64, d)
 z = torch.cat([vit.cls_token.expand(len(x), 1, -1), e], dim=1) + vit.pos_embed  # (8, 65, d)
 for block in vit.blocks:
@@ -287,7 +287,7 @@ assert all(block.attn.scale == block.attn.head_dim**-0.5 for block in vit.blocks
 # A transformer without positions sees a bag of patches. Keep this in mind as a symptom.
 
 
-# %%
+# %% slide=["# Without positions it sees a bag of patches", "? Leave out the position embedding, and shuffle the patches. What changes?", "$$y\\bigl([e_\\text{cls},e_{\\pi(1)},\\dots,e_{\\pi(N_p)}]\\bigr)=y\\bigl([e_\\text{cls},e_1,\\dots,e_{N_p}]\\bigr) \\tag{8.6}$$", "Nothing. Keep this in mind as a symptom."]
 def answer(tokens):
     """The logits that follow from tokens that go into the first block."""
     return vit.head(vit.norm(vit.blocks(tokens))[:, 0])
@@ -309,7 +309,7 @@ print("with positions, shuffling changes the answer:", is_changed)
 # has nine faults. Do not look for them; let experiments find them.
 
 
-# %%
+# %% slide=["# A wrapper as one writes it on a first evening", "[code FirstEvening.forward]", "? It reads well, and has nine faults. How would you find them, without reading?"]
 class FirstEvening(nn.Module):
     def __init__(self, backbone, num_prompts, num_classes):
         super().__init__()
@@ -382,7 +382,7 @@ second = SecondEvening(first.backbone, num_prompts=5, num_classes=8)
 # **Experiment 3: shuffle the image.** Cut it into its patches and lay them down in another order. A network that sees
 # must say something else.
 
-# %%
+# %% slide=["# Shuffle the image: the same answer", "[picture]", "The wrapper gives both rows the same logits: the position embedding is missing."]
 order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
 puzzle = patches(x, 4)[:, order].view(8, 8, 8, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(8, 3, 32, 32)
 with torch.no_grad():
@@ -400,7 +400,7 @@ show(figure, "Four images, and the same images with their patches in another ord
 # itself computes. Hand the head's input out, and compare, the position embedding mended:
 
 
-# %%
+# %% slide=["# Add nothing, and compare", "With no prompts, what reaches the head must be what the backbone computes.", "[output]", "Positions and the final norm are both missing. A test of shapes would never have told."]
 def head_input(positions, final_norm):
     """What reaches the head of a wrapper without prompts, (8, d)."""
     z = torch.cat([cls, vit.patch_embed(x)], dim=1)
@@ -420,7 +420,7 @@ for settings in ((False, False), (False, True), (True, False), (True, True)):
 #
 # **Experiment 5: train one step.** The comment says that the backbone is frozen.
 
-# %%
+# %% slide=["# A comment freezes nothing", "? The wrapper says 'this stays frozen'. One step of AdamW. What has moved?", "[output]", "What stays put is what the wrapper never calls."]
 before = copy.deepcopy(second.backbone.state_dict())
 optimizer = torch.optim.AdamW((p for p in second.parameters() if p.requires_grad), lr=1e-3)
 cross_entropy(second(x), torch.arange(8)).backward()
@@ -469,7 +469,7 @@ print("twice the same images, the same logits:", is_same)
 #
 # **Experiment 8: save it.** What was learned are five prompts and a head.
 
-# %%
+# %% slide=["# Nine faults, and the experiments that find them", "| fault | found by |\n|---|---|\n| class token not expanded | two images in the place of one |\n| no position embedding | shuffling the patches |\n| no final norm; only one kind of ViT | no prompts, and comparing |\n| backbone not frozen | one step, and counting |\n| dropout in the backbone | calling twice after `.train()` |\n| whole backbone stored | counting what is saved |", "Two more: an undefined name, and prompts ten times as long as published ones."]
 stored = sum(tensor.numel() for tensor in second.state_dict().values())
 learned = second.prompts.numel() + sum(p.numel() for p in second.head.parameters())
 print(f"numbers learned: {learned:,}; numbers in state_dict(): {stored:,}")
@@ -566,7 +566,7 @@ def insert_prompts(tokens, prompts, num_prefix):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Prompts go between prefix and patches", "$$\\tilde z_0=\\bigl[z_{0,\\text{cls}},\\,P,\\,z_{0,1},\\dots,z_{0,N_p}\\bigr] \\tag{8.7}$$", "[code insert_prompts]", "After the position embedding: a prompt has no place in the image."]
 check("visual_prompt_tuning.insert_prompts", insert_prompts)
 
 # %% [markdown] tags=["optional"]
@@ -609,7 +609,7 @@ def initial_prompts(u, patch_values):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# How long should a prompt begin?", "$$P_{kj}\\sim\\mathcal U(-v,v),\\qquad v=\\sqrt{\\frac6{3p^2+d}} \\tag{8.8}$$", "? To attention, what is the difference between $P$ and $10P$?", "None: it is normalised first. But its gradient is a tenth, so a step turns it a tenth as far."]
 check("visual_prompt_tuning.initial_prompts", initial_prompts)
 
 # %%
@@ -664,7 +664,7 @@ check("visual_prompt_tuning.replace_prompts", replace_prompts)
 # %% [markdown]
 # With numbers: width 2, a class token of ones, prompts of tens, patches 3, 4, 5.
 
-# %%
+# %% slide=["# Deep prompts: replaced at every block", "$$\\tilde z_{\\ell}=\\bigl[z_{\\ell,\\text{cls}},\\,P_{\\ell},\\,z_{\\ell,1},\\dots,z_{\\ell,N_p}\\bigr] \\tag{8.9}$$", "Width 1, a class token of 1, prompts of tens, patches 3, 4, 5:", "[output]", "The sequence does not grow."]
 tokens = torch.tensor([1.0, 3, 4, 5])[None, :, None].expand(1, 4, 2)
 entering = insert_prompts(tokens, torch.full((2, 2), 10.0), num_prefix=1)
 print("into block 1:  ", entering[0, :, 0].tolist())
@@ -727,7 +727,7 @@ def attention_to_prompts(weights, num_prefix, num_prompts):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# What a prompt can do: mix in, and fade the rest", "With $\\lambda_i$ the share of attention that token $i$ pays to prompts,", "$$o_i=(1-\\lambda_i)\\,o_i^{\\,0}+\\lambda_i\\,\\bar p_i \\tag{8.11}$$", "$o_i^{\\,0}$ is what the head would give without any prompt, $\\bar p_i$ an average of the prompts' values."]
 check("visual_prompt_tuning.attention_to_prompts", attention_to_prompts)
 
 # %%
@@ -755,7 +755,7 @@ is_a_tenth = (gradients[0] - 10 * gradients[1]).norm() < 0.01 * gradients[0].nor
 assert is_a_tenth
 print("a tenth of the gradient, to 1%:", bool(is_a_tenth))
 
-# %%
+# %% slide=["# What it cannot do: turn the head's view", "(8.12)", "Whichever of two patches was looked at more still is, by the same factor.", "? How can prompts change it after all?", "From afar: what they mix in at one block changes queries and keys of the next."]
 others = [0, *range(1 + n, a.shape[-1])]  # the class token and the patches
 values = (
     block.attn.qkv(prompted)[..., 2 * vit.embed_dim :].view(8, 70, block.attn.num_heads, -1).transpose(1, 2)
@@ -887,7 +887,7 @@ for name, model in variants.items():
 # gradient, whatever its value; so a backbone whose gradients are set to zero, or multiplied by zero, shrinks step by
 # step without anybody noticing:
 
-# %%
+# %% slide=["# Frozen means no gradient, not a gradient of zero", "[output]", "AdamW's weight decay acts on every weight that has a gradient, whatever its value.", "? And the frozen network in `torch.no_grad()`?", "That cuts the prompts off: they lie before it."]
 for name, gradient in (("None", None), ("zero", torch.zeros(1))):
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.05)
@@ -977,7 +977,7 @@ class VPT(nn.Module):
 # backbone's features. After ten steps with weight decay the backbone is what it was, bit for bit, even if it has
 # stochastic depth.
 
-# %%
+# %% slide=["# The experiments again, as tests", "- the same number of tokens at each block, and gradients for each block's prompts", "- a batch of one as in a batch; a shuffled image gives something else", "- nothing added, nothing changed", "- after ten steps the backbone is what it was, bit for bit"]
 counts = []
 hooks = [block.register_forward_hook(lambda *call: counts.append(call[-1].shape[1])) for block in vit.blocks]
 model = VPT(vit, num_classes=8, num_prompts=5, deep=True)
@@ -1032,7 +1032,7 @@ def trainable_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# %%
+# %% slide=["# What is stored: prompts and a head", "(8.13)", "$$r=\\frac{M}{L'\\,n\\,d+(d+1)K} \\tag{8.14}$$", "? 'A hundred to a thousand times less', says the lecture. On what does that depend?"]
 L, d, K, n = len(vit.blocks), vit.embed_dim, 10, 8
 counted = [sum(p.numel() for p in trainable_parameters(VPT(vit, K, n, deep=deep))) for deep in (False, True)]
 print("trained, shallow and deep:", counted)
@@ -1094,7 +1094,7 @@ for kind, num in (("shallow", 100), ("deep", 10), ("deep", 50), ("deep", 100)):
             f" with a head for {classes} classes",
         )
 
-# %%
+# %% slide=["# The claim holds from ten deep prompts to some hundred", "[picture]", "Grey: the claim. Shallow prompts save more, and a head takes its share as well."]
 lengths = torch.logspace(0, 2.3, 40)
 figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
 axis.axhspan(100, 1000, color="lightgrey", alpha=0.5, label="the lecture's claim")
@@ -1131,7 +1131,7 @@ assert (first, last) == ([10, 13, 16], [93, 123, 153])
 # times as much. torch can count the products itself:
 
 
-# %%
+# %% slide=["# Prompts are small to store, and cost at every image", "$$\\frac{(N+n)(6d+N+n)}{N(6d+N)} \\tag{8.15}$$", "times the products of the blocks, for ever.", "Of these methods, only prompts make the network slower."]
 def products(model, x):
     """How many floating-point operations the matrix products of a model's blocks take."""
     with torch.no_grad(), attention_by_products(model), FlopCounterMode(display=False) as counter:
@@ -1427,7 +1427,7 @@ def bias_tuning(vit, num_classes):
     return model
 
 
-# %%
+# %% slide=["# Prompts are one way among several", "- **linear probe**: a new head, and nothing else", "- **biases only**: the same vector for each token", "- **prompts**: shallow, or deep", "- **full fine-tuning**: everything, on a copy", "? Which of them can change the ratio (8.12) within a block?"]
 model = bias_tuning(vit, num_classes=8)
 collected = []
 layer = model.blocks[2].mlp.fc1
@@ -1455,7 +1455,7 @@ print("the weight beside it has no gradient:", layer.weight.grad is None)
 #
 # Seven small tasks, of at most 800 training images each, none of them photographs of airplanes or cats:
 
-# %%
+# %% slide=["# A fair comparison begins with its rules", "[picture]", "Seven tasks, none of photographs: the same images and steps for all, each method at a learning rate of its own."]
 torch.set_default_dtype(torch.float32)
 tasks = ("digits", *TASKS)
 sets = {task: downstream(task) for task in tasks}
@@ -1518,7 +1518,7 @@ adapt_live("vpt-deep")
 # %%
 adapt_live("full")
 
-# %%
+# %% slide=["# Deep prompts learn the digits nearly as fast as all weights", "[picture]", "Learning rates differ by far: what suits prompts and heads lies much above that of full fine-tuning."]
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for (method, losses), colour in zip(curves.items(), colours):
     smooth = torch.tensor(losses).unfold(0, 10, 5).mean(dim=1)
@@ -1571,7 +1571,7 @@ print("deep prompts over full fine-tuning:", ", ".join(f"{factor:.0f} times" for
 at_edge = [f"{task}, {method}" for task in compared for method in COMPARED if result(task, method)["at_edge"]]
 print("at an end of those tried:", "; ".join(at_edge) or "none")
 
-# %%
+# %% slide=["# Probe, prompts, full fine-tuning: in this order", "[picture]", "Bars are means of three seeds, dots the seeds: six hundred steps of sixteen images, the class token read by all."]
 figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
 for k, (method, colour) in enumerate(zip(COMPARED, colours)):
     shares = [result(task, method)["accuracy"] for task in compared]
@@ -1693,7 +1693,7 @@ for task in compared:
     shares = [100 * solved[task][name] for name in columns]
     print(f"{task:16}" + "".join(f"{share:14.1f}" for share in shares) + f"{shares[1] - shares[0]:+14.1f}")
 
-# %%
+# %% slide=["# Is it the probe, or what it reads?", "[picture]", "Filled: heads solved to the end. Stars: solved heads that read the patches' quarters, at no cost in tokens.", "# The place to read matters as much as the method", "? The class token knows the corner of the largest disc in half of the pictures. Has the network not seen it?", "A head on the frozen patches knows it nearly always.", "By (8.12) a prompt cannot turn the class token's attention to a patch: the knowledge is there, the way is not."]
 figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
 for method, reading, marker, colour in (
     ("linear", "class token", "o", colours[0]),
@@ -1777,7 +1777,7 @@ for method, runs in by_length.items():
         print(f"{method:12} n = {run['num_prompts']:2}  {with_spread(run)} %  trained {run['trained']:6,}  "
               f"learning rate {run['learning_rate']:g}")  # fmt: skip
 
-# %%
+# %% slide=["# One prompt gains a little, eight most of it", "[picture]", "Accuracy of counting by the number of prompts: full fine-tuning stays ahead."]
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for (method, runs), marker, colour in zip(by_length.items(), "os", colours[1:]):
     counts, shares = [run["num_prompts"] for run in runs], [run["accuracy"] for run in runs]
@@ -1883,7 +1883,7 @@ x = tests.batch(range(200))["image"]
 untrained = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0).eval()
 tables = [shares_of_class_token(m, x) for m in (untrained, model)]
 
-# %%
+# %% slide=["# Few heads listen, and these listen well", "[picture]", "The class token's attention to prompts: after training one head of the last block sees nothing else."]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
 for axis, table, title in zip(axes, tables, ("before training", "after training")):
     picture = axis.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -1907,7 +1907,7 @@ show(figure, "Two tables of blocks by heads: the share of the class token's atte
 # What this does to the features $f$: the test images, projected on their two main directions, without prompts and
 # with them. (The head separates the classes in all $d$ dimensions, so those that overlap here may be apart for it.)
 
-# %%
+# %% slide=["# What prompts do to the features", "[picture]", "The same frozen backbone, without prompts and with them, in its two main directions."]
 labels = tests.batch(range(len(tests)))["class"]
 with torch.no_grad():
     everything = tests.batch(range(len(tests)))["image"]
@@ -1966,7 +1966,7 @@ for method in COMPARED:
     if "upstream_prompted" in result("digits", method):
         print_row("  prompts left in", [result(task, method)["upstream_prompted"] for task in compared])
 
-# %%
+# %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "As many as before, to the last bit. So it is with a linear probe, or with a copy.", "What prompts give: no copy is needed *for each task*. With the prompts left in, the network is another one."]
 for task in compared:
     for method in ("linear", "vpt-shallow", "vpt-deep"):
         run = result(task, method)
@@ -2021,7 +2021,7 @@ def own_head(features, weights, biases, tasks):
 # %%
 check("visual_prompt_tuning.own_head", own_head)
 
-# %%
+# %% slide=["# Many tasks in one pass", "Attention never looks from one sample to another, so each sample brings its own prompts and head:", "(8.17)", "[code own_head]"]
 generator = torch.Generator().manual_seed(5)
 f, W, c = (
     torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (3, 2, 4), (3, 2))
@@ -2176,7 +2176,7 @@ print("classes:", [len(row) for row in answers])
 assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(answers, alone))
 print("each image's logits are those of its task's own model, to 1e-5")
 
-# %%
+# %% slide=["# One batch, three tasks", "[picture]", "Each image is asked its own question, in one pass of one backbone.", "# What to remember", "- Experiments find what reading does not: shuffle, add nothing, count, call twice.", "- A prompt mixes in and fades; it cannot turn a head's view.", "- Small to store, not cheap to run.", "- Where a head reads matters as much as how one adapts.", "- Nothing is forgotten, and one backbone serves many tasks."]
 titles = [f"{name}:\n{singles[name].head.out_features} logits" for name in mixed_names]
 figure = show_grid(mixed, columns=6, titles=titles, inches_per_image=1.3)
 figure.set_figheight(2.0)

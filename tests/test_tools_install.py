@@ -163,6 +163,7 @@ def test_make_help_names_every_target():
     assert {target for target in targets.split() if f"make {target} " not in shown} == inner
 
 
-def test_continuous_integration_calls_make_test():
+def test_continuous_integration_calls_make_test_and_make_browser():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert (ROOT / ".ci" / "run").read_text().endswith("exec make test\n")
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test\n" in text and text.endswith("exec make browser\n")
