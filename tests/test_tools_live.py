@@ -14,7 +14,7 @@ import core_path
 import live
 import notebooks
 import teaching
-from board import board
+from board import board, is_folded
 from course import ROOT, Cell, CourseError, notebook_sources
 from lecture26.kit.live import is_unwritten, typed_or_finished
 
@@ -413,7 +413,7 @@ def test_each_slide_begins_with_what_is_seen(source):
     cells = live.live_notebook(source).cells
     for cell in cells:
         if cell.metadata.slideshow.slide_type in ("slide", "subslide"):
-            assert not cell.source.startswith("<details>")
+            assert not is_folded(cell.source)
     assert all(
         cell.metadata.slideshow.slide_type == "slide" for cell in cells if cell.source.startswith("## ")
     )

@@ -46,6 +46,11 @@ def is_shown(paragraph: str) -> bool:
     return paragraph.startswith(kinds) or is_caption(paragraph) or len(paragraph) <= SHORT
 
 
+def is_folded(text: str) -> bool:
+    """Whether nothing of a text is seen before it is unfolded."""
+    return all(paragraph.startswith("<details>") for paragraph in paragraphs(text))
+
+
 def is_caption(paragraph: str) -> bool:
     """Whether a paragraph is set in italics as a whole, as the captions of figures are."""
     return bool(re.fullmatch(r"\*[^*].*[^*]\*", paragraph, flags=re.DOTALL))

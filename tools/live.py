@@ -23,7 +23,7 @@ import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 import editions
-from board import board, is_caption, paragraphs
+from board import board, is_caption, is_folded, paragraphs
 from core_path import Section, needed, sections
 from course import OWN_METADATA, ROOT, Cell, CourseError, module_name, notebook_sources, read_cells
 from lecture26.kit.files import replace_when_complete
@@ -34,6 +34,7 @@ from teaching import MEASURED, Notes, Prediction, Session, Teaching, notes_page,
 TO_TYPE = "...  # to be typed"
 IMPORT = "from lecture26.kit.live import typed_or_finished"
 LARGER = 'plt.rcParams["figure.dpi"] = 110  # for a projector'
+ASKED = "**Before it is run:**"
 LEFT_OUT = "# from what is left out here"
 TYPED_IN_REHEARSAL = "05_classifier_free_guidance"
 # The chapters that `make nbval` runs, one as it is made and one typed; of all a test sees that each name
@@ -147,7 +148,7 @@ def board_cells(source: str) -> list[nbformat.NotebookNode]:
 def prediction_cell(predict: Prediction) -> nbformat.NotebookNode:
     """A question before its result, the answer folded."""
     answer = DETAILS.format("Answer", predict.answer.strip())
-    return new_markdown_cell(f"**Before it is run:** {predict.question.strip()}\n\n{answer}")
+    return new_markdown_cell(f"{ASKED} {predict.question.strip()}\n\n{answer}")
 
 
 def for_teacher(text: str) -> nbformat.NotebookNode:
@@ -182,14 +183,19 @@ def group(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
 
 
 def set_slide_types(cells: list[nbformat.NotebookNode]) -> None:
-    """Which cell begins a slide in RISE: a section, a paragraph of prose, or code that comes after code."""
+    """Which cell begins a slide in RISE.
+
+    A section does, prose does, and code does that comes after code or after a prediction, so that this is on
+    the screen alone; captions and what is folded do not.
+    """
     goes_on = False  # whether code goes on the slide of what stands above it
     for cell in cells:
         is_result = cell.cell_type == "code" or "stored" in cell.metadata.get("tags", [])
-        is_aside = not is_result and (is_caption(cell.source) or cell.source.startswith("<details>"))
+        is_aside = not is_result and (is_caption(cell.source) or is_folded(cell.source))
+        is_question = cell.source.startswith(ASKED)
         if "slideshow" in cell.metadata:
             kind = cell.metadata["slideshow"]["slide_type"]
-        elif is_result:
+        elif is_result or is_question:
             kind = "-" if goes_on else "subslide"
         elif is_aside:
             kind = "-"
@@ -197,7 +203,7 @@ def set_slide_types(cells: list[nbformat.NotebookNode]) -> None:
             kind = "slide" if cell.source.startswith(("# ", "## ")) else "subslide"
         cell.metadata["slideshow"] = {"slide_type": kind}
         if kind != "skip":
-            goes_on = not (is_result or is_aside) or cell.source.startswith(LEFT_OUT)
+            goes_on = not (is_result or is_aside or is_question) or cell.source.startswith(LEFT_OUT)
 
 
 # --- Bodies to be typed ---
