@@ -14,14 +14,14 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine update live live-reset test quick lint tests nbval check browser slides course package notebooks \
-	benchmark clean
+.PHONY: help lab mine update live live-reset test quick lint tests nbval check browser slides course package notebooks benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
 	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
 	@echo "make update     new versions of the chapters into work/, your solutions carried over"
-	@echo "make live       notebooks to teach from, with plans and notes, in live/; live-reset begins anew"
+	@echo "make live       notebooks to teach from, bodies to be typed, with plans and notes, in live/"
+	@echo "make live-reset the same anew; those that were there are kept in live/old"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
 	@echo "make browser    what is shown in a browser, tested in Chromium"
