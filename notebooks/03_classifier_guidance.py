@@ -344,7 +344,7 @@ def log_prob_gradient(classifier, x_t, t, y):
         ### END SOLUTION
 
 
-# %% slide=["# One gradient for a whole batch", "[code log_prob_gradient: with torch .. return]", "The sum will do: no image's log-probability depends on another image.", "# Sum, not mean", "? With the mean in the place of the sum, what would change?", "Each gradient would be $B$ times too small: guidance as strong as the batch is short.", "(3.6)"]
+# %% slide=["# One gradient for a whole batch", "[code log_prob_gradient: with torch .. return]", "The sum will do: no image's log-probability depends on another image.", "# Sum, not mean", "? With the mean in the place of the sum, what would change?", "Each gradient would be $B$ times too small: how strong guidance is would depend on the batch.", "(3.6)"]
 check("classifier_guidance.log_prob_gradient", log_prob_gradient)
 
 # %% [markdown]

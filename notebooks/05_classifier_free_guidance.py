@@ -87,7 +87,7 @@ torch.set_default_dtype(torch.float64)
 # With numbers, at the point of chapter 03: class 2 of the mixture is the upper one, and at the origin, halfway to
 # noise, its score points up, and that of all classes together hardly anywhere.
 
-# %% slide=["# Bayes' rule, read from left to right", "Chapter 03: an unconditional score and a classifier make a conditional score.", "$$\\nabla\\log q(x_t\\mid y)=\\nabla\\log q(x_t)+\\nabla\\log q(y\\mid x_t)$$", "? Now we have both scores, and no classifier. What do we know?", "$$\\nabla\\log q(y\\mid x_t)=\\nabla\\log q(x_t\\mid y)-\\nabla\\log q(x_t)$$"]
+# %% slide=["# Bayes' rule, asked the other way round", "Chapter 03: an unconditional score and a classifier make a conditional score.", "$$\\nabla\\log q(x_t\\mid y)=\\nabla\\log q(x_t)+\\nabla\\log q(y\\mid x_t)$$", "? Now we have both scores, and no classifier. What do we know?", "$$\\nabla\\log q(y\\mid x_t)=\\nabla\\log q(x_t\\mid y)-\\nabla\\log q(x_t)$$"]
 mixture = GaussianMixture(
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )
@@ -1199,7 +1199,7 @@ print({name: round(value, 3) for name, value in card["metrics"].items() if name.
 # a gradient field, its Jacobian $J$, is symmetric, so that $a^\top Jb=b^\top Ja$ for any two directions. Differences
 # of the field along random directions measure both sides:
 
-# %% slide=["# No classifier can be integrated from it", "A gradient field has a symmetric Jacobian: $a^\\top Jb=b^\\top Ja$.", "The difference of two network answers has not: its antisymmetric part is nearly as large as the symmetric one.", "'Implicit classifier' names what the two answers approximate."]
+# %% slide=["# No classifier can be integrated from it", "A gradient field has a symmetric Jacobian: $a^\\top Jb=b^\\top Ja$.", "The difference of two network answers has not: its antisymmetric part is of the same order as the symmetric one.", "'Implicit classifier' names what the two answers approximate."]
 t, told_64 = torch.full((64,), 500), own
 directions = torch.randn(2, 64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

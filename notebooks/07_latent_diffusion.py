@@ -504,7 +504,7 @@ def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
     ### END SOLUTION
 
 
-# %% slide=["# Cross-attention: who asks, and who answers?", "$$o_n=\\sum_ma_{nm}v_m,\\qquad Q=xW_Q^\\top,\\quad K=cW_K^\\top,\\quad V=cW_V^\\top \\tag{7.6}$$", "[code cross_attention]", "With $c=x$ it would be self-attention."]
+# %% slide=["# Cross-attention: who asks, and who answers?", "$$o_n=\\sum_ma_{nm}v_m,\\qquad Q=xW_Q^\\top,\\quad K=cW_K^\\top,\\quad V=cW_V^\\top \\tag{7.6}$$", "[code cross_attention]", "This in each head. With $c=x$ it would be self-attention."]
 check("latent_diffusion.cross_attention", cross_attention)
 
 # %% [markdown]

@@ -249,7 +249,7 @@ def normalised(norm, tokens):
     return centred / deviation * norm.weight + norm.bias
 
 
-# %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to ten digits."]
+# %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to nine digits."]
 e = patches(x, 4) @ kernel.flatten(1).T + bias  # (8, 64, d)
 z = torch.cat([vit.cls_token.expand(len(x), 1, -1), e], dim=1) + vit.pos_embed  # (8, 65, d)
 for block in vit.blocks:
@@ -664,7 +664,7 @@ check("visual_prompt_tuning.replace_prompts", replace_prompts)
 # %% [markdown]
 # With numbers: width 2, a class token of ones, prompts of tens, patches 3, 4, 5.
 
-# %% slide=["# Deep prompts: replaced at every block", "$$\\tilde z_{\\ell}=\\bigl[z_{\\ell,\\text{cls}},\\,P_{\\ell},\\,z_{\\ell,1},\\dots,z_{\\ell,N_p}\\bigr] \\tag{8.9}$$", "Width 1, a class token of 1, prompts of tens, patches 3, 4, 5:", "[output]", "The sequence does not grow."]
+# %% slide=["# Deep prompts: replaced at every block", "$$\\tilde z_{\\ell}=\\bigl[z_{\\ell,\\text{cls}},\\,P_{\\ell},\\,z_{\\ell,1},\\dots,z_{\\ell,N_p}\\bigr] \\tag{8.9}$$", "A class token of 1, prompts of tens, patches 3, 4, 5:", "[output]", "The sequence does not grow."]
 tokens = torch.tensor([1.0, 3, 4, 5])[None, :, None].expand(1, 4, 2)
 entering = insert_prompts(tokens, torch.full((2, 2), 10.0), num_prefix=1)
 print("into block 1:  ", entering[0, :, 0].tolist())

@@ -51,6 +51,11 @@ def test_exercise_keeps_all_but_its_solution(course):
     assert f'got {{rate}}")\n    {editions.TO_FILL_IN}\n\n\n# Nothing below' in exercise
 
 
+def test_copy_carries_no_slides(course):
+    assert any(cell.slide for cell in editions.read_cells(course / "notebooks" / "01_waves.py"))
+    assert not any("slide" in cell.metadata for cell in learners_copy(course).cells)
+
+
 def test_solution_stands_only_in_the_folded_answer(course):
     notebook = learners_copy(course)
     holders = [cell for cell in notebook.cells if any(line.strip() in cell.source for line in SOLUTION_LINES)]

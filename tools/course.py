@@ -35,7 +35,7 @@ class Cell:
     kind: str  # "code", "markdown" or "raw"
     source: str
     tags: tuple[str, ...]
-    slide: tuple[str, ...] = ()  # what the lecture's slides show of it: see tools/slides.py
+    slide: tuple[str, ...] = ()  # what the lecture's slides show of it: see tools/slide_texts.py
 
     def error(self, line: int, message: str) -> CourseError:
         """An error at a line of this cell (1 is its first), named by notebook, cell and line of the file."""

@@ -1,7 +1,7 @@
 """Fetch what the slides need from npm: pinned versions, held against their SHA-512, kept in build/npm.
 
-Nothing of it is committed. `npm` fetches where it is installed, since it knows the proxies and mirrors of whoever
-calls it; otherwise the address in NPM_CONFIG_REGISTRY, or the public registry, is asked.
+Nothing of it is committed. `npm` fetches where it is installed, since it knows the proxies and mirrors of
+whoever calls it; otherwise the address in NPM_CONFIG_REGISTRY, or the public registry, is asked.
 """
 
 import base64
@@ -29,7 +29,7 @@ class NotFetched(CourseError):
 
 @dataclass(frozen=True)
 class Package:
-    """One version of an npm package; `sha512` of its archive in base64, as `npm view NAME dist.integrity` tells."""
+    """One version of an npm package; `sha512` of its archive as `npm view NAME dist.integrity` tells it."""
 
     name: str
     version: str
@@ -53,7 +53,7 @@ MATHJAX = Package(
 
 
 def fetched(package: Package, cache: Path) -> Path:
-    """The archive of a package in a folder, fetched if it is not there; what is not the pinned one is refused."""
+    """The archive of a package in a folder, fetched if it is not there; any but the pinned one is refused."""
     archive = cache / package.archive
     if archive.exists() and is_pinned(archive, package):
         return archive
@@ -61,7 +61,7 @@ def fetched(package: Package, cache: Path) -> Path:
         fresh = fetch(package, Path(folder))
         if not is_pinned(fresh, package):
             raise CourseError(
-                f"{package.archive} as fetched is not the pinned one: its SHA-512 differs from that in tools/npm.py"
+                f"{package.archive} as fetched is not the pinned one: its SHA-512 differs from tools/npm.py's"
             )
         with replace_when_complete(archive) as temporary:
             shutil.copyfile(fresh, temporary)
@@ -86,10 +86,10 @@ def fetch(package: Package, folder: Path) -> Path:
             with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
                 archive.write_bytes(answer.read())
     except (subprocess.CalledProcessError, urllib.error.URLError, TimeoutError, ValueError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+        said = "\n  ".join((getattr(error, "stderr", None) or str(error)).splitlines()[:4])
         raise NotFetched(
-            f"{package.name} {package.version} could not be fetched from npm, and is not in the cache yet. The first"
-            f" `make slides` needs a network; later ones do not.\n  {said.strip()}"
+            f"{package.name} {package.version} could not be fetched from npm, and is not in the cache yet."
+            f" The first `make slides` needs a network; later ones do not.\n  {said}"
         ) from None
     return archive
 

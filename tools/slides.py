@@ -1,53 +1,25 @@
-"""Make the lecture's slides from the notebooks: build/slides/NN_name.html, a deck of reveal.js for each chapter.
-
-A cell with the metadata `slide`, a list of texts, is shown. The first text, `# Title`, begins a slide, and so does
-every further one; the others are its parts, which appear one after the other:
-
-    "A sentence."            Markdown, with $mathematics$
-    "- an item"              items that follow each other make a list
-    "? a question"           to be answered before going on
-    "(3.4)"                  the chapter's numbered equation
-    "$$a=b$$"                another equation, or one that needs another line break than in the notebook
-    "[picture]"              the cell's stored picture; "[picture 2]" its second one
-    "[table]"                the first table of the cell's text, or of its stored output
-    "[output]"               what the cell printed; "[output 1-3]" some lines of it
-    "[code cfg_combine]"     a function, class or Class.method of the chapter, without docstrings and checks of
-                             arguments; "[code]" the cell itself; "[code NAME: mixed .. return]" from the line
-                             that begins with the one to the line that begins with the other
-    "| a | b |\\n|---|---|"   a table of its own
+"""Make the lecture's slides from the notebooks: build/slides/NN_name.html, a deck of reveal.js a chapter.
 
     python tools/slides.py               every chapter
     python tools/slides.py ddpm unet     some of them
     python tools/slides.py --pdf         on paper as well
+
+What they show stands in the notebooks' cells; `slide_texts.py` says how it is written.
 """
 
 import argparse
-import ast
 import html
-import re
 import shutil
-import struct
-import subprocess
 import sys
-import textwrap
-import tomllib
-from base64 import b64decode
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from string import Template
 
-import nbformat
-from markdown_it import MarkdownIt
-from mdit_py_plugins.dollarmath import dollarmath_plugin
-from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
 import npm
 from chromium import chromium
-from course import ROOT, SOLUTION_MARKERS, Cell, CourseError, notebook_sources, read_cells
-from export import SECOND_READING
+from course import ROOT, CourseError, notebook_sources
+from slide_texts import MARKDOWN, Chapter, Part, Slide, inline, read_slides
 
 DECK = Path(__file__).parent / "deck"
 FROM_NPM = {
@@ -59,350 +31,9 @@ FROM_NPM = {
     },
     npm.MATHJAX: {"es5/tex-svg-full.js": "tex-svg-full.js"},
 }
-# What fits on a slide and can be read from the last row. The tests in a browser measure the outcome.
-MOST_WORDS = {"title": 14, "text": 30, "question": 36, "item": 22}
-MOST_WORDS_OF_SLIDE = 85
-MOST_ITEMS, MOST_LINES, MOST_COLUMNS = 6, 15, 84
-WIDE = 1.75  # a picture at least this much wider than high stands above its sentence, another one beside it
-PICTURE_WIDTH, PICTURE_HEIGHT = 1168, 460  # pixels that a picture above its sentence may take
-CODE_WIDTH, CODE_HEIGHT, LARGEST_CODE = 1120, 480, 28  # pixels; the last is the size of the letters
 
 READY = 'body[data-ready="true"]'  # of a deck in a browser: all is set, and can be shown
 PRINTING_TIMEOUT = 300_000  # milliseconds
-
-TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
-EQUATION = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
-NUMBER = re.compile(r"\((\d+\.\d+)\)")
-REFERENCE = re.compile(r"\[(picture|table|output|code)\b *([^\]]*)\]")
-TABLE = re.compile(r"(?:^\|.*\|$\n?){3,}", re.MULTILINE)
-LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")  # of a note: it is read aloud
-
-
-def maths(content: str, options: dict) -> str:
-    """Mathematics as MathJax finds it in a page."""
-    left, right = ("\\[", "\\]") if options["display_mode"] else ("\\(", "\\)")
-    return f"{left}{html.escape(content)}{right}"
-
-
-MARKDOWN = (
-    MarkdownIt("commonmark", {"html": True})
-    .enable("table")
-    .use(dollarmath_plugin, double_inline=True, renderer=maths)
-)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What appears in one step: its kind, its HTML, and the words that it holds in the text of the slide."""
-
-    kind: str  # text, item, question, equation, picture, table, output or code
-    html: str
-    words: int = 0
-    is_wide: bool = False  # of a picture
-
-
-@dataclass
-class Slide:
-    """One slide of a deck; `cell` is where it is written."""
-
-    title: str
-    section: str
-    cell: Cell
-    parts: list[Part] = field(default_factory=list)
-    notes: str = ""  # Markdown
-
-    def kinds(self) -> list[str]:
-        return [part.kind for part in self.parts]
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """What the slides of a chapter are made of."""
-
-    source: Path
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        return read_cells(self.source)
-
-    @cached_property
-    def title(self) -> str:
-        return self.cells[0].source.splitlines()[0].removeprefix("# ")
-
-    @cached_property
-    def outputs(self) -> dict[int, list[nbformat.NotebookNode]]:
-        """The stored outputs of each cell, by its number; of a cell that was changed since then, none."""
-        notebook = nbformat.read(self.source.with_suffix(".ipynb"), as_version=4)
-        stored: dict[str, list] = {}
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                stored.setdefault(cell.source, []).append(cell.outputs)
-        code = (cell for cell in self.cells if cell.kind == "code")
-        return {cell.number: stored[cell.source].pop(0) for cell in code if stored.get(cell.source)}
-
-    @cached_property
-    def equations(self) -> dict[str, str]:
-        """The TeX of each numbered equation, without its tag."""
-        found = {}
-        for cell in self.cells:
-            if cell.kind == "markdown":
-                for block in EQUATION.findall(cell.source):
-                    for number in TAG.findall(block):
-                        found[number] = TAG.sub("", block).strip()
-        return found
-
-    @cached_property
-    def definitions(self) -> dict[str, list[str]]:
-        """The code of each function, class and Class.method; of a class that is reopened, one text for each part."""
-        found: dict[str, list[str]] = {}
-        for cell in self.cells:
-            if cell.kind != "code" or re.search(r"^[%!]", cell.source, re.MULTILINE):
-                continue
-            for node in ast.parse(cell.source).body:
-                if isinstance(node, ast.ClassDef):
-                    for method in node.body:
-                        if isinstance(method, ast.FunctionDef):
-                            found.setdefault(f"{node.name}.{method.name}", []).append(segment(cell, method))
-                if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                    found.setdefault(node.name, []).append(segment(cell, node))
-        return found
-
-    @cached_property
-    def speaker_notes(self) -> dict[str, str]:
-        """What the teaching text of the chapter says on each section, in Markdown, by heading."""
-        path = self.source.parents[1] / "teaching" / f"{self.source.stem}.toml"
-        if not path.exists():
-            return {}
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))["sections"]
-        return {heading: notes_of(entry) for heading, entry in entries.items()}
-
-    def headings_above(self, cell: Cell) -> list[str]:
-        """The headings of the sections in which a cell stands, the inmost last; a cell begins with its own."""
-        lines = [
-            line
-            for other in self.cells[: cell.number]
-            if other.kind == "markdown"
-            for line in (other.source if other.number < cell.number else first_line(cell)).splitlines()
-            if re.match(r"##+ ", line)
-        ]
-        section = max((n for n, line in enumerate(lines) if line.startswith("## ")), default=len(lines))
-        return [line.lstrip("# ").removesuffix(SECOND_READING) for line in lines[section:]]
-
-
-def first_line(cell: Cell) -> str:
-    """The first line of a cell's text."""
-    return cell.source.partition("\n")[0]
-
-
-def notes_of(entry: dict) -> str:
-    """What a speaker wants to see of a section's entry in the teaching text."""
-    asked = entry.get("predict", {})
-    lines = [
-        entry["say"],
-        f"**Ask:** {asked['question']} *{asked['answer']}*" if asked else "",
-        f"**Where people stumble:** {entry['stumble']}",
-        f"**The question that always comes:** {entry['question']} *{entry['answer']}*",
-    ]
-    return "\n\n".join(filter(None, lines))
-
-
-def segment(cell: Cell, node: ast.stmt) -> str:
-    """The lines of a definition, decorators included, from the left edge."""
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return textwrap.dedent("\n".join(cell.source.splitlines()[first - 1 : node.end_lineno]))
-
-
-def read_slides(chapter: Chapter) -> list[Slide]:
-    """The slides of a chapter, as its cells have them; raises CourseError where one cannot be made or is too full."""
-    slides = []
-    prose, is_told = [], False  # what the notebook says up to here, and whether a slide's notes have it
-    for cell in chapter.cells:
-        if cell.kind == "markdown":
-            prose, is_told = ([] if is_told else prose) + [cell.source], False
-        if cell.slide and not cell.slide[0].startswith("# "):
-            raise cell.error(0, f"the first text of `slide` must be '# Title'; got {cell.slide[0]!r}")
-        for text in cell.slide:
-            if text.startswith("# "):
-                headings = chapter.headings_above(cell)
-                planned = [chapter.speaker_notes[each] for each in headings if each in chapter.speaker_notes]
-                notes = LINK.sub(r"\1", planned[-1] if planned else "\n\n".join(prose))
-                section = headings[0] if headings else chapter.title
-                slides.append(Slide(text.removeprefix("# "), section, cell, notes=notes))
-                is_told = True
-            else:
-                slides[-1].parts.append(part_of(text, cell, chapter))
-    for slide in slides:
-        if faults := faults_of(slide):
-            raise slide.cell.error(0, f"slide {slide.title!r}: {'; '.join(faults)}")
-    return slides
-
-
-def faults_of(slide: Slide) -> list[str]:
-    """What makes a slide too full, or leaves a picture without its sentence."""
-    kinds = slide.kinds()
-    faults = []
-    if number_of_words(slide.title) > MOST_WORDS["title"]:
-        faults.append(f"the title has more than {MOST_WORDS['title']} words")
-    for part in slide.parts:
-        if part.words > MOST_WORDS.get(part.kind, part.words):
-            faults.append(f"a {part.kind} has {part.words} words, more than {MOST_WORDS[part.kind]}")
-    if (words := sum(part.words for part in slide.parts)) > MOST_WORDS_OF_SLIDE:
-        faults.append(f"it has {words} words, more than {MOST_WORDS_OF_SLIDE}")
-    if kinds.count("item") > MOST_ITEMS:
-        faults.append(f"the list has more than {MOST_ITEMS} items")
-    if "picture" in kinds and kinds.count("text") != 1:
-        faults.append(f"a picture needs one sentence; got {kinds.count('text')}")
-    if not kinds:
-        faults.append("it has nothing but a title")
-    return faults
-
-
-def number_of_words(text: str) -> int:
-    """The words of a text, a formula counted as one."""
-    return len(re.sub(r"\$[^$]*\$", "x", text).split())
-
-
-def part_of(text: str, cell: Cell, chapter: Chapter) -> Part:
-    """The part of a slide that a text of a cell's metadata stands for."""
-    if number := NUMBER.fullmatch(text):
-        if number[1] not in chapter.equations:
-            raise cell.error(0, f"the chapter has no equation {text}")
-        return equation(chapter.equations[number[1]], text)
-    if reference := REFERENCE.fullmatch(text):
-        return REFERENCES[reference[1]](reference[2], cell, chapter)
-    if own := EQUATION.fullmatch(text):
-        tag = TAG.search(text)
-        if tag and tag[1] not in chapter.equations:
-            raise cell.error(0, f"the chapter has no equation ({tag[1]})")
-        return equation(TAG.sub("", own[1]), f"({tag[1]})" if tag else "")
-    if text.startswith("|"):
-        return Part("table", MARKDOWN.render(text))
-    if text.startswith("["):
-        raise cell.error(0, f"{text!r} is none of [picture], [table], [output] and [code]")
-    for mark, kind in (("- ", "item"), ("? ", "question"), ("", "text")):
-        if text.startswith(mark):
-            words = text.removeprefix(mark)
-            return Part(kind, MARKDOWN.renderInline(words), number_of_words(words))
-
-
-def equation(tex: str, number: str) -> Part:
-    """An equation, with its number at the right."""
-    number = f'<span class="number">{number}</span>' if number else ""
-    return Part("equation", f'<div class="formula">\\[{html.escape(tex)}\\]</div>{number}')
-
-
-def picture(which: str, cell: Cell, chapter: Chapter) -> Part:
-    """A stored picture of the cell."""
-    outputs = chapter.outputs.get(cell.number, [])
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    index = int(which or 1) - 1
-    if index >= len(pictures):
-        raise cell.error(
-            0, f"no picture {index + 1} is stored: run `make notebooks NAMES={chapter.source.stem}`"
-        )
-    png = pictures[index].data["image/png"].strip().replace("\n", "")
-    alt = html.escape(pictures[index].metadata.get("image/png", {}).get("alt", ""))
-    width, height = struct.unpack(">II", b64decode(png)[16:24])
-    is_wide = width >= WIDE * height
-    room = min(PICTURE_HEIGHT, PICTURE_WIDTH * height // width) if is_wide else PICTURE_HEIGHT
-    image = f'<img alt="{alt}" style="height: {room}px" src="data:image/png;base64,{png}">'
-    return Part("picture", image, is_wide=is_wide)
-
-
-def table(_: str, cell: Cell, chapter: Chapter) -> Part:
-    """The first table of the cell's text, or of its stored output."""
-    texts = [cell.source] if cell.kind == "markdown" else []
-    texts += [
-        output.get("data", {}).get("text/markdown", "") for output in chapter.outputs.get(cell.number, [])
-    ]
-    tables = [found[0] for text in texts if (found := TABLE.search(text))]
-    if not tables:
-        raise cell.error(0, "neither the cell's text nor its stored output has a table")
-    return Part("table", MARKDOWN.render(tables[0]))
-
-
-def output(lines: str, cell: Cell, chapter: Chapter) -> Part:
-    """What the cell printed, or lines `first-last` of it."""
-    printed = "".join(each.get("text", "") for each in chapter.outputs.get(cell.number, [])).splitlines()
-    if lines:
-        first, last = map(int, lines.split("-"))
-        printed = printed[first - 1 : last]
-    if not printed:
-        raise cell.error(0, f"no such output is stored: run `make notebooks NAMES={chapter.source.stem}`")
-    return listing("output", html.escape(fitting(printed, cell)), printed)
-
-
-def code(what: str, cell: Cell, chapter: Chapter) -> Part:
-    """A definition of the chapter, the cell, or some lines of either."""
-    name, _, lines = what.partition(":")
-    name = name.strip()
-    if name and name not in chapter.definitions:
-        raise cell.error(0, f"the chapter defines no {name!r}")
-    text = short_form("\n\n".join(chapter.definitions[name]) if name else cell.source)
-    if lines:
-        text = lines_between(text, *(mark.strip() for mark in lines.split("..")), cell)
-    lines = formatted(text).splitlines()
-    return listing("code", highlight(fitting(lines, cell), PythonLexer(), HtmlFormatter(nowrap=True)), lines)
-
-
-def listing(kind: str, marked_up: str, lines: list[str]) -> Part:
-    """Code or output in letters as large as there is room for."""
-    by_width = CODE_WIDTH / (0.602 * max(map(len, lines)))  # a letter's width in parts of its size
-    by_height = CODE_HEIGHT / (1.36 * len(lines))
-    size = int(min(LARGEST_CODE, by_width, by_height))
-    return Part(kind, f'<pre style="font-size: {size}px">{marked_up}</pre>')
-
-
-REFERENCES = {"picture": picture, "table": table, "output": output, "code": code}
-
-
-def fitting(lines: list[str], cell: Cell) -> str:
-    """The lines, if they fit on a slide."""
-    widest = max(lines, key=len)
-    if len(lines) > MOST_LINES:
-        raise cell.error(
-            0, f"{len(lines)} lines of code or output, more than {MOST_LINES}: show some of them"
-        )
-    if len(widest) > MOST_COLUMNS:
-        raise cell.error(0, f"a line is longer than {MOST_COLUMNS} characters: {widest!r}")
-    return "\n".join(lines)
-
-
-def short_form(text: str) -> str:
-    """Code without docstrings, checks of arguments and marks of solutions."""
-    lines = text.splitlines()
-    dropped = {number for number, line in enumerate(lines, start=1) if line.strip() in SOLUTION_MARKERS}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            dropped |= lines_of(node.body[0])
-        if isinstance(node, ast.If) and not node.orelse and all(isinstance(n, ast.Raise) for n in node.body):
-            dropped |= lines_of(node)
-    kept = [line for number, line in enumerate(lines, start=1) if number not in dropped]
-    return re.sub(r":\n\n+", ":\n", re.sub(r"\n{2,}", "\n\n", "\n".join(kept))).strip("\n")
-
-
-def lines_of(node: ast.stmt) -> set[int]:
-    """The numbers of a statement's lines."""
-    return set(range(node.lineno, node.end_lineno + 1))
-
-
-def lines_between(text: str, first: str, last: str, cell: Cell) -> str:
-    """The lines from the first that begins with `first` to the next that begins with `last`."""
-    lines = text.splitlines()
-    begin = next((n for n, line in enumerate(lines) if line.strip().startswith(first)), None)
-    if begin is None:
-        raise cell.error(0, f"no line of the code begins with {first!r}")
-    end = next((n for n in range(begin, len(lines)) if lines[n].strip().startswith(last)), None)
-    if end is None:
-        raise cell.error(0, f"no line after {first!r} begins with {last!r}")
-    return textwrap.dedent("\n".join(lines[begin : end + 1]))
-
-
-def formatted(text: str) -> str:
-    """Code in lines that fit on a slide; as it is where it is a part of a statement."""
-    command = [sys.executable, "-m", "ruff", "format", f"--line-length={MOST_COLUMNS}", "-"]
-    ruff = subprocess.run(command, input=text, capture_output=True, text=True)
-    return ruff.stdout if ruff.returncode == 0 else text
 
 
 def deck_of(chapter: Chapter, slides: list[Slide]) -> str:
@@ -416,9 +47,10 @@ def title_page(chapter: Chapter) -> str:
     """The first slide: the chapter's title, and what it begins with as notes."""
     number, _, title = chapter.title.partition(" ")
     title, _, subtitle = title.partition(": ")
+    subtitle = subtitle[:1].upper() + subtitle[1:]
     return (
-        f'<section class="title" id="title"><div class="slide"><h1>{MARKDOWN.renderInline(title)}</h1>'
-        f'<div class="content"><p class="text">{MARKDOWN.renderInline(subtitle[:1].upper() + subtitle[1:])}</p></div>'
+        f'<section class="title" id="title"><div class="slide"><h1>{inline(title)}</h1>'
+        f'<div class="content"><p class="text">{inline(subtitle)}</p></div>'
         f"<footer><span>Chapter {number}</span></footer></div></section>"
     )
 
@@ -433,9 +65,9 @@ def page(chapter: Chapter, slide: Slide, number: int) -> str:
     else:
         content = "".join(steps(slide.parts))
     return (
-        f'<section class="{layout}"><div class="slide"><h2>{MARKDOWN.renderInline(slide.title)}</h2>'
+        f'<section class="{layout}"><div class="slide"><h2>{inline(slide.title)}</h2>'
         f'<div class="content">{content}</div>'
-        f"<footer><span>{MARKDOWN.renderInline(slide.section)}</span><span>{number}</span></footer></div>"
+        f"<footer><span>{inline(slide.section)}</span><span>{number}</span></footer></div>"
         f'<aside class="notes">{MARKDOWN.render(slide.notes)}</aside></section>'
     )
 
@@ -482,7 +114,7 @@ def build(root: Path, names: list[str] | None = None) -> list[str]:
 
 
 def print_decks(root: Path, names: list[str] | None = None) -> list[str]:
-    """Print decks that were built into root/build/slides/NN_name.pdf, each slide with all its steps on a page."""
+    """Print decks that were built into root/build/slides/NN_name.pdf, each slide with all its steps."""
     lines = []
     with chromium() as browser:
         for source in notebook_sources(root, names):
@@ -510,7 +142,7 @@ def write_index(root: Path, folder: Path) -> None:
     """A page with a link to each deck that is there."""
     chapters = [Chapter(source) for source in notebook_sources(root)]
     links = [
-        f'<li><a href="{chapter.source.stem}.html">{MARKDOWN.renderInline(chapter.title)}</a></li>'
+        f'<li><a href="{chapter.source.stem}.html">{inline(chapter.title)}</a></li>'
         for chapter in chapters
         if (folder / f"{chapter.source.stem}.html").exists()
     ]

@@ -4,6 +4,10 @@ import pytest
 
 from chromium import NoChromium, chromium
 
+PATIENCE = (
+    300_000  # milliseconds; far beyond what anything takes, since the machine may have other work to do
+)
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -19,6 +23,7 @@ def browser():
 def page(browser):
     """A page of 1280 x 720 that notes what it asks of other hosts, and what goes wrong in it."""
     opened = browser.new_page(viewport={"width": 1280, "height": 720})
+    opened.context.set_default_timeout(PATIENCE)
     opened.foreign, opened.errors = [], []
     opened.on(
         "request", lambda request: opened.foreign.append(request.url) if is_foreign(request.url) else None

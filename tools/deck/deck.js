@@ -57,6 +57,7 @@ async function startDeck() {
     maxScale: 4,
     center: false,
     hash: true,
+    hashOneBasedIndex: true,
     controls: false,
     transition: "none",
     pdfSeparateFragments: false,
