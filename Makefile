@@ -31,7 +31,7 @@ help:
 	@echo "make notebooks  run the notebooks and store them with their outputs"
 	@echo "make check      do sources, stored notebooks and modules agree?"
 	@echo "make benchmark  speed and memory side by side with peers"
-	@echo "make clean      remove .venv and caches; work/ and data/ stay"
+	@echo "make clean      remove .venv and caches; work/, live/ and data/ stay"
 	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."
 
 $(INSTALLED): requirements.lock
