@@ -50,7 +50,7 @@ update: $(INSTALLED)
 
 live: $(INSTALLED)
 	@$(RUN) tools/live.py $(NAMES)
-	@echo "open them by: $(RUN) -m jupyterlab live"
+	@echo "open one by: $(RUN) -m jupyterlab --ServerApp.root_dir=. live/01_ddpm.ipynb"
 
 live-reset: $(INSTALLED)
 	@$(RUN) tools/live.py --reset $(NAMES)

@@ -318,6 +318,28 @@ def code(number, source, *tags):
     return Cell("notebooks/01_waves.py", number, 1, "code", source, tags)
 
 
+def test_sections_and_which_of_them_are_core():
+    def heading(number, text, *tags):
+        return Cell("notebooks/01_waves.py", number, 1, "markdown", text, tags)
+
+    cells = [
+        heading(1, "# 01 Waves"),
+        heading(2, "## One", "core"),
+        code(3, "a = 1"),
+        heading(4, "### Part *(at a second reading)*", "optional"),
+        heading(5, "### Not tagged, and so of the same kind"),
+        heading(6, "## Your code", "core"),
+        code(7, "run()", "milestone"),
+    ]
+    found = [(s.heading, s.is_core, [cell.number for cell in s.cells]) for s in core_path.sections(cells)]
+    assert found == [
+        ("", True, [1]),
+        ("One", True, [2, 3]),
+        ("Part", False, [4, 5]),
+        ("Your code", False, [6, 7]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("cells", "kept", "expected"),
     [

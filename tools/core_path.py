@@ -23,14 +23,20 @@ class Section:
 
 
 def sections(cells: Iterable[Cell]) -> list[Section]:
-    """The sections of a chapter in their order, parts with a tag of their own among them."""
+    """The sections of a chapter in their order, parts with a tag of their own among them.
+
+    One that holds a milestone is for a learner's own package, and no part of the core path.
+    """
     found: list[tuple[str, bool, list[Cell]]] = [("", True, [])]
     for cell in cells:
         tags = {"core", "optional"} & set(cell.tags)
         if cell.kind == "markdown" and tags:
             found.append((heading_of(cell), tags == {"core"}, []))
         found[-1][2].append(cell)
-    return [Section(heading, is_core, tuple(own)) for heading, is_core, own in found]
+    return [
+        Section(heading, is_core and not any("milestone" in cell.tags for cell in own), tuple(own))
+        for heading, is_core, own in found
+    ]
 
 
 def heading_of(cell: Cell) -> str:

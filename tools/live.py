@@ -126,8 +126,8 @@ def cells_for_class(
         return group(editions.unsolved(exercise, cell, module))
     if exercise is not None:
         return group([*typed_cells(exercise, notes, module), editions.code_cell(cell)])
-    if editions.is_to_solve(cell) or "milestone" in cell.tags or cell.source.strip() == "progress()":
-        return []  # an exercise comes with its check; one's own package is no matter for a class
+    if editions.is_to_solve(cell) or cell.source.strip() == "progress()":
+        return []  # an exercise comes with its check, and what is solved is no matter for a class
     if names_to_type(cell, notes):
         return group(typed_cells(cell, notes, module))
     found = editions.code_cell(cell)
