@@ -1,5 +1,5 @@
 # What can be done with the course; `make help` lists it.
-#   NAMES=01_ddpm         only these chapters (lab, update, slides, course, package, notebooks, nbval)
+#   NAMES=01_ddpm         only these chapters (lab, update, live, slides, course, package, notebooks, nbval)
 #   COHORT=autumn         of graded homework: the course as it is held once, with a variant of its own
 #   ASSIGNMENT=ddpm SUBMISSIONS=folder JOBS=2 UNGUARDED=1      what `make grade` grades, and how
 #   PRIVATE=folder        of graded homework: exercises of your own (see homework/private_example)
@@ -19,14 +19,16 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine milestones update homework grade formgrader slides test quick lint tests nbval check browser course package notebooks \
-	benchmark clean
+.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser \
+	course package notebooks benchmark clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
 	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
 	@echo "make milestones pictures drawn by these functions, chapter by chapter: build/milestones.html"
 	@echo "make update     new versions of the chapters into work/, your solutions carried over"
+	@echo "make live       notebooks to teach from, bodies to be typed, with plans and notes, in live/"
+	@echo "make live-reset the same anew; those that were there are kept in live/old"
 	@echo "make homework   graded assignments from the chapters, to hand out: homework_out/COHORT"
 	@echo "make grade      scores, and a page for each student: ASSIGNMENT=ddpm SUBMISSIONS=folder"
 	@echo "make formgrader look through what was handed in, and score answers by hand, in the browser"
@@ -39,7 +41,7 @@ help:
 	@echo "make notebooks  run the notebooks and store them with their outputs"
 	@echo "make check      do sources, stored notebooks and modules agree?"
 	@echo "make benchmark  speed and memory side by side with peers"
-	@echo "make clean      remove .venv and caches; work/ and data/ stay"
+	@echo "make clean      remove .venv and caches; work/, live/ and data/ stay"
 	@echo "Add COHORT=name and PRIVATE=folder for homework (homework/assignments.toml has its settings)."
 	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."
 
@@ -70,6 +72,13 @@ grade: $(INSTALLED)
 formgrader: $(INSTALLED)
 	@$(RUN) tools/formgrader.py --cohort "$(COHORT)"
 
+live: $(INSTALLED)
+	@$(RUN) tools/live.py $(NAMES)
+	@echo "open one by: $(RUN) -m jupyterlab --ServerApp.root_dir=. live/01_ddpm.ipynb"
+
+live-reset: $(INSTALLED)
+	@$(RUN) tools/live.py --reset $(NAMES)
+
 test: lint check tests nbval
 	@echo "make test: passed"
 
@@ -92,9 +101,10 @@ tests: $(INSTALLED)
 
 nbval: $(INSTALLED)
 	@rm -rf $(REHEARSALS) && $(RUN) tools/editions.py --rehearse $(REHEARSALS) $(NAMES)
+	@$(RUN) tools/live.py --rehearse $(REHEARSALS) $(NAMES)
 	$(PYTEST) --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
 		--nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 $(REHEARSALS)
-	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved"
+	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved, or live"
 
 browser: $(INSTALLED)
 	TQDM_DISABLE=1 $(RUN) -m pytest -q --color=no -rs tests/browser

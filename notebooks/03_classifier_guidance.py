@@ -22,7 +22,8 @@
 # - choose a scale by accuracy, variety, distance and cost.
 #
 # **What it needs**: chapter 01 (scores, `add_score`, both samplers, the Gaussian mixture) and chapter 02 (the blocks
-# and the trained network). **What it takes**: one to two minutes on two cores. All data are embedded.
+# and the trained network). **What it takes**: one to two minutes on two cores. All data are embedded. Sections marked
+# *(at a second reading)* can wait.
 
 # %%
 import matplotlib.pyplot as plt
@@ -77,7 +78,7 @@ from lecture26.unet import (
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Bayes' rule on scores
 #
 # Take chapter 01's mixture of three normals, and let the component be the **class** $y$. Everything is known about
@@ -233,7 +234,7 @@ verify("3.4", guided_eps(eps_u, gradient, alpha_bar, 1.0), eps_c, atol=1e-10)
 # %%
 assert torch.allclose(diffusion.add_score(eps_u, x_t, t, gradient), guided_eps(eps_u, gradient, alpha_bar, 1))
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## From a classifier to its gradient
 #
 # Outside the laboratory, $q(y\mid x_t)$ is a network with parameters $\phi$: it gets $x_t$ and the step and returns
@@ -377,7 +378,7 @@ together = log_prob_gradient(classifier, x_t, t, y_batch)  # (64, 2)
 one_by_one = [log_prob_gradient(classifier, x_t[[i]], t[[i]], y_batch[[i]]) for i in range(64)]
 verify("3.6", together, torch.cat(one_by_one), atol=1e-12)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A guided denoiser is a denoiser
 #
 # The guidance goes into a function that wraps the denoiser, and what comes out is again a callable of $x_t$ and $t$.
@@ -460,7 +461,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 # %% [markdown]
 # *The same five starting points (dots) and noise, without guidance and with it. Guided paths all end in class 2.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The lecture's form: a shifted mean
 #
 # The lecture, and the first algorithm of the paper, guide in another way. They leave the denoiser alone, and move the
@@ -559,8 +560,8 @@ def classifier_mean_shift(classifier, y, scale):
     return mean_shift
 
 
-# %% [markdown]
-# ### What is neglected
+# %% [markdown] tags=["optional"]
+# ### What is neglected *(at a second reading)*
 #
 # Two things happened silently. (3.9) asks for the gradient at the *point* $\mu$ and at the *noise level* of $t-1$;
 # the hook takes it at $x_t$ and at $t$, as the authors' own code does, because the classifier can then be asked
@@ -650,7 +651,7 @@ for name, x_0 in ends.items():
     distance = (x_0 - ends["class alone"]).norm(dim=1).mean()
     print(f"{name:12} mean distance from the class alone: {distance:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## More than Bayes' rule: scales above 1
 #
 # On images, $s=1$ turns out to be weak: the samples often show the class, but far from always. Scales of 3 or 10 give
@@ -763,7 +764,7 @@ assert drawn[3.0, "DDIM"].mean() > drawn[3.0, "DDPM"].mean() + 0.05 > 0.6
 # So two warnings. The tilted density is a way of thinking about $s>1$, not what is sampled; and a scale that was
 # tuned for one sampler is not the right one for another.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A classifier for noisy images
 #
 # Back to images, and to single precision. The classifier has to read $x_t$ at every step, from nearly clean images to
@@ -774,8 +775,8 @@ assert drawn[3.0, "DDIM"].mean() > drawn[3.0, "DDPM"].mean() + 0.05 > 0.6
 # %%
 torch.set_default_dtype(torch.float32)
 
-# %% [markdown]
-# ### One question for each label
+# %% [markdown] tags=["optional"]
+# ### One question for each label *(at a second reading)*
 #
 # Averaging over all places would do, but it treats an empty corner like the place where the object is. Attention
 # (2.9) can choose. In place of queries from the image itself, it gets one *learned* query $q_l$ for each label: 'what
@@ -819,8 +820,8 @@ by_torch = F.scaled_dot_product_attention(queries.expand(5, 2, 8), tokens, token
 verify("3.15", attention_pool(tokens, queries), by_torch, atol=1e-12)
 assert torch.allclose(attention_pool(tokens, 0 * queries)[:, 0], tokens.mean(dim=1))
 
-# %% [markdown]
-# ### Two labels at once
+# %% [markdown] tags=["optional"]
+# ### Two labels at once *(at a second reading)*
 #
 # 'A red star' names a shape *and* a colour. One could give the classifier $8\times8=64$ classes. But chapter 00 held
 # eight of the pairs back, and a class that has never been seen is never predicted. So let it answer both questions by
@@ -897,8 +898,8 @@ def joint_class(labels, num_classes):
     return joint
 
 
-# %% [markdown]
-# ### The network
+# %% [markdown] tags=["optional"]
+# ### The network *(at a second reading)*
 #
 # First the body: chapter 02's way down, from an image to one coarse feature map. (Chapter 04 will use it for clean
 # images too, which have no step; then the blocks get zeros for an embedding.)
@@ -1003,7 +1004,7 @@ class NoisyClassifier(DownPath):
         return reduce(joint_logits, self.label_logits(x_t, t))
 
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### Training it
 #
 # It is trained on what it will meet: an image, a step and noise are drawn, $x_t$ is made by (1.6), and the loss is
@@ -1104,7 +1105,7 @@ for name in ("trained long", "clean images only"):
     )
 assert accuracy["trained long"][3, 0] > accuracy["clean images only"][3, 0] + 0.3
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Two kinds of gradients
 #
 # Accuracy is one thing, the gradient another. Take a red star and two other things, ask both classifiers for a red
@@ -1143,7 +1144,7 @@ show(
 # nobody would see as a step towards a red star, but that move the logits. It was never shown that such streaks mean
 # nothing.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Guiding the U-Net
 #
 # Everything is in place. Eight times the same noise, both at the start and on the way of 50 ancestral steps; the
@@ -1194,8 +1195,9 @@ show(figure, "Two rows of eight pictures, by the wrapped denoiser and by the shi
 # python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out
 # stars.png
 # ```
-#
-# ### Where to clip
+
+# %% [markdown] tags=["optional"]
+# ### Where to clip *(at a second reading)*
 #
 # By (3.4) and (1.22) the gradient $g$ moves $\hat x_0$ by $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;g$. At the
 # first step of sampling that factor is enormous, and soon it is not:
@@ -1275,8 +1277,9 @@ assert all(x_0.abs().max() < 1.5 for x_0 in later.values())
 # It is. Where $x_t$ is all but pure noise, guidance does not help: without it at the first step there are more stars
 # than with it and the clipping. With the linear schedule of Dhariwal and Nichol the factor is large at the start as
 # well (157, where $\bar\alpha_T=4\cdot10^{-5}$); what clipping does for their models was not measured here.
-#
-# ### What is neglected, on images
+
+# %% [markdown] tags=["optional"]
+# ### What is neglected, on images *(at a second reading)*
 #
 # In the laboratory, the choice of point and level cost less than a per cent with 1000 steps. Here the classifier is a
 # network, and the schedule a cosine. Take noisy images at several steps, and compare the gradient that the hook uses
@@ -1331,8 +1334,8 @@ assert all(neglects[1000, f][0] < neglects[50, f][0] for f in (0.8, 0.5, 0.2))
 # With 50 steps it is off by 12 to 36 per cent, and at the early steps the straight line misses most of the change: a
 # step that long is no short distance. Guidance still works there. What one step gets wrong the next one sees, at its
 # own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
-#
-#
+
+# %% [markdown] tags=["core"]
 # ## How strong?
 #
 # The scale trades one thing for another. The stored measurement draws 512 images for each of several scales, each
@@ -1427,8 +1430,8 @@ difference = abs(both - run["first_batch"]["accuracy_all"])
 print(f"as stored, to 8 of 100: {difference < 0.08}")
 assert difference < 0.08
 
-# %% [markdown]
-# ### Other ways to the same place
+# %% [markdown] tags=["optional"]
+# ### Other ways to the same place *(at a second reading)*
 #
 # At this scale the measurement also holds the lecture's form, and the classes that were held out: pairs of shape and
 # colour that neither the denoiser nor the classifier has ever seen together.
@@ -1446,7 +1449,8 @@ for run in stored["runs"]:
 # steps of sampling far smaller; and the lecture's shift comes after $\hat x_0$ has been clipped to $[-1,1]$, the wrapped
 # denoiser's before. Which of these decides was not measured. And the sum of two labels (3.17) carries over to pairs that
 # were never seen: nearly as many are right.
-#
+
+# %% [markdown] tags=["core"]
 # ## Why a clean classifier fails
 #
 # Now the experiment that the gradients have announced. Same denoiser, same noise, same classes, but the gradient
@@ -1500,7 +1504,7 @@ show_milestone(
     alt="Sixteen images, nearly all of which show a red star.",
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide gives $x_{t-1}\sim\mathcal N(\mu+s\Sigma\nabla_{x_t}\log p_\phi(y\mid x_t),\Sigma)$, an implementation
@@ -1516,7 +1520,8 @@ show_milestone(
 #   with 4.59, and $s=10$ with 9.11 hardly better than none with 10.94. There is a best scale, and it depends on
 #   model, sampler and measure.
 # - 'Requires training separate classifiers' is true, and it is the reason why chapter 05 does without.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - The score of a class is the unconditional score plus the gradient of a noisy classifier's log-probability (3.1);

@@ -24,7 +24,8 @@
 #
 # **What it needs**: chapter 01 (`add_score`, DDIM, the Gaussian mixture), chapter 02 (blocks, attention, the trained
 # network) and chapter 03 (Bayes' rule on scores). **What it takes**: about a minute on two cores. All data are
-# embedded.
+# embedded. Sections marked *(at a second reading)* can wait: the transformer that reads from left to right is needed in
+# chapter 07.
 
 # %%
 from functools import partial
@@ -78,7 +79,7 @@ from lecture26.kit.validation import check_choice
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What belongs together
 #
 # Four pictures and four captions. Suppose that one network has turned each picture into four numbers, and another one
@@ -280,8 +281,8 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 # *The four pictures and captions at $\kappa=5$. In the gradient (right), blue raises a similarity and red lowers it.
 # The captions that share a word with the picture are pushed; the opposite ones hardly.*
 
-# %% [markdown]
-# ## What the loss measures
+# %% [markdown] tags=["optional"]
+# ## What the loss measures *(at a second reading)*
 #
 # Why should winning riddles teach anything about pictures? Because of what it takes to win. Let $q(x,c)$ be the
 # distribution of pictures with their captions. How much do they say about each other? The **mutual information** is the
@@ -415,7 +416,7 @@ best, half = bounds.values()
 assert all(value < min(math.log(N), information) for value, N in zip(best, sizes))
 assert all(lower < upper for lower, upper in zip(half, best)) and information - best[-1] < 0.5
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### What the best critic is
 #
 # Nothing is lost in (4.11) if $p_f=\pi$, that is if $f(x,c)=\log r(x,c)+g(x)$: what is added for all captions alike
@@ -425,8 +426,9 @@ assert all(lower < upper for lower, upper in zip(half, best)) and information - 
 # $$F^*(x,c)=\log\frac{q(c\mid x)}{q(c)}+\text{const} \tag{4.14, definition}$$
 #
 # the logarithm of Bayes' rule. This line will say what guidance by CLIP means.
-#
-# ### The same caption twice
+
+# %% [markdown] tags=["optional"]
+# ### The same caption twice *(at a second reading)*
 #
 # A batch of 256 from a few hundred different captions has many of them twice. The copy counts as a wrong answer,
 # although it is right: a *false negative*. Is the loss to blame? No: (4.12) holds for captions drawn at random, copies
@@ -457,7 +459,7 @@ verify("4.15", torch.stack(losses).mean(), perfect_loss(4, 3), atol=1e-12)
 # %% [markdown]
 # One might take copies out of a batch. The course does not: it would change $q(c)$, and (4.14) with it.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Words to numbers
 #
 # Now the networks. The text comes first, and a text transformer wants whole numbers. Our language is small enough to
@@ -548,8 +550,8 @@ except ValueError as error:
 # Large models cut texts into parts of words, so that nothing is ever unknown. That is a matter of scale, and changes
 # nothing in what follows.
 
-# %% [markdown]
-# ## A transformer that reads from left to right
+# %% [markdown] tags=["optional"]
+# ## A transformer that reads from left to right *(at a second reading)*
 #
 # Each token becomes a vector, from a table with one learned row per number. A second table has a row for each
 # *place*, since attention does not know where a token is, (2.12). Then tokens look at each other, as pixels did in
@@ -771,7 +773,7 @@ padded = sentence_features(transformer(tokens[1:]), tokens[1:], tokenizer.end)
 bare = sentence_features(transformer(tokens[1:, :5]), tokens[1:, :5], tokenizer.end)
 verify("4.19", padded, bare, atol=1e-12)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The image tower, and the whole
 #
 # The image tower is the way down of chapter 02's U-Net: patches, residual blocks, attention at the two coarser
@@ -866,7 +868,7 @@ clip = CLIP(tokenizer)
 for name, part in (("image tower", clip.image_tower), ("text tower", clip.text_tower), ("all", clip)):
     print(f"{sum(parameter.numel() for parameter in part.parameters()):9,} parameters: {name}")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Learning it
 #
 # Before the first step the similarities know nothing of the pairs, so the loss must be near that of (4.5), $\ln N$, and
@@ -1067,7 +1069,7 @@ assert share > 0.95
 # It has learned what the words mean, and not 448 captions by heart. Nothing in the loss asks for that: no caption of a
 # held-out pair was ever offered in training. It comes with towers that are small for so many captions.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the gradient of a similarity means
 #
 # Now to steering. Chapter 03 added $\nabla\log q(y\mid x_t)$ to the score. For a caption $c$, Bayes' rule asks for
@@ -1267,7 +1269,7 @@ for pixels, step, text, gradient in zip(x_t.flatten(1), t[:, None], texts, by_au
     slope = cosine_gradient(tower(pixels, step)[None], text[None])[0]
     assert torch.allclose(gradient, jacobian.T @ slope, atol=1e-12)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A CLIP that reads noisy images
 #
 # `noisy_clip_shapes32` is trained like the clean one, but on $x_t$ at random steps of chapter 02's schedule, and its
@@ -1309,7 +1311,7 @@ print(
 )
 assert at[500][0] > 0.8 and at[500][1] < 0.5
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A clean CLIP and the predicted image
 #
 # What if there is a good CLIP, but for clean images only, as nearly all published ones are? Giving it $x_t$ may do
@@ -1392,8 +1394,8 @@ covariance = within + torch.einsum("bk,bki,bkj->bij", p, centred, centred)
 x_0_jacobian = torch.stack([gradient_of(x_0_hat[:, i], x_t) for i in range(2)], dim=1)
 verify("4.27", x_0_jacobian, kept[:, :, None].sqrt() / (1 - kept[:, :, None]) * covariance, atol=1e-8)
 
-# %% [markdown]
-# ### What a plug-in omits
+# %% [markdown] tags=["optional"]
+# ### What a plug-in omits *(at a second reading)*
 #
 # $S(\hat x_0,c)$ is the similarity of an *expected* picture. What should stand there instead? Say that we want
 # samples from $q(x_0)\,e^{sf(x_0)}$, data made more likely where a similarity $f$ is high. At step $t$ the exact
@@ -1538,7 +1540,7 @@ assert (plug_in[0] > target[0] + 0.01).all() and (plug_in[1] < target[1] - 0.01)
 # $q(c\mid x_t)=\mathbb E[q(c\mid x_0)\mid x_t]$ is the mean of an exponential, that of the clean $F^*$. And a
 # large $s$ is not exact for either; the tilted density is nobody's data.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A guided denoiser is a denoiser
 #
 # Both ways as one wrapper, like chapter 03's. `through="x_t"` wants a noise-aware CLIP; `through="x_0"` a clean one.
@@ -1656,7 +1658,7 @@ for through, judge in (("x_t", tiny), ("x_0", tiny_clean)):
         assert torch.allclose(its_eps, eps, atol=1e-8)
 assert all(p.grad is None for network in (tiny, tiny_clean, mix) for p in network.parameters())
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Pictures from prompts
 #
 # Chapter 02's network, which has never seen a word, and eight prompts at once, one for each image of a batch:
@@ -1750,7 +1752,8 @@ show(figure, "Two rows of eight pictures, each row for the sum of two prompts.")
 # ```
 # python -m lecture26 sample --model ddpm_shapes32 --guidance clip --prompt "a red star" --out stars.png
 # ```
-#
+
+# %% [markdown] tags=["core"]
 # ## Which scale?
 #
 # Is it true what the pictures seem to say? As in chapter 03, the reader of chapter 02 reads 512 samples for each
@@ -1853,8 +1856,8 @@ both = attribute_accuracy(reader, drawn, asked_for)["all"]
 print(f"as stored, to 8 of 100: {abs(both - run['first_batch']['accuracy_all']) < 0.08}")
 assert abs(both - run["first_batch"]["accuracy_all"]) < 0.08
 
-# %% [markdown]
-# ## A large CLIP in its place
+# %% [markdown] tags=["optional"]
+# ## A large CLIP in its place *(at a second reading)*
 #
 # Nothing in `clip_guided` knows our small CLIP: it wants `encode_image` and `encode_text`. The library *open_clip*
 # has dozens of pretrained ones, trained on hundreds of millions of pictures with their captions from the web. They
@@ -2005,7 +2008,7 @@ show_milestone(
     alt="Sixteen images, nearly all of which show a yellow crescent on dark ground.",
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide says three things of CLIP guidance: it is 'similar to classifier guidance'; it 'perturbs the reverse
@@ -2019,7 +2022,8 @@ show_milestone(
 #   through the denoiser, and pays with time and with the excess $1+sV$ of (4.30).
 # - *Text-guided generation*: yes, for what both networks know. The CLIP can only ask for what the denoiser can draw,
 #   and its words are those it was trained on. The corgi needs a denoiser of photographs.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - InfoNCE is a riddle, (4.4); $\ln N-L$ is a lower bound of the mutual information, (4.12), and its best critic is

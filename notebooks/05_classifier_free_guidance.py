@@ -25,7 +25,7 @@
 #
 # **What it needs**: chapter 01 (scores, both samplers, the Gaussian mixture), chapter 02 (the U-Net and its label
 # tables), chapter 03 (Bayes' rule on scores), and for the comparison chapter 04. **What it takes**: one to one and a half
-# minutes on two cores. All data are embedded.
+# minutes on two cores. All data are embedded. Sections marked *(at a second reading)* can wait.
 
 # %%
 from functools import partial
@@ -69,7 +69,7 @@ from lecture26.ddpm import GaussianMixture, at_least_float32, exact_denoiser
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The classifier that was there already
 #
 # Chapter 03 began with Bayes' rule, and read it from right to left: an unconditional score and a classifier's gradient
@@ -172,7 +172,7 @@ eps_c, eps_u = denoiser(x_t, t, classes), denoiser(x_t, t, null)
 gradient = log_prob_gradient(classifier, x_t, t, classes)
 verify("5.1", implicit_gradient(eps_c, eps_u, alpha_bar), gradient, atol=1e-9)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Longer than Bayes' rule
 #
 # Now steer, as in chapter 03, but by this gradient. The course's name for the result comes first:
@@ -269,7 +269,7 @@ show(figure, "Four arrows from one noisy point, with their tips on a straight li
 # *Noisy points at $\bar\alpha_t=0.5$, those of the class wanted in colour, and the guided score at one point. All
 # tips lie on the line through the unconditional arrow ($w=-1$) and the conditional one ($w=0$).*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Two ways to count
 #
 # Half of the literature writes the same line from the other end:
@@ -350,7 +350,7 @@ converted = torch.stack([for_x_0(guided), for_v(guided)])
 mixed_there = torch.stack([cfg_combine(convert(eps_c), convert(eps_u), w) for convert in (for_x_0, for_v)])
 verify("5.6", converted, mixed_there, atol=1e-8)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A guided denoiser is a denoiser
 #
 # The wrapper does what those of chapters 03 and 04 did: in comes a denoiser, here a conditional one, and out comes a
@@ -524,8 +524,8 @@ for w in (0.0, 1.0, 4.0):
         )
     )
 
-# %% [markdown]
-# ## What a weight above 0 draws
+# %% [markdown] tags=["optional"]
+# ## What a weight above 0 draws *(at a second reading)*
 #
 # Chapter 03 has shown what a scale above 1 draws, and by (5.7) the same holds here: not the tilted density (3.13). At
 # each level the guided field is the score of $q(x_t\mid y)\,q(y\mid x_t)^w$, (5.4), but these are not the noisy
@@ -570,7 +570,7 @@ verify("5.8", torch.stack(guided_ends), torch.stack(normal_ends), atol=1e-7)
 # Where the widths differ, or the data are a mixture, the pushes depend on where one is, and nothing that simple holds.
 # The direction remains: away from the average, and closer together.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## One network for both answers
 #
 # Two networks could give the two answers. One is cheaper, and its two answers have their errors in common, which
@@ -741,8 +741,8 @@ print(f"share dropped at p = 0.12: {(many == 8).double().mean():.3f}")
 # %% [markdown]
 # Dropping belongs to training. A sampler that drops its labels draws, now and then, something that nobody asked for.
 
-# %% [markdown]
-# ## Too much contrast
+# %% [markdown] tags=["optional"]
+# ## Too much contrast *(at a second reading)*
 #
 # By (5.8), guidance moves the mean of what is drawn, farther than the data go. Already one prediction shows it. Let
 # $c$ be the conditional prediction for one sample, all its pixels, and $d=c-u$ its difference from the unconditional
@@ -852,7 +852,7 @@ for kind, row in contrasts.items():
 # in between. When a paper reports that $\phi=0.7$ is good, it matters what its network predicts: that of Lin et al.
 # predicts $v$.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Only where it helps
 #
 # At which noise levels is guidance needed? At noisy ones, $x_t$ says little about the class, and the mixture of the two
@@ -952,8 +952,8 @@ show(
 # An interval is the cheapest of all remedies: it saves time. Where to put it has to be measured, for each model; in
 # the paper it is found by search.
 
-# %% [markdown]
-# ## What is not wanted
+# %% [markdown] tags=["optional"]
+# ## What is not wanted *(at a second reading)*
 #
 # Nothing in the code asks that the second condition be the null label. Put a **negative prompt** there, a condition $n$
 # of which the picture should show as little as possible. What score does the mixture stand for then?
@@ -1047,7 +1047,7 @@ show(
 # So a negative prompt is a direction, not a logical 'not'. It works as a fine correction between things that are close
 # ('not blurred'), with a small weight, and is nothing to rely on for excluding something.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A conditional U-Net
 #
 # Back to images, and to single precision. Chapter 02's U-Net takes labels already: `UNet(..., num_classes=(8, 8))`
@@ -1191,8 +1191,8 @@ card = load_card("conditional_ddpm_shapes32")
 print(f"{card['steps']} steps from the weights of {card['settings']['start']}")
 print({name: round(value, 3) for name, value in card["metrics"].items() if name.startswith("accuracy")})
 
-# %% [markdown]
-# ### Is it a gradient?
+# %% [markdown] tags=["optional"]
+# ### Is it a gradient? *(at a second reading)*
 #
 # For exact denoisers, (5.1) is the gradient of a log-probability. For a network, $\epsilon_c-\epsilon_u$ is merely
 # the difference of two outputs, and nothing makes it the gradient of *any* function. One can tell: the derivative of
@@ -1222,7 +1222,8 @@ print(f"asymmetry of the Jacobian, 0 for a gradient: {asymmetry:.1f}")
 # %% [markdown]
 # Seen along such directions the antisymmetric part is 0.7 times as large as the symmetric one: far from a gradient. So
 # 'implicit classifier' is a name for what the two answers approximate; nobody could integrate it to a probability.
-#
+
+# %% [markdown] tags=["core"]
 # ## Red stars
 #
 # Eight times the same noise, the condition 'red star', fifty DDIM steps, and weights from unconditional to far too
@@ -1279,7 +1280,8 @@ print(f"real pictures: {real_spread:.2f}")
 # contrast of real ones, far outside of what pixels can show; clipping to $[-1,1]$ takes the worst away at each step.
 # Further on the difference shrinks, and the prediction recovers. This is (5.11) and over-saturation at work. Rescaling
 # brings the noisy steps back to normal and has little to do at the others, where $v$ is mostly noise.
-#
+
+# %% [markdown] tags=["core"]
 # ## How strong?
 #
 # The stored measurement draws 512 images for each of several weights, each image with a shape and a colour of its
@@ -1364,7 +1366,7 @@ for w in (0, 1, 4):
     print(f"w = {w}: as stored, to 5 of 100: {difference < 0.05}")
     assert difference < 0.05
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### What nobody asked for
 #
 # What moves the distance so far, while every picture shows what was asked for? Let the reader also say what was *not*
@@ -1398,8 +1400,9 @@ show(
 #
 # The interval helps here more than in the lab, where the steps in between took the variety. Size is decided while $x_t$
 # is nearly noise; leave out the noisiest 300 steps, and both sizes are back, at the same weight.
-#
-# ### Rescaled, at intervals, against something
+
+# %% [markdown] tags=["optional"]
+# ### Rescaled, at intervals, against something *(at a second reading)*
 #
 # The stored measurement has the remedies at a weight that is too large, where they have something to do; then a
 # negative condition in place of the null label, at a weight of 1: the same colour with another shape, and the same
@@ -1428,8 +1431,9 @@ for name, settings in remedies.items():
 #   at 20 steps of 50.
 # - **A negative condition** is a weaker guide than the null label: 98.6 and 98.0 % right at $w=1$, against 100 %. It also
 #   does less harm. The difference between a red star and a red circle holds nothing of size, which both have alike.
-#
-# ### Pairs never seen
+
+# %% [markdown] tags=["optional"]
+# ### Pairs never seen *(at a second reading)*
 #
 # Eight pairs of shape and colour were held out of every training. The network has learned shape and colour in two
 # tables, whose rows it adds; a blue star is a sum that it has never met.
@@ -1456,7 +1460,8 @@ show(figure, "The eight pairs that no training image showed, drawn with w = 1.")
 # All 512 are read right, as those of the seen pairs. Shape and colour are composed by the sum of two rows, and what
 # follows treats them as two things. (The Fréchet distance is smaller only because it is taken to other images, of eight
 # pairs: real against real is 11.6 there.)
-#
+
+# %% [markdown] tags=["core"]
 # ## Three guidances side by side
 #
 # Unguided, by a classifier, by CLIP, classifier-free: what must be trained, how long that takes, what an image costs,
@@ -1594,7 +1599,7 @@ show_milestone(
     alt="Sixteen images, all of which show a blue ring.",
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide gives
@@ -1614,7 +1619,8 @@ show_milestone(
 #   $w=4$, while the Inception score rises from 53.71 to 260.2. By the one measure the best weight is 0.1, by the
 #   other there is none. Here: the Fréchet distance rises from 16 at $w=0$ to 81, 140, 227 and 252 at 0.5, 1, 2 and 4, while
 #   the accuracy has nothing left to gain. The trade-off is the papers' own, and the best weight is at its very end.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - A conditional and an unconditional denoiser contain a classifier's gradient (5.1). Mixing them with the weights

@@ -28,7 +28,8 @@
 # - give the latents the scale that a diffusion expects, and say what goes wrong without it.
 #
 # **What it needs**: chapter 01 (normal densities, the schedule, the exact denoiser), chapter 02 (blocks, patches).
-# **What it takes**: one to one and a half minutes on two cores. All data are embedded.
+# **What it takes**: one to one and a half minutes on two cores. All data are embedded. Sections marked *(at a second
+# reading)* can wait.
 
 # %%
 import matplotlib.pyplot as plt
@@ -74,7 +75,7 @@ from lecture26.unet import group_norm, levels_with_attention, patchify, unpatchi
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A hidden number behind each picture
 #
 # Imagine that data come about in two steps. First a hidden number $z$ is drawn from a standard normal distribution,
@@ -151,7 +152,8 @@ show(
 #
 # With 1,024 latent numbers there is no grid. The integral is out of reach, the posterior with it, and so is training
 # the decoder by raising $\log p(x)$. Something has to stand in.
-#
+
+# %% [markdown] tags=["core"]
 # ## The bound
 #
 # Take any distribution $q(z\mid x)$, a guess at the posterior. Write $\log p(x)$, which does not depend on $z$, as an
@@ -351,7 +353,8 @@ show(
 #
 # This gap is the price of a simple *form* of guess. An encoder network adds to it, as one function has to serve all
 # $x$. Training on the bound also moves the decoder, which may avoid such places.
-#
+
+# %% [markdown] tags=["core"]
 # ## A gradient through a random draw
 #
 # To train, we need the gradient of $\mathcal L$. The divergence is a formula. The reconstruction is an expectation
@@ -459,7 +462,8 @@ show(figure, "Three histograms around the exact gradient: that of the path is th
 #
 # With a thousand latent numbers the difference decides. Along the path each of them gets its own slope; the score
 # function gives all of them the one same value, times noise.
-#
+
+# %% [markdown] tags=["core"]
 # ## One number to trade by
 #
 # Multiply the bound by $-\sigma^2$, with (6.6):
@@ -517,7 +521,7 @@ verify(
     "6.10", -(0.3**2) * bounds.mean(), vae_loss(x, x_hat, mean, log_variance, 0.3**2) + constant, atol=1e-9
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Too much weight, too little
 #
 # What does the weight do? There is a case in which it can be said exactly. Let the data be one number with mean 0 and
@@ -845,8 +849,9 @@ show(figure, "A row of ten small pictures that turn a zero into a one by way of 
 
 # %% [markdown]
 # *From a 0 to a 1, in ten equal steps of the code.*
-#
-# ### What the divergence pays for
+
+# %% [markdown] tags=["optional"]
+# ### What the divergence pays for *(at a second reading)*
 #
 # The divergence in the loss is an average over pictures, $R=\mathbb E_x\,\mathrm{KL}(q(z\mid x)\,\|\,p(z))$, the
 # **rate**. It holds two things of which only one is wanted. Call $q(z)=\mathbb E_x[q(z\mid x)]$ the distribution of
@@ -917,7 +922,7 @@ show(figure, "Bars of the rate by KL weight: at small weights, most of each is a
 # the codes are. None of the six weights makes both ends good. Image models do not look for one: they take a tiny
 # weight, for good reconstructions, and leave it to a *second* model to learn where the codes are.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Images
 #
 # Now the autoencoder that chapter 07 will use: 64 by 64 pixels and 3 colours become a small picture with 16 by 16
@@ -1297,7 +1302,7 @@ show(
 # %% [markdown]
 # *Unseen images, and what comes back. What is lost is on the outlines (below, five times as strong; black is none).*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the codes look like
 #
 # The four channels of the codes of some images, as grey pictures:
@@ -1387,8 +1392,9 @@ for name, version in versions.items():
 # **second stage**: a diffusion model of the codes. It needs no new theory, since codes are
 # pictures. The autoencoder brings the size down and the details back; the diffusion learns what there is. Chapter 07
 # does it.
-#
-# ### Between two images
+
+# %% [markdown] tags=["optional"]
+# ### Between two images *(at a second reading)*
 #
 # On the digits, a straight line between two codes went from digit to digit. Here:
 
@@ -1411,7 +1417,7 @@ show(
 # one object fades, another appears, and halfway there is no object of the data, but a hole. Smooth walks through
 # *meaning*, as on the digits, need a code that is much smaller, or a second stage.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The latents' scale
 #
 # A diffusion starts from noise of variance 1, and its schedule was made for data of about that size. Are codes of
@@ -1587,7 +1593,7 @@ show_milestone(
     alt="Two rows of eight scenes: images, and below each what comes out of the decoder, hardly to be told from it.",
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # Three steps of a workflow, and a remark.
@@ -1604,7 +1610,8 @@ show_milestone(
 #   what the encoder lost: the round trip is a ceiling for every sample, and is measured by more than PSNR. To look
 #   sharp, large models add a perceptual and an adversarial loss to (6.10); ours, on flat shapes, does without.
 # - The slide leaves out the scale between the stages, (6.19). Whoever forgets it gets no error message.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - $\log p(x)$ is the bound (6.4) plus the divergence of the guess from the posterior (6.3). The divergence from the

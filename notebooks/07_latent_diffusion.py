@@ -27,7 +27,7 @@
 # - judge a text-to-image model: attributes, binding, pairs that it never saw, and what it costs.
 #
 # **What it needs**: chapters 01, 02, 05 and 06, and the text transformer of chapter 04. **What it takes**: two minutes
-# on two cores. All data are embedded.
+# on two cores. All data are embedded. Sections marked *(at a second reading)* can wait.
 
 # %%
 import base64
@@ -90,7 +90,7 @@ from lecture26.kit.validation import check_choice, check_positive_int, check_sha
 from lecture26.unet import SelfAttention, UNet, group_norm, zero_init
 from lecture26.vae import KLVAE, reparameterize
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What a pixel costs
 #
 # A convolution with a $k\times k$ kernel, from $C$ to $C'$ channels, computes $C'$ numbers at each of $H\cdot W$
@@ -135,7 +135,7 @@ verify("7.1", measured, formula, atol=0)
 # folding $2\times2$ pixels into the channels saves something too. And the autoencoder costs as well. The section
 # *Pixels against latents* measures all of it.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Into the latent space and out of it
 #
 # Three networks, encoder, denoiser and decoder, have two boundaries between them: into the latent space and out of
@@ -279,7 +279,7 @@ show(figure, "A scene's four latent channels at four noise levels, and what the 
 # *Above: the latents of one scene, four channels of 16 by 16; the objects can be seen in them. Below: decoded. Noise
 # on the latents is not noise on the pixels, but wrong strokes and colours.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Words
 #
 # The captions are those of chapter 04, and longer ones, of two objects and their relation. The whole language has 32
@@ -367,7 +367,7 @@ for name, (left, right), num_same in (("looking back", causal, 6), ("both ways",
 # seen the star, and the end token has seen everything. So a few tokens must carry all of it, and each place must learn
 # to look there. With the mask of this chapter the noun's own vector can say where the noun belongs.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Cross-attention
 #
 # The denoiser has a feature map: $N=H\cdot W$ places with a vector $x_n$ each. The caption has $M$ tokens with a
@@ -567,8 +567,8 @@ single = cross_attention(x, context[:, :1], *matrices, 4, mask[:, :1])
 value = context[:, :1] @ matrices[2].T  # (2, 1, 32)
 verify("7.9", single, value.expand(2, 9, 32), atol=1e-12)
 
-# %% [markdown]
-# ### As a layer
+# %% [markdown] tags=["optional"]
+# ### As a layer *(at a second reading)*
 #
 # The layer adds what every network needs: the matrices as layers of their own, one more after the mixing, and messages
 # for arguments that do not fit. A row of the mask without any token would be a division of zero by zero, so it is
@@ -658,7 +658,7 @@ except ValueError as error:
 else:
     raise AssertionError("not refused")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A U-Net that listens
 #
 # Chapter 02's `UNet` takes its attention from a factory, and hands the condition on to it. So nothing has to be
@@ -763,7 +763,7 @@ print(
     tuple(unet(torch.randn(2, 4, 16, 16), torch.tensor([500, 20]), ring).shape),
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The whole, assembled
 #
 # `LatentDiffusion` holds the parts and the boundaries between them. It takes care of two things by itself. The VAE is
@@ -1138,7 +1138,7 @@ for prompts, options in ((["a red dog"], {}), ([""], {}), (["a star"], {"generat
     else:
         raise AssertionError("not refused")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Learning it
 #
 # The training is that of chapter 05, on latents. What the encoder says of an image never changes, so each image is
@@ -1203,8 +1203,8 @@ axis.plot(history.losses)
 axis.set(xlabel="training step", ylabel="loss", ylim=0)
 show(figure, "The loss falls within 100 steps of training.")
 
-# %% [markdown]
-# ### Which one goes where
+# %% [markdown] tags=["optional"]
+# ### Which one goes where *(at a second reading)*
 #
 # One thing the pictures teach badly. Does the star belong on the left? That follows from two facts: whether the caption
 # says 'left' or 'right', and whether the star comes first or second in it.
@@ -1306,8 +1306,8 @@ class TextDenoiser(nn.Module):
         return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
 
 
-# %% [markdown]
-# ### At which steps do the words decide?
+# %% [markdown] tags=["optional"]
+# ### At which steps do the words decide? *(at a second reading)*
 #
 # As long as a noisy image still shows what it is, the denoiser needs no words. Where everything is noise, nothing but
 # words is left. Between the two, each property has steps at which the image falls silent about it, and these are
@@ -1403,7 +1403,8 @@ show(
 # That weights the loss of each step. A network that could be the best denoiser at every step would still have to be
 # that; what changes is where a small one is good. The price: the first hundred steps get 0.4 % of the draws, not
 # 10 %. Large models do something like it (Esser et al. 2024). Whether it pays here was not measured by itself.
-#
+
+# %% [markdown] tags=["core"]
 # ### The long-trained model
 #
 # The recipe `text_to_image_shapes64` trains a U-Net and a text encoder, 3.5 million parameters together, on 100,000
@@ -1474,7 +1475,7 @@ show(
 # *One prompt, six seeds (columns), six weights (rows). At $w=-1$ the prompt is not asked for. As in chapter 05, large
 # weights push colours and edges too far.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Is it what was asked for?
 #
 # Readers judge, as in the chapters before: one that reads single shapes at 64 pixels, one that reads scenes. The prompt
@@ -1562,8 +1563,9 @@ show(figure, "Two stacked bars: how many scenes are right, and in which way the 
 # Of 512 scenes 440 are right. In 9 the objects have merged, or there are three; in none has an attribute gone to the
 # other object, and in none do the two stand otherwise than was asked for. The rest, 63, have a shape or a colour that
 # the reader takes for another one: mostly small shapes that are not drawn clearly.
-#
-# ### Where the nouns stand
+
+# %% [markdown] tags=["optional"]
+# ### Where the nouns stand *(at a second reading)*
 #
 # The same two objects, in all four ways, from the same noise:
 
@@ -1607,8 +1609,9 @@ assert shares[0] > 0.8 and shares[1] < 0.2 and shares[2] < 0.4
 # place of an object from the vectors of its noun phrase: the text transformer has put it there, as the lesson asked,
 # and each place of the picture compares it with where it is itself. That is an intervention, and shows a cause; the maps
 # of the next section show only who looks where.
-#
-# ### Words that it never saw together
+
+# %% [markdown] tags=["optional"]
+# ### Words that it never saw together *(at a second reading)*
 #
 # No training image shows a blue star, or two objects that are alike, or three of them, and no training caption names
 # the noun first, or two sizes of one object, or two backgrounds. What does the model do with such sentences? Every
@@ -1634,7 +1637,7 @@ show(
 # two, sometimes grown together. The star named first is drawn as well: where there is one object, the order of the words
 # does not matter. Of two sizes the model takes the smaller one, of two backgrounds the stripes.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Where each word is looked at from
 #
 # The weights (7.5) can be looked at. For each cross-attention in the U-Net there is a number for each place and
@@ -1739,7 +1742,7 @@ show(figure, "A generated scene, and for nine of its caption's tokens a map of w
 # elsewhere as well. And 'left' is looked at from the ring, on the right: what that place takes from it cannot be seen
 # in a map.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## From a picture to a picture
 #
 # Sampling need not begin with pure noise. Take the latents of a given picture, make them as noisy as they would be at
@@ -1837,8 +1840,9 @@ show(
 # At 0.3 the picture is damaged rather than changed: so little noise hides hardly anything, the words contradict what is
 # plain to see, and guidance pushes all the same. At 0.5 a blue thing forms around what is left of the cross, on a
 # damaged background; at 0.7 the cross is gone, and from 0.9 on it is the heart that was asked for.
-#
-# ### Inpainting
+
+# %% [markdown] tags=["optional"]
+# ### Inpainting *(at a second reading)*
 #
 # Or keep a part of a picture, and draw the rest. At every step, put the known part in its place, made as noisy as the
 # step asks for, so that the denoiser sees it while it works on the rest. The noise is the same at all steps, so that
@@ -1986,7 +1990,7 @@ torch.set_default_dtype(torch.float32)
 # noise anew at each step, and go back and forth: after a step they add noise again and repeat it, so that both parts
 # can agree, at several times the cost.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Pixels against latents
 #
 # Now the question of the first section, asked of whole models. Three of them, with the same text encoder, the same
@@ -2077,8 +2081,8 @@ for name in ("pixels", "pixels, 2 x 2 folded"):
 # %% [markdown]
 # These last numbers are rough: the VAE was trained on another processor, in bfloat16 (its card says so).
 
-# %% [markdown]
-# ## Other people's networks
+# %% [markdown] tags=["optional"]
+# ## Other people's networks *(at a second reading)*
 #
 # Nothing in `LatentDiffusion` knows that its parts are this course's. It needs a VAE with `encode` and `decode`, and a
 # denoiser that is called with latents, steps and a condition. Two adapters give those of the library *diffusers* this
@@ -2276,7 +2280,7 @@ show_milestone(
     alt="Four images of a large yellow star on striped ground.",
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # *'1. Encoder: compresses images to latent representations (e.g. using VAE). 2. Diffusion: applies U-Net denoising in
@@ -2299,7 +2303,7 @@ show_milestone(
 # *'Text-to-image generation: Stable Diffusion (latent diffusion + classifier-free guidance).'* These two, and a text
 # transformer that was trained on hundreds of millions of captions; ours knows 32 words.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - Sides $f$ times smaller make a convolution $f^2$ and attention $f^4$ times cheaper (7.1); what a whole model saves

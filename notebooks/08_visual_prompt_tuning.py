@@ -26,7 +26,7 @@
 # - adapt a real pretrained backbone to your own images by one command.
 #
 # **What it needs**: chapter 02 (attention). **What it takes**: under three minutes on two cores. All data are
-# embedded, or made by code.
+# embedded, or made by code. Sections marked *(at a second reading)* can wait.
 
 # %%
 import copy
@@ -100,7 +100,7 @@ vit = load_model("vit_photos32").double()
 print(type(vit).__module__, type(vit).__name__)
 print(f"{sum(p.numel() for p in vit.parameters()):,} parameters, {len(vit.blocks)} blocks")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A picture as a sequence
 #
 # A transformer takes a sequence of vectors. An image of $32\times32$ pixels is cut into squares of $p=4$ pixels on
@@ -301,7 +301,7 @@ is_changed = not torch.allclose(*with_positions)
 assert is_changed
 print("with positions, shuffling changes the answer:", is_changed)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A wrapper with nine faults
 #
 # The idea of visual prompt tuning fits into a sentence: freeze the network, put a few learned tokens beside those of
@@ -528,7 +528,7 @@ assert list(found.values()) == ["equal", "RuntimeError", "another answer", "Attr
 # The rest of the chapter builds it without them. (The lecture also names a deep variant. The wrapper has none; that
 # is another method, and no fault.)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Prompts
 #
 # A **prompt** is a vector of width $d$, trained by gradient descent, and treated like a token. $n$ of them, the rows
@@ -569,8 +569,8 @@ def insert_prompts(tokens, prompts, num_prefix):
 # %% slide=["# Prompts go between prefix and patches", "$$\\tilde z_0=\\bigl[z_{0,\\text{cls}},\\,P,\\,z_{0,1},\\dots,z_{0,N_p}\\bigr] \\tag{8.7}$$", "[code insert_prompts]", "After the position embedding: a prompt has no place in the image."]
 check("visual_prompt_tuning.insert_prompts", insert_prompts)
 
-# %% [markdown]
-# ### How large a prompt begins
+# %% [markdown] tags=["optional"]
+# ### How large a prompt begins *(at a second reading)*
 #
 # Jia et al. draw the prompts uniform on $[-v,v]$ with Glorot and Bengio's $v$ for a map from $3p^2$ to $d$ numbers,
 #
@@ -620,7 +620,7 @@ drawn = torch.stack(
 verify("8.8", drawn.var(dim=1, unbiased=False), torch.tensor([2 / (48 + 160), 2 / (768 + 768)]), atol=1e-8)
 print("standard deviations:", [round(value, 3) for value in drawn.std(dim=1).tolist()])
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### Deep prompts
 #
 # In VPT-shallow the prompts pass through the blocks like other tokens, and what comes out of block 1 at their places
@@ -672,7 +672,7 @@ leaving = entering + 0.5  # as if this were what the block does
 print("out of block 1:", leaving[0, :, 0].tolist())
 print("into block 2:  ", replace_prompts(leaving, torch.full((2, 2), 20.0), num_prefix=1)[0, :, 0].tolist())
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What a prompt can do
 #
 # Only attention mixes tokens, so only there can a prompt act on the others. How? In each head, split the sum (8.4)
@@ -767,7 +767,7 @@ verify("8.11", rest * without + (1 - rest) * mixed_in, (a @ values)[:, :, others
 ratios = [w / w[..., [5]] for w in (a[:, :, others][..., others], a_0)]  # to the sixth token
 verify("8.12", ratios[0].log(), ratios[1].log(), atol=1e-9)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The network with prompts
 #
 # Now put it together, and let timm do what it can do itself: `_pos_embed` knows about class tokens, registers and
@@ -1016,7 +1016,7 @@ assert has_fallen and is_same
 print("the loss fell:", has_fallen)
 print("bit for bit the same backbone:", is_same)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What is stored
 #
 # ### The count
@@ -1118,8 +1118,9 @@ assert (first, last) == ([10, 13, 16], [93, 123, 153])
 # the claim (grey) from $n=10$ (ViT-B), 13 (ViT-L) or 16 (ViT-H) on, and leave it beyond 93, 123 or 153. A head takes
 # its share as well: with 100 classes it is as large as a hundred shallow prompts. '0.1% of the parameters' is a
 # factor of 1000: on ViT-B that is shallow with $n=100$, or deep with $n=10$.*
-#
-# ### What more tokens cost
+
+# %% [markdown] tags=["optional"]
+# ### What more tokens cost *(at a second reading)*
 #
 # Prompts are small to store, but each is a token that all blocks have to compute, for every image, for ever. A
 # block's products are the four maps of attention ($4Nd^2$ multiplications for $N$ tokens), the two of the MLP
@@ -1152,8 +1153,9 @@ print(
 # %% [markdown]
 # A linear probe and a fine-tuned network cost at inference what the backbone costs; so do tuned biases. Prompts are
 # the only one of these methods that makes the network slower: 100 of them on ViT-B cost half as many products again.
-#
-# ### A file for a task
+
+# %% [markdown] tags=["optional"]
+# ### A file for a task *(at a second reading)*
 #
 # What is to be written is the tensors that were trained, and what they belong to. Prompts mean nothing to another
 # backbone, not even to one of the same shape. So a task remembers a *fingerprint* of the backbone: a hash of all its
@@ -1322,7 +1324,7 @@ for name, other in {
     else:
         raise AssertionError("not refused")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The alternatives
 #
 # Prompts are one way among several:
@@ -1364,8 +1366,8 @@ def full_fine_tune(vit, num_classes):
     return model
 
 
-# %% [markdown]
-# ### Only the biases
+# %% [markdown] tags=["optional"]
+# ### Only the biases *(at a second reading)*
 #
 # Most layers are $z=Wx+b$. Suppose that all weights $W$ stay, and only the $b$ train. By the chain rule a bias that
 # is added to every token of every image collects all their gradients,
@@ -1437,7 +1439,7 @@ verify("8.16", layer.bias.grad, bias_gradient(collected[0]), atol=1e-12)
 assert layer.weight.grad is None
 print("the weight beside it has no gradient:", layer.weight.grad is None)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A fair comparison
 #
 # Which of these methods is the best depends on how they are compared. One learning rate for all would be unfair:
@@ -1610,8 +1612,9 @@ assert all(gain > 0 for gain in gains.values()) and all(gap > 0 for gap in gaps.
 # they fall behind the probe by less than the ±. Full fine-tuning is ahead of deep prompts everywhere: by two points
 # where there is little to gain, by seven to ten in counting and on MNIST, by twenty-five and more on the textures,
 # the largest discs and the nodules. These three it learns to more than 90%, the last two nearly to the end.
-#
-# ### A third of the steps
+
+# %% [markdown] tags=["optional"]
+# ### A third of the steps *(at a second reading)*
 #
 # How far does this depend on the budget? The same comparison of the two kinds of digits, with 200 steps:
 
@@ -1654,7 +1657,8 @@ print(f"trained on {card['data']}; names {100 * card['metrics']['accuracy']:.0f}
 # a third of its size, into which neighbourhood is built, named 81 after 4,500 steps. So for the last 10,000 steps the
 # transformer had that network for a *teacher* (Li et al. 2022): beside the classes it learned to see at each of its
 # $8\times8$ places what the teacher sees there. (`README.md` has the commands.)
-#
+
+# %% [markdown] tags=["core"]
 # ### Is it the probe, or what it reads?
 #
 # The linear probe had as many steps as the others. For it that is not much: on frozen features its loss is convex in
@@ -1729,7 +1733,8 @@ show(figure, "For seven tasks the accuracy of trained and of solved heads, with 
 #
 # The comparison above is the usual one, with the class token for everybody. It tells which way to change that token is
 # the best, not whether it is the place to read.
-#
+
+# %% [markdown] tags=["core"]
 # ### What it costs
 #
 # Training a prompt is not cheap: the gradient has to come back through all blocks, as in full fine-tuning. Only the
@@ -1751,8 +1756,9 @@ for method in COMPARED:
 # Forward pass: its matrix products relative to those of full fine-tuning. The linear probe trains in less time,
 # since nothing has to come back through the blocks (and less still if the features are computed once). That
 # full fine-tuning does not come out at 1.00 shows how far the times can be trusted.*
-#
-# ### How many prompts
+
+# %% [markdown] tags=["optional"]
+# ### How many prompts *(at a second reading)*
 #
 # All of this was with eight prompts. Counting again, with one and with thirty-two:
 
@@ -1794,8 +1800,9 @@ show(figure, "Accuracy of counting against the number of prompts, shallow and de
 # ±; eight are eleven, and thirty-two twelve, with 97 tokens in the place of 65. One shallow prompt is no better than
 # the probe, eight and thirty-two are four and six points. From the best of these to full fine-tuning it is still
 # seven points. Whether still more prompts would go on gaining was not tried.
-#
-# ### Narrower backbones
+
+# %% [markdown] tags=["optional"]
+# ### Narrower backbones *(at a second reading)*
 #
 # The slide says that prompts work across model sizes, and means ViT-B, L and H. These are out of reach here. What can be
 # tried is the width: two narrower backbones, of as many blocks, trained on the same photographs from scratch
@@ -1846,8 +1853,9 @@ show(figure, "Accuracy of three methods against the backbone's width, for two ta
 # That is all it shows. The three have 0.3 to 1.9 million parameters. The widest was trained for longer, and with a
 # teacher: it names 77 of a hundred photographs, the narrower ones 62 and 63, so width and training change together. And
 # nothing here speaks for networks of 86 to 632 million parameters, which the slide means.
-#
-# ## What the prompts have learned
+
+# %% [markdown] tags=["optional"]
+# ## What the prompts have learned *(at a second reading)*
 #
 # By (8.11) a prompt acts by $\lambda_i(\bar p_i-o_i^{\,0})$, and the share of attention $\lambda_i$ is easy to look
 # at. Here is that of the class token in the model that was trained above, for each block and head, beside the same
@@ -1936,7 +1944,7 @@ without, prompted = (spread_between_classes(f) for f in clouds.values())
 assert prompted > without
 print("the share of variance between classes grows with prompts:", bool(prompted > without))
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What is forgotten
 #
 # 'Prevents catastrophic forgetting: original weights remain frozen', says the lecture. After each adaptation, give
@@ -1972,7 +1980,7 @@ for task in compared:
 # photographs right. A fully fine-tuned one with its old head names a quarter of them or less; only after the line
 # drawings, which it learned at a third of the rate, are there three in five.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Many tasks, one backbone
 #
 # Fine-tuning $T$ tasks gives $T$ networks: each has to be kept in memory, and a batch that mixes tasks has to be
@@ -2219,8 +2227,9 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 # Memory and disk are where the bank wins: ten tasks in a tenth of the room, and each further one adds some kilobytes
 # instead of a network. In time it gains nothing here. It computes a little more, for its prompts, and does so in one
 # batch instead of ten small ones, which a CPU does not mind; a GPU may be another matter, and we have not tried it.
-#
-# ## Your own images, and other people's backbones
+
+# %% [markdown] tags=["optional"]
+# ## Your own images, and other people's backbones *(at a second reading)*
 #
 # ### A new modality: X-rays, ultrasound, microscopes
 #
@@ -2280,7 +2289,7 @@ show_milestone(
     alt="Twenty-four digits, each below the name that the network gives it; where that is wrong, the right one is added.",
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # - *The code of the slide.* It has the faults of the list above, and this chapter has found them by experiment on a
@@ -2306,7 +2315,8 @@ show_milestone(
 #
 # Not on the slide: prompts make the network slower, (8.15), while a fine-tuned network, tuned biases or a linear
 # probe do not; and training them saves at most the third of the products that goes into the weights' own gradients.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - A ViT is patches, (8.1), a class token, positions, (8.2), blocks, (8.3), a last norm and a head, (8.5). Without

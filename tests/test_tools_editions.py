@@ -361,7 +361,6 @@ def test_copy_runs_solved(course):
     assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
 
 
-@pytest.mark.slow
 def cell(number, source, *tags, kind="code"):
     return Cell("notebooks/01_waves.py", number, 1, kind, source, tags)
 
@@ -387,6 +386,7 @@ def test_a_cell_that_only_draws_is_folded():
     assert open_.metadata == {}
 
 
+@pytest.mark.slow
 def test_one_rehearsal_runs_the_notebook_and_the_copy(course):
     shutil.copy(ROOT / "notebooks" / "jupytext.toml", course / "notebooks")
     notebooks.run(course, store=True)
