@@ -176,12 +176,7 @@ def test_ddim_and_ddpm_are_those_of_chapter_01(found, draws, name, step):
     for number, steps in enumerate(STEPS):
         diffusion = Diffusion(cosine_betas(1000)).respace(steps)
         denoiser = guided_denoiser(diffusion)
-        wanted = reverse_chain(
-            lambda x, t, noise, d=diffusion, f=denoiser: step(d, f, x, t, noise),
-            start,
-            steps,
-            fresh.__getitem__,
-        )
+        wanted = reverse_chain(partial(step, diffusion, denoiser), start, steps, fresh.__getitem__)
         assert_close(found["ends"][name][number], wanted, rtol=0, atol=1e-4)
 
 
@@ -207,7 +202,7 @@ def test_the_second_order_sampler_is_of_second_order_and_ddim_of_first(found, dr
         for name in ("ddim", "second")
     }
     assert (errors["second"] < errors["ddim"]).all()
-    # from a quarter of the steps to all of them the error falls by 4, or by 16; the latter it nears from below
+    # with four times the steps the error falls by 4, or by 16, which it nears from below
     quartering = {name: (error[-3] / error[-1]).item() for name, error in errors.items()}
     assert 3 < quartering["ddim"] < 5
     assert quartering["second"] > 8

@@ -4,8 +4,8 @@
     python tools/web.py kernel        web/engine/kernel.js from kernel.wat, by wabt in web/node_modules
 
 The sources are JavaScript modules. A browser loads no modules from files, so what a page needs is bundled
-into one classic script; and a worker starts from a text, so the worker's bundle is a text in the page's. Weights
-become scripts as well: a page loads them in the same way from a server and from files, when it is asked to.
+into one classic script; and a worker starts from a text, so the worker's bundle is a text in the page's.
+Weights become scripts as well: a page loads them in the same way from a server and from files, when asked to.
 """
 
 import argparse
