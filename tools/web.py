@@ -17,6 +17,7 @@ import subprocess
 from pathlib import Path
 
 from course import ROOT, CourseError
+from guided_strips import guided_strips
 
 WEB = ROOT / "web"
 BUILD = ROOT / "build" / "playground"
@@ -34,7 +35,7 @@ export const KERNEL =
   '{base64}';
 """
 
-IMPORT = re.compile(r"^import \{([^}]*)\} from '(\.[^']*)';$", re.MULTILINE)
+IMPORT = re.compile(r"^import (?:\{([^}]*)\} from )?'(\.[^']*)';$", re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:class|const|function\*?) (\w+))", re.MULTILINE)
 LEFT_OVER = re.compile(r"^(?:import|export)\b.*", re.MULTILINE)
 
@@ -43,7 +44,8 @@ def bundle(entry: Path) -> str:
     """A module and all that it imports, as one classic script.
 
     Each module becomes a function that returns its exports, so that names of different modules do not meet.
-    Only `import { a, b } from './x.js';` and `export` in front of a class, a function or a const are known.
+    Only `import './x.js';`, `import { a, b } from './x.js';`, and `export` in front of a class, a function or
+    a const are known.
 
     Raises:
         CourseError: another form of import or export, a missing file, or modules that import each other.
@@ -62,6 +64,8 @@ def bundle(entry: Path) -> str:
             add((module.parent / path).resolve(), (*importers, module))
 
         def constants(match: re.Match) -> str:
+            if match[1] is None:  # imported for what it does
+                return ""
             names = re.sub(r"\s+", " ", match[1].replace(" as ", ": ")).strip()
             return f"const {{ {names} }} = modules['{_name((module.parent / match[2]).resolve())}'];"
 
@@ -115,6 +119,8 @@ def build_playground(folder: Path = BUILD) -> Path:
         (folder / f"{name}.js").write_text(worker * (name == "playground") + code, encoding="utf-8")
     for file in [*(WEB / "style").glob("*.css"), *(WEB / "pages").glob("*.html")]:
         shutil.copy(file, folder / file.name)
+    strips = guided_strips(folder / "guided_strips.json")
+    (folder / "strips.js").write_text(script_constant("LECTURE26", "strips", strips), encoding="utf-8")
     for name in WEIGHTS:
         (folder / "weights" / f"{name}.js").write_text(weights_script(name), encoding="utf-8")
     return folder / "index.html"
