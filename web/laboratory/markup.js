@@ -29,8 +29,8 @@ export function markup(ways, panels, samplers, labels) {
   const dot = (label) => `<i class="dot" data-label="${label}"></i>`;
   return `
     <div class="head">
-      <label class="slider strength">strength of guidance w <output name="w"></output>
-        <input type="range" name="w" min="-1" max="8" step="0.1" value="2">
+      <label class="slider strength">strength of guidance w
+        <input type="range" name="w" min="-1" max="8" step="0.1" value="2"><output name="w"></output>
         <span class="marks" aria-hidden="true"><span>−1: nothing asked</span><span>0: not guided</span><span></span><span></span><span></span><span>8</span></span>
       </label>
       <fieldset><legend>What is asked for</legend><div class="choices">
@@ -55,8 +55,8 @@ export function markup(ways, panels, samplers, labels) {
       <span><svg viewBox="0 0 34 18" aria-hidden="true"><path d="M3 14q14-18 28 0" fill="none" stroke="currentColor" stroke-width="2" stroke-dasharray="4 3"/></svg>in the small plots, the class itself</span>
     </p>
     <div class="foot">
-      <label class="slider">time <output name="time"></output><input type="range" name="time" min="0" max="40" step="any" value="0"></label>
-      <label class="slider">steps <output name="steps"></output><input type="range" name="steps" min="5" max="80" step="1" value="40"></label>
+      <label class="slider">time <input type="range" name="time" min="0" max="40" step="any" value="0"><output name="time"></output></label>
+      <label class="slider">steps <input type="range" name="steps" min="5" max="80" step="1" value="40"><output name="steps"></output></label>
       <fieldset><legend>Sampler</legend><div class="choices">
         ${Object.entries(samplers).map(([name, sampler]) => radio('sampler', name, sampler.name, name === 'ddim')).join('')}
       </div></fieldset>

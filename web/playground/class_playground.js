@@ -48,8 +48,8 @@ class ClassPlayground extends Board {
             <figure><canvas class="pixels clean" width="32" height="32" role="img" aria-label="The clean image that the network predicts"></canvas>
               <figcaption>x̂<sub>0</sub>, what it takes it for</figcaption></figure>
           </div>
-          <label class="slider">step <output name="step">nothing drawn yet</output>
-            <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled></label>
+          <label class="slider">step <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled>
+            <output name="step">nothing drawn yet</output></label>
           <p class="verdict" aria-live="polite"></p>
         </div>
         <div class="stack" data-redraws>

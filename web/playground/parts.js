@@ -21,8 +21,10 @@ export const latentColours = (latent) => latent.slice(0, (3 * latent.length) / 4
 
 /** A slider with its name and its value. */
 export function slider(name, text, { min, max, step, value }) {
-  return `<label class="slider">${text} <output name="${name}">${value}</output>
-    <input type="range" name="${name}" min="${min}" max="${max}" step="${step}" value="${value}"></label>`;
+  // the output comes behind the input, since a label names the first of them
+  return `<label class="slider">${text}
+    <input type="range" name="${name}" min="${min}" max="${max}" step="${step}" value="${value}">
+    <output name="${name}">${value}</output></label>`;
 }
 
 /** One of several choices. */

@@ -38,8 +38,8 @@ class TextPlayground extends Board {
                 <canvas class="map" width="${MAP_SIDE}" height="${MAP_SIDE}" aria-hidden="true"></canvas></div>
               <figcaption>x̂<sub>0</sub>, decoded from what the network takes it for</figcaption></figure>
           </div>
-          <label class="slider">step <output name="step">nothing drawn yet</output>
-            <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled></label>
+          <label class="slider">step <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled>
+            <output name="step">nothing drawn yet</output></label>
           <div class="looking" hidden><p class="label">Where the places look at a word: point at it</p><div class="words"></div></div>
           <p class="verdict" aria-live="polite"></p>
         </div>
