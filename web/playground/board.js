@@ -1,6 +1,7 @@
 /** What drawing from a class and from a sentence have in common: steps, strip, judgement and shelf. */
 
 import { describe, isRight } from './caption.js';
+import { normalNoise } from '../engine/noise.js';
 import { numberText, paintImage } from './parts.js';
 import { studioOf } from './studio.js';
 
@@ -58,6 +59,7 @@ export class Board extends HTMLElement {
     this.addEventListener('input', (event) => {
       const output = this.querySelector(`output[name="${event.target.name}"]`);
       if (output) output.textContent = numberText(event.target.value);
+      if (event.target.name === 'seed' && !this.isLoaded) this.showNoise();
       if (event.target.name === 'step') this.scrubTo(Number(event.target.value));
       else if (event.target.closest('[data-redraws]') && this.isLoaded) this.drawOne();
     });
@@ -69,6 +71,17 @@ export class Board extends HTMLElement {
       if (action === 'judge') this.drawJudged();
       if (action === 'clear') this.clearShelf();
     });
+    this.showNoise();
+  }
+
+  /** What a drawing begins with; nothing has to be loaded for that. */
+  showNoise() {
+    paintImage(this.querySelector('.noisy'), this.noisePicture((count) => normalNoise(count, this.value('seed'))));
+  }
+
+  /** The noise of a seed as a picture; noise(count) gives the first so many of its numbers. */
+  noisePicture() {
+    throw new Error('a board shows its noise');
   }
 
   setSlider(name, value) {
@@ -178,8 +191,8 @@ export class Board extends HTMLElement {
 
   // --- Several images ---
 
-  /** Lay out tiles for images: a button with a canvas and a line of text each. */
-  layTiles(title, count, tileOf) {
+  /** Lay out tiles for images: a button with a canvas and a line of text each; a strip goes into one row. */
+  layTiles(title, count, tileOf, isStrip = false) {
     const section = this.querySelector('.results');
     section.hidden = false;
     section.querySelector('h3').textContent = title;
@@ -194,6 +207,7 @@ export class Board extends HTMLElement {
       tile.addEventListener('click', onClick);
       return tile;
     });
+    section.querySelector('.tiles').classList.toggle('strip', isStrip);
     section.querySelector('.tiles').replaceChildren(...tiles);
     return tiles;
   }
@@ -232,10 +246,11 @@ export class Board extends HTMLElement {
   drawStrip() {
     this.isDone = false;
     const seed = this.value('seed');
-    const tiles = this.layTiles(`One seed, w from −1 to 8`, STRIP.length, (n) => ({
+    const tileOf = (n) => ({
       text: `w = ${numberText(STRIP[n])}`,
       onClick: () => this.setSlider('w', STRIP[n]),
-    }));
+    });
+    const tiles = this.layTiles(`${this.asked().text}, seed ${seed}: w from −1 to 8`, STRIP.length, tileOf, true);
     this.say('Drawing ten images at once…');
     const images = { ws: STRIP, seeds: STRIP.map(() => seed) };
     return this.drawTiles(images, tiles, () => {

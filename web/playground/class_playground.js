@@ -59,7 +59,7 @@ class ClassPlayground extends Board {
           ${slider('steps', 'steps of DDIM', { min: 5, max: 100, step: 5, value: 25 })}
           ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
           ${ACTIONS}
-          <p class="said note" aria-live="polite">The network has 2 million weights (5 MB). It is loaded when you first draw, and runs on your own device.</p>
+          <p class="said note" aria-live="polite">The network has 2 million weights (6 MB). It is loaded when you first draw, and runs on your own device.</p>
         </div>
       </div>
       ${RESULTS}`;
@@ -82,6 +82,10 @@ class ClassPlayground extends Board {
     const shapeName = Object.keys(SHAPES)[shape] ?? 'shape';
     const text = `${Object.keys(COLOURS)[colour] ?? 'any'} ${shapeName}`;
     return { text, wanted: Object.keys(wanted).length ? wanted : null };
+  }
+
+  noisePicture(noise) {
+    return noise(3 * 32 ** 2);
   }
 
   showStep({ noisy, images }) {

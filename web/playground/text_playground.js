@@ -26,6 +26,10 @@ class TextPlayground extends Board {
           role="combobox" aria-autocomplete="list" aria-expanded="false" aria-controls="${id}-${name}-list" ${more}>
         <ul role="listbox" id="${id}-${name}-list" aria-label="words that may come next" hidden></ul></div>`;
     this.innerHTML = `
+      <div class="sentence stack">
+        ${field('prompt', 'What to draw', PROMPT)}
+        <div class="row examples">${EXAMPLES.map((text, n) => `<button type="button" data-example="${n}">example ${n + 1}</button>`).join('')}</div>
+      </div>
       <div class="columns">
         <div class="stack">
           <div class="pair">
@@ -54,8 +58,6 @@ class TextPlayground extends Board {
               <label class="check"><input type="checkbox" name="erase">erase</label></div>
             <div class="strength" data-redraws>${slider('strength', 'strength: share of the steps', { min: 0.1, max: 1, step: 0.05, value: 0.6 })}</div>
           </div>
-          ${field('prompt', 'What to draw', PROMPT)}
-          <div class="row examples">${EXAMPLES.map((text, n) => `<button type="button" data-example="${n}">example ${n + 1}</button>`).join('')}</div>
           <details><summary>What not to draw</summary>${field('negative', 'Negative prompt', '')}</details>
           <div class="stack" data-redraws>
             ${slider('w', 'strength of guidance w', { min: -1, max: 8, step: 0.5, value: 2 })}
@@ -63,7 +65,7 @@ class TextPlayground extends Board {
             ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
           </div>
           ${ACTIONS}
-          <p class="said note" aria-live="polite">Text encoder, U-Net, decoder and readers (4.5 million weights, 12 MB) are loaded when you first draw.</p>
+          <p class="said note" aria-live="polite">Text encoder, U-Net, decoder and readers (4.3 million weights, 12 MB) are loaded when you first draw.</p>
         </div>
       </div>
       ${RESULTS}`;
@@ -140,7 +142,7 @@ class TextPlayground extends Board {
 
   wish() {
     const words = this.words();
-    if (!words.length) throw new Error('Say what to draw, or set w to −1, where no words count.');
+    if (!words.length) throw new Error('Say what to draw; to see what is drawn when nothing is said, set w to −1.');
     const wish = {
       prompt: words.join(' '),
       negative: this.words('negative').join(' '),
@@ -160,6 +162,10 @@ class TextPlayground extends Board {
   }
 
   // --- What is shown ---
+
+  noisePicture(noise) {
+    return latentColours(noise(4 * 16 ** 2));
+  }
 
   showStep({ noisy, images, maps }) {
     paintImage(this.querySelector('.noisy'), latentColours(noisy[0]));
@@ -213,7 +219,7 @@ class TextPlayground extends Board {
     for (const kind of ['pointerleave', 'focusout']) words.addEventListener(kind, () => ((this.token = null), this.showMap()));
   }
 
-  /** The map of the word that is pointed at, over the picture: dark where nobody looks at it. */
+  /** The map of the word that is pointed at, over the picture: yellow where it is looked at most. */
   showMap() {
     const canvas = this.querySelector('.map');
     const isShown = Boolean(this.maps && this.token);
@@ -227,9 +233,21 @@ class TextPlayground extends Board {
     const highest = Math.max(...map);
     const pen = canvas.getContext('2d');
     const picture = pen.createImageData(MAP_SIDE, MAP_SIDE);
-    map.forEach((value, i) => picture.data.set([8, 12, 18, 235 * (1 - value / highest)], 4 * i));
+    map.forEach((value, i) => picture.data.set([...heat(value / highest), 165], 4 * i));
     pen.putImageData(picture, 0, 0);
   }
+}
+
+/** Red, green and blue of a number in [0, 1]: from violet by way of green to yellow, as matplotlib's viridis. */
+function heat(value) {
+  const colours = [
+    [68, 1, 84],
+    [33, 145, 140],
+    [253, 231, 37],
+  ];
+  const below = value < 0.5 ? 0 : 1;
+  const share = 2 * value - below;
+  return [0, 1, 2].map((i) => (1 - share) * colours[below][i] + share * colours[below + 1][i]);
 }
 
 customElements.define('text-playground', TextPlayground);
