@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
 .PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser \
-	course package notebooks benchmark clean
+	course package notebooks benchmark playground kernel clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
@@ -41,6 +41,7 @@ help:
 	@echo "make notebooks  run the notebooks and store them with their outputs"
 	@echo "make check      do sources, stored notebooks and modules agree?"
 	@echo "make benchmark  speed and memory side by side with peers"
+	@echo "make playground the course's models in the browser: build/playground/index.html"
 	@echo "make clean      remove .venv and caches; work/, live/ and data/ stay"
 	@echo "Add COHORT=name and PRIVATE=folder for homework (homework/assignments.toml has its settings)."
 	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."
@@ -125,6 +126,14 @@ notebooks: package
 benchmark: $(INSTALLED)
 	@for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done
 
+playground: $(INSTALLED)
+	@$(RUN) tools/web.py playground
+
+# after a change of web/engine/kernel.wat; needs npm
+kernel: $(INSTALLED)
+	@cd web && npm ci --silent --no-audit --no-fund
+	@$(RUN) tools/web.py kernel
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist web/node_modules *.egg-info .pytest_cache .ruff_cache
 	find lecture26 tests tools benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
