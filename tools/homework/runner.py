@@ -29,7 +29,7 @@ CPU_SECONDS = (
     8  # for the visible cases of an exercise, and again for the hidden ones; a right answer takes below 1
 )
 SECONDS = 60  # for the same on a busy machine
-SUBMISSION_SECONDS = 300  # for all of a submission
+SUBMISSION_SECONDS = 120  # for all of a submission
 MEMORY = 2**30  # bytes beyond those that torch takes
 MAX_ANSWERS = 8 * MAX_SECTION
 LENGTH = struct.Struct("<Q")
