@@ -19,8 +19,7 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser \
-	course package notebooks benchmark playground kernel clean
+.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser course package notebooks benchmark playground kernel clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
@@ -42,6 +41,7 @@ help:
 	@echo "make check      do sources, stored notebooks and modules agree?"
 	@echo "make benchmark  speed and memory side by side with peers"
 	@echo "make playground the course's models in the browser: build/playground/index.html"
+	@echo "make kernel     the playground's kernel from web/engine/kernel.wat, where that was changed"
 	@echo "make clean      remove .venv and caches; work/, live/ and data/ stay"
 	@echo "Add COHORT=name and PRIVATE=folder for homework (homework/assignments.toml has its settings)."
 	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."

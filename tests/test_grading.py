@@ -47,7 +47,7 @@ class World:
     def __init__(self, root: Path) -> None:
         (root / "homework").mkdir(parents=True)
         points = (ROOT / "homework" / "assignments.toml").read_text(encoding="utf-8").partition("[points]")
-        settings = SETTINGS + points[1] + points[2].partition("[cohorts")[0]
+        settings = SETTINGS + points[1] + points[2].partition("[[cohorts")[0]
         (root / "homework" / "assignments.toml").write_text(settings, encoding="utf-8")
         for name in ("notebooks", "lecture26", "data", "LICENSE", "pyproject.toml"):
             (root / name).symlink_to(ROOT / name)

@@ -15,7 +15,7 @@ from course import ROOT, CourseError, module_name, notebook_sources, read_cells
 from lecture26.__main__ import Milestone, app
 from lecture26.commands.milestone import MILESTONES
 from lecture26.kit.own_package import NOT_BUILT
-from own_code import tasks
+from tasks import tasks
 
 SAMPLE = ROOT / "tests" / "sample_course"
 CELL = """

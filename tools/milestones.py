@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from course import ROOT, Cell, CourseError, notebook_sources, read_cells
 from lecture26.kit.files import replace_when_complete, write_json
 from lecture26.kit.own_package import calls_of, enlarged, read_ledger, times, whose
-from own_code import tasks
+from tasks import tasks
 
 PACKAGE = Path("build") / "mine"
 FOLDER = Path("build") / "milestones"
