@@ -159,7 +159,7 @@ SHAPES_32 = replace(
 )
 # A larger model of shapes, which is to take the place of the one above. It takes longer than one sitting, so
 # it is made in parts. Each begins with the averaged weights of the one before, and draws images and noise of
-# its own. The rate stays the same until the last part, in which it falls to 0.
+# its own. The rate is halved after the first part, and stays the same until the last, in which it falls to 0.
 SHAPES_32_PART = replace(
     IMAGES_32,
     data="shapes",
@@ -167,11 +167,11 @@ SHAPES_32_PART = replace(
     # 32, and no lower with more channels at the others, or more blocks.
     model={"base_channels": 32, "channel_multipliers": (2, 2, 3), "num_blocks": 1, "patch_size": 2},
     density="signal",
-    learning_rate=2e-3,
+    learning_rate=1e-3,
     decay_to=1.0,
     ema_decay=0.9995,
 )
-SHAPES_32_STEPS = (5_000, *[20_000] * 9, 30_000)  # of the parts
+SHAPES_32_STEPS = (5_000, *[20_000] * 4, 30_000)  # of the parts
 
 
 def shapes_32_part(number: int) -> DDPM:
@@ -180,6 +180,7 @@ def shapes_32_part(number: int) -> DDPM:
         SHAPES_32_PART,
         name=f"ddpm_shapes32_part{number}",
         steps=SHAPES_32_STEPS[number - 1],
+        learning_rate=2e-3 if number == 1 else 1e-3,
         decay_to=0.0 if number == len(SHAPES_32_STEPS) else 1.0,
         seed=number,
         start=f"ddpm_shapes32_part{number - 1}" if number > 1 else None,
