@@ -13,6 +13,7 @@ from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
+from lecture26.studies.steering_ways import classifier_guidance_ways
 from lecture26.studies.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -59,6 +60,13 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     "ddpm_shapes32_steps": partial(sampling_steps, "ddpm_shapes32", "reader_shapes32"),
     "classifier_guidance_sweep": partial(
         classifier_guidance_sweep, "ddpm_shapes32", "noisy_classifier_shapes32", "reader_shapes32"
+    ),
+    "classifier_guidance_ways": partial(
+        classifier_guidance_ways,
+        "ddpm_shapes32",
+        "noisy_classifier_shapes32",
+        "reader_shapes32",
+        state="classifier_guidance_ways",
     ),
     "clip_guidance_sweep": partial(
         clip_guidance_sweep,
