@@ -464,6 +464,65 @@ def gradient_by_functional_jacobian(classifier, x_t, t, y):
         return torch.autograd.functional.jacobian(total, x_t)
 
 
+def guided_by_two_targets(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+    """The target before and after, for a noise of 1 and whatever clean data go with it."""
+    output, channels = denoiser(x_t, t), x_t.shape[1]
+    before = torch.ones_like(x_t)
+    after = before - scale * (1 - alpha_bar) ** 0.5 * gradient_by_one_hot(classifier, x_t, t, y)
+    clean = [(x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5 for eps in (before, after)]
+    shift = target(clean[1], alpha_bar, after) - target(clean[0], alpha_bar, before)
+    return torch.cat([output[:, :channels] + shift, output[:, channels:]], dim=1)
+
+
+def guided_in_place_of_a_copy(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+    score = scale * gradient_by_cross_entropy(classifier, x_t, t, y)
+    result = denoiser(x_t, t).clone()
+    x_0 = (1 - alpha_bar) / alpha_bar.sqrt() * score
+    result[:, : x_t.shape[1]] += target(x_0, alpha_bar, -(1 - alpha_bar).sqrt() * score)
+    return result
+
+
+def shifted_by_recursion(moments, classifier, y, scale, x_T, steps, noise_at):
+    own = x_T.new_full((len(x_T),), len(steps) - 1, dtype=torch.int64)
+    mean, variance = moments(x_T, own)
+    mean = mean + variance * scale * gradient_by_one_hot(classifier, x_T, steps[own], y)
+    if len(steps) == 1:
+        return mean
+    x_t = mean + variance**0.5 * noise_at(len(steps) - 1)
+    return shifted_by_recursion(moments, classifier, y, scale, x_t, steps[:-1], noise_at)
+
+
+def shifted_with_noise_of_zeros(moments, classifier, y, scale, x_T, steps, noise_at):
+    x = x_T
+    for own, original in reversed(list(enumerate(steps.tolist()))):
+        mean, variance = moments(x, torch.tensor([own] * len(x)))
+        told = torch.tensor([original] * len(x))
+        mean = torch.addcmul(mean, variance, gradient_by_cross_entropy(classifier, x, told, y), value=scale)
+        noise = noise_at(own) if own else torch.zeros_like(x)
+        x = mean + variance.sqrt() * noise
+    return x
+
+
+def taught_by_cross_entropy(optimizer, classifier, x_0, y, t, noise, alpha_bar):
+    loss = F.cross_entropy(classifier(alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * noise, t), y)
+    optimizer.zero_grad(set_to_none=False)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.data
+
+
+def taught_by_autograd(optimizer, classifier, x_0, y, t, noise, alpha_bar):
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    x_t = torch.addcmul(alpha_bar.sqrt() * x_0, (1 - alpha_bar).sqrt(), noise)
+    log_probs = classifier(x_t, t).log_softmax(dim=1)
+    loss = -log_probs[torch.arange(len(y)), y].sum() / len(y)
+    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    return loss.detach()
+
+
 def pool_by_loops(tokens, queries):
     answers = []
     for query in queries:
@@ -765,8 +824,12 @@ REWRITINGS = [
     ("classifier_guidance.log_prob_gradient", gradient_by_cross_entropy),
     ("classifier_guidance.log_prob_gradient", gradient_sample_by_sample),
     ("classifier_guidance.log_prob_gradient", gradient_by_functional_jacobian),
-    ("classifier_guidance.guided_mean", lambda mu, variance, g, s: mu + (s * g) * variance),
-    ("classifier_guidance.guided_mean", lambda mu, variance, g, s: torch.addcmul(mu, variance, g, value=s)),
+    ("classifier_guidance.guided_output", guided_by_two_targets),
+    ("classifier_guidance.guided_output", guided_in_place_of_a_copy),
+    ("classifier_guidance.mean_shifted_chain", shifted_by_recursion),
+    ("classifier_guidance.mean_shifted_chain", shifted_with_noise_of_zeros),
+    ("classifier_guidance.classifier_training_step", taught_by_cross_entropy),
+    ("classifier_guidance.classifier_training_step", taught_by_autograd),
     ("classifier_guidance.attention_pool", pool_by_loops),
     ("classifier_guidance.attention_pool", pool_by_einsum),
     (

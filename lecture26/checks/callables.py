@@ -77,6 +77,15 @@ def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, 
 
 
 @_kind
+def learned_variance_denoiser(
+    inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """A denoiser (B, C, ...), (B,) -> (B, 2C, ...), made like noisy_classifier, with K = 2 D."""
+    batch, channels, *rest = x_t.shape
+    return noisy_classifier(inward, speed, outward, x_t, t).view(batch, 2 * channels, *rest)
+
+
+@_kind
 def denoising_loss(
     inward: Tensor, speed: Tensor, outward: Tensor, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
@@ -120,6 +129,19 @@ def sampler_step(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor, noise: T
         raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
     phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
     return phase.sin().view_as(x_t) + 0.5 * noise
+
+
+@_kind
+def step_moments(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x_{t-1} given x_t, each like x_t, in which every step leaves its mark.
+
+    mixing: (D, D); speed: (D,), in radians per step.
+    """
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != x_t.shape[:1]:
+        found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
+    phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
+    return phase.sin().view_as(x_t), (0.35 + 0.25 * phase.cos()).view_as(x_t)
 
 
 @_kind
