@@ -61,6 +61,7 @@ class Milestone(StrEnum):
     """The chapters whose milestone no other command draws."""
 
     ddpm = "ddpm"
+    classifier_guidance = "classifier_guidance"
     vae = "vae"
     visual_prompt_tuning = "visual_prompt_tuning"
 

@@ -162,7 +162,9 @@ show_table(
 
 # %%
 x_t = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), **exact)
-alpha_bar = 0.05 + 0.9 * torch.rand(64, 1, generator=torch.Generator().manual_seed(1), **exact)  # one per point
+alpha_bar = 0.05 + 0.9 * torch.rand(
+    64, 1, generator=torch.Generator().manual_seed(1), **exact
+)  # one per point
 
 
 def gradient_of_class(k):
@@ -274,7 +276,9 @@ check("classifier_guidance.guided_eps", guided_eps)
 side = torch.linspace(-2, 2, 201, **exact)
 grid_points = torch.cartesian_prod(side, side)  # x_0, (40401, 2)
 normal = torch.distributions.Normal
-log_forward = normal(0, 1).log_prob((x_t[:, None] - alpha_bar[:, None].sqrt() * grid_points) / (1 - alpha_bar[:, None]).sqrt())
+log_forward = normal(0, 1).log_prob(
+    (x_t[:, None] - alpha_bar[:, None].sqrt() * grid_points) / (1 - alpha_bar[:, None]).sqrt()
+)
 
 
 def expected_x_0(data):
@@ -433,9 +437,7 @@ known_classifier = exact_classifier(mixture, laboratory)
 t = torch.randint(200, (64,), generator=torch.Generator().manual_seed(2))
 some_classes = torch.randint(3, (64,), generator=torch.Generator().manual_seed(3))
 together = log_prob_gradient(known_classifier, x_t, t, some_classes)  # (64, 2)
-one_by_one = [
-    log_prob_gradient(known_classifier, x_t[[i]], t[[i]], some_classes[[i]]) for i in range(64)
-]
+one_by_one = [log_prob_gradient(known_classifier, x_t[[i]], t[[i]], some_classes[[i]]) for i in range(64)]
 verify("3.6", together, torch.cat(one_by_one), atol=1e-12)
 
 # %% [markdown] tags=["core"]
@@ -924,7 +926,9 @@ for s in (1.0, 3.0, 10.0):
     on_line_guided = classifier_guided(line_denoiser, line_classifier, to_right, s, on_line)
     for name, step in line_steps.items():
         source = torch.Generator().manual_seed(0)
-        drawn_on_line[s, name] = sample(on_line, on_line_guided, evenly.shape, step, source, evenly, progress=False)
+        drawn_on_line[s, name] = sample(
+            on_line, on_line_guided, evenly.shape, step, source, evenly, progress=False
+        )
 
 # %% [markdown]
 # #### Exercise 6: which sampler goes farther?
@@ -1440,7 +1444,9 @@ by_scale = {}
 for scale in (0.0, 1.0, 4.0, 8.0, 16.0, 40.0):
     star_denoiser = classifier_guided(unconditional, trained_classifier, stars_wanted, scale, diffusion)
     source = torch.Generator().manual_seed(16)
-    by_scale[f"s = {scale:g}"] = sample(short, star_denoiser, image_noise.shape, ddpm_step, source, image_noise)
+    by_scale[f"s = {scale:g}"] = sample(
+        short, star_denoiser, image_noise.shape, ddpm_step, source, image_noise
+    )
 
 # %% slide=["# Colour obeys first, then the outline", "[picture]", "Red stars at six scales, from the same noise in each column; large ones change everything."]
 figure = show_grid(torch.cat(list(by_scale.values())), row_titles=list(by_scale), inches_per_image=1.0)
@@ -1497,8 +1503,12 @@ for index in (49, 48, 45, 40, 25):
     signal = short.alpha_bar[index]
     factor = ((1 - signal) / signal.sqrt()).item()
     size = uphill.square().mean().sqrt().item()
-    pushes.append([str(short.steps[index].item()), f"{factor:,.1f}", f"{size:.1e}", f"{8 * factor * size:,.2f}"])
-show_table(pushes, columns=["step $t$", r"$(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}$", "$g$ (root mean square)", "push"])
+    pushes.append(
+        [str(short.steps[index].item()), f"{factor:,.1f}", f"{size:.1e}", f"{8 * factor * size:,.2f}"]
+    )
+show_table(
+    pushes, columns=["step $t$", r"$(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}$", "$g$ (root mean square)", "push"]
+)
 
 # %% [markdown]
 # So it matters whether $\hat x_0$ is clipped *after* the guidance, as in this course, *before* it, as in the published
@@ -1528,7 +1538,11 @@ def show_stars(rows, description):
 
 
 unclipped = Diffusion(diffusion.betas, diffusion.prediction).respace(50)
-clippings = {"after": (short, unconditional), "before": (unclipped, clipped), "never": (unclipped, unconditional)}
+clippings = {
+    "after": (short, unconditional),
+    "before": (unclipped, clipped),
+    "never": (unclipped, unconditional),
+}
 by_clipping = {}
 for way, (path_of_50, denoiser) in clippings.items():
     star_denoiser = classifier_guided(denoiser, trained_classifier, stars_wanted, 8.0, diffusion)
@@ -1536,7 +1550,9 @@ for way, (path_of_50, denoiser) in clippings.items():
     by_clipping |= {f"{name}, {way}": drawn for name, drawn in of_both.items()}
 
 # %% slide=["# Clip after the guidance", "[picture]", "Clipped after, no push is larger than the range of pixels; before or never, the first step throws all far out."]
-show_stars(by_clipping, "Six rows of pictures: good where clipped after the guidance, dark or garish elsewhere.")
+show_stars(
+    by_clipping, "Six rows of pictures: good where clipped after the guidance, dark or garish elsewhere."
+)
 
 # %% [markdown]
 # *The same noise everywhere, $s=8$.* Here everything depends on it. Clipped after the guidance, a push is never larger
@@ -1651,7 +1667,11 @@ measured_share = by_strength[9.0]["share_large"]
 check_answer(
     "classifier_guidance.share_of_large",
     share_of_large,
-    "about half" if 0.4 < measured_share < 0.6 else "many more than half" if measured_share > 0.6 else "fewer than half",
+    "about half"
+    if 0.4 < measured_share < 0.6
+    else "many more than half"
+    if measured_share > 0.6
+    else "fewer than half",
     among=("fewer than half", "about half", "many more than half"),
     hint="Which of two stars can the classifier still read at t = 600?",
 )
@@ -1678,12 +1698,21 @@ def distance(run):
 ways = {(run["form"], run["sampler"]): run for run in load_results("classifier_guidance_ways")["runs"]}
 some_run = by_strength[1.0]
 rows = [
-    [f"{strength:g}", counted(run, "accuracy_colour"), counted(run, "accuracy_all"), counted(run, "share_large")]
+    [
+        f"{strength:g}",
+        counted(run, "accuracy_colour"),
+        counted(run, "accuracy_all"),
+        counted(run, "share_large"),
+    ]
     + [*distance(run), f"{run['recall']:.2f}"]
     for strength, run in ({0.0: ways["none", "ddpm"]} | by_strength).items()
 ]
 real_within = on_axis["within_large_real"]["frechet_distance"]
-real_row = [f"{some_run['frechet_distance_real']:.0f}", f"{real_within:.0f}", f"{some_run['recall_real']:.2f}"]
+real_row = [
+    f"{some_run['frechet_distance_real']:.0f}",
+    f"{real_within:.0f}",
+    f"{some_run['recall_real']:.2f}",
+]
 show_table(
     [*rows, ["real", "", "", "50%", *real_row]],
     columns=["scale $s$", "colour right", "both right", "large", "Fréchet", "within large", "recall"],
@@ -1708,7 +1737,13 @@ for (sampler, runs), marker, colour in zip(curves.items(), "os", colours):
     shares = torch.tensor([run["accuracy_all"] for run in runs])
     bars = 2 * (shares * (1 - shares) / runs[0]["num_samples"]).sqrt()
     axes[0].errorbar(
-        [run["scale"] for run in runs], shares, bars, marker=marker, color=colour, capsize=3, label=sampler.upper()
+        [run["scale"] for run in runs],
+        shares,
+        bars,
+        marker=marker,
+        color=colour,
+        capsize=3,
+        label=sampler.upper(),
     )
 axes[0].set_xscale("symlog", linthresh=1)
 axes[0].set_xticks([0, 1, 2, 4, 8, 16, 32], [0, 1, 2, 4, 8, 16, 32])
@@ -1718,7 +1753,11 @@ axes[0].legend()
 control, guided_runs = on_axis["real"], list(by_strength.values())
 for axis, quantity, title in zip(axes[1:], ("frechet_distance", "recall"), ("Fréchet distance", "recall")):
     axis.plot(
-        [r["share_large"] for r in control], [r[quantity] for r in control], "o-", color="grey", label="real images"
+        [r["share_large"] for r in control],
+        [r[quantity] for r in control],
+        "o-",
+        color="grey",
+        label="real images",
     )
     bars = [2 * run["frechet_distance_error"] for run in guided_runs] if axis is axes[1] else None
     axis.errorbar(
@@ -1769,7 +1808,10 @@ show_table(
     [
         [sampler.upper(), when, counted(run, "accuracy_all"), counted(run, "share_large"), *distance(run)]
         for sampler in ("ddpm", "ddim")
-        for when, form in (("at every step", "denoiser"), ("from the second", "denoiser, from the second step"))
+        for when, form in (
+            ("at every step", "denoiser"),
+            ("from the second", "denoiser, from the second step"),
+        )
         for run in [ways[form, sampler]]
     ],
     columns=["sampler", "guided", "both right", "large", "Fréchet", "within large"],

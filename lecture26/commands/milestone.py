@@ -9,11 +9,18 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from lecture26.classifier_guidance import (
+    NoisyClassifier,
+    classifier_guided,
+    classifier_training_step,
+    sample_mean_shifted,
+)
 from lecture26.commands.sample import check_can_be_written
 from lecture26.ddpm import (
     Diffusion,
     GaussianMixture,
     ddim_step,
+    ddpm_step,
     exact_denoiser,
     linear_betas,
     noise_like,
@@ -25,6 +32,7 @@ from lecture26.kit.figures import PALETTE, show_grid, use_style
 from lecture26.kit.paths import expanded
 from lecture26.recipes import Trained
 from lecture26.recipes.adaptation import Budget, build, fit, open_task
+from lecture26.recipes.recipe import Recipe
 from lecture26.recipes.vae import round_trips
 from lecture26.vae import active_latents, latent_scale, negative_log_likelihood, vae_loss
 from lecture26.visual_prompt_tuning import (
@@ -130,6 +138,60 @@ def trained_on_points(diffusion: Diffusion) -> tuple[nn.Module, list[float]]:
     return network, losses
 
 
+# --- Chapter 03: red stars ---
+
+STARS = 8
+STAR_STEPS = 50
+STAR_SCALE = 8.0
+LESSONS = 60  # training steps of a small classifier
+
+
+def stars() -> tuple["Figure", str]:
+    """Red stars by both forms of classifier guidance, and the loss of a classifier that is trained here."""
+    from matplotlib import pyplot as plt
+
+    trained, guide = Trained("ddpm_shapes32"), Trained("noisy_classifier_shapes32")
+    images = trained.recipe.load_images("train")
+    wanted = {"shape": "star", "colour": "red"}
+    attributes = {
+        label: torch.full((STARS,), images.labels[label].index(name)) for label, name in wanted.items()
+    }
+    y, path = guide.recipe.classes(attributes), trained.diffusion.respace(STAR_STEPS)
+    x_T = torch.randn(STARS, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    guided = classifier_guided(trained.network, guide.network, y, STAR_SCALE, trained.diffusion)
+    generator = torch.Generator().manual_seed(16)
+    shown = [sample(path, guided, x_T.shape, ddpm_step, generator, x_T, progress=False)]
+    generator = torch.Generator().manual_seed(16)
+    shown.append(sample_mean_shifted(path, trained.network, guide.network, y, STAR_SCALE, x_T, generator))
+
+    figure, axes = plt.subplots(3, 1, figsize=(8, 5.5), height_ratios=[1, 1, 1.6], layout="constrained")
+    for axis, pictures, title in zip(axes, shown, ("guided denoiser", "shifted mean"), strict=False):
+        row = (pictures.clamp(-1, 1) + 1) / 2  # (STARS, 3, 32, 32)
+        axis.imshow(row.permute(2, 0, 3, 1).flatten(1, 2), interpolation="nearest")
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.grid(False)
+    losses = classifier_lessons(guide.recipe, trained.diffusion)
+    axes[2].plot(losses, color=PALETTE["vermilion"])
+    axes[2].set(title="loss of a small classifier, nats", xlabel="training step")
+    return figure, f"{2 * STARS} red stars asked for, and a classifier after {LESSONS} training steps"
+
+
+def classifier_lessons(recipe: Recipe, diffusion: Diffusion) -> list[float]:
+    """The losses of a small classifier's first steps, on the images of a recipe of noisy classifiers."""
+    images = recipe.load_images("train")
+    network = NoisyClassifier(recipe.channels, recipe.num_classes, base_channels=16, patch_size=2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(LESSONS):
+        batch = images.batch(torch.randint(len(images), (64,), generator=generator))
+        x_0, y = batch["image"], recipe.classes(batch)
+        t = torch.randint(diffusion.num_steps, (64,), generator=generator)
+        noise, alpha_bar = noise_like(x_0, generator), diffusion.at(t, x_0).alpha_bar
+        losses.append(classifier_training_step(optimizer, network, x_0, y, t, noise, alpha_bar).item())
+    return losses
+
+
 # --- Chapter 06: codes ---
 
 ENCODED = 64  # images, of which the first eight are shown
@@ -226,6 +288,7 @@ def stored_less(model: VPT, num_classes: int) -> float:
 
 MILESTONES: dict[str, Callable[[], tuple["Figure", str]]] = {
     "ddpm": points,
+    "classifier_guidance": stars,
     "vae": codes,
     "visual_prompt_tuning": prompts,
 }
