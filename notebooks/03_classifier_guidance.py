@@ -825,9 +825,10 @@ assert all(errors[50, 5][1][i] > 3 * errors[200, 20][1][i] > 9 * errors[1000, 10
 
 # %% [markdown]
 # At $t=600$, where hardly any signal is left, $\log q(y\mid\cdot)$ is nearly linear and nothing matters much. The less
-# noise, the larger the error: several per cent where the data come out, even with 1000 steps. There the level is most of
-# it, and the rest is Taylor's. The last three rows are about the same place with ever fewer steps: the error
-# goes like $1/T$ or faster, so in the limit of many steps the two forms of guidance are one.
+# noise, the larger the error: some per cent where the data come out, even with 1000 steps. Taking $x_t$ for $\mu$ costs
+# hardly anything; half of the error or more is the level, and the rest is Taylor's. The last two rows are about the place
+# of the third with fewer steps: the error falls about as fast as $1/T$, so in the limit of many steps the two forms of
+# guidance are one.
 #
 # The wrapped denoiser does what (3.11) says, in ancestral sampling: it moves the predicted noise by (3.4), and with
 # it the mean, by exactly

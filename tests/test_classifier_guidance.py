@@ -244,7 +244,7 @@ def path(diffusion, denoiser, x_T, step):
 @pytest.mark.parametrize("schedule", [linear_betas, cosine_betas])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_guided_output_is_that_of_an_added_score(prediction, schedule):
-    """The shift by way of `target` against the factors of chapter 01, at all steps, the last ones included."""
+    """The shift by way of `target` against the factors of chapter 01, at all steps, the last one included."""
     diffusion = Diffusion(schedule(50), prediction)
     t, x_t, output = torch.arange(50), normal(50, 3, 4, 4), normal(50, 6, 4, 4, seed=1)
     y, alpha_bar = integers(5, 50, seed=2), diffusion.alpha_bar[:, None, None, None]
