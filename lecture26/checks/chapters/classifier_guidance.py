@@ -1,4 +1,4 @@
-"""Exercises of chapter 03: guided noise and answers, gradients, the slide's sampler, training, pooling, pairs."""
+"""Exercises of chapter 03: guided noise and answers, gradients, the slide's sampler, training, pooling."""
 
 import math
 from collections.abc import Callable
