@@ -61,6 +61,7 @@ class Milestone(StrEnum):
     """The chapters whose milestone no other command draws."""
 
     ddpm = "ddpm"
+    clip_guidance = "clip_guidance"
     vae = "vae"
     visual_prompt_tuning = "visual_prompt_tuning"
 

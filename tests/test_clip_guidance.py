@@ -368,7 +368,8 @@ def through_x_0(denoiser, encode_image, x_t, t, texts, diffusion):
     """The output and the gradient, x_0-hat being made as clip_guided makes it."""
 
     def x_0_of(output, x_t, t):
-        return diffusion.predicted_x_0(output, x_t, diffusion.at(t, x_t).alpha_bar, clip=False)
+        prediction, _ = diffusion.split_output(output, x_t)
+        return diffusion.predicted_x_0(prediction, x_t, diffusion.at(t, x_t).alpha_bar, clip=False)
 
     return similarity_gradient_through_x_0(denoiser, x_0_of, encode_image, x_t, t, texts)
 
