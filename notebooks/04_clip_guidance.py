@@ -197,9 +197,8 @@ distance = torch.cdist(F.normalize(image_features), F.normalize(text_features)) 
 verify("4.2", distance**2, 2 - 2 * cosines, atol=1e-12)
 
 # %% [markdown]
-# Each picture goes best with its own caption, half with those that share a word, and hardly with the opposite one. This
-# is what training is to bring about. Nobody will tell the networks to count red: the features that come out of training
-# have no such names.
+# Each picture goes best with its own caption, half with those that share a word. This is what training is to bring about.
+# Nobody will tell the networks to count red: the features that come out of training have no such names.
 #
 # ### From similarities to a guess
 #
@@ -413,10 +412,9 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 #
 # $$I-(\ln N-L_f)=\mathrm{KL}(M\,\|\,Q)+\mathbb E\bigl[\mathrm{KL}(\pi\,\|\,p_f)\bigr]\ \ge\ 0 \tag{4.13}$$
 #
-# So $\ln N-L$ is a **lower bound of the mutual information**, whatever the critic. It holds for either direction, and
-# for the mean of both. And it is known what is lost: the first divergence says how easy it is to see that *any*
-# of the captions belongs to the picture (the larger $N$, the less easy), the second how far the critic is from the best one. Since
-# $L\ge0$, the bound never exceeds $\ln N$: a small batch cannot show much information.
+# So $\ln N-L$ is a **lower bound of the mutual information**, whatever the critic, in either direction and for the mean of
+# both. The first divergence says how easy it is to see that *any* of the captions belongs to the picture (the larger $N$,
+# the less easy), the second how far the critic is from the best one. Since $L\ge0$, the bound never exceeds $\ln N$.
 #
 # ### On a pair whose information is known
 #
@@ -493,8 +491,8 @@ figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 axis.axhline(all_information, color="black", linewidth=0.8)
 axis.annotate("mutual information", (2.2, all_information + 0.12))
 axis.semilogx(sizes, np.log(sizes), "--", color="grey", label=r"$\ln N$")
-for (name, values), marker, colour in zip(bounds.items(), "os", colours):
-    axis.semilogx(sizes, values, marker + "-", color=colour, label=rf"$\ln N-L$, {name}")
+for (name, nats), marker, colour in zip(bounds.items(), "os", colours):
+    axis.semilogx(sizes, nats, marker + "-", color=colour, label=rf"$\ln N-L$, {name}")
 axis.set(xlabel="batch size N", ylabel="nats", ylim=(0, 7.2))
 axis.set_xticks(sizes, sizes)
 axis.minorticks_off()
@@ -508,9 +506,10 @@ show(
 # A critic with the wrong temperature stays lower.*
 
 # %%
-best, half = bounds.values()
-assert all(value < min(math.log(N), all_information) for value, N in zip(best, sizes))
-assert all(lower < upper for lower, upper in zip(half, best)) and all_information - best[-1] < 0.5
+best_bound, half_bound = bounds.values()
+assert all(value < min(math.log(N), all_information) for value, N in zip(best_bound, sizes))
+assert all(lower < upper for lower, upper in zip(half_bound, best_bound))
+assert all_information - best_bound[-1] < 0.5
 
 # %% [markdown] tags=["optional"]
 # ### The same caption twice *(at a second reading)*
@@ -842,8 +841,8 @@ verify("4.18", reach.triu(diagonal=1), torch.zeros(12, 12), atol=0)
 assert (reach.tril().diagonal() > 0).all() and (reach[-1] > 0).all()
 
 # %% [markdown]
-# Which of the features stands for the sentence? The one at the **end token**: it has seen all words. What comes
-# behind it, the padding, it has not seen, so with $n$ words, its place being $n+2$,
+# Which of the features stands for the sentence? The one at the **end token**: it has seen all words, and not the padding
+# behind it. With $n$ words, its place being $n+2$,
 #
 # $$h_{n+2}(\text{begin},c_1,\dots,c_n,\text{end},\text{padding},\dots)=h_{n+2}(\text{begin},c_1,\dots,c_n,\text{end}) \tag{4.19}$$
 #
@@ -1195,8 +1194,8 @@ with torch.no_grad():
 show_table(rows, columns=["asked for", "classes", "right for over 90 % of 1,024"])
 
 # %% [markdown]
-# It was never told what a class is. Where a caption needs more than the class's own word, features of several
-# wordings are averaged; Radford et al. gain a few per cent by averaging 80 templates such as 'a photo of a big ...'.
+# It was never told what a class is. Features of several wordings are averaged, as Radford et al. average 80 templates such
+# as 'a photo of a big ...'.
 #
 # And pairs it has never seen? No training image shows a blue star. Offered *all* 512 captions of the language, 64 of
 # which are of held-out pairs:
@@ -1216,8 +1215,8 @@ print(f"held-out pairs: the right caption out of 512 for over 95 %: {share > 0.9
 assert share > 0.95
 
 # %% [markdown]
-# It has learned what the words mean, and not 448 captions by heart. Nothing in the loss asks for that: no caption of a
-# held-out pair was ever offered in training. It comes with towers that are small for so many captions.
+# It has learned what the words mean, and not 448 captions by heart, though no caption of a held-out pair was ever offered in
+# training: its towers are small for so many captions.
 
 # %% [markdown] tags=["core"]
 # ## What the gradient of a similarity means
@@ -1236,16 +1235,14 @@ assert share > 0.95
 # differentiates, so its scales are up to a hundred times smaller for the same pull.)
 #
 # *The alternatives.* A classifier's log-probability is normalised over its classes; a similarity is normalised over
-# nothing. If there were a list of all captions, the softmax of $F$ over it would have the gradient
+# nothing. With a list of all captions, the softmax of $F$ over it would have the gradient
 #
 # $$\nabla\log\frac{e^{F(x,c)}}{\sum_ke^{F(x,c_k)}}=\nabla F(x,c)-\sum_kp(k\mid x)\,\nabla F(x,c_k),
 # \qquad p(k\mid x)=\frac{e^{F(x,c_k)}}{\sum_le^{F(x,c_l)}} \tag{4.23}$$
 #
-# which takes off what pulls towards every caption alike. For the best critic this changes nothing, once the captions
-# count with their frequencies $q(c)$: $\sum_cq(c)\,e^{F^*(x,c)}$ is the same for all $x$. For a network that has
-# learned (4.12) only nearly, it may: a direction in which the picture comes to look like *any* caption raises the
-# similarity and leaves the log-probability as it is. The price of the subtraction is a list. A similarity needs
-# none, and takes any sentence.
+# which takes off what pulls towards every caption alike. For the best critic, and captions that count with their
+# frequencies, that is nothing: $\sum_cq(c)\,e^{F^*(x,c)}$ is the same for all $x$. For a network that has learned (4.12) only
+# nearly it may be something. The price of the subtraction is a list; a similarity takes any sentence.
 #
 # Both on chapter 01's mixture, its three components being the captions:
 
@@ -1441,9 +1438,8 @@ show(
 )
 
 # %% [markdown]
-# *Retrieval on noisy images. On the least noisy ones the clean CLIP is the better one, since it has learned nothing
-# else; then it loses its way. The noise-aware one knows how noisy its picture is, and reads most captions even at
-# t = 500, where chapter 02's picture of the forward process shows a colour and a place and little more.*
+# *Retrieval on noisy images. On the least noisy ones the clean CLIP is the better one, since it has learned nothing else; then
+# it loses its way. The noise-aware one reads most captions even at t = 500, where the eye sees a colour and little more.*
 
 # %%
 noisy_at_500, clean_at_500 = (shares[steps.index(500)] for shares in reading.values())
@@ -1615,27 +1611,27 @@ cosine_to_noise_aware, lengths = {}, {"noise-aware CLIP at $x_t$": []}
 for step in compared:
     t = torch.full((32,), step)
     x_t = diffusion.q_sample(pictures, t, x_unseen_noise[:32])
-    at_x_t = similarity_gradient(noisy_clip.encode_image, x_t, t, noisy_texts).flatten(1)
-    lengths["noise-aware CLIP at $x_t$"].append(at_x_t.norm(dim=1).mean())
+    aware = similarity_gradient(noisy_clip.encode_image, x_t, t, noisy_texts).flatten(1)
+    lengths["noise-aware CLIP at $x_t$"].append(aware.norm(dim=1).mean())
     for name, network in {"through the denoiser": unet, "noise detached": detached_unet}.items():
         _, back = similarity_gradient_through_x_0(
             network, predicted, clean_clip.encode_image, x_t, t, clean_texts
         )
-        cosine = F.cosine_similarity(at_x_t, back.flatten(1))
+        cosine = F.cosine_similarity(aware, back.flatten(1))
         mean_and_error = cosine.mean(), 2 * cosine.std() / 32**0.5
         cosine_to_noise_aware.setdefault(name, []).append(mean_and_error)
         lengths.setdefault(name, []).append(back.flatten(1).norm(dim=1).mean())
 
 # %% slide=["# Two CLIPs, two gradients", "[picture]", "They agree in part while the picture is clear, and hardly in the noisiest steps; detached, the gradient grows without bound."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-for (name, values), marker, colour in zip(cosine_to_noise_aware.items(), "os", colours[1:]):
-    middle, error = torch.tensor(values).T
+for (name, pairs), marker, colour in zip(cosine_to_noise_aware.items(), "os", colours[1:]):
+    middle, error = torch.tensor(pairs).T
     axes[0].errorbar(compared, middle, error, marker=marker, color=colour, capsize=3, label=name)
 axes[0].axhline(0, color="grey", linewidth=0.8)
 axes[0].set(xlabel="step t", ylabel="cosine to the noise-aware CLIP's")
 axes[0].legend()
-for (name, values), marker, colour in zip(lengths.items(), "^os", colours):
-    axes[1].semilogy(compared, values, marker + "-", color=colour, label=name)
+for (name, mean_lengths), marker, colour in zip(lengths.items(), "^os", colours):
+    axes[1].semilogy(compared, mean_lengths, marker + "-", color=colour, label=name)
 axes[1].set(xlabel="step t", ylabel="length of the gradient")
 axes[1].legend()
 show(
@@ -1646,8 +1642,7 @@ show(
 # %% [markdown]
 # *Left: how far the clean CLIP's gradients point where the noise-aware one's does, with two standard errors of 32 pictures.
 # Two random directions of 3,072 pixels would have a cosine near 0. Right: their lengths. So the denoiser keeps the gradient
-# in bounds where the detached one grows; but to read $\hat x_0$ well in the noisiest steps is not yet to know which way to
-# push. What that costs, the last measurements will tell.*
+# in bounds where the detached one grows; but to read $\hat x_0$ in the noisiest steps is not yet to know which way to push.*
 #
 # #### Exercise 11: data on a line
 #
@@ -1892,9 +1887,8 @@ def clip_guided(denoiser, clip, text_features, scale, diffusion, through="x_t"):
 
 
 # %% [markdown]
-# What the wrapper promises, on networks small enough for double precision: it is the same for the diffusion and for
-# one that is respaced from it; all prediction types agree; it works inside `inference_mode`; and it leaves no
-# `.grad`.
+# What the wrapper promises: a diffusion and one respaced from it give the same; all prediction types agree; it works inside
+# `inference_mode`, and leaves no `.grad`.
 
 # %%
 torch.manual_seed(2)
@@ -1967,9 +1961,8 @@ figure.set_figheight(7)  # room for the titles
 show(figure, "Eight prompts in columns; rows without guidance, and with both kinds at two scales each.")
 
 # %% [markdown]
-# *The same noise in each column. Through the noisy images ($x_t$) all eight colours come right and most sizes; two
-# backgrounds are not as asked for, the heart has become a square, and small shapes lose their corners or gain some. Through
-# $\hat x_0$, with the clean CLIP, the shapes follow sooner than the colours.*
+# *The same noise in each column. Through the noisy images ($x_t$) all eight colours come right and most sizes; two backgrounds
+# do not, and some small shapes. Through $\hat x_0$, with the clean CLIP, the shapes follow sooner than the colours.*
 #
 # Prompts that no training picture showed, neither for the network nor for the CLIPs: the held-out pairs.
 
@@ -1988,31 +1981,6 @@ show(figure, "The eight held-out pairs, drawn through noisy images and through p
 # %% [markdown]
 # *Pairs of shape and colour that were held out of all trainings. Eight pictures are a show; the next section counts.*
 #
-# And one picture for two prompts, by the sum of their normalised features. It differs from one long sentence in that
-# nothing says whose the words are.
-
-# %% slide=["# One picture for two prompts", "[picture]", "The sum of two sentences' features: nothing says whose the words are."] tags=["draw"]
-pairs_of_prompts = [
-    ("a red star", "a large star on a dark background"),
-    ("a small ring", "a blue ring on a light background"),
-]
-combined = []
-with torch.no_grad():
-    for pair in pairs_of_prompts:
-        both = F.normalize(noisy_clip.encode_text(tokenizer(pair)), dim=1).sum(dim=0, keepdim=True)
-        of_both = clip_guided(unet, noisy_clip, both, SCALES["x_t"], diffusion)
-        source = torch.Generator().manual_seed(6)
-        combined.append(sample(short, of_both, (8, 3, 32, 32), ddpm_step, source))
-figure = show_grid(
-    torch.cat(combined), row_titles=["\n+ ".join(pair) for pair in pairs_of_prompts], inches_per_image=1.1
-)
-show(figure, "Two rows of eight pictures, each row for the sum of two prompts.")
-
-# %% [markdown]
-# *Eight samples for each pair of prompts. Colour and background follow both prompts at once. (A single row of features,
-# of shape (1, D), serves the whole batch.)*
-
-# %% [markdown]
 # On the command line, with the noise-aware CLIP (`--scale` is $s$, without $\kappa$; 400 if it is not given):
 #
 # ```
@@ -2163,7 +2131,7 @@ show(
 # Is it the factor $1+sV$ of (4.30), the plug-in's excess in the noisiest steps? Then leaving the guidance out there would
 # help. It does the opposite: with guidance below $t=800$ only, shapes *and* colours are less often right. So these steps'
 # push is needed, and what it lacks is direction: the colour is decided in them, and there the two gradients above have little in
-# common. (4.30) is exact for normal data and a known $f$; that a plug-in is too strong is no law for pictures.
+# common. What (4.30) says of normal data and a known $f$ is not what fails here.
 
 # %%
 by_name = {name: {run["scale"]: run for run in runs} for name, runs in (ways | others).items()}
@@ -2319,9 +2287,8 @@ def load_open_clip(name="ViT-B-32", pretrained="laion2b_s34b_b79k"):
 # drawn = sample(short, guided, (8, 3, 32, 32), ddim_step, torch.Generator().manual_seed(0))
 # ```
 #
-# It takes some minutes on two cores, since each step runs the large network forward and back. The weights are not
-# part of the course, so this was not run for it; what is tested, with an open_clip model of random weights, is the
-# scaling against open_clip's own, the shapes and the gradients. Here, a stand-in with the same attributes shows what
+# The weights are not part of the course, so this was not run for it; what is tested, with an open_clip model of random weights,
+# is the scaling against open_clip's own, the shapes and the gradients. Here, a stand-in with the same attributes shows what
 # arrives at the model for a white picture:
 
 
