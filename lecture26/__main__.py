@@ -62,6 +62,7 @@ class Milestone(StrEnum):
 
     ddpm = "ddpm"
     classifier_guidance = "classifier_guidance"
+    clip_guidance = "clip_guidance"
     vae = "vae"
     visual_prompt_tuning = "visual_prompt_tuning"
 

@@ -16,6 +16,7 @@ from export import SECOND_READING
 from lecture26.checks import Recording, check, check_recorded, exercise, exercises, record
 from lecture26.checks.core import difference_in_results
 from lecture26.checks.judging import judge
+from lecture26.clip_guidance import MAX_LOGIT_SCALE
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -596,11 +597,71 @@ def similarity_gradient_by_backward(encode_image, x_t, t, text_features):
         return torch.autograd.grad(total, pixels)[0]
 
 
-def through_x_0_by_jacobian(gradient, eps_jacobian, alpha_bar):
-    identity = torch.eye(gradient.shape[1], dtype=gradient.dtype)
-    alpha_bar = alpha_bar[:, :, None]
-    x_0_jacobian = (identity - (1 - alpha_bar) ** 0.5 * eps_jacobian) / alpha_bar**0.5
-    return (x_0_jacobian.mT @ gradient[:, :, None]).squeeze(2)
+def through_x_0_by_jacobian(denoiser, x_0_of, encode_image, x_t, t, text_features):
+    """Sample by sample, with the whole Jacobian of x_0-hat."""
+    outputs, gradients = [], []
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, t, text_features = x_t.detach().clone(), t.clone(), text_features.detach().clone()
+        for i, texts in enumerate(text_features.expand(len(x_t), -1)):
+            x, step = x_t[i : i + 1], t[i : i + 1]
+            outputs.append(denoiser(x, step).detach())
+            x_0 = x_0_of(outputs[-1], x, step).detach().requires_grad_()
+            similarity = F.cosine_similarity(encode_image(x_0)[0], texts, dim=0)
+            (at_x_0,) = torch.autograd.grad(similarity, x_0)
+            jacobian = torch.autograd.functional.jacobian(
+                lambda x, step=step: x_0_of(denoiser(x, step), x, step), x
+            )
+            gradients.append(torch.tensordot(at_x_0, jacobian, dims=x.ndim))
+    return torch.cat(outputs), torch.cat(gradients)
+
+
+def through_x_0_by_backward(denoiser, x_0_of, encode_image, x_t, t, text_features):
+    with torch.inference_mode(False), torch.enable_grad():
+        pixels = x_t.detach().clone().requires_grad_()
+        output = denoiser(pixels, t.clone())
+        features = encode_image(x_0_of(output, pixels, t.clone()))
+        total = F.cosine_similarity(features, text_features.clone(), dim=1).sum()
+        return output.detach(), torch.autograd.grad(total, pixels)[0]
+
+
+def read_by_recursion(tokens, embed, places, blocks, norm, mask=None):
+    length = tokens.size(1)
+    if mask is None:
+        mask = ~torch.triu(torch.ones(length, length), diagonal=1).bool()
+
+    def read(h, left):
+        return read(left[0](h, mask), left[1:]) if left else norm(h)
+
+    return read(embed(tokens).add(places.narrow(0, 0, length)), list(blocks))
+
+
+def read_text_by_text(tokens, embed, places, blocks, norm, mask=None):
+    length = tokens.shape[1]
+    seen = [[j <= i for j in range(length)] for i in range(length)]
+    rows = []
+    for i in range(len(tokens)):
+        h = embed(tokens[i : i + 1]) + places[None, :length]
+        allowed = torch.tensor(seen) if mask is None else mask[i : i + 1] if mask.ndim == 4 else mask
+        for block in blocks:
+            h = block(h, allowed)
+        rows.append(norm(h)[0])
+    return torch.stack(rows)
+
+
+def contrastive_by_hand(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    u, v = encode_image(x), encode_text(tokens)
+    S = F.cosine_similarity(u[:, None], v[None], dim=2) * torch.exp(logit_scale)
+    surprises = torch.logsumexp(S, 0) + torch.logsumexp(S, 1) - 2 * S.diagonal()
+    loss = surprises.mean() / 2
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+    length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient * (1 / (length + 1e-6)).clamp(max=1.0)
+    optimizer.step()
+    logit_scale.data = logit_scale.data.clamp(0, MAX_LOGIT_SCALE)
+    return loss.data
 
 
 def rescaled_sample_by_sample(guided, cond, phi):
@@ -863,16 +924,14 @@ REWRITINGS = [
         "clip_guidance.sentence_features",
         lambda features, tokens, end: features[((tokens == end).cumsum(1).cumsum(1) == 1)],
     ),
-    (
-        "clip_guidance.zero_shot_probabilities",
-        lambda u, v, tau: F.normalize(
-            torch.exp(math.exp(tau) * F.cosine_similarity(u[:, None], v[None], dim=2)), p=1, dim=1
-        ),
-    ),
+    ("clip_guidance.read_tokens", read_by_recursion),
+    ("clip_guidance.read_tokens", read_text_by_text),
+    ("clip_guidance.contrastive_step", contrastive_by_hand),
     ("clip_guidance.cosine_gradient", cosine_gradient_by_autograd),
     ("clip_guidance.cosine_gradient", cosine_gradient_by_projection),
     ("clip_guidance.similarity_gradient", similarity_gradient_by_backward),
-    ("clip_guidance.gradient_through_x_0", through_x_0_by_jacobian),
+    ("clip_guidance.similarity_gradient_through_x_0", through_x_0_by_jacobian),
+    ("clip_guidance.similarity_gradient_through_x_0", through_x_0_by_backward),
     (
         "classifier_free_guidance.implicit_gradient",
         lambda c, u, abar: u / (1 - abar) ** 0.5 - c / (1 - abar) ** 0.5,

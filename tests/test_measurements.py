@@ -167,19 +167,21 @@ def clip_sweep():
 
 
 def test_a_clip_sweep_runs_both_kinds_held_out_pairs_and_whole_captions(clip_sweep):
-    names = "through", "sampler", "scale", "split", "prompt"
+    names = "through", "sampler", "scale", "split", "prompt", "below"
     settings = [tuple(run[name] for name in names) for run in clip_sweep["runs"]]
+    late, late_scale, below = sweeps.CLIP_LATE
     assert settings == [
-        ("none", "ddim", 0.0, "test", "a red star"),
-        ("none", "ddpm", 0.0, "test", "a red star"),
-        ("x_t", "ddim", 300.0, "test", "a red star"),
-        ("x_0", "ddpm", 300.0, "test", "a red star"),
-        ("x_t", "ddpm", sweeps.CLIP_SCALE, "held_out", "a red star"),
-        ("x_t", "ddpm", sweeps.CLIP_SCALE, "test", "whole caption"),
+        ("none", "ddim", 0.0, "test", "a red star", None),
+        ("none", "ddpm", 0.0, "test", "a red star", None),
+        ("x_t", "ddim", 300.0, "test", "a red star", None),
+        ("x_0", "ddpm", 300.0, "test", "a red star", None),
+        ("x_t", "ddpm", sweeps.CLIP_SCALE, "held_out", "a red star", None),
+        ("x_t", "ddpm", sweeps.CLIP_SCALE, "test", "whole caption", None),
+        (late, "ddpm", late_scale, "test", "a red star", below),
     ]
     distances = [run["frechet_distance"] for run in clip_sweep["runs"]]
     assert len(set(distances)) == len(distances)
-    assert {"accuracy_size", "accuracy_background"} <= clip_sweep["runs"][-1].keys()
+    assert {"accuracy_size", "accuracy_background"} <= clip_sweep["runs"][-2].keys()
     assert "accuracy_size" not in clip_sweep["runs"][2]
 
 

@@ -73,6 +73,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         "ddpm_shapes32",
         {"x_t": "noisy_clip_shapes32", "x_0": "clip_shapes32"},
         "reader_shapes32",
+        state="clip_guidance_sweep",
     ),
     "classifier_free_guidance_sweep": partial(
         classifier_free_guidance_sweep, "conditional_ddpm_shapes32", "reader_shapes32"
