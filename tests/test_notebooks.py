@@ -76,7 +76,7 @@ def test_every_numbered_result_is_verified(source):
     assert equation_faults(chapter, texts(source, "markdown"), texts(source, "code")) == []
 
 
-CHAPTERS_WITH_TRIALS = (1, 2)  # the others get theirs in their own pass
+CHAPTERS_WITH_TRIALS = (1, 2, 5)  # the others get theirs in their own pass
 
 
 def test_every_proof_is_tried_with_a_wrong_side():
@@ -90,7 +90,8 @@ def test_every_proof_is_tried_with_a_wrong_side():
     assert sum(map(len, tried.values())) == len(wrong_sides)
 
 
-CORE_AND_LINKS = ["00_start_here", "01_ddpm", "02_unet"]  # the chapters brought to this form so far
+# the chapters brought to this form so far
+CORE_AND_LINKS = ["00_start_here", "01_ddpm", "02_unet", "05_classifier_free_guidance"]
 SECOND_READING = " *(at a second reading)*"
 
 
@@ -256,7 +257,8 @@ def test_every_question_gives_its_answer_a_name_that_the_cell_below_checks(sourc
             ), f"another cell uses {name}, which a learner may leave open"
 
 
-WITH_KINDS = ["01_ddpm"]  # the chapters whose exercises have been brought to this form so far
+# the chapters whose exercises have been brought to this form so far
+WITH_KINDS = ["01_ddpm", "05_classifier_free_guidance"]
 KIND = r"\*(Formula|Algorithm|Question|Question on paper), (easy|medium|hard), \d+ minutes\.\* \S"
 
 

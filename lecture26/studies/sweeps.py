@@ -49,6 +49,7 @@ class Study:
 
     Attributes:
         network, diffusion, recipe: the denoiser, what it was trained for, and how.
+        judge: the reader.
         device: where everything is done.
     """
 
@@ -57,8 +58,32 @@ class Study:
         self.device = process_state().device
         self.network = checkpoint.network.to(self.device)
         self.diffusion, self.recipe = checkpoint.diffusion, checkpoint.recipe
-        self._judge = load_model(reader).to(self.device)
+        self.judge = load_model(reader).to(self.device)
         self._batch_size = batch_size
+
+    def draw(
+        self,
+        guide: Callable[[dict[str, Tensor]], tuple[Callable, Callable]],
+        steps: int,
+        num_samples: int,
+        split: str = "test",
+    ) -> tuple[Tensor, float]:
+        """Draw samples in one way: (num_samples, C, H, W) on the CPU, and the seconds that one takes.
+
+        The arguments are those of `run`. The seconds are those of the fastest batch.
+        """
+        attributes = self.recipe.load_images(split).attributes(range(num_samples))
+        diffusion = self.diffusion.respace(steps)
+        shape = (self._batch_size, self.recipe.channels, self.recipe.image_size, self.recipe.image_size)
+        batches, seconds = [], []
+        for seed, indices in enumerate(torch.arange(num_samples).split(self._batch_size)):
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same samples on every device
+            x_T = torch.randn(shape, generator=generator).to(self.device)
+            denoiser, step = guide({name: all_[indices].to(self.device) for name, all_ in attributes.items()})
+            started = time.monotonic()
+            batches.append(sample(diffusion, denoiser, shape, step, generator, x_T).cpu())
+            seconds.append(time.monotonic() - started)
+        return torch.cat(batches), min(seconds) / self._batch_size
 
     def run(
         self,
@@ -67,6 +92,7 @@ class Study:
         num_samples: int,
         split: str = "test",
         labels: Iterable[str] = (),
+        further: Callable[[Tensor], dict] | None = None,
     ) -> dict:
         """Draw samples in one way, and measure them.
 
@@ -78,30 +104,22 @@ class Study:
             num_samples: a multiple of the batch size.
             split: of the data that the samples are compared with.
             labels: those of which it is counted whether they were drawn as asked for.
+            further: further(samples) -> what else is to be measured of all samples.
 
         Returns:
             "steps", "split", "num_samples", "seconds_per_image" (of the fastest batch); what `sample_quality`
             and `attribute_accuracy` ("accuracy_LABEL", "accuracy_all") say of the samples; "first_batch":
-            what they say of the first batch alone.
+            what they say of the first batch alone; and what `further` says.
         """
         images = self.recipe.load_images(split)
         attributes = images.attributes(range(num_samples))
-        diffusion = self.diffusion.respace(steps)
-        shape = (self._batch_size, self.recipe.channels, self.recipe.image_size, self.recipe.image_size)
-        batches, seconds = [], []
-        for seed, indices in enumerate(torch.arange(num_samples).split(self._batch_size)):
-            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same samples on every device
-            x_T = torch.randn(shape, generator=generator).to(self.device)
-            denoiser, step = guide({name: all_[indices].to(self.device) for name, all_ in attributes.items()})
-            started = time.monotonic()
-            batches.append(sample(diffusion, denoiser, shape, step, generator, x_T).cpu())
-            seconds.append(time.monotonic() - started)
+        drawn, seconds = self.draw(guide, steps, num_samples, split)
 
         def quality(samples: Tensor) -> dict:
-            measured = sample_quality(self._judge, samples, images)
+            measured = sample_quality(self.judge, samples, images)
             if labels:
                 asked_for = {name: attributes[name][: len(samples)] for name in labels}
-                accuracy = attribute_accuracy(self._judge, samples, asked_for)
+                accuracy = attribute_accuracy(self.judge, samples, asked_for)
                 measured |= {f"accuracy_{name}": share for name, share in accuracy.items()}
             return measured
 
@@ -109,9 +127,10 @@ class Study:
             "steps": steps,
             "split": split,
             "num_samples": num_samples,
-            "seconds_per_image": min(seconds) / self._batch_size,
-            **quality(torch.cat(batches)),
-            "first_batch": quality(batches[0]),
+            "seconds_per_image": seconds,
+            **quality(drawn),
+            "first_batch": quality(drawn[: self._batch_size]),
+            **(further(drawn) if further else {}),
         }
 
 
