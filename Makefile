@@ -1,31 +1,49 @@
 # What can be done with the course; `make help` lists it.
-#   NAMES=01_ddpm         only these chapters (lab, update, course, package, notebooks, nbval)
+#   NAMES=01_ddpm         only these chapters (lab, update, live, slides, course, package, notebooks, nbval)
+#   COHORT=autumn         of graded homework: the course as it is held once, with a variant of its own
+#   ASSIGNMENT=ddpm SUBMISSIONS=folder JOBS=2 UNGUARDED=1      what `make grade` grades, and how
+#   PRIVATE=folder        of graded homework: exercises of your own (see homework/private_example)
+#   PDF=1                 print the slides as well (slides)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
 
 NAMES ?=
+COHORT ?= default
+PRIVATE ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 # two processes of one thread each, a whole file or notebook at a time
 PYTEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q --color=no -n 2 --dist loadfile
+TESTS := tests --ignore=tests/browser
 REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine update test quick lint tests nbval check course package notebooks benchmark clean
+.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser course package notebooks benchmark playground kernel clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
 	@echo "make mine       a package with the functions that you have solved in work/: build/mine"
+	@echo "make milestones pictures drawn by these functions, chapter by chapter: build/milestones.html"
 	@echo "make update     new versions of the chapters into work/, your solutions carried over"
+	@echo "make live       notebooks to teach from, bodies to be typed, with plans and notes, in live/"
+	@echo "make live-reset the same anew; those that were there are kept in live/old"
+	@echo "make homework   graded assignments from the chapters, to hand out: homework_out/COHORT"
+	@echo "make grade      scores, and a page for each student: ASSIGNMENT=ddpm SUBMISSIONS=folder"
+	@echo "make formgrader look through what was handed in, and score answers by hand, in the browser"
 	@echo "make test       everything: lint, drift, tests, notebooks against their stored outputs"
 	@echo "make quick      the part of it under two minutes"
+	@echo "make browser    what is shown in a browser, tested in Chromium"
+	@echo "make slides     the lecture's slides in build/slides; PDF=1 prints them as well"
 	@echo "make course     run every notebook, print seconds and memory of each chapter"
 	@echo "make package    make lecture26/NAME.py from the notebooks"
 	@echo "make notebooks  run the notebooks and store them with their outputs"
 	@echo "make check      do sources, stored notebooks and modules agree?"
 	@echo "make benchmark  speed and memory side by side with peers"
-	@echo "make clean      remove .venv and caches; work/ and data/ stay"
+	@echo "make playground the course's models in the browser: build/playground/index.html"
+	@echo "make kernel     the playground's kernel from web/engine/kernel.wat, where that was changed"
+	@echo "make clean      remove .venv and caches; work/, live/ and data/ stay"
+	@echo "Add COHORT=name and PRIVATE=folder for homework (homework/assignments.toml has its settings)."
 	@echo "Add NAMES='01_ddpm 02_unet' for some chapters, TORCH=cpu to install PyTorch without CUDA."
 
 $(INSTALLED): requirements.lock
@@ -39,14 +57,34 @@ lab: $(INSTALLED)
 mine: $(INSTALLED)
 	@$(RUN) tools/mine.py
 
+milestones: mine
+	@$(RUN) tools/milestones.py
+
 update: $(INSTALLED)
 	@$(RUN) tools/editions.py --update $(NAMES)
+
+homework: $(INSTALLED)
+	@$(RUN) tools/make_homework.py --cohort "$(COHORT)" $(if $(PRIVATE),--private "$(PRIVATE)")
+
+grade: $(INSTALLED)
+	@$(RUN) tools/grade_homework.py --cohort "$(COHORT)" $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(UNGUARDED),--unguarded) "$(ASSIGNMENT)" "$(SUBMISSIONS)"
+
+formgrader: $(INSTALLED)
+	@$(RUN) tools/formgrader.py --cohort "$(COHORT)"
+
+live: $(INSTALLED)
+	@$(RUN) tools/live.py $(NAMES)
+	@echo "open one by: $(RUN) -m jupyterlab --ServerApp.root_dir=. live/01_ddpm.ipynb"
+
+live-reset: $(INSTALLED)
+	@$(RUN) tools/live.py --reset $(NAMES)
 
 test: lint check tests nbval
 	@echo "make test: passed"
 
 quick: $(INSTALLED) lint check
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow" $(TESTS)
 	@echo "make quick: passed"
 
 lint: $(INSTALLED)
@@ -59,14 +97,21 @@ check: $(INSTALLED)
 	@echo "check: sources, stored notebooks and modules agree"
 
 tests: $(INSTALLED)
-	$(PYTEST) tests
+	$(PYTEST) $(TESTS)
 	@echo "tests: passed"
 
 nbval: $(INSTALLED)
 	@rm -rf $(REHEARSALS) && $(RUN) tools/editions.py --rehearse $(REHEARSALS) $(NAMES)
+	@$(RUN) tools/live.py --rehearse $(REHEARSALS) $(NAMES)
 	$(PYTEST) --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg \
 		--nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 $(REHEARSALS)
-	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved"
+	@echo "nbval: every notebook gives its stored outputs, and runs with its exercises solved and unsolved, or live"
+
+browser: $(INSTALLED)
+	TQDM_DISABLE=1 $(RUN) -m pytest -q --color=no -rs tests/browser
+
+slides: $(INSTALLED)
+	@$(RUN) tools/slides.py $(if $(PDF),--pdf) $(NAMES)
 
 course: $(INSTALLED)
 	@$(RUN) tools/notebooks.py run $(NAMES)
@@ -81,6 +126,14 @@ notebooks: package
 benchmark: $(INSTALLED)
 	@for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done
 
+playground: $(INSTALLED)
+	@$(RUN) tools/web.py playground
+
+# after a change of web/engine/kernel.wat; needs npm
+kernel: $(INSTALLED)
+	@cd web && npm ci --silent --no-audit --no-fund
+	@$(RUN) tools/web.py kernel
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist web/node_modules *.egg-info .pytest_cache .ruff_cache
 	find lecture26 tests tools benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +

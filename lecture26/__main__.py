@@ -1,4 +1,4 @@
-"""The command line: python -m lecture26 train | sample | adapt | classify | evaluate | measure | checkpoints.
+"""The command line: python -m lecture26 train | sample | milestone | adapt | classify | evaluate | ...
 
 What a command needs is imported inside it, so that --help answers at once.
 """
@@ -55,6 +55,14 @@ class Sampler(StrEnum):
 
     ddpm = "ddpm"
     ddim = "ddim"
+
+
+class Milestone(StrEnum):
+    """The chapters whose milestone no other command draws."""
+
+    ddpm = "ddpm"
+    vae = "vae"
+    visual_prompt_tuning = "visual_prompt_tuning"
 
 
 @contextmanager
@@ -213,6 +221,20 @@ def sample(
             guidance=guidance and guidance.value,
             asked={"--class": wish, "--prompt": prompt, "--scale": scale, "--w": w},
         )
+
+
+@app.command()
+def milestone(
+    chapter: Annotated[Milestone, typer.Argument(help="Those of the other chapters are drawn by sample.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, over one of that name.")] = Path(
+        "milestone.png"
+    ),
+):
+    """Draw what the functions of a chapter reach together."""
+    with errors_in_one_line(), quiet_when_nobody_reads():
+        from lecture26.commands.milestone import milestone
+
+        milestone(chapter.value, out)
 
 
 @app.command()

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Three questions, one course", "- **Guidance**: how does a model draw what was asked for?", "- **Latent diffusion**: how does that become cheap?", "- **Prompt tuning**: how does a large finished model learn new tasks, with few new parameters?", "Each chapter derives, proves with numbers, and builds from scratch.", "# After this hour you can", "- say which problem a diffusion model solves, and what noise is good for", "- find your way: what builds on what, what symbols mean", "- read the proof of an equation, and the verdict on an exercise"]
 # # 00 Start here
 #
 # [Next: 01 DDPM](01_ddpm.ipynb)
@@ -55,7 +55,7 @@ use_style()
 # and 'red', and starts from nothing but noise:
 
 
-# %%
+# %% slide=["# Twelve red stars, out of nothing but noise", "[picture]", "A small network was told 'star' and 'red'. None of its drawings is left out.", "# How many lines does that take?", "[code film_of: film = .. return]", "Begin with noise, take a step, and again. A whole course is about what happens inside of one step."]
 @torch.no_grad()
 def film_of(diffusion, denoiser, x_T):
     """Every picture on the way from noise x_T to images: a list of tensors like x_T, the noise first."""
@@ -87,7 +87,7 @@ show(
 #
 # How three of them came about:
 
-# %% tags=["draw"]
+# %% slide=["# A little noise less at each step", "[picture]", "Three of the stars on their way: pure noise at the left, a red blur, and the image."] tags=["draw"]
 frames = [0, 8, 13, 17, 21, 25]  # of the film's 26
 steps = [few_steps.steps[24 - frame].item() for frame in frames[:-1]]  # as code counts, from 999 down
 titles = [f"paper t = {step + 1}\ncode t = {step}" for step in steps] + ["paper t = 0\nthe image"]
@@ -111,7 +111,7 @@ show(
 # One would like to start anywhere and move to where $q$ is large. But where there are no samples, nothing shows the way.
 # Here a sample is a point in the plane, and $q$ has three islands:
 
-# %%
+# %% slide=["# The problem: samples are given, new ones wanted", "An unknown law $q$ makes some images likely, and nearly all others impossible.", "? Start anywhere, and move to where $q$ is large. What goes wrong?", "Where there are no samples, nothing shows the way."]
 mixture = GaussianMixture(  # q, for once known: three normal distributions; a network would get points only
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )
@@ -123,7 +123,7 @@ noise = torch.randn(2, 300, 2, dtype=given.dtype, generator=generator)
 drawn = film_of(plane.respace(25), plane_denoiser, noise[1])  # new points, on their way from noise
 
 
-# %%
+# %% slide=["# Noise fills the gaps, so there are examples everywhere", "[picture]", "Above, noise spreads the samples; the arrows can be learned from them. Below, new points follow the arrows back.", "# That is the whole idea", "- Noise brings samples everywhere.", "- From them a network, the **denoiser**, learns which noise was added.", "- With enough noise every data set looks like a normal distribution.", "- Draw from that, and walk back, a little less noise at a time."]
 def plot_arrows(axis, t):
     """The way back, away from the guessed noise, wherever noisy samples are likely."""
     side = torch.linspace(-2, 2, 19, dtype=torch.float64)
@@ -166,7 +166,7 @@ show(
 # learns to guess the noise in a noisy sample. With enough noise every data set looks like a normal distribution: draw from
 # that, and walk back, a little less noise at a time.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# The map: process, guidance, a smaller space, a frozen model", "| chapters | about |\n|---|---|\n| 01, 02 | the process on points, then a network for images |\n| 03, 04, 05 | guidance: by a classifier, by words, by the model itself |\n| 06, 07 | an autoencoder, and diffusion among its codes |\n| 08 | prompts for a frozen vision transformer |", "Chapters import what they need of earlier ones: begin anywhere."] tags=["core"]
 # ## The map
 #
 # ![Map of the course: 00, 01 and 02 in a row; 02 leads to guidance (03, then 04 and 05) and to visual prompt
@@ -174,24 +174,24 @@ show(
 #
 # *What builds on what. Filled boxes are here; dashed ones are planned.*
 #
-# Each chapter explains the words of its row. Time and memory are those of a run on two cores:
+# Each chapter explains the words of its row. Time and memory are those of a run on one core, the milestone included:
 #
 # | chapter | what it derives and builds | builds on | time | peak memory |
 # |---|---|---|---|---|
-# | [00 Start here](00_start_here.ipynb) | first pictures, the problem, a self-test, notation, proofs and checks, data | | 16 s | 0.9 GB |
-# | [01 DDPM](01_ddpm.ipynb) | forward process, posterior, bound and simple loss; noise, data or velocity as target; learned variance; DDPM and DDIM sampling; on a Gaussian mixture, where all is known | 00 | 19 s | 1.0 GB |
-# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, averaged weights; a DDPM of images | 01 | 56 s | 1.4 GB |
-# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, mean-shift and noise form, why a clean classifier fails | 02 | 87 s | 1.0 GB |
-# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by similarity | 03 | 58 s | 1.2 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts | 03 (04 to compare) | 65 s | 1.2 GB |
-# | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 90 s | 1.3 GB |
-# | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 73 s | 1.4 GB |
-# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 67 s | 1.4 GB |
+# | [00 Start here](00_start_here.ipynb) | first pictures, the problem, a self-test, notation, proofs and checks, data | | 11 s | 1.0 GB |
+# | [01 DDPM](01_ddpm.ipynb) | forward process, posterior, bound and simple loss; noise, data or velocity as target; learned variance; DDPM and DDIM sampling; on a Gaussian mixture, where all is known | 00 | 26 s | 2.0 GB |
+# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, averaged weights; a DDPM of images | 01 | 62 s | 2.1 GB |
+# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, mean-shift and noise form, why a clean classifier fails | 02 | 57 s | 1.9 GB |
+# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by similarity | 03 | 51 s | 1.9 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts | 03 (04 to compare) | 70 s | 2.0 GB |
+# | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 64 s | 1.9 GB |
+# | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 73 s | 2.0 GB |
+# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 108 s | 2.5 GB |
 # | 09 The slides, checked | a miniature Stable Diffusion; the lecture's numbers beside the papers' and our own | all | planned | |
 #
 # Chapters import what they need of earlier ones: begin anywhere.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Are you ready? 1: the variance of a sum", "? $x$ and $\\epsilon$ are independent, of mean 0 and variances 0.5 and 1. What is the variance of $\\sqrt{0.6}\\,x+\\sqrt{0.4}\\,\\epsilon$?", "Factors are squared, variances add up: $0.6\\cdot0.5+0.4\\cdot1=0.7$.", "# 2: Bayes on two normals", "? $x\\sim\\mathcal N(0,1)$, and $y=x+\\epsilon$ with $\\epsilon\\sim\\mathcal N(0,1)$ was seen to be 2. How is $x$ distributed now?", "$$p(x\\mid y)\\ \\propto\\ e^{-x^2/2}\\,e^{-(2-x)^2/2}\\ \\propto\\ e^{-(x-1)^2}$$", "$\\mathcal N(1,\\tfrac12)$: half-way, and surer.", "# 3: the gradient of a log-density", "? What is $\\frac{d}{dx}\\log\\mathcal N(x;\\,m,\\sigma^2)$, and for $x=3$, $m=1$, $\\sigma=2$?", "$$-\\frac{x-m}{\\sigma^2}=-\\tfrac12$$", "It points to the mean. It is called the **score**, and all guidance is about it.", "# 4: a divergence", "? $\\mathrm{KL}(q\\,\\|\\,p)=\\mathbb E_q[\\log q-\\log p]$: what is it for $\\mathcal N(1,1)$ and $\\mathcal N(0,1)$? When is it zero?", "$$\\mathbb E_q\\bigl[\\tfrac12x^2-\\tfrac12(x-1)^2\\bigr]=\\mathbb E_q[x]-\\tfrac12=\\tfrac12$$", "Zero only if $q=p$.", "# 5: broadcasting", "? `factor` has shape (B,), `x` has shape (B, 3, 32, 32). What does `factor * x` do for B = 4, and for B = 32?", "Shapes are aligned at their *last* axes: an error, and a factor for each column of pixels.", "Meant is `factor[:, None, None, None] * x`.", "# 6: automatic differentiation", "? `f` maps images (B, C, H, W) to a number each. How do you get each number's gradient, in one call?", "Of the sum: other images' numbers do not depend on this image."] tags=["core"]
 # ## Are you ready? A self-test
 #
 # Six questions, ten minutes, pencil and paper. Five right: go on. Fewer: read up where the answers point. MML is Deisenroth,
@@ -274,7 +274,7 @@ show(
 #
 # </details>
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# The one equation to begin with", "$$x_t=\\sqrt{\\bar\\alpha_t}\\,x_0+\\sqrt{1-\\bar\\alpha_t}\\;\\epsilon,\\qquad\\bar\\alpha_t=\\prod_{i=1}^{t}(1-\\beta_i) \\tag{0.1}$$", "- $x_0$ a clean image, $x_t$ a noisy one, $\\epsilon\\sim\\mathcal N(0,I)$ the noise", "- $\\beta_t$ the variance that a step adds", "- $\\bar\\alpha_t$ the signal's share: from nearly 1 to nearly 0", "# Letters that mean several things", "| letter | here | elsewhere |\n|---|---|---|\n| $w$ | weight of guidance | `guidance_scale` is $1+w$ |\n| $s$ | scale of a gradient | weight of guidance in most libraries |\n| $v$ | velocity, a blend of noise and image | a learned variance; attention's values |\n| $\\alpha_t$ | $1-\\beta_t$ | the DDIM paper's is $\\bar\\alpha_t$ |"] tags=["core"]
 # ## Notation
 #
 # Noise is mixed into an image $x_0$ over $T$ steps. Step $t$ adds noise of variance $\beta_t$; what is left of the
@@ -320,7 +320,7 @@ show(
 # in the text ('t = 500'), unless they say 'paper'. The clean image has no step in code, only the value $\bar\alpha_0=1$ in
 # `alpha_bar_prev[0]`. For the network above:
 
-# %%
+# %% slide=["# One rule: code counts from 0", "$$\\boxed{\\;\\text{code's } t \\;=\\; \\text{papers' } t - 1\\;}$$", "[table]"]
 rows = [[0, "none", "1", "the image"]]
 for paper_t, what in {1: "hardly any noise", 500: "half noise", 1000: "pure noise"}.items():
     t = paper_t - 1  # the rule
@@ -341,7 +341,7 @@ assert torch.equal(every_step.alpha_bar_prev[1:], every_step.alpha_bar[:-1])
 #
 # $$\bar\alpha_t=\frac{1}{1+e^{-\lambda_t}} \tag{0.3}$$
 
-# %%
+# %% slide=["# How an equation is proved", "(0.3)", "[code]", "Both sides, computed in different ways. Where they differ, the notebook stops."]
 alpha_bar = every_step.alpha_bar  # (T,)
 log_snr = (alpha_bar / (1 - alpha_bar)).log()
 verify("0.3", alpha_bar, 1 / (1 + (-log_snr).exp()), atol=1e-12)
@@ -349,7 +349,7 @@ verify("0.3", alpha_bar, 1 / (1 + (-log_snr).exp()), atol=1e-12)
 # %% [markdown]
 # Where the sides differ, the cell raises an error and the notebook stops. With $\sqrt{\bar\alpha_t}$ on the left:
 
-# %%
+# %% slide=["# A proof must be able to fail", "? With $\\sqrt{\\bar\\alpha_t}$ in the place of $\\bar\\alpha_t$: will it be noticed?", "[output]"]
 try:
     verify("0.3", alpha_bar.sqrt(), 1 / (1 + (-log_snr).exp()), atol=1e-12)
 except AssertionError as error:
@@ -374,7 +374,7 @@ check("ddpm.q_sample", q_sample)
 # A first try, wrong on purpose:
 
 
-# %%
+# %% slide=["# A check knows the mistakes that people make", "A first try, wrong on purpose:", "[code: return .. return]", "? What does the check say?", "It names the mistake, and where in the derivation to look. It does not give the line away."]
 def q_sample(x_0, alpha_bar, noise):
     """Draw x_t given x_0 in one step; all tensors broadcast against x_0."""
     return alpha_bar * x_0 + (1 - alpha_bar).sqrt() * noise
@@ -395,7 +395,7 @@ check("ddpm.q_sample", q_sample)
 # Whatever gives the right values passes. Go back to the first try and mend it, or drop the other root, swap the factors,
 # let it crash.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Your copies are yours: jump in anywhere", "- `make lab` makes copies that are yours.", "- Fill in a body, run its check, compare with the folded answer.", "- The next cell takes the finished function: the rest runs whatever you typed.", "- `make mine` builds a package of what you have solved."] tags=["core"]
 # ## How to work
 #
 # `make lab` has put copies of the notebooks into `work/`. They are yours: no command writes over them. An exercise there has
@@ -410,7 +410,18 @@ check("ddpm.q_sample", q_sample)
 #
 # Exercises are formulas, algorithms of some lines, and questions to be answered before the next cell is run; each says how
 # hard it is and how many minutes it takes. What you have solved is kept beside your copies, and shown at a chapter's end.
-# `make update` brings new versions of chapters and carries your solutions over; `make mine` makes a package of them.
+# `make update` brings new versions of chapters and carries your solutions over.
+#
+# **Your code runs the model.** Since each exercise is followed by the finished function, you would never see your own at
+# work. Save your notebooks and call `make mine` in a terminal: it checks what you have solved, and builds a copy of the
+# package, `build/mine`, in which each function that passes is yours. Two things run on it:
+#
+# - the *milestone* at the end of each chapter, a cell that draws with your functions and says which were called;
+#   `make milestones` draws them all, on one page;
+# - a whole notebook with `%env LECTURE26_MINE=build/mine` in its first cell, once its kernel has been restarted. What it
+#   imports from earlier chapters, and takes as 'finished' in its own exercises, is then yours wherever you have solved it.
+#
+# What is open or wrong stays the course's, so both run at any time. When you have solved more, call `make mine` again.
 #
 # Cells tagged `export` make the package: what a notebook proves is the code that trains the models, on the [command
 # line](../README.md#the-command-line).
@@ -421,7 +432,7 @@ check("ddpm.q_sample", q_sample)
 # Most chapters train on images made by code: 8 shapes in 8 colours and 2 sizes on 4 backgrounds. All this is known, so one
 # can *measure* whether a model drew what it was asked for.
 
-# %% tags=["draw"]
+# %% slide=["# The data: everything about them is known", "[picture]", "Framed pairs are held out of every training: who draws a blue star has learned two things."] tags=["draw"]
 indices = torch.arange(64)
 attributes = {
     "shape": indices // 8,
@@ -442,7 +453,7 @@ show(figure, "All 64 pairs of a shape and a colour; eight of them, one in each r
 # *The eight framed pairs are **held out**: no training image shows them. A model that never saw a blue star, and draws one
 # when asked, has learned shape and colour as two things.*
 
-# %%
+# %% slide=["# So one can measure whether a wish was granted", "[table]", "? Photographs have no such labels. How would you measure there?", "By readers, networks that say what they see. Here their errors can be counted."]
 sizes = [[split, f"{len(load('shapes', split)):,}"] for split in ("train", "validation", "test", "held_out")]
 show_table(sizes, ["split", "images"])
 
@@ -454,7 +465,7 @@ print(f"pairs among the first 20,000 training images: {len(pairs)} of 64")
 # Every image has a caption:
 
 
-# %%
+# %% slide=["# Every image has a caption", "[picture]", "Shape, colour, size and background, in a language of some thirty words."]
 def show_captioned(images, captions, width):
     """Show images in a row, each below its caption, broken into lines of so many letters."""
     titles = [textwrap.fill(caption, width) for caption in captions]
@@ -473,7 +484,7 @@ show(figure, "Six images, each below its caption, such as: a large red star on a
 # **Scenes** (chapter 07) show two objects and their relation. 'A red star to the left of a blue ring' and 'a blue star to
 # the left of a red ring' are made of the same words.
 
-# %%
+# %% slide=["# Scenes: the same words, another picture", "[picture]", "Two objects and their relation: words alone do not say which colour belongs to which shape."]
 scenes = load("scenes")
 indices = [0, 3, 5, 6]
 figure = show_captioned(scenes.batch(indices)["image"], scenes.captions(indices), width=26)
@@ -483,7 +494,7 @@ show(figure, "Four scenes, each below its caption, such as: a small red square b
 # **Real images**: digits come with scikit-learn; `mnist`, `fashion_mnist`, `cifar10` and `fgvc_aircraft` are downloaded on
 # demand.
 
-# %%
+# %% slide=["# Real images, and your own", "[picture]", "Digits come along, MNIST and others are downloaded on demand, and any folder of images will do."]
 digits = load("digits", image_size=32)  # 8 pixels wide as they come, here enlarged
 batch = digits.batch(range(20))
 figure = show_grid(batch["image"], columns=10)
@@ -514,7 +525,7 @@ other_seed = Shapes(split="train", seed=1).batch([5])["image"][0]
 print("index 5, read twice, is the same:", torch.equal(alone, in_a_crowd))
 print("index 5 of another seed is the same:", torch.equal(alone, other_seed))
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# What to remember", "- Samples of an unknown $q$ are given, new ones wanted.", "- Learn to take noise away, and begin with pure noise.", "- Code's $t$ is the papers' $t-1$; `guidance_scale` is $1+w$."] tags=["core"]
 # ## Summary
 #
 # - Samples of an unknown $q$ are given, new ones wanted: learn to take noise away, and begin with pure noise.

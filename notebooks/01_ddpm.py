@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Noise becomes data, one small step at a time", "Every guidance of this course bends one process: pure noise that a denoiser turns into data.", "? What would a network have to know, to take a little noise away?", "Which noise was added. That is all that it learns.", "# What you can do afterwards", "- derive the forward process, its posterior and the simple loss", "- say why a step back may be drawn from a normal distribution", "- sample by DDPM and by DDIM, with all steps or with few", "- train a denoiser where the exact answer is known, and see how close it gets"]
 # # 01 DDPM: denoising diffusion probabilistic models
 #
 # [Previous: 00 Start here](00_start_here.ipynb) · [Next: 02 The U-Net](02_unet.ipynb)
@@ -92,7 +92,7 @@ def predicted_noise(points, steps):
     return small_network(torch.cat([points, (kept / (1 - kept)).log() / 4], dim=1))  # how noisy, by (1.9)
 
 
-# %%
+# %% slide=["# Learning: guess the noise that was added", "[code: points, steps .. error =]", "- Any step of any sample can be made at once.", "- The loss is a squared error, nothing else."]
 optimizer = torch.optim.Adam(small_network.parameters(), lr=5e-3)
 for _ in range(1500):
     points, steps = data[torch.randint(5000, (256,))], torch.randint(100, (256,))
@@ -103,7 +103,7 @@ for _ in range(1500):
     error.backward()
     optimizer.step()
 
-# %%
+# %% slide=["# Sampling: take the noise away, step by step", "[picture]", "A thousand points on their way from pure noise to clusters like those of the data, at the right."]
 film = [torch.randn(1000, 2)]  # pure noise
 with torch.no_grad():
     for step in reversed(range(100)):
@@ -157,7 +157,7 @@ for beta in (0.1, 0.2, 0.3):
 # numbers $\{-1, 3\}$, whose variance is 4, together with noise of two values $\pm 1$ (mean 0, variance 1):
 # all four combinations, nothing random.
 
-# %%
+# %% slide=["# One step: shrink a little, add a little noise", "(1.1)", "? Why shrink by exactly $\\sqrt{1-\\beta_t}$?", "So that a variance of 1 stays 1:", "$$\\operatorname{Var}(x_t)-1=(1-\\beta_t)\\bigl(\\operatorname{Var}(x_{t-1})-1\\bigr) \\tag{1.2}$$"]
 beta = 0.3
 previous = torch.tensor([-1.0, 3.0])
 two_noises = torch.tensor([-1.0, 1.0])
@@ -167,7 +167,7 @@ verify("1.2", x_next.var(correction=0) - 1, (1 - beta) * (previous.var(correctio
 # %% [markdown]
 # The whole of it: a chain of steps from the data to noise, which is chosen, and a chain back, which has to be learned.
 
-# %% tags=["draw"]
+# %% slide=["# One chain is chosen, the other is learned", "[picture]", "The steps from data to noise we choose. The steps back have to be learned."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(9, 2.4), layout="constrained")
 for place, name in enumerate(("$x_0$", r"$\cdots$", "$x_{t-1}$", "$x_t$", r"$\cdots$", "$x_T$")):
     rim = {"boxstyle": "circle", "facecolor": "white", "edgecolor": "none" if "dots" in name else "black"}
@@ -199,7 +199,7 @@ show(
 # \tag{1.3, definition}$$
 
 
-# %% tags=["export"]
+# %% slide=["# A schedule says how much noise each step adds", "$$\\beta_t=\\frac{1000}{T}\\left(10^{-4}+\\frac{t-1}{T-1}\\,(0.02-10^{-4})\\right) \\tag{1.3}$$", "Linear from $10^{-4}$ to $0.02$ at $T=1000$; with fewer steps, each adds more."] tags=["export"]
 def linear_betas(num_steps):
     """Noise variances that grow linearly, scaled so that every number of steps ends in noise.
 
@@ -250,7 +250,7 @@ def linear_betas(num_steps):
 # The check iterates (1.1) a thousand times, carrying along the coefficient of $x_0$ and the variance of the
 # noise, and compares every step with the closed form.
 
-# %%
+# %% slide=["# Normals add up to a normal, so any step can be made at once", "Two steps are one step, with a larger variance. By induction, with", "$$\\bar\\alpha_t=\\prod_{s=1}^t(1-\\beta_s) \\tag{1.5}$$", "$$x_t=\\sqrt{\\bar\\alpha_t}\\,x_0+\\sqrt{1-\\bar\\alpha_t}\\,\\epsilon,\\qquad\\epsilon\\sim\\mathcal N(0,I) \\tag{1.6}$$"]
 betas = linear_betas(1000)
 alpha_bar = (1 - betas).cumprod(dim=0)  # (T,)
 coefficient, variance, iterated = 1.0, 0.0, []
@@ -271,7 +271,7 @@ verify("1.6", torch.tensor(iterated), closed_form, atol=1e-12)
 # variance or a standard deviation.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# This line makes training cheap", "[code q_sample]", "? What breaks if a square root is forgotten?", "The variance: data of variance 1 do not keep it."] tags=["export", "exercise"]
 def q_sample(x_0, alpha_bar, noise):
     """Draw x_t given x_0 in one step.
 
@@ -307,7 +307,7 @@ check("ddpm.q_sample", q_sample)
 signal_kept = 0.37
 ### END SOLUTION
 
-# %%
+# %% slide=["# A short chain must add more noise at each step", "? A hundred steps, $\\beta_t$ from $10^{-4}$ to $0.02$: how much of the variance is still data at the end?", "$\\log\\bar\\alpha\\approx-\\sum\\beta_t\\approx-1$, so more than a third.", "Sampling begins with pure noise, so the chain must end there: hence the factor $1000/T$."]
 unscaled = torch.linspace(1e-4, 0.02, 100)
 check_answer(
     "ddpm.signal_kept",
@@ -381,7 +381,7 @@ verify("1.8", (1 - cosine_betas(1000)).cumprod(dim=0)[:-1], curve, atol=1e-12)
 #
 # (the lecture's $z_\lambda$ is $x_t$ at that log-SNR). At $\lambda = 0$ both are equal.
 
-# %% tags=["draw"]
+# %% slide=["# The linear schedule spends a third of its steps on noise", "[picture]", "Right: signal and noise are equal early under the linear schedule, half of the way under the cosine one."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for (name, table), colour in zip(SCHEDULES.items(), colours):
     kept = (1 - table(1000)).cumprod(dim=0)
@@ -515,7 +515,7 @@ class GaussianMixture:
 # Our mixture has three components in the plane. It will return in chapters 03 and 05, where the components
 # are the classes.
 
-# %%
+# %% slide=["# A laboratory where everything is known", "Let the data be a mixture of normals. Then the noisy data are one, too:", "$$q(x_t)=\\sum_k\\pi_k\\,\\mathcal N\\!\\left(x_t;\\ \\sqrt{\\bar\\alpha_t}\\,\\mu_k,\\ (\\bar\\alpha_t s_k^2+1-\\bar\\alpha_t)\\,I\\right) \\tag{1.11}$$", "All that a network has to learn elsewhere is a formula here."]
 mixture = GaussianMixture(
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )
@@ -538,7 +538,7 @@ verify("1.11", line.log_prob(points[:, None], kept).exp(), torch.trapezoid(integ
 # %% [markdown]
 # And (1.12) against automatic differentiation, each point at a noise level of its own:
 
-# %%
+# %% slide=["# The score points where the density grows", "$$\\nabla_{x_t}\\log q(x_t)=\\sum_k q(k\\mid x_t)\\,\\frac{m_k-x_t}{v_k} \\tag{1.12}$$", "Each component pulls towards its mean, weighted by the chance that the point is its own."]
 x_t = torch.randn(64, 2, generator=generator).requires_grad_()
 levels = torch.rand(64, 1, generator=generator)
 (autograd_score,) = torch.autograd.grad(mixture.log_prob(x_t, levels).sum(), x_t)
@@ -549,7 +549,7 @@ verify("1.12", mixture.score(x_t, levels), autograd_score, atol=1e-10)
 # score points back towards where data are.
 
 
-# %%
+# %% slide=["# Data dissolve, and the score points back to them", "[picture]", "At the left three clusters with arrows towards each; at the right one cloud, and all arrows point to its middle."]
 def plot_level(axis, kept, arrows=13):
     """Samples of q(x_t) and the score field at one alpha_bar."""
     x_0, y = mixture.sample(600, torch.Generator().manual_seed(1))
@@ -633,7 +633,7 @@ def posterior_mean(x_0, x_t, beta, alpha_bar, alpha_bar_prev):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Back, if $x_0$ is known: Bayes' rule", "$$q(x_{t-1}\\mid x_t,x_0)\\ \\propto\\ q(x_t\\mid x_{t-1})\\;q(x_{t-1}\\mid x_0)$$", "A product of normals is normal. Complete the square:", "$$\\tilde\\beta_t=\\frac{1-\\bar\\alpha_{t-1}}{1-\\bar\\alpha_t}\\,\\beta_t \\tag{1.14}$$", "$$\\tilde\\mu_t=\\frac{\\sqrt{\\bar\\alpha_{t-1}}\\,\\beta_t}{1-\\bar\\alpha_t}\\,x_0+\\frac{\\sqrt{\\alpha_t}\\,(1-\\bar\\alpha_{t-1})}{1-\\bar\\alpha_t}\\,x_t \\tag{1.15}$$"]
 check("ddpm.posterior_mean", posterior_mean)
 
 
@@ -710,7 +710,7 @@ joint = (q_forward.log_prob(points) + line.log_prob(grid[:, None])).softmax(dim=
 noise = (points - math.sqrt(kept) * grid) / math.sqrt(1 - kept)  # (9, 6001)
 mean_x_0, mean_eps = (joint * grid).sum(dim=1), (joint * noise).sum(dim=1)
 
-# %%
+# %% slide=["# A squared error teaches an expectation", "? While sampling, $x_0$ is not known. What does a network learn that is to guess it?", "$$\\mathbb E\\|x_0-f(x_t)\\|^2=\\mathbb E\\|x_0-\\mathbb E[x_0\\mid x_t]\\|^2+\\mathbb E\\|\\mathbb E[x_0\\mid x_t]-f(x_t)\\|^2 \\tag{1.16}$$", "The mean of all that $x_0$ may be. Not a sample of it.", "# The expected noise is the score", "Differentiate $q(x_t)=\\int q(x_t\\mid x_0)\\,q(x_0)\\,dx_0$, and divide by $q(x_t)$:", "$$\\nabla\\log q(x_t)=\\frac{\\sqrt{\\bar\\alpha_t}\\,\\mathbb E[x_0\\mid x_t]-x_t}{1-\\bar\\alpha_t} \\tag{1.17}$$", "(1.18)", "**All guidance rests on this line.**"]
 score = line.score(points, kept)[:, 0]
 verify("1.17", (points[:, 0] + (1 - kept) * score) / math.sqrt(kept), mean_x_0, atol=1e-8)
 verify("1.18", -math.sqrt(1 - kept) * score, mean_eps, atol=1e-8)
@@ -741,7 +741,7 @@ verify("1.16", error_of_guess, error_of_mean + (mean_x_0 - guess[:, 0]) ** 2, at
 # steps** are what makes it possible to go back by drawing from normals. On the mixture of two narrow components in one
 # dimension, with $x_t$ half way between them:
 
-# %% tags=["draw"]
+# %% slide=["# A small step back is nearly normal", "[picture]", "The exact density of the step back, and a normal of the same mean and variance: two bumps, then the same curve."] tags=["draw"]
 places = torch.linspace(-1.6, 1.6, 2001)  # x_{t-1}
 figure, axes = plt.subplots(1, 4, figsize=(13, 2.6), sharey=True, layout="constrained")
 for axis, beta in zip(axes, (0.5, 0.2, 0.05, 0.005)):
@@ -779,7 +779,7 @@ show(
 # there will be several choices for its variance. If $x_t$ leaves no doubt about $x_0$, the variance is $\tilde\beta_t$.
 # The more doubt is left, the larger it is.
 
-# %%
+# %% slide=["# Its mean is known, and its variance depends on the doubt", "$$\\begin{aligned}\\mathbb E[x_{t-1}\\mid x_t]&=\\tilde\\mu_t\\bigl(x_t,\\mathbb E[x_0\\mid x_t]\\bigr)\\\\\\operatorname{Var}(x_{t-1}\\mid x_t)&=\\tilde\\beta_t+w_t^2\\operatorname{Var}(x_0\\mid x_t)\\end{aligned} \\tag{1.21}$$", "- no doubt about $x_0$: fixed small, $\\tilde\\beta_t$", "- data from $\\mathcal N(0,I)$: fixed large, $\\beta_t$", "- images lie in between, and a network may choose"]
 beta, kept_before = torch.tensor(0.2), torch.tensor(0.6)
 kept = (1 - beta) * kept_before
 back, clean = torch.linspace(-4, 4, 2001)[:, None], torch.linspace(-2, 2, 2001)  # x_{t-1}, x_0
@@ -879,7 +879,7 @@ x_t = angle.cos() * x_0 + angle.sin() * eps
 converted = torch.cat([x_0_from_eps(x_t, kept, eps), eps_from_x_0(x_t, kept, x_0)])
 verify("1.22", converted, torch.cat([x_0, eps]), atol=1e-8)
 
-# %%
+# %% slide=["# Noise and clean data say the same", "(1.22)", "So a network may predict either. With the noise, the posterior's mean becomes", "(1.23)"]
 beta, kept_before = torch.tensor(0.2), torch.tensor(0.6)
 kept = (1 - beta) * kept_before
 x_t, eps = torch.randn(2, 32, 2, generator=generator)
@@ -988,7 +988,7 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
     return 0.5 * (log_variance_2 - log_variance_1 + variance_ratio + scaled_distance - 1)
 
 
-# %%
+# %% slide=["# Why this loss? It bounds how likely the data are", "$$\\begin{aligned}-\\log p(x_0)\\ \\le\\ &\\mathrm{KL}\\bigl(q(x_T\\mid x_0)\\,\\|\\,p(x_T)\\bigr)\\\\&+\\sum_{t=2}^T\\mathbb E_q\\,\\mathrm{KL}\\bigl(q(x_{t-1}\\mid x_t,x_0)\\,\\|\\,p(x_{t-1}\\mid x_t)\\bigr)\\\\&-\\mathbb E_q\\log p(x_0\\mid x_1)\\end{aligned} \\tag{1.28}$$", "Each term compares one step of the model with one known posterior: each can be trained by itself."]
 mean_1, mean_2, log_variance_1, log_variance_2 = torch.randn(4, 100, generator=generator)
 first = torch.distributions.Normal(mean_1, (log_variance_1 / 2).exp())
 second = torch.distributions.Normal(mean_2, (log_variance_2 / 2).exp())
@@ -1536,7 +1536,7 @@ def simple_loss(denoiser, x_0, t, noise, alpha_bar, target):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# The simple loss drops the weight", "Between normals of the same variance, only the means count:", "$$L_{t-1}=\\mathbb E\\!\\left[\\frac{\\beta_t^2}{2\\sigma_t^2\\,\\alpha_t\\,(1-\\bar\\alpha_t)}\\,\\|\\epsilon-\\epsilon_\\theta(x_t,t)\\|^2\\right]+\\dots \\tag{1.33}$$", "(1.34)", "# The training loss, all of it", "[code simple_loss]", "? A fresh network returns zeros. What is its loss?", "1, the variance of the noise. A curve that begins there says nothing yet."]
 check("ddpm.simple_loss", simple_loss)
 
 # %% [markdown]
@@ -1665,7 +1665,7 @@ verify("1.33", divergence, weight * (error**2).sum(dim=1), atol=1e-10)
 # %% [markdown]
 # How differently do the two losses weigh the steps?
 
-# %% tags=["draw"]
+# %% slide=["# The bound cares most about steps that hardly show", "[picture]", "Its weight falls steeply; the simple loss gives the noisy steps, which decide what is drawn, more attention."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
 beta, kept = diffusion.betas[1:], diffusion.alpha_bar[1:]
 axis.semilogy(range(1, 200), beta**2 / (2 * diffusion.posterior_variance[1:] * (1 - beta) * (1 - kept)))
@@ -1738,7 +1738,7 @@ def ancestral_update(mean, log_variance, noise, t):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# DDPM draws each step from the model's normal", "$$x_{t-1}=\\mu_\\theta(x_t,t)+\\sigma_t z,\\qquad z\\sim\\mathcal N(0,I) \\tag{1.37}$$", "[code ancestral_update]", "The last step adds no noise: $x_0$ is the answer."]
 check("ddpm.ancestral_update", ancestral_update)
 
 # %% [markdown] tags=["core"]
@@ -1795,14 +1795,14 @@ def ddim_update(x_0, eps, alpha_bar, alpha_bar_prev, eta, noise):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# DDIM keeps a part of the predicted noise", "Training used nothing but $q(x_t\\mid x_0)$. Another process with the same marginals may use the same network:", "$$x_{t-1}=\\sqrt{\\bar\\alpha_{t-1}}\\,\\hat x_0+\\sqrt{1-\\bar\\alpha_{t-1}-\\sigma_t^2}\\;\\hat\\epsilon+\\sigma_t z \\tag{1.38}$$", "$\\sigma_t=\\eta\\sqrt{\\tilde\\beta_t}$: at $\\eta=1$ it is DDPM, at $\\eta=0$ nothing random is left."]
 check("ddpm.ddim_update", ddim_update)
 
 
 # %% [markdown]
 # All of it in two boxes:
 
-# %% tags=["draw"]
+# %% slide=["# All of it in two boxes", "[picture]", "Training asks for the noise of a random step; sampling goes through all steps, from the last to the first."] tags=["draw"]
 training = [
     "Training",
     "repeat:",
@@ -1929,7 +1929,7 @@ def reverse_chain(step, x_T, num_steps, noise_at):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# The way back is a loop", "[code reverse_chain]", "Whatever bends the denoiser happens inside of `step`. A sampler knows nothing of guidance."]
 check("ddpm.reverse_chain", reverse_chain)
 
 # %% [markdown]
@@ -2025,7 +2025,7 @@ verify("1.39", by_ddim, by_ddpm, atol=1e-10)
 # $\mathcal N(0,I)$ into the data's distribution (Song et al. 2021, section 4.3). What DDIM gets wrong is Euler's error, which
 # shrinks with the steps. Chapter 10 puts better solvers in its place.
 
-# %%
+# %% slide=["# Without fresh noise, a step is Euler's", "On the scale of the data, $\\bar x_t=x_t/\\sqrt{\\bar\\alpha_t}$ and $\\sigma_t=\\sqrt{(1-\\bar\\alpha_t)/\\bar\\alpha_t}$:", "(1.40)", "DDIM solves a differential equation. What it gets wrong shrinks with the steps."]
 by_ddim = ddim_step(diffusion, lambda x_t, t: eps, x_t, t, None)
 now = diffusion.at(t, x_t)
 sigma, sigma_prev = ((1 - kept).sqrt() / kept.sqrt() for kept in (now.alpha_bar, now.alpha_bar_prev))
@@ -2121,7 +2121,7 @@ for variance in ("fixed_small", "fixed_large"):
     x_0 = sample(diffusion, exact_denoiser(mixture, diffusion), (4000, 2), generator=source, progress=False)
     results[variance] = spreads(x_0)
 
-# %% tags=["draw"]
+# %% slide=["# The variance shows in the width of the clusters", "[picture]", "The shares are right. Fixed small comes out too narrow, fixed large a little too wide."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 rows = {"exact": (mixture.weights, mixture.stds), **results}
 for offset, (name, values), colour in zip((-0.25, 0, 0.25), rows.items(), ("lightgrey", *colours)):
@@ -2151,7 +2151,7 @@ assert ((shares_large - mixture.weights).abs() < 4 * standard_error).all()
 # then from six starting points:
 
 
-# %%
+# %% slide=["# DDPM is decided on the way, DDIM at the start", "[picture]", "One start leads DDPM to several clusters. Under DDIM, runs from one point are one run."]
 coarse = Diffusion(linear_betas(30))
 denoiser = exact_denoiser(mixture, coarse)
 
@@ -2282,7 +2282,7 @@ class Diffusion(Diffusion):
         return respaced
 
 
-# %%
+# %% slide=["# Fewer steps: keep some, with their $\\bar\\alpha$", "$$\\beta'_i=1-\\frac{\\bar\\alpha_{S_i}}{\\bar\\alpha_{S_{i-1}}}\\quad\\Longrightarrow\\quad\\prod_{j\\le i}(1-\\beta'_j)=\\bar\\alpha_{S_i} \\tag{1.43}$$", "The network must still be told the *original* step $S_i$: that is what it has learned."]
 long = Diffusion(cosine_betas(1000))
 short = long.respace(50)
 verify("1.43", short.alpha_bar, long.alpha_bar[short.steps], atol=1e-12)
@@ -2346,7 +2346,7 @@ check_answer(
     hint="For ten steps, is a step back near a normal distribution at all?",
 )
 
-# %% tags=["draw"]
+# %% slide=["# With few steps, DDIM is ahead", "? Which of the three is nearest to the data after ten steps?", "[picture]", "A long step back is far from normal, whatever its variance; Euler's error is the smaller one."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for (name, marker), colour in zip(zip(samplers, "os^"), colours):
     axis.loglog(
@@ -2434,7 +2434,7 @@ def training_step(optimizer, loss_of, x_0, t, noise):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A training step has four lines, and an order", "[code training_step]", "? What happens without the first line?", "Gradients add up over the steps, and training runs away."]
 check("ddpm.training_step", training_step)
 
 # %%
@@ -2472,7 +2472,7 @@ print(
 )
 assert learned_error < 1.05 * exact_error
 
-# %% tags=["draw"]
+# %% slide=["# A network comes close, but not everywhere", "[picture]", "Its error is largest at the first steps, where the noise is about as wide as a cluster."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 smooth = np.convolve(losses, np.ones(50) / 50, mode="valid")
 axes[0].plot(smooth)
@@ -2549,7 +2549,7 @@ print(
 )
 assert strays["exact"] < 0.025 and 0.03 < strays["network"] < 0.2
 
-# %% tags=["draw"]
+# %% slide=["# Where it is wrong, samples stray", "[picture]", "Grey: where 99 % of the data lie. The network turns too softly between clusters, and leaves samples there."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
 across = torch.linspace(-1.4, 1.4, 141)
 heights = mixture.log_prob(torch.cartesian_prod(across, across)).reshape(141, 141).T
@@ -2801,7 +2801,7 @@ angle = torch.rand(32, 1, generator=torch.Generator().manual_seed(25)) * math.pi
 kept = angle.cos() ** 2
 x_t = q_sample(x_0, kept, eps)
 
-# %%
+# %% slide=["# The velocity is a target without a bad end", "Noise is a poor target at high noise, data at low noise: errors are divided by a number near 0.", "$$v=\\sqrt{\\bar\\alpha_t}\\,\\epsilon-\\sqrt{1-\\bar\\alpha_t}\\,x_0 \\tag{1.44}$$", "$$x_0=\\sqrt{\\bar\\alpha_t}\\,x_t-\\sqrt{1-\\bar\\alpha_t}\\,v,\\qquad\\epsilon=\\sqrt{1-\\bar\\alpha_t}\\,x_t+\\sqrt{\\bar\\alpha_t}\\,v \\tag{1.45}$$"]
 _, derivative = torch.autograd.functional.jvp(
     lambda angle: angle.cos() * x_0 + angle.sin() * eps, angle, torch.ones_like(angle)
 )
@@ -2811,7 +2811,7 @@ verify(
     "1.45", torch.cat([x_0_from_v(x_t, kept, v), eps_from_v(x_t, kept, v)]), torch.cat([x_0, eps]), atol=1e-12
 )
 
-# %% tags=["draw"]
+# %% slide=["# It is the tangent of the way from data to noise", "[picture]", "$x_t$ turns from the data point to the noise, along a quarter of an ellipse."] tags=["draw"]
 phi = np.linspace(0, np.pi / 2, 100)
 start, end, at = np.array([1.0, 0.2]), np.array([-0.3, 1.1]), np.pi / 5
 path = np.outer(np.cos(phi), start) + np.outer(np.sin(phi), end)
@@ -2839,6 +2839,27 @@ show(figure, "A quarter of an ellipse from x_0 to eps, with x_t on it and the ve
 verify("1.32", *bayes_on_outputs("v"), atol=1e-8)
 
 # %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# The finished functions have drawn all the pictures above. Now let yours draw. Save this notebook, call `make mine` in
+# a terminal (in JupyterLab: *File, New, Terminal*), and run the next cell. `make mine` checks what you have solved, and
+# builds a copy of the package in which each function that passes is yours. The cell runs on that copy, in a process of
+# its own, and says which of your functions were called in it, and how often. Where an exercise is open or wrong, the
+# course's function stands in, so that the picture is right in any case. `make milestones` draws those of all chapters,
+# on one page.
+#
+# Here your loss and your training step teach a small network, and your samplers draw: from it, and from the exact
+# denoiser.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "milestone ddpm",
+    alt="Three clusters of points: of the data, by the exact denoiser, and, with some points between them, by the network; and the loss of the network, which falls.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide begins sampling with $x_T\sim\mathcal N(0,I)$ and goes from $t=T$ to 1, with a mean $\mu_\theta(x_t)$ and a
@@ -2861,7 +2882,7 @@ verify("1.32", *bayes_on_outputs("v"), atol=1e-8)
 # Chapter 02 puts a U-Net in the place of the small network, and images in the place of points. What you have solved so
 # far, in all chapters:
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# What to remember", "- Any step at once: $x_t=\\sqrt{\\bar\\alpha_t}\\,x_0+\\sqrt{1-\\bar\\alpha_t}\\,\\epsilon$.", "- A squared error teaches an expectation, and the expected noise is the score.", "- A model's step is the posterior, with $\\hat x_0$ in the place of $x_0$.", "- The bound is a sum over steps; the simple loss drops its weights.", "- DDPM and DDIM use the same network."] tags=["nbval-ignore-output"]
 progress()
 
 # %% [markdown]

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# What you can do afterwards", "- say what each piece of a diffusion U-Net is there for", "- train a DDPM on images, and know what its loss means", "- look into a denoiser: what it expects, what its skips carry, where it looks", "- choose sampler and number of steps by quality against time"]
 # # 02 The U-Net: a denoiser for images
 #
 # [Previous: 01 DDPM](01_ddpm.ipynb) · [Next: 03 Classifier guidance](03_classifier_guidance.ipynb)
@@ -84,7 +84,7 @@ from lecture26.kit.validation import check_positive_int, check_shape
 #
 # A U-Net that was trained on 200,000 small pictures of shapes, and a sampler of chapter 01:
 
-# %%
+# %% slide=["# What this chapter reaches: pictures out of noise", "[picture]", "Samples of the course's own U-Net, none left out: which of them would you not know how to name?"]
 trained, trained_diffusion = load_model("ddpm_shapes32"), load_diffusion("ddpm_shapes32")
 x_T = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 first_drawn = sample(trained_diffusion.respace(50), trained, x_T.shape, ddim_step, x_T=x_T)
@@ -125,7 +125,7 @@ show_table(
 # The pictures are *Shapes*, made by code: one object on a background, 32 pixels wide. This is how chapter 01's forward
 # process takes three of them apart:
 
-# %%
+# %% slide=["# Noise takes the detail first, and the colour last", "[picture]", "At $t=100$ the outline is in doubt; at $t=500$ only colour and rough place can be made out."]
 images = load("shapes")
 diffusion = Diffusion(cosine_betas(1000), prediction="v", clip=True)
 three_images = images.batch([23, 33, 26])["image"]  # (3, 3, 32, 32)
@@ -161,14 +161,14 @@ show(figure, "Three pictures of coloured shapes, each in seven columns from clea
 # linear map, act on each unit vector; then the covariance is $AA^\top$. (Proofs want more digits than training does:
 # they compute in double precision.)
 
-# %%
+# %% slide=["# A network for this has four things to do", "- *Keep the size*: a pixel out for each pixel in.", "- *See detail*: at small $t$ all hinges on an edge.", "- *See the whole*: at large $t$ one pixel says nothing.", "- *Know the step*: how far to trust a pixel.", "? Two of them pull in opposite directions. Which?", "# Averages are less noisy", "The mean of $p\\times p$ pixels: the picture stays, white noise becomes $p$ times weaker.", "(2.1)"]
 exact = {"dtype": torch.float64}
 p, side = 2, 6
 unit_images = torch.eye(side**2, **exact).reshape(-1, 1, side, side)  # (36, 1, 6, 6)
 A = F.avg_pool2d(unit_images, p).flatten(1).T  # (9, 36)
 verify("2.1", A @ A.T, torch.eye(9, **exact) / p**2, atol=1e-12)
 
-# %% tags=["draw"]
+# %% slide=["# Coarser is less noisy, and has no outline", "[picture]", "A U-Net works at all of these resolutions, and hands across what was there on the way down."] tags=["draw"]
 pooled = [F.avg_pool2d(noisy[:, 3], p) for p in (1, 2, 4, 8)]
 rows = [F.interpolate(picture, size=32) for picture in pooled]  # shown at one size
 figure = show_grid(
@@ -198,7 +198,7 @@ show(figure, "Three noisy pictures at four resolutions: the coarser, the less no
 #
 # For three frequencies:
 
-# %%
+# %% slide=["# The step goes in as waves", "? Why not just the number $t$, or $t/1000$?", "One would swamp everything else, with the other, neighbours look the same. So write it with fast and slow digits:", "$$e(t)=\\bigl(\\cos\\omega_0t,\\dots,\\cos\\omega_{d/2-1}t,\\ \\sin\\omega_0t,\\dots\\bigr),\\quad\\omega_k=P^{-k/(d/2)} \\tag{2.2}$$"]
 omega = torch.tensor([1.0, 0.1, 0.01])
 rows = [[t, *(f"{value:.2f}" for value in (t * omega).cos().tolist())] for t in (0, 1, 10, 100)]
 show_table(rows, columns=["$t$", r"$\cos t$", r"$\cos 0.1\,t$", r"$\cos 0.01\,t$"])
@@ -260,7 +260,7 @@ check("unet.timestep_embedding", timestep_embedding)
 # To check (2.3), read each pair as one complex number $e^{i\omega_kt}$: a rotation is a multiplication by
 # $e^{i\omega_ks}$.
 
-# %%
+# %% slide=["# A shift in time is a rotation", "$$\\begin{pmatrix}\\cos\\omega(t+s)\\\\ \\sin\\omega(t+s)\\end{pmatrix}=\\begin{pmatrix}\\cos\\omega s&-\\sin\\omega s\\\\ \\sin\\omega s&\\cos\\omega s\\end{pmatrix}\\begin{pmatrix}\\cos\\omega t\\\\ \\sin\\omega t\\end{pmatrix} \\tag{2.3}$$", "So a linear layer can compute 'fifty steps earlier'. And likeness depends on the distance alone:", "(2.4)"]
 t, shift = torch.arange(0.0, 1000.0, 7.0, **exact), 50.0
 omega = 10_000.0 ** (-torch.arange(32, **exact) / 32)
 
@@ -279,7 +279,7 @@ embedding = timestep_embedding(t, 64)
 distance = t[:, None] - t  # (143, 143)
 verify("2.4", embedding @ embedding.T, (omega * distance[:, :, None]).cos().sum(dim=-1), atol=1e-10)
 
-# %% tags=["draw"]
+# %% slide=["# Neighbouring steps are alike, whatever the step", "[picture]", "Left: fast and slow waves. Right: how alike other steps are to 200 and 700, one curve at two places."] tags=["draw"]
 every_step = timestep_embedding(torch.arange(1000), 64)  # (1000, 64)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[3, 2], layout="constrained")
 axes[0].imshow(every_step.T, aspect="auto", interpolation="nearest")
@@ -379,7 +379,7 @@ print(f"rows of the two tables: {len(shape_table.weight)} and {len(colour_table.
 # each, the embedding in between, and a path around it all.
 
 
-# %%
+# %% slide=["# The residual block: two convolutions, and a way around", "[picture]", "Above the path around; below, the step comes in, by two numbers for each channel."]
 def draw_boxes(axis, boxes, width=1.5, height=0.7):
     """Draw named boxes: {text: (x, y, colour)}, each centred at its place."""
     for text, (x, y, colour) in boxes.items():
@@ -442,7 +442,7 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, max(channels // 8, 1), channels), channels)
 
 
-# %%
+# %% slide=["# Each image is normalised by itself", "? Why not batch normalisation?", "A batch mixes nearly clean images with pure noise; in sampling all are at one step.", "$$\\mathrm{GN}(h)_{bcij}=\\gamma_c\\,\\frac{h_{bcij}-\\mu_{bg}}{\\sqrt{\\sigma^2_{bg}+10^{-5}}}+\\delta_c \\tag{2.5}$$"]
 torch.manual_seed(0)
 h = 3 + 2 * torch.randn(4, 64, 6, 6, **exact)
 norm = group_norm(64).double()
@@ -468,7 +468,7 @@ assert torch.equal(norm(h)[:1], norm(h[:1]))  # the other images of the batch do
 # of 0 leaves it as it is at $t=10$. A large negative shift turns it off as well, by way of the SiLU that follows.
 
 
-# %% tags=["export"]
+# %% slide=["# The step acts by scale and shift", "Normalised maps have forgotten how noisy the image was. The embedding says it again:", "(2.6)", "A channel for fine edges is of no use at $t=999$: a scale of $-1$ turns it off."] tags=["export"]
 def scale_shift(h, scale, shift):
     """Let scale and shift (B, C) act on each channel of h (B, C, H, W): h (1 + scale) + shift.
 
@@ -520,7 +520,7 @@ def residual_block(x, embedding, norm_in, conv_in, to_scale_shift, norm_out, con
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# The block in five lines", "[code residual_block]"]
 check("unet.residual_block", residual_block)
 
 # %% [markdown]
@@ -570,7 +570,7 @@ class ResidualBlock(nn.Module):
 # %% [markdown]
 # First what holds at the start, with the derivative of all outputs by all inputs:
 
-# %%
+# %% slide=["# Branches end in zeros, so training begins with the identity", "(2.8)", "? Does a layer of zeros ever get away from zero?", "Yes: its gradient is its *input* times the gradient at its output. Only the layers before it wait one step."]
 torch.manual_seed(0)
 new_block = ResidualBlock(8, 8, embedding_dim=16).double()
 x, e = torch.randn(1, 8, 2, 2, **exact), torch.randn(1, 16, **exact)
@@ -626,7 +626,7 @@ verify("2.7", block(x, e), F.conv2d(x, weights["skip.weight"], weights["skip.bia
 # *value* $v$ ('what do I say?'). A query is compared with all keys by inner products; the softmax turns these scores into
 # weights that add up to 1; the answer is the mean of the values under these weights. Three tokens in numbers:
 
-# %%
+# %% slide=["# Attention: every pixel asks all others", "- query: what do I look for?", "- key: what am I?", "- value: what do I say?", "[table]"]
 q = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
 k = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
 v = torch.tensor([[10.0], [20.0], [60.0]])
@@ -653,7 +653,7 @@ show_table(rows, columns=["query", "weight of key 1", "key 2", "key 3", "answer"
 # Without the root, the softmax of long vectors would pick a single key, and pass on next to no gradient. For the check all
 # combinations of entries $\pm1$ stand in for random vectors:
 
-# %%
+# %% slide=["# Weights that add up to 1, from inner products", "$$\\mathrm{attention}(Q,K,V)=\\mathrm{softmax}\\!\\left(\\frac{QK^\\top}{\\sqrt d}\\right)V \\tag{2.9}$$", "[code attention]", "# Why the root of $d$?", "$d$ products of mean 0 and variance 1:", "(2.10)", "Without the root, the softmax of long vectors picks a single key, and passes on next to no gradient."]
 d = 4
 signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], **exact)] * d)  # (16, 4)
 verify("2.10", (signs @ signs.T).var(correction=0), float(d), atol=1e-12)
@@ -737,7 +737,7 @@ def self_attention(x, norm, qkv, project, heads):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# The layer: pixels become tokens, and again pixels", "[code self_attention: tokens .. return]", "A wrong order of axes raises no error. Write the shapes down."]
 check("unet.self_attention", self_attention)
 
 
@@ -798,7 +798,7 @@ verify("2.11", layer(x), x + mixed.transpose(1, 2).reshape(2, 64, 4, 4), atol=1e
 # because $P$ reorders rows and columns of the scores, and each row's softmax and sum do not mind the order. Where things
 # are is known to the convolutions around it, which feel the border of the image, beyond which there are zeros.
 
-# %%
+# %% slide=["# Attention does not know where a pixel is", "? Shuffle all pixels. What happens to the answers?", "(2.12)", "They come shuffled, and are otherwise the same. The convolutions around it know places, from the border."]
 q, k, v = torch.randn(3, 16, 8, **exact)
 P = torch.eye(16, **exact)[torch.randperm(16)]
 verify("2.12", attention(P @ q, P @ k, P @ v), P @ attention(q, k, v), atol=1e-12)
@@ -831,7 +831,7 @@ counted = [
 costs = torch.tensor([2 * N**2 * C + 4 * N * C**2, 9 * N * C**2])
 verify("2.13", torch.tensor(counted), costs, atol=0)
 
-# %%
+# %% slide=["# It is for coarse levels: its price is quadratic", "$$\\text{attention: }2N^2C+4NC^2,\\qquad 3\\times3\\text{ convolution: }9NC^2 \\tag{2.13}$$", "[table]"]
 C = 64
 rows = [
     [f"{side} × {side}", *(f"{cost / 1e6:.1f}" for cost in (2 * N**2 * C, 4 * N * C**2, 9 * N * C**2))]
@@ -863,7 +863,7 @@ coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
 energies = torch.stack([part.square().sum(dim=(1, 2, 3)) for part in (coarse, x - coarse)])  # (2, 5)
 verify("2.14", energies.sum(dim=0), x.square().sum(dim=(1, 2, 3)), atol=1e-10)
 
-# %% tags=["draw"]
+# %% slide=["# Skips carry what coarseness loses", "[picture]", "Two images, what is left of them at 8 pixels, and the rest: it has the edges."] tags=["draw"]
 picture = three_images[:2]
 coarse_picture = F.interpolate(F.avg_pool2d(picture, 4), scale_factor=4, mode="nearest")
 shown = torch.stack([picture, coarse_picture, picture - coarse_picture], dim=1).flatten(0, 1)
@@ -1001,7 +1001,7 @@ print("kept on the way down:", [tuple(feature_map.shape[1:]) for feature_map in 
 # the first convolution, and unfold it after the last: nothing is lost, and there are $p^2$ times fewer places to compute
 # at. (Vision transformers do it too, chapter 08.) In numbers:
 
-# %%
+# %% slide=["# Patches: fold pixels into channels", "[output]", "Nothing is lost, and there are four times fewer places to compute at."]
 numbers = torch.arange(16).reshape(1, 1, 4, 4)
 print(numbers[0, 0])
 print("its 2 x 2 patches, each as one column:")
@@ -1083,7 +1083,7 @@ assert torch.equal(unpatchify(patchify(x, p), p), x)
 #
 # This is how the pieces fit together:
 
-# %% tags=["draw"]
+# %% slide=["# The whole U-Net", "[picture]", "Down three levels, through the middle, up again; dashed: the skips; red: the embedding, which goes to every block."] tags=["draw"]
 grey = "lightgrey"
 top = {
     "picture $x_t$\n32×32, 3": (0, 3, grey),
@@ -1158,7 +1158,7 @@ def unet_forward(h, embedding, cond, down, middle, up):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Down, through, and up, in code", "[code unet_forward]"]
 check("unet.unet_forward", unet_forward)
 
 # %% [markdown]
@@ -1321,7 +1321,7 @@ show_table([*rows, ["all", f"{total:,}", "100%"]], columns=["part, or kind of la
 #
 # The check runs over all combinations of some pixel values and a two-valued noise $\pm1$.
 
-# %%
+# %% slide=["# The first loss can be known beforehand", "The network begins at zero, so its loss is the mean square of the target:", "(2.16)", "A training that starts elsewhere has a mistake in its first line."]
 pixels = torch.tensor([-0.9, -0.2, 0.3, 1.0], **exact)[:, None]
 two_noises = torch.tensor([-1.0, 1.0], **exact)
 kept = torch.linspace(0.1, 0.9, 5, **exact)[:, None, None]
@@ -1375,7 +1375,7 @@ def ema_update(average, parameter, decay):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Weights jitter, so average them", "(2.17)", "? A decay of $0.999$: over how many steps does it average?", "About a thousand: $1/(1-d)$."]
 check("unet.ema_update", ema_update)
 
 # %% [markdown]
@@ -1394,7 +1394,7 @@ for _ in range(600):
         averages[decay] = ema_update(averages[decay], jittering, decay)
         lines[f"decay {decay}"].append(averages[decay][0])
 
-# %% tags=["draw"]
+# %% slide=["# Calm or up to date: the decay decides", "[picture]", "Decay 0.9 still jitters; decay 0.99 is calm, but remembers the start for hundreds of steps."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
 for (name, line), colour in zip(lines.items(), ("lightgrey", *colours)):
     axis.plot(line, color=colour, label=name)
@@ -1590,7 +1590,7 @@ for step in progress_bar(range(400), "training"):
         unseen_losses["as they stand"].append(unseen_loss(digit_network))
         unseen_losses["averaged"].append(unseen_loss(digit_ema.model))
 
-# %% tags=["draw"]
+# %% slide=["# The averaged weights are the better ones", "[picture]", "Digits, half a minute of training: the loss falls from its predicted start, and the averaged weights lie below."] tags=["draw"]
 kept = diffusion.alpha_bar[unseen_t].float()[:, None, None, None]
 start_loss = (kept + (1 - kept) * unseen_digits.square()).mean().item()  # (2.16)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
@@ -1623,7 +1623,7 @@ assert late["averaged"] < min(start_loss / 3, late["as they stand"])
 # %% [markdown]
 # What can it draw, after half a minute of training? The same noise, through both sets of weights:
 
-# %%
+# %% slide=["# Half a minute draws strokes, and some digits", "[picture]", "Real digits, and the same noise through both sets of weights: with DDIM the noise decides."]
 x_T = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(5))
 short = diffusion.respace(50)
 drawn = [
@@ -1654,7 +1654,7 @@ show(
 # A network trained on squared errors answers with an *expectation* (chapter 01). For images that can be seen. What does it
 # take for $x_0$, from $x_t$ alone?
 
-# %%
+# %% slide=["# A denoiser answers with an expectation", "[picture]", "At much noise many pictures could be meant, and their mean is a blur: one step cannot draw."]
 unseen_shapes = load("shapes", "validation").batch(range(64))["image"]
 unseen_steps = (50, 200, 400, 600, 700, 800, 900, 999)
 generator = torch.Generator().manual_seed(0)
@@ -1723,7 +1723,7 @@ errors = {name: (picture - four).square().mean().item() for name, picture in col
 #
 # </details>
 
-# %%
+# %% slide=["# The finest skips carry the noise", "? Which skips hold the noise, which the objects, and which would not be missed?", "[picture]", "Without the finest the noise stays, without those in the middle objects smear, the coarsest say little."]
 figure = show_grid(
     torch.stack(list(columns.values()), dim=1).flatten(0, 1),
     columns=6,
@@ -1745,7 +1745,7 @@ assert coarsest < 3 * whole and min(middle_level, finest) > 6 * whole
 #
 # Step by step, on unseen images:
 
-# %% tags=["draw"]
+# %% slide=["# A loss is not to be judged by its distance from 0", "[picture]", "At both ends the velocity asks for what can hardly be known."] tags=["draw"]
 steps = [0, 10, 30, 60, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 999]
 same_noise = noise_like(unseen_shapes, torch.Generator().manual_seed(1))
 with torch.no_grad():
@@ -1784,7 +1784,7 @@ with torch.no_grad():
     trained(x_t, t)
 hook.remove()
 
-# %% tags=["draw"]
+# %% slide=["# Attention has found the object", "[picture]", "Bright is where the marked pixel looks: from the object to the object, from the corner to the ground."] tags=["draw"]
 tokens = layer.norm(seen[0]).flatten(2).transpose(1, 2)  # (3, 64, C)
 q, k, _ = layer.qkv(tokens).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
 looks_at = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)  # (3, 64, 64)
@@ -1862,7 +1862,7 @@ show_table(
     ],
 )
 
-# %% tags=["draw"]
+# %% slide=["# Fifty steps do", "[picture]", "More steps bring little: what is illegible after fifty is the network's part, not the sampler's."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[3, 2], layout="constrained")
 for sampler, marker, colour in zip(("ddpm", "ddim"), "os", colours):
     own = [run for (_, name), run in runs.items() if name == sampler]
@@ -1935,7 +1935,7 @@ for (count, sampler), few_images in small.items():
     print(f"{sampler}, {count} steps: as stored, to 10 %: {abs(ratio - 1) < 0.1}")
     assert abs(ratio - 1) < 0.1
 
-# %%
+# %% slide=["# DDIM keeps its picture with few steps", "[picture]", "The same starting points in each row: with 10 steps DDIM draws much the same as with 50."]
 rows = {f"{sampler.upper()}, {count}": few_images[:8] for (count, sampler), few_images in small.items()}
 figure = show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches_per_image=1.0)
 show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 steps.")
@@ -2017,7 +2017,7 @@ for variance in ("fixed_small", "fixed_large"):
     terms = bits[variance, "the network"]
     assert png < terms.sum() < 8 and terms[:3].sum() > 0.5 * terms.sum()
 
-# %% tags=["draw"]
+# %% slide=["# Good samples and short codes are different virtues", "[picture]", "Most bits are paid in the steps with the least noise, for details that nobody sees."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
 for (variance, who), terms in bits.items():
     style = {"color": colours[variance == "fixed_large"], "linestyle": "-" if who == "the network" else ":"}
@@ -2091,6 +2091,22 @@ print(sorted(file.name for file in Path(workshop.name, "checkpoints").iterdir())
 workshop.cleanup()
 
 # %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. The long-trained weights go through your
+# blocks, your attention and your way down and up, and the sampler of chapter 01, which may be yours as well, draws
+# images from them.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "sample --model ddpm_shapes32 --count 16",
+    alt="Sixteen images, most of which show one object in one colour on a plain or patterned background.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # Of the network, the slides say one line, under latent diffusion: 'applies U-Net denoising in latent space'. For the last
@@ -2114,7 +2130,7 @@ workshop.cleanup()
 # [Chapter 03](03_classifier_guidance.ipynb) takes the long-trained network as it is, and makes it draw what is asked for.
 # What you have solved so far, in all chapters:
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# What to remember", "- A U-Net sees detail and the whole: coarser is less noisy, and skips carry what it loses.", "- The step goes in as waves, and acts by scale and shift.", "- Branches end in zeros, so the first loss is known.", "- Attention mixes all pixels, at a quadratic price.", "- What the network says is an expectation."] tags=["nbval-ignore-output"]
 progress()
 
 # %% [markdown]

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Steer a finished model, without training it again", "A finished network draws whatever it likes. You want a red star.", "? What else could say where a red star is?", "A classifier. Its gradient says which change of the picture makes it more of a red star.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both of its forms", "- wrap a denoiser, so that every sampler takes it as it is", "- say what a scale above 1 does, and what it does not do", "- train a classifier that reads noise, and say why a clean one fails", "- choose a scale by accuracy, variety, distance and cost"]
 # # 03 Classifier guidance: steering a finished model
 #
 # Chapter 02's network draws whatever it likes. Suppose you want a red star, and do not want to train it again. You
@@ -22,7 +22,8 @@
 # - choose a scale by accuracy, variety, distance and cost.
 #
 # **What it needs**: chapter 01 (scores, `add_score`, both samplers, the Gaussian mixture) and chapter 02 (the blocks
-# and the trained network). **What it takes**: one to two minutes on two cores. All data are embedded.
+# and the trained network). **What it takes**: one to two minutes on two cores. All data are embedded. Sections marked
+# *(at a second reading)* can wait.
 
 # %%
 import matplotlib.pyplot as plt
@@ -77,14 +78,14 @@ from lecture26.unet import (
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Bayes' rule on scores
 #
 # Take chapter 01's mixture of three normals, and let the component be the **class** $y$. Everything is known about
 # it: the density of the noisy points $q(x_t)$, that of each class $q(x_t\mid y)$, and, by Bayes' rule, the
 # probability that a noisy point belongs to a class.
 
-# %%
+# %% slide=["# Bayes' rule, in logarithms", "$$q(x_t\\mid y)=\\frac{q(y\\mid x_t)\\,q(x_t)}{q(y)}$$", "? Take the logarithm, then the gradient in $x_t$. Which term is gone?", "(3.1)", "Nothing is approximated. But the classifier must read *noisy* pictures."]
 mixture = GaussianMixture(
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )
@@ -142,7 +143,7 @@ probabilities = mixture.responsibilities(x_t, levels)  # (64, 3)
 average = (probabilities[:, :, None] * class_scores).sum(dim=1)  # (64, 2)
 verify("3.2", gradient, class_scores[:, y] - average, atol=1e-9)
 
-# %%
+# %% slide=["# Guidance gives to one class what it takes from others", "$$\\nabla\\log q(y\\mid x_t)=\\nabla\\log q(x_t\\mid y)-\\sum_kq(k\\mid x_t)\\,\\nabla\\log q(x_t\\mid k) \\tag{3.2}$$", "From what the average class wants to what class $y$ wants. Zero where $y$ is certain. And over all classes,", "$$\\sum_yq(y\\mid x_t)\\,\\nabla\\log q(y\\mid x_t)=0 \\tag{3.3}$$"]
 total = 0
 for k in range(3):
     log_prob_k = mixture.responsibilities(x_t, levels)[:, k].log()
@@ -153,7 +154,7 @@ verify("3.3", total, torch.zeros(64, 2), atol=1e-9)
 # %% [markdown]
 # As a picture, at one noise level:
 
-# %%
+# %% slide=["# Two fields add up to the one that is wanted", "[picture]", "All classes pull, the classifier pulls to the upper one, and the sum pulls there from everywhere."]
 axis_points = torch.linspace(-1.5, 1.5, 13)
 field = torch.cartesian_prod(axis_points, axis_points)  # (169, 2)
 arrows = {
@@ -213,7 +214,7 @@ def guided_eps(eps, gradient, alpha_bar, scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# For a denoiser it is a shift of the noise", "(3.4)", "[code guided_eps]", "The minus is easily lost: the noise points away from the data."]
 check("classifier_guidance.guided_eps", guided_eps)
 
 # %%
@@ -233,7 +234,7 @@ verify("3.4", guided_eps(eps_u, gradient, alpha_bar, 1.0), eps_c, atol=1e-10)
 # %%
 assert torch.allclose(diffusion.add_score(eps_u, x_t, t, gradient), guided_eps(eps_u, gradient, alpha_bar, 1))
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## From a classifier to its gradient
 #
 # Outside the laboratory, $q(y\mid x_t)$ is a network with parameters $\phi$: it gets $x_t$ and the step and returns
@@ -287,7 +288,7 @@ def selected_log_probs(logits, y):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A log-probability is more than a logit", "(3.5)", "? Why not take the gradient of the logit $\\ell_y$?", "A network can raise all its logits at once, and know nothing."]
 check("classifier_guidance.selected_log_probs", selected_log_probs)
 
 # %% [markdown]
@@ -343,7 +344,7 @@ def log_prob_gradient(classifier, x_t, t, y):
         ### END SOLUTION
 
 
-# %%
+# %% slide=["# One gradient for a whole batch", "[code log_prob_gradient: with torch .. return]", "The sum will do: no image's log-probability depends on another image.", "# Sum, not mean", "? With the mean in the place of the sum, what would change?", "Each gradient would be $B$ times too small: how strong guidance is would depend on the batch.", "(3.6)"]
 check("classifier_guidance.log_prob_gradient", log_prob_gradient)
 
 # %% [markdown]
@@ -377,7 +378,7 @@ together = log_prob_gradient(classifier, x_t, t, y_batch)  # (64, 2)
 one_by_one = [log_prob_gradient(classifier, x_t[[i]], t[[i]], y_batch[[i]]) for i in range(64)]
 verify("3.6", together, torch.cat(one_by_one), atol=1e-12)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A guided denoiser is a denoiser
 #
 # The guidance goes into a function that wraps the denoiser, and what comes out is again a callable of $x_t$ and $t$.
@@ -385,7 +386,7 @@ verify("3.6", together, torch.cat(one_by_one), atol=1e-12)
 # called.
 
 
-# %% tags=["export"]
+# %% slide=["# A guided denoiser is a denoiser", "[code classifier_guided]", "In comes a callable of $x_t$ and $t$, and out comes one. No sampler has to know."] tags=["export"]
 def classifier_guided(denoiser, classifier, y, scale, diffusion):
     """A denoiser whose score is moved along the gradient of a classifier's log-probability.
 
@@ -443,7 +444,7 @@ class_paths = torch.stack([path(step, exact_denoiser(alone, diffusion), x_T) for
 # %%
 verify("3.7", guided_paths, class_paths, atol=1e-8)
 
-# %%
+# %% slide=["# With exact parts, guided paths are those of the class", "[picture]", "The same starts and noise: unguided paths end in all classes, guided ones in one."]
 unguided_paths = torch.stack([path(step, unguided, x_T) for step in steps.values()])
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True, layout="constrained")
 data = mixture.sample(800, torch.Generator().manual_seed(1))[0]
@@ -460,7 +461,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 # %% [markdown]
 # *The same five starting points (dots) and noise, without guidance and with it. Guided paths all end in class 2.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The lecture's form: a shifted mean
 #
 # The lecture, and the first algorithm of the paper, guide in another way. They leave the denoiser alone, and move the
@@ -493,7 +494,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 # The last term does not depend on $x_{t-1}$. So the guided step is normal again, with the same variance and the mean
 # $\mu+s\Sigma g$: the lecture's formula.
 
-# %%
+# %% slide=["# The lecture's form: move the mean", "Bayes' rule on one step: a narrow normal times a classifier.", "$$p(x_{t-1}\\mid x_t,y)\\ \\propto\\ p(x_{t-1}\\mid x_t)\\;q(y\\mid x_{t-1}) \\tag{3.8}$$", "Over so short a distance, $\\log q(y\\mid\\cdot)$ is nearly a straight line:", "$$\\log q(y\\mid x_{t-1})\\approx\\log q(y\\mid\\mu)+(x_{t-1}-\\mu)\\cdot g \\tag{3.9}$$"]
 normal = torch.distributions.Normal
 mean, g = (torch.randn(2, generator=generator) for _ in range(2))
 variance, s = torch.rand(2, generator=generator), 3.0
@@ -527,7 +528,7 @@ def guided_mean(mean, variance, gradient, scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Complete the square: the same variance, a moved mean", "$$\\begin{aligned}&\\log\\mathcal N(x_{t-1};\\,\\mu,\\Sigma)+s\\,(x_{t-1}-\\mu)\\cdot g\\\\&=\\log\\mathcal N(x_{t-1};\\,\\mu+s\\Sigma g,\\,\\Sigma)+\\tfrac{s^2}2\\,g^\\top\\Sigma g\\end{aligned} \\tag{3.10}$$", "[code guided_mean]", "It needs $\\Sigma$, so it is a hook of DDPM's step. DDIM has no $\\Sigma$."]
 check("classifier_guidance.guided_mean", guided_mean)
 
 # %% [markdown]
@@ -559,8 +560,8 @@ def classifier_mean_shift(classifier, y, scale):
     return mean_shift
 
 
-# %% [markdown]
-# ### What is neglected
+# %% [markdown] tags=["optional"]
+# ### What is neglected *(at a second reading)*
 #
 # Two things happened silently. (3.9) asks for the gradient at the *point* $\mu$ and at the *noise level* of $t-1$;
 # the hook takes it at $x_t$ and at $t$, as the authors' own code does, because the classifier can then be asked
@@ -577,7 +578,7 @@ def classifier_mean_shift(classifier, y, scale):
 # Exactly, without Taylor, with the gradient at $x_t$ and $t$; but with $\beta_t/\sqrt{\alpha_t}$ in the place of
 # $\Sigma$.
 
-# %%
+# %% slide=["# The exact shift has another factor", "$$\\mathbb E[x_{t-1}\\mid x_t,y]=\\mathbb E[x_{t-1}\\mid x_t]+\\frac{\\beta_t}{\\sqrt{\\alpha_t}}\\,\\nabla_{x_t}\\log q(y\\mid x_t) \\tag{3.11}$$", "Without Taylor, with the gradient at $x_t$ and $t$. The wrapped denoiser does just this."]
 p = diffusion.p_mean_variance(unguided, x_t, t)
 p_class = diffusion.p_mean_variance(exact_denoiser(alone, diffusion), x_t, t)
 wanted = torch.full((64,), y)
@@ -590,7 +591,7 @@ verify("3.11", p_class.mean, p.mean + beta / (1 - beta).sqrt() * gradient, atol=
 # shift itself, halfway down the chain, for ever finer schedules, $\Sigma$ being the small fixed variance:
 
 
-# %%
+# %% slide=["# Both forms meet as steps get finer", "[output]", "The error of $\\Sigma g$, for the point and level at which $g$ is taken. It falls about as fast as $1/T$."]
 def shift_errors(num_steps, fraction=0.6):
     """Root-mean-square error of four versions of Sigma g, relative to the exact shift."""
     fine = Diffusion(linear_betas(num_steps))
@@ -650,7 +651,7 @@ for name, x_0 in ends.items():
     distance = (x_0 - ends["class alone"]).norm(dim=1).mean()
     print(f"{name:12} mean distance from the class alone: {distance:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## More than Bayes' rule: scales above 1
 #
 # On images, $s=1$ turns out to be weak: the samples often show the class, but far from always. Scales of 3 or 10 give
@@ -676,7 +677,7 @@ for name, x_0 in ends.items():
 # Two overlapping classes on a line show it. First (3.14). Its left side is the score of the tilted density after
 # noising, an integral over a fine grid of $x_0$:
 
-# %%
+# %% slide=["# A scale above 1 does not sample a sharper classifier", "One is tempted to say that it samples", "$$\\tilde q(x_0)\\propto q(x_0)\\,q(y\\mid x_0)^s \\tag{3.13}$$", "But what that would need is", "$$\\nabla\\log\\tilde q(x_t)=\\nabla\\log q(x_t)+\\nabla\\log\\mathbb E\\bigl[q(y\\mid x_0)^s\\mid x_t\\bigr] \\tag{3.14}$$", "Guidance has the power outside of the expectation."]
 line = GaussianMixture([0.5, 0.5], [[-0.4], [0.4]], [0.35, 0.35])
 grid = torch.linspace(-4, 4, 4001)  # x_0
 kept, s = torch.tensor(0.4), 3.0
@@ -725,7 +726,7 @@ for s in (1.0, 3.0, 10.0):
         source = torch.Generator().manual_seed(0)
         drawn[s, name] = sample(on_line, steered, x_T.shape, step, source, x_T, progress=False)
 
-# %%
+# %% slide=["# At large scales it draws what no data are", "[picture]", "Black: the tilted density, which stays where data are. Guidance leaves it behind, DDIM farther than DDPM."]
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharex=True, layout="constrained")
 for axis, s in zip(axes, (1.0, 3.0, 10.0)):
     log_tilted = line.log_prob(grid[:, None]) + s * log_likelihood
@@ -747,7 +748,7 @@ show(
 # 3 and 10 the tilted density (black) stays where there are data of the class; guidance leaves it behind, DDIM farther
 # than DDPM.*
 
-# %%
+# %% slide=["# Why is DDIM worse off?", "? Same field, same number of steps: why does DDIM go farther?", "It adds up every push. DDPM's fresh noise takes samples back to where data are.", "A scale that was tuned for one sampler is not right for another."]
 for s in (1.0, 3.0, 10.0):
     means = [f"{name} {drawn[s, name].mean():.2f}" for name in steps]
     print(f"s = {s:g}: mean of the samples: {', '.join(means)}")
@@ -763,7 +764,7 @@ assert drawn[3.0, "DDIM"].mean() > drawn[3.0, "DDPM"].mean() + 0.05 > 0.6
 # So two warnings. The tilted density is a way of thinking about $s>1$, not what is sampled; and a scale that was
 # tuned for one sampler is not the right one for another.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A classifier for noisy images
 #
 # Back to images, and to single precision. The classifier has to read $x_t$ at every step, from nearly clean images to
@@ -774,8 +775,8 @@ assert drawn[3.0, "DDIM"].mean() > drawn[3.0, "DDPM"].mean() + 0.05 > 0.6
 # %%
 torch.set_default_dtype(torch.float32)
 
-# %% [markdown]
-# ### One question for each label
+# %% [markdown] tags=["optional"]
+# ### One question for each label *(at a second reading)*
 #
 # Averaging over all places would do, but it treats an empty corner like the place where the object is. Attention
 # (2.9) can choose. In place of queries from the image itself, it gets one *learned* query $q_l$ for each label: 'what
@@ -808,7 +809,7 @@ def attention_pool(tokens, queries):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A classifier for noise: the U-Net's way down", "It is told the step. One learned query for each label asks the coarse map:", "$$a_l=\\sum_n\\operatorname{softmax}_n\\!\\left(\\frac{q_l\\cdot h_n}{\\sqrt C}\\right)h_n \\tag{3.15}$$", "? At the start the queries are zero. What is $a_l$ then?", "The mean over all places."]
 check("classifier_guidance.attention_pool", attention_pool)
 
 # %%
@@ -819,8 +820,8 @@ by_torch = F.scaled_dot_product_attention(queries.expand(5, 2, 8), tokens, token
 verify("3.15", attention_pool(tokens, queries), by_torch, atol=1e-12)
 assert torch.allclose(attention_pool(tokens, 0 * queries)[:, 0], tokens.mean(dim=1))
 
-# %% [markdown]
-# ### Two labels at once
+# %% [markdown] tags=["optional"]
+# ### Two labels at once *(at a second reading)*
 #
 # 'A red star' names a shape *and* a colour. One could give the classifier $8\times8=64$ classes. But chapter 00 held
 # eight of the pairs back, and a class that has never been seen is never predicted. So let it answer both questions by
@@ -861,7 +862,7 @@ def joint_logits(first, second):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Two labels, one answer: logits add up", "$$p(\\text{shape},\\text{colour}\\mid x_t)=p(\\text{shape}\\mid x_t)\\;p(\\text{colour}\\mid x_t) \\tag{3.16}$$", "[code joint_logits]", "So pairs that were never seen together can be asked for."]
 check("classifier_guidance.joint_logits", joint_logits)
 
 # %%
@@ -897,8 +898,8 @@ def joint_class(labels, num_classes):
     return joint
 
 
-# %% [markdown]
-# ### The network
+# %% [markdown] tags=["optional"]
+# ### The network *(at a second reading)*
 #
 # First the body: chapter 02's way down, from an image to one coarse feature map. (Chapter 04 will use it for clean
 # images too, which have no step; then the blocks get zeros for an embedding.)
@@ -1003,14 +1004,14 @@ class NoisyClassifier(DownPath):
         return reduce(joint_logits, self.label_logits(x_t, t))
 
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### Training it
 #
 # It is trained on what it will meet: an image, a step and noise are drawn, $x_t$ is made by (1.6), and the loss is
 # the cross-entropy, the mean of $-\log p_\phi(y\mid x_t)$. By (3.17), with the logits of the pairs, that is the sum
 # of the cross-entropies of shape and colour.
 
-# %%
+# %% slide=["# It is trained on what it will meet", "[code classifier_loss]", "An image, a step and noise are drawn, and the loss is a cross-entropy.", "? Can it fall to zero?", "Never: at the last steps there is nothing left to read."]
 images = load("shapes")
 unconditional = load_model("ddpm_shapes32")
 diffusion = load_diffusion("ddpm_shapes32")  # cosine, 1000 steps, v-prediction, clipped
@@ -1077,7 +1078,7 @@ def accuracy_by_step(classifier):
 classifiers = {"200 steps": live, "trained long": trained_classifier, "clean images only": clean_classifier}
 accuracy = {name: accuracy_by_step(network) for name, network in classifiers.items()}
 
-# %%
+# %% slide=["# A classifier of clean images is lost early", "[picture]", "It is perfect on clean images, and blind where guidance has most to decide."]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), sharey=True, layout="constrained")
 for axis, label, column in zip(axes, ("shape", "colour"), (0, 1)):
     for (name, rows), style, colour in zip(accuracy.items(), ("s--", "o-", "^:"), colours):
@@ -1104,7 +1105,7 @@ for name in ("trained long", "clean images only"):
     )
 assert accuracy["trained long"][3, 0] > accuracy["clean images only"][3, 0] + 0.3
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Two kinds of gradients
 #
 # Accuracy is one thing, the gradient another. Take a red star and two other things, ask both classifiers for a red
@@ -1123,7 +1124,7 @@ for step in (50, 300, 600):
         gradient = log_prob_gradient(classifier, x_t, t, torch.full((3,), red_star))
         rows[f"{name}, t = {step}"] = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
 
-# %%
+# %% slide=["# Two kinds of gradients", "[picture]", "Towards 'red star': the noisy classifier's are patches where the object is, the clean one's are streaks everywhere."]
 figure = show_grid(
     torch.stack(list(rows.values()), dim=1).flatten(0, 1), columns=9, titles=list(rows), inches_per_image=1.25
 )
@@ -1143,7 +1144,7 @@ show(
 # nobody would see as a step towards a red star, but that move the logits. It was never shown that such streaks mean
 # nothing.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Guiding the U-Net
 #
 # Everything is in place. Eight times the same noise, both at the start and on the way of 50 ancestral steps; the
@@ -1159,7 +1160,7 @@ for scale in (0.0, 1.0, 4.0, 8.0, 16.0, 40.0):
     source = torch.Generator().manual_seed(7)
     by_scale[f"s = {scale:g}"] = sample(short, guided, x_T.shape, ddpm_step, source, x_T)
 
-# %%
+# %% slide=["# Colour obeys first, then the outline", "[picture]", "Red stars at six scales, from the same noise in each column; large ones change everything."]
 figure = show_grid(torch.cat(list(by_scale.values())), row_titles=list(by_scale), inches_per_image=1.0)
 show(figure, "Rows of eight pictures, from unguided to strongly guided: more and more of them are red stars.")
 
@@ -1178,7 +1179,7 @@ for name, x_0 in by_scale.items():
 # %% [markdown]
 # The same by the lecture's form, with the hook:
 
-# %%
+# %% slide=["# Both forms draw nearly the same", "[picture]", "Wrapped denoiser and moved mean at the same scale, from the same noise."]
 hooked = partial(ddpm_step, mean_shift=classifier_mean_shift(trained_classifier, wanted, 8.0))
 shifted = sample(short, unconditional, x_T.shape, hooked, torch.Generator().manual_seed(7), x_T)
 rows = {"wrapped": by_scale["s = 8"], "shifted": shifted}
@@ -1194,13 +1195,14 @@ show(figure, "Two rows of eight pictures, by the wrapped denoiser and by the shi
 # python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out
 # stars.png
 # ```
-#
-# ### Where to clip
+
+# %% [markdown] tags=["optional"]
+# ### Where to clip *(at a second reading)*
 #
 # By (3.4) and (1.22) the gradient $g$ moves $\hat x_0$ by $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;g$. At the
 # first step of sampling that factor is enormous, and soon it is not:
 
-# %%
+# %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[output]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
 for index in (49, 45, 40, 25):
     alpha_bar = short.alpha_bar[index]
     factor = (1 - alpha_bar) / alpha_bar.sqrt()
@@ -1243,7 +1245,7 @@ for way, (path_of_50, denoiser) in ways.items():
     guided = classifier_guided(denoiser, trained_classifier, wanted, 8.0, diffusion)
     by_way |= {f"{name}, {way}": x_0 for name, x_0 in by_both_samplers(path_of_50, guided).items()}
 
-# %%
+# %% slide=["# Clip after the guidance", "[picture]", "Clipped after, no push is larger than the range of pixels; before or never, the first step throws all far out."]
 show_stars(by_way, "Six rows of pictures: good where clipped after the guidance, dark or garish elsewhere.")
 
 # %% [markdown]
@@ -1275,8 +1277,9 @@ assert all(x_0.abs().max() < 1.5 for x_0 in later.values())
 # It is. Where $x_t$ is all but pure noise, guidance does not help: without it at the first step there are more stars
 # than with it and the clipping. With the linear schedule of Dhariwal and Nichol the factor is large at the start as
 # well (157, where $\bar\alpha_T=4\cdot10^{-5}$); what clipping does for their models was not measured here.
-#
-# ### What is neglected, on images
+
+# %% [markdown] tags=["optional"]
+# ### What is neglected, on images *(at a second reading)*
 #
 # In the laboratory, the choice of point and level cost less than a per cent with 1000 steps. Here the classifier is a
 # network, and the schedule a cosine. Take noisy images at several steps, and compare the gradient that the hook uses
@@ -1331,8 +1334,8 @@ assert all(neglects[1000, f][0] < neglects[50, f][0] for f in (0.8, 0.5, 0.2))
 # With 50 steps it is off by 12 to 36 per cent, and at the early steps the straight line misses most of the change: a
 # step that long is no short distance. Guidance still works there. What one step gets wrong the next one sees, at its
 # own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
-#
-#
+
+# %% [markdown] tags=["core"]
 # ## How strong?
 #
 # The scale trades one thing for another. The stored measurement draws 512 images for each of several scales, each
@@ -1367,7 +1370,7 @@ for sampler, runs in curves.items():
         )
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**plain))
 
-# %%
+# %% slide=["# There is no one best scale", "[picture]", "Accuracy rises, variety falls, and the distance from real images has its minimum in between, if at all."]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
 for axis, quantity in zip(axes, ("accuracy_all", "frechet_distance", "recall")):
     for (sampler, runs), marker, colour in zip(curves.items(), "os", colours):
@@ -1427,8 +1430,8 @@ difference = abs(both - run["first_batch"]["accuracy_all"])
 print(f"as stored, to 8 of 100: {difference < 0.08}")
 assert difference < 0.08
 
-# %% [markdown]
-# ### Other ways to the same place
+# %% [markdown] tags=["optional"]
+# ### Other ways to the same place *(at a second reading)*
 #
 # At this scale the measurement also holds the lecture's form, and the classes that were held out: pairs of shape and
 # colour that neither the denoiser nor the classifier has ever seen together.
@@ -1446,7 +1449,8 @@ for run in stored["runs"]:
 # steps of sampling far smaller; and the lecture's shift comes after $\hat x_0$ has been clipped to $[-1,1]$, the wrapped
 # denoiser's before. Which of these decides was not measured. And the sum of two labels (3.17) carries over to pairs that
 # were never seen: nearly as many are right.
-#
+
+# %% [markdown] tags=["core"]
 # ## Why a clean classifier fails
 #
 # Now the experiment that the gradients have announced. Same denoiser, same noise, same classes, but the gradient
@@ -1469,7 +1473,7 @@ for name, x_0 in by_guide.items():
     print(f"{name}: convinced itself of {itself[name]:.0%}; the reader reads {reads[name]:.0%} as asked for")
 assert reads["noisy"] > reads["clean"] + 0.2
 
-# %%
+# %% slide=["# A clean classifier cannot guide", "[picture]", "The same formula, denoiser and noise: the clean classifier's streaks look like noise, and are taken out again.", "# What the lecture's formula leaves unsaid", "- It is a first-order approximation, for ancestral sampling only.", "- The classifier must know the noise, and the step.", "- A higher scale costs variety and likeness.", "- There is a best scale for each model, sampler and measure.", "# What to remember", "- The class's score is the unconditional one plus a noisy classifier's gradient.", "- For a denoiser: move the noise by $-s\\sqrt{1-\\bar\\alpha_t}\\,g$.", "- Exact at $s=1$; above it, neither a class nor a tilted density.", "- A guided denoiser is a denoiser: every sampler takes it."]
 names = [f"{images.labels['colour'][c]}\n{images.labels['shape'][s]}" for s, c in zip(*asked_for.values())][
     :8
 ]
@@ -1484,7 +1488,23 @@ show(
 # The clean classifier has not even convinced itself. Its streaks look like noise to the denoiser, which takes them
 # out again, step by step; what is left in the end is some object or other. Nothing in the formula has changed; only
 # the noise is missing from the classifier's training.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your gradient of the classifier steers the
+# network of chapter 02.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --model ddpm_shapes32 --guidance classifier --class "red star" --sampler ddpm --count 16',
+    alt="Sixteen images, nearly all of which show a red star.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide gives $x_{t-1}\sim\mathcal N(\mu+s\Sigma\nabla_{x_t}\log p_\phi(y\mid x_t),\Sigma)$, an implementation
@@ -1500,7 +1520,8 @@ show(
 #   with 4.59, and $s=10$ with 9.11 hardly better than none with 10.94. There is a best scale, and it depends on
 #   model, sampler and measure.
 # - 'Requires training separate classifiers' is true, and it is the reason why chapter 05 does without.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - The score of a class is the unconditional score plus the gradient of a noisy classifier's log-probability (3.1);

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Steer by a sentence", "A classifier knows a fixed list of classes. A sentence has none.", "? What would a network have to learn, to say how well a picture and a sentence go together?", "Which caption belongs to which picture. Nothing else: that is **CLIP**.", "# What you can do afterwards", "- derive the contrastive loss, and say what it measures", "- build a small CLIP: tokenizer, text transformer, image tower", "- classify pictures by classes that exist as words only", "- steer a finished model by prompts, through $x_t$ or through $\\hat x_0$", "- say what each of the two gradients approximates"]
 # # 04 CLIP guidance: steering by words
 #
 # Chapter 03 steered a finished model by a classifier, which knows a fixed list of classes. This chapter steers it by a
@@ -24,7 +24,8 @@
 #
 # **What it needs**: chapter 01 (`add_score`, DDIM, the Gaussian mixture), chapter 02 (blocks, attention, the trained
 # network) and chapter 03 (Bayes' rule on scores). **What it takes**: about a minute on two cores. All data are
-# embedded.
+# embedded. Sections marked *(at a second reading)* can wait: the transformer that reads from left to right is needed in
+# chapter 07.
 
 # %%
 from functools import partial
@@ -78,7 +79,7 @@ from lecture26.kit.validation import check_choice
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What belongs together
 #
 # Four pictures and four captions. Suppose that one network has turned each picture into four numbers, and another one
@@ -126,10 +127,10 @@ def cosine_similarity_matrix(image_features, text_features):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# How well do they go together? The angle", "(4.1)", "? Why must lengths not count?", "A picture could go with everything, by being bright.", "[code cosine_similarity_matrix]"]
 check("clip_guidance.cosine_similarity_matrix", cosine_similarity_matrix)
 
-# %%
+# %% slide=["# Each picture goes best with its own caption", "[output]", "Half as well with those that share a word. Training is to bring this about, and nobody tells it what to count."]
 S = cosine_similarity_matrix(image_features, text_features)  # (4 images, 4 captions)
 print("picture of       " + "".join(f"{caption:>13}" for caption in captions))
 for caption, row in zip(captions, S):
@@ -156,7 +157,7 @@ verify("4.2", distance**2, 2 - 2 * S, atol=1e-12)
 #
 # ($1/\kappa$ is called the temperature.) What $\kappa$ does, for the first picture:
 
-# %%
+# %% slide=["# A riddle: which of these captions is it?", "$$p(j\\mid i)=\\frac{e^{\\kappa S_{ij}}}{\\sum_k e^{\\kappa S_{ik}}},\\qquad\\kappa=e^\\tau \\tag{4.3}$$", "A cosine is at most 1, so it is multiplied by a learned $\\kappa$. For the first picture:", "[output]"]
 for kappa in (1, 5, 20, 100):
     print(f"kappa = {kappa:3}:", [f"{probability:.2f}" for probability in (kappa * S[0]).softmax(dim=0)])
 
@@ -203,7 +204,7 @@ def info_nce(image_features, text_features, logit_scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# InfoNCE: the surprise at the right answer, in both riddles", "(4.4)", "[code info_nce: logits = .. return]", "The other pairs of the batch are the wrong answers, at no extra cost."]
 check("clip_guidance.info_nce", info_nce)
 
 # %% [markdown]
@@ -215,7 +216,7 @@ check("clip_guidance.info_nce", info_nce)
 #
 # $$L_\text{orthonormal}=-\ln\frac{e^\kappa}{e^\kappa+N-1}=\ln\bigl(1+(N-1)\,e^{-\kappa}\bigr) \tag{4.6}$$
 
-# %%
+# %% slide=["# Two values of the loss to hold on to", "$$L_\\text{collapsed}=\\ln N,\\qquad L_\\text{orthonormal}=\\ln\\bigl(1+(N-1)\\,e^{-\\kappa}\\bigr) \\tag{4.6}$$", "? Perfect features, $N=256$, $\\kappa=1$: is the loss near 0?", "No: $\\ln(1+255/e)=4.55$, hardly below $\\ln256=5.55$. So $\\kappa$ has to grow, and is learned."]
 N = 16
 taus = torch.tensor([0.0, math.log(1 / 0.07), math.log(100)])
 collapsed = torch.ones(N, 8) / math.sqrt(8)
@@ -259,7 +260,7 @@ pull = 5 / (2 * 4) * (p + q - 2 * torch.eye(4))
 verify("4.7", by_S, pull, atol=1e-12)
 verify("4.8", by_tau, (S * pull).sum(), atol=1e-12)
 
-# %%
+# %% slide=["# The loss pushes hardest what is nearly right", "[picture]", "In the gradient (right), blue raises and red lowers: captions that share a word are the hard negatives."]
 tables = {"similarity $S$": S, "$p(j|i)$, rows": p, "$q(i|j)$, columns": q, r"$\partial L/\partial S$": pull}
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
 for axis, (title, table) in zip(axes, tables.items()):
@@ -280,8 +281,8 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 # *The four pictures and captions at $\kappa=5$. In the gradient (right), blue raises a similarity and red lowers it.
 # The captions that share a word with the picture are pushed; the opposite ones hardly.*
 
-# %% [markdown]
-# ## What the loss measures
+# %% [markdown] tags=["optional"]
+# ## What the loss measures *(at a second reading)*
 #
 # Why should winning riddles teach anything about pictures? Because of what it takes to win. Let $q(x,c)$ be the
 # distribution of pictures with their captions. How much do they say about each other? The **mutual information** is the
@@ -349,13 +350,13 @@ weights = weights / weights.sum()  # of the standard normal
 x, c_1, c_2 = torch.meshgrid(nodes, nodes, nodes, indexing="ij")  # (64, 64, 64) each
 w = weights[:, None, None] * weights[:, None] * weights  # (64, 64, 64), with sum 1
 
-# %%
+# %% slide=["# Why should riddles teach anything?", "How much do pictures and captions say about each other?", "$$I=\\mathbb E_{q(x,c)}\\bigl[\\log r(x,c)\\bigr],\\qquad r(x,c)=\\frac{q(c\\mid x)}{q(c)} \\tag{4.9}$$", "Who knows $q$ answers the riddle by Bayes' rule:", "$$\\pi(j)=\\frac{r(x,c_j)}{\\sum_kr(x,c_k)} \\tag{4.10}$$"]
 rho = 0.6
 own = rho * x + math.sqrt(1 - rho**2) * c_1  # under P_1 the first caption belongs to x
 information = (w * log_ratio(x, own, rho)).sum()
 verify("4.13", information, -0.5 * math.log(1 - rho**2), atol=1e-10)
 
-# %%
+# %% slide=["# The loss bounds the mutual information", "$$I-(\\ln N-L_f)=\\mathrm{KL}(M\\,\\|\\,Q)+\\mathbb E\\bigl[\\mathrm{KL}(\\pi\\,\\|\\,p_f)\\bigr]\\ \\ge\\ 0 \\tag{4.12}$$", "- how easy it is to see that *any* caption belongs to the picture", "- how far the network is from the best critic", "? How much can a batch of $N$ show at most?"]
 logits = torch.stack([wrong_critic(x, c, rho) for c in (own, c_2)])
 loss = (w * -logits.log_softmax(dim=0)[0]).sum()
 
@@ -391,7 +392,7 @@ for N in sizes:
         own = (confidence * F_best).log_softmax(dim=2).diagonal(dim1=1, dim2=2)
         bounds[name].append(math.log(N) + own.mean().item())
 
-# %%
+# %% slide=["# Small batches cannot show much information", "[picture]", "The bound first follows $\\ln N$, then bends towards the mutual information, from below."]
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 axis.axhline(information, color="black", linewidth=0.8)
 axis.annotate("mutual information", (2.2, information + 0.12))
@@ -415,7 +416,7 @@ best, half = bounds.values()
 assert all(value < min(math.log(N), information) for value, N in zip(best, sizes))
 assert all(lower < upper for lower, upper in zip(half, best)) and information - best[-1] < 0.5
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### What the best critic is
 #
 # Nothing is lost in (4.11) if $p_f=\pi$, that is if $f(x,c)=\log r(x,c)+g(x)$: what is added for all captions alike
@@ -425,8 +426,9 @@ assert all(lower < upper for lower, upper in zip(half, best)) and information - 
 # $$F^*(x,c)=\log\frac{q(c\mid x)}{q(c)}+\text{const} \tag{4.14, definition}$$
 #
 # the logarithm of Bayes' rule. This line will say what guidance by CLIP means.
-#
-# ### The same caption twice
+
+# %% [markdown] tags=["optional"]
+# ### The same caption twice *(at a second reading)*
 #
 # A batch of 256 from a few hundred different captions has many of them twice. The copy counts as a wrong answer,
 # although it is right: a *false negative*. Is the loss to blame? No: (4.12) holds for captions drawn at random, copies
@@ -439,7 +441,7 @@ assert all(lower < upper for lower, upper in zip(half, best)) and information - 
 # For the check, all $3^4$ batches of $N=4$ out of $M=3$ captions, with orthonormal features and a large $\kappa$:
 
 
-# %%
+# %% slide=["# The best critic is Bayes' rule in logarithms", "$$F^*(x,c)=\\log\\frac{q(c\\mid x)}{q(c)}+\\text{const} \\tag{4.14}$$", "Whatever is added for all captions alike cancels in one riddle, for all pictures alike in the other.", "This line will say what guidance by CLIP means."]
 def perfect_loss(batch_size, num_captions):
     """The least loss possible, if all captions are equally likely: E[ln(1 + K)]."""
     count = torch.arange(batch_size, dtype=torch.float64)
@@ -457,7 +459,7 @@ verify("4.15", torch.stack(losses).mean(), perfect_loss(4, 3), atol=1e-12)
 # %% [markdown]
 # One might take copies out of a batch. The course does not: it would change $q(c)$, and (4.14) with it.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Words to numbers
 #
 # Now the networks. The text comes first, and a text transformer wants whole numbers. Our language is small enough to
@@ -530,7 +532,7 @@ class Tokenizer:
         return row + [self.padding] * (self.length - len(row))
 
 
-# %%
+# %% slide=["# Words become numbers", "[output 2-3]", "One number for each word; 0, 1 and 2 are padding, begin and end."]
 images = load("shapes")
 words = sorted({word for caption in images.captions(range(2000)) for word in split_words(caption)})
 tokenizer = Tokenizer(words, length=12)
@@ -548,8 +550,8 @@ except ValueError as error:
 # Large models cut texts into parts of words, so that nothing is ever unknown. That is a matter of scale, and changes
 # nothing in what follows.
 
-# %% [markdown]
-# ## A transformer that reads from left to right
+# %% [markdown] tags=["optional"]
+# ## A transformer that reads from left to right *(at a second reading)*
 #
 # Each token becomes a vector, from a table with one learned row per number. A second table has a row for each
 # *place*, since attention does not know where a token is, (2.12). Then tokens look at each other, as pixels did in
@@ -587,7 +589,7 @@ def masked_attention(q, k, v, mask):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A mask: no token looks at what comes after it", "$$w_{ij}=\\frac{m_{ij}\\,e^{q_i\\cdot k_j/\\sqrt d}}{\\sum_lm_{il}\\,e^{q_i\\cdot k_l/\\sqrt d}},\\qquad m^\\text{causal}_{ij}=[\\,j\\le i\\,] \\tag{4.16}$$", "[code masked_attention: scores .. return]"]
 check("clip_guidance.masked_attention", masked_attention)
 
 # %% [markdown]
@@ -763,7 +765,7 @@ def sentence_features(features, tokens, end):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# The end token has read the whole sentence", "Attention only looks back, so no feature depends on a later token:", "(4.18)", "? Which of the features stands for the sentence?", "That of the end token. It has not seen the padding, and needs no mask for it."]
 check("clip_guidance.sentence_features", sentence_features)
 
 # %%
@@ -771,7 +773,7 @@ padded = sentence_features(transformer(tokens[1:]), tokens[1:], tokenizer.end)
 bare = sentence_features(transformer(tokens[1:, :5]), tokens[1:, :5], tokenizer.end)
 verify("4.19", padded, bare, atol=1e-12)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The image tower, and the whole
 #
 # The image tower is the way down of chapter 02's U-Net: patches, residual blocks, attention at the two coarser
@@ -859,14 +861,14 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale
 
 
-# %%
+# %% slide=["# CLIP: two towers, and a temperature", "- text: a transformer, read at the end token", "- image: the U-Net's way down, and a mean over all places", "- a linear layer each, to a common space", "- one learned number, $\\tau=\\ln\\kappa$", "[output]"]
 torch.set_default_dtype(torch.float32)
 torch.manual_seed(0)
 clip = CLIP(tokenizer)
 for name, part in (("image tower", clip.image_tower), ("text tower", clip.text_tower), ("all", clip)):
     print(f"{sum(parameter.numel() for parameter in part.parameters()):9,} parameters: {name}")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Learning it
 #
 # Before the first step the similarities know nothing of the pairs, so the loss must be near that of (4.5), $\ln N$, and
@@ -929,7 +931,7 @@ for step in progress_bar(range(1, 121), "training"):
     if step % 20 == 0:
         retrieval[step] = retrieved(clip.encode_image, clip)
 
-# %%
+# %% slide=["# It starts at $\\ln N$, and learns in a minute", "[picture]", "Black: the least that is possible, since some captions are in a batch twice."]
 floor = perfect_loss(128, 448).item()
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
 axes[0].plot(losses)
@@ -966,7 +968,7 @@ share = retrieved(clean_clip.encode_image, clean_clip)
 print(f"right caption out of 128 in at least 98 of 100 cases: {share >= 0.98}")
 assert share >= 0.98
 
-# %%
+# %% slide=["# After long training the diagonal stands out", "[picture]", "Images against captions, sorted: along the diagonal lie captions of the same shape and colour."]
 order = sorted(range(128), key=lambda i: unseen_captions[i].split()[2:4][::-1] + [unseen_captions[i]])
 with torch.no_grad():
     tokens = tokenizer([unseen_captions[i] for i in order])
@@ -1020,7 +1022,7 @@ def zero_shot_probabilities(image_features, text_features, logit_scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Classes that are words", "(4.21)", "[code zero_shot_probabilities]", "It was never told what a class is."]
 check("clip_guidance.zero_shot_probabilities", zero_shot_probabilities)
 
 # %%
@@ -1049,7 +1051,7 @@ with torch.no_grad():
 # And pairs it has never seen? No training image shows a blue star. Offered *all* 512 captions of the language, 64 of
 # which are of held-out pairs:
 
-# %%
+# %% slide=["# It has learned words, not captions by heart", "? No training picture shows a blue star. All 512 captions are offered. Will it find the right one?", "[output]", "Nothing in the loss asks for that. It comes with towers that are small for so many captions."]
 labels = torch.cartesian_prod(*[torch.arange(len(names)) for names in images.labels.values()])  # (512, 4)
 all_captions = images.describe(dict(zip(images.labels, labels.T)))
 held_out = load("shapes", "held_out")
@@ -1067,7 +1069,7 @@ assert share > 0.95
 # It has learned what the words mean, and not 448 captions by heart. Nothing in the loss asks for that: no caption of a
 # held-out pair was ever offered in training. It comes with towers that are small for so many captions.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the gradient of a similarity means
 #
 # Now to steering. Chapter 03 added $\nabla\log q(y\mid x_t)$ to the score. For a caption $c$, Bayes' rule asks for
@@ -1097,7 +1099,7 @@ assert share > 0.95
 #
 # Both on chapter 01's mixture, its three components being the captions:
 
-# %%
+# %% slide=["# A similarity's gradient is what guidance needs", "For a CLIP of *noisy* pictures, the best critic has", "$$\\nabla F^*(x_t,c)=\\nabla\\log q(c\\mid x_t)=\\nabla\\log q(x_t\\mid c)-\\nabla\\log q(x_t) \\tag{4.22}$$", "? Scale $s$ multiplies the gradient of the cosine. Which $s$ is Bayes' rule?", "$s=\\kappa$, some tens."]
 torch.set_default_dtype(torch.float64)
 mixture = GaussianMixture(
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
@@ -1166,7 +1168,7 @@ def cosine_gradient(image_features, text_features):
 # %%
 check("clip_guidance.cosine_gradient", cosine_gradient)
 
-# %%
+# %% slide=["# The gradient of a cosine: what is asked for, without what is there", "(4.24)", "Across $u$, of length $\\sqrt{1-S^2}/\\|u\\|$, and zero when there is nothing left to gain."]
 u, v = torch.randn(2, 32, 8, generator=generator)
 u.requires_grad_()
 S = F.cosine_similarity(u, v, dim=1)
@@ -1241,7 +1243,7 @@ def similarity_gradient(encode_image, x_t, t, text_features):
         ### END SOLUTION
 
 
-# %%
+# %% slide=["# Chapter 03's recipe again", "[code similarity_gradient: x_t.requires .. return]", "A sum over the batch, gradients switched on, nothing left behind."]
 check("clip_guidance.similarity_gradient", similarity_gradient)
 
 # %% [markdown]
@@ -1267,7 +1269,7 @@ for pixels, step, text, gradient in zip(x_t.flatten(1), t[:, None], texts, by_au
     slope = cosine_gradient(tower(pixels, step)[None], text[None])[0]
     assert torch.allclose(gradient, jacobian.T @ slope, atol=1e-12)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A CLIP that reads noisy images
 #
 # `noisy_clip_shapes32` is trained like the clean one, but on $x_t$ at random steps of chapter 02's schedule, and its
@@ -1285,7 +1287,7 @@ for step in steps:
     curves["noise-aware CLIP"].append(retrieved(partial(noisy_clip.encode_image, t=t), noisy_clip, x_t))
     curves["clean CLIP"].append(retrieved(clean_clip.encode_image, clean_clip, x_t))
 
-# %%
+# %% slide=["# A CLIP of noisy pictures reads far into the noise", "[picture]", "The clean one is better on clean pictures, and loses its way early."]
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for (name, shares), marker, colour in zip(curves.items(), "os", colours):
     axis.plot(steps, shares, marker + "-", color=colour, label=name)
@@ -1309,7 +1311,7 @@ print(
 )
 assert at[500][0] > 0.8 and at[500][1] < 0.5
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A clean CLIP and the predicted image
 #
 # What if there is a good CLIP, but for clean images only, as nearly all published ones are? Giving it $x_t$ may do
@@ -1348,7 +1350,7 @@ def gradient_through_x_0(gradient, eps_jacobian, alpha_bar):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# A clean CLIP can look at the predicted image", "Show it $\\hat x_0(x_t)$, and differentiate through the denoiser, with $g=\\nabla_{\\hat x_0}S$:", "$$\\nabla_{x_t}S\\bigl(\\hat x_0(x_t),c\\bigr)=\\frac1{\\sqrt{\\bar\\alpha_t}}\\left(g-\\sqrt{1-\\bar\\alpha_t}\\left(\\frac{\\partial\\hat\\epsilon}{\\partial x_t}\\right)^{\\!\\top}g\\right) \\tag{4.26}$$", "? May $\\hat\\epsilon$ be detached? It would be three times as fast."]
 check("clip_guidance.gradient_through_x_0", gradient_through_x_0)
 
 # %% [markdown]
@@ -1381,7 +1383,7 @@ slope = cosine_gradient(x_0_hat, towards.expand(16, 2)).detach()  # a CLIP whose
 by_autograd = gradient_of(F.cosine_similarity(x_0_hat, towards[None], dim=1), x_t)
 verify("4.26", gradient_through_x_0(slope, eps_jacobian, kept), by_autograd, atol=1e-8)
 
-# %%
+# %% slide=["# The Jacobian knows what is still open", "$$\\frac{\\partial\\hat x_0}{\\partial x_t}=\\frac{\\sqrt{\\bar\\alpha_t}}{1-\\bar\\alpha_t}\\,\\operatorname{Cov}(x_0\\mid x_t) \\tag{4.27}$$", "Through it, a gradient asks only for changes that the data allow. Detached, for any change of any pixel."]
 p = mixture.responsibilities(x_t, kept).detach()  # (16, 3)
 _, m, variances = mixture.noisy_components(x_t.detach(), kept)  # (16, 3, 2), (16, 3)
 gain = kept.sqrt() * mixture.stds**2 / variances  # (16, 3)
@@ -1392,8 +1394,8 @@ covariance = within + torch.einsum("bk,bki,bkj->bij", p, centred, centred)
 x_0_jacobian = torch.stack([gradient_of(x_0_hat[:, i], x_t) for i in range(2)], dim=1)
 verify("4.27", x_0_jacobian, kept[:, :, None].sqrt() / (1 - kept[:, :, None]) * covariance, atol=1e-8)
 
-# %% [markdown]
-# ### What a plug-in omits
+# %% [markdown] tags=["optional"]
+# ### What a plug-in omits *(at a second reading)*
 #
 # $S(\hat x_0,c)$ is the similarity of an *expected* picture. What should stand there instead? Say that we want
 # samples from $q(x_0)\,e^{sf(x_0)}$, data made more likely where a similarity $f$ is high. At step $t$ the exact
@@ -1433,7 +1435,7 @@ verify("4.27", x_0_jacobian, kept[:, :, None].sqrt() / (1 - kept[:, :, None]) * 
 #
 # All of this against integrals over $x_0$ on a grid, differentiated automatically:
 
-# %%
+# %% slide=["# The plug-in is too strong", "It takes the similarity of the *expected* picture, and forgets that $x_0$ still varies. For normal data of variance $V$ given $x_t$:", "$$\\text{exact: }-\\frac{s\\,(\\hat x_0-a)}{1+sV}\\,\\frac{d\\hat x_0}{dx_t},\\qquad\\text{plug-in: }-s\\,(\\hat x_0-a)\\,\\frac{d\\hat x_0}{dx_t} \\tag{4.30}$$", "The directions agree. It is wrong by the factor $1+sV$."]
 mu, sigma, a, b, s = 0.0, 0.5, 1.0, 0.7, 8.0
 x_t = torch.linspace(-2, 2, 9).requires_grad_()
 kept = torch.tensor(0.4)
@@ -1502,7 +1504,7 @@ for kind in ("exact", "plug-in", "f at x_t"):
 for kind, (means, widths) in outcome.items():
     print(f"{kind:9}" + "".join(f"  s = {k}: {m:.2f} +- {w:.2f}" for k, m, w in zip((1, 8), means, widths)))
 
-# %%
+# %% slide=["# Exact guidance hits the target, the plug-in overshoots", "[picture]", "Grey: the data; $f$ is highest at 1. A clean $f$, asked at the noisy $x_t$, ends in one point."]
 line = torch.linspace(-1.6, 1.8, 1000)
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.3), layout="constrained")
 V = 1 / (1 / sigma**2 + lab.alpha_bar / (1 - lab.alpha_bar))
@@ -1538,7 +1540,7 @@ assert (plug_in[0] > target[0] + 0.01).all() and (plug_in[1] < target[1] - 0.01)
 # $q(c\mid x_t)=\mathbb E[q(c\mid x_0)\mid x_t]$ is the mean of an exponential, that of the clean $F^*$. And a
 # large $s$ is not exact for either; the tilted density is nobody's data.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A guided denoiser is a denoiser
 #
 # Both ways as one wrapper, like chapter 03's. `through="x_t"` wants a noise-aware CLIP; `through="x_0"` a clean one.
@@ -1656,7 +1658,7 @@ for through, judge in (("x_t", tiny), ("x_0", tiny_clean)):
         assert torch.allclose(its_eps, eps, atol=1e-8)
 assert all(p.grad is None for network in (tiny, tiny_clean, mix) for p in network.parameters())
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Pictures from prompts
 #
 # Chapter 02's network, which has never seen a word, and eight prompts at once, one for each image of a batch:
@@ -1687,7 +1689,7 @@ def draw_prompts(prompts, scale, through="x_t", seed=5):
     return sample(short, guided, (len(prompts), 3, 32, 32), ddpm_step, source)
 
 
-# %%
+# %% slide=["# Eight prompts, one finished network", "[picture]", "The network has never seen a word. Through $x_t$ colours obey first, through $\\hat x_0$ shapes."]
 rows = {"unguided": draw_prompts(prompts, 0.0)}
 for through in ("x_t", "x_0"):
     for scale in (SCALES[through] / 4, SCALES[through]):
@@ -1706,7 +1708,7 @@ show(figure, "Eight prompts in columns; rows without guidance, and with both kin
 #
 # Prompts that no training picture showed, neither for the network nor for the CLIPs: the held-out pairs.
 
-# %%
+# %% slide=["# Pairs that no training ever showed", "[picture]", "Through noisy images (above) the colours come right, and most shapes; through predicted ones less."]
 held_out_prompts = [f"a large {colour} {shape}" for shape, colour in HELD_OUT_PAIRS]
 drawn = {through: draw_prompts(held_out_prompts, SCALES[through], through) for through in SCALES}
 titles = [prompt[8:].replace(" ", "\n") for prompt in held_out_prompts]
@@ -1723,7 +1725,7 @@ show(figure, "The eight held-out pairs, drawn through noisy images and through p
 # And one picture for two prompts, by the sum of their normalised features. It differs from one long sentence in that
 # nothing says whose the words are.
 
-# %%
+# %% slide=["# One picture for two prompts", "[picture]", "The sum of two sentences' features: nothing says whose the words are."]
 pairs_of_prompts = [
     ("a red star", "a large star on a dark background"),
     ("a small ring", "a blue ring on a light background"),
@@ -1750,7 +1752,8 @@ show(figure, "Two rows of eight pictures, each row for the sum of two prompts.")
 # ```
 # python -m lecture26 sample --model ddpm_shapes32 --guidance clip --prompt "a red star" --out stars.png
 # ```
-#
+
+# %% [markdown] tags=["core"]
 # ## Which scale?
 #
 # Is it true what the pictures seem to say? As in chapter 03, the reader of chapter 02 reads 512 samples for each
@@ -1776,7 +1779,7 @@ for (_, sampler), runs in curves.items():
         print(f"{run['through']:7}  {sampler.upper():7} {run['scale']:6g}  {line}")
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**plain))
 
-# %%
+# %% slide=["# Which scale? Beyond Bayes' rule, but not far", "[picture]", "Accuracy goes on rising beyond $s=\\kappa$ and turns; the distance is least at a smaller scale."]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
 quantities = {
     "accuracy_all": "shape and colour as asked for",
@@ -1853,8 +1856,8 @@ both = attribute_accuracy(reader, drawn, asked_for)["all"]
 print(f"as stored, to 8 of 100: {abs(both - run['first_batch']['accuracy_all']) < 0.08}")
 assert abs(both - run["first_batch"]["accuracy_all"]) < 0.08
 
-# %% [markdown]
-# ## A large CLIP in its place
+# %% [markdown] tags=["optional"]
+# ## A large CLIP in its place *(at a second reading)*
 #
 # Nothing in `clip_guided` knows our small CLIP: it wants `encode_image` and `encode_text`. The library *open_clip*
 # has dozens of pretrained ones, trained on hundreds of millions of pictures with their captions from the web. They
@@ -1956,7 +1959,7 @@ def load_open_clip(name="ViT-B-32", pretrained="laion2b_s34b_b79k"):
 # arrives at the model for a white picture:
 
 
-# %%
+# %% slide=["# A large CLIP fits in its place", "Nothing in the guidance knows our CLIP: it wants `encode_image` and `encode_text`.", "- resize to 224 pixels, standardise as in its training", "- it knows no noise: guide through $\\hat x_0$", "- it can ask only for what the denoiser can draw", "# What to remember", "- InfoNCE is a riddle; $\\ln N-L$ bounds the mutual information from below.", "- Its best critic is Bayes' rule in logarithms: it classifies and steers by words.", "- Through $\\hat x_0$, the gradient is filtered by what is still open.", "- As a plug-in it is too strong by $1+sV$."]
 class StandIn(nn.Module):
     """As much of an open_clip model as the adapter needs: features are the mean of each channel."""
 
@@ -1990,7 +1993,22 @@ print(
 )
 assert (similarity["guided"] > similarity["unguided"] + 0.1).all()
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your attention with a mask reads the sentence,
+# and your gradient of the similarity steers by it.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --model ddpm_shapes32 --guidance clip --prompt "a yellow crescent on a dark background" --sampler ddpm --count 16',
+    alt="Sixteen images, nearly all of which show a yellow crescent on dark ground.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide says three things of CLIP guidance: it is 'similar to classifier guidance'; it 'perturbs the reverse
@@ -2004,7 +2022,8 @@ assert (similarity["guided"] > similarity["unguided"] + 0.1).all()
 #   through the denoiser, and pays with time and with the excess $1+sV$ of (4.30).
 # - *Text-guided generation*: yes, for what both networks know. The CLIP can only ask for what the denoiser can draw,
 #   and its words are those it was trained on. The corgi needs a denoiser of photographs.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - InfoNCE is a riddle, (4.4); $\ln N-L$ is a lower bound of the mutual information, (4.12), and its best critic is

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Most numbers of a picture say nothing new", "64 by 64 pixels of three colours: 12,288 numbers, and a U-Net pays for each of them at every step.", "? A code of a twelfth of the numbers. What must it be good for?", "From it, the picture must come back. And all codes together must be a distribution that one can draw from.", "# What you can do afterwards", "- derive the evidence lower bound, and say what it falls short by", "- pass a gradient through a random draw", "- predict at which weight a latent number dies", "- judge an autoencoder by more than its decibels", "- say why there is a second stage, and what scale it needs"]
 # # 06 The variational autoencoder: a smaller space to diffuse in
 #
 # A picture of 64 by 64 pixels has 12,288 numbers, and a U-Net of chapter 02 pays for each of them, at every step of
@@ -28,7 +28,8 @@
 # - give the latents the scale that a diffusion expects, and say what goes wrong without it.
 #
 # **What it needs**: chapter 01 (normal densities, the schedule, the exact denoiser), chapter 02 (blocks, patches).
-# **What it takes**: one to one and a half minutes on two cores. All data are embedded.
+# **What it takes**: one to one and a half minutes on two cores. All data are embedded. Sections marked *(at a second
+# reading)* can wait.
 
 # %%
 import matplotlib.pyplot as plt
@@ -74,7 +75,7 @@ from lecture26.unet import group_norm, levels_with_attention, patchify, unpatchi
 # %%
 torch.set_default_dtype(torch.float64)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A hidden number behind each picture
 #
 # Imagine that data come about in two steps. First a hidden number $z$ is drawn from a standard normal distribution,
@@ -87,7 +88,7 @@ torch.set_default_dtype(torch.float64)
 # see, and $p(x)$ is called the **evidence**. With one latent number the integral is a sum over a fine grid, exact to
 # ten digits, so that in this section everything can be known.
 
-# %%
+# %% slide=["# A hidden number behind each picture", "$$z\\sim\\mathcal N(0,I),\\qquad x=g(z)+\\sigma\\,\\eta,\\qquad p(x)=\\int p(z)\\,p(x\\mid z)\\,dz \\tag{6.1}$$", "Prior, decoder, evidence. Which $z$ lies behind a given $x$?", "$$p(z\\mid x)=\\frac{p(z)\\,p(x\\mid z)}{p(x)}$$", "With a thousand latent numbers, the integral is out of reach."]
 decoder_std = 0.2
 z_grid = torch.linspace(-8, 8, 2001)
 
@@ -125,7 +126,7 @@ for name, x in points.items():
 # first point it is one bump. From $z=-2.1$ to $z=2.1$ the decoder runs once around the circle, so both ends land on
 # the same place. The second point lies there, and could have come from either.
 
-# %%
+# %% slide=["# Two points, and what each says of its latent number", "[picture]", "The decoder runs around a circle; at the torn point both ends meet, and its posterior has two bumps."]
 side = torch.linspace(-1.8, 1.8, 60)
 plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1)  # (60, 60, 2)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -145,13 +146,14 @@ show(
     "A ring of density with two points on it; their posteriors over z, one with a single bump, one with two.",
 )
 
-# %% [markdown]
+# %% [markdown] slide=["# The evidence is a bound, plus what the guess is worth", "Any guess $q(z\\mid x)$ will do:", "(6.2)", "(6.3)", "? Raise $\\mathcal L$. Which two good things may happen?"]
 # *Left: where the data are, dark; the ring is faint where the ends meet. Right: what each of the two points says
 # about its latent number.*
 #
 # With 1,024 latent numbers there is no grid. The integral is out of reach, the posterior with it, and so is training
 # the decoder by raising $\log p(x)$. Something has to stand in.
-#
+
+# %% [markdown] tags=["core"]
 # ## The bound
 #
 # Take any distribution $q(z\mid x)$, a guess at the posterior. Write $\log p(x)$, which does not depend on $z$, as an
@@ -224,10 +226,10 @@ def kl_to_standard_normal(mean, log_variance):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Two terms, each with a meaning", "$$\\mathcal L(x)=\\underbrace{\\mathbb E_{q(z\\mid x)}\\bigl[\\log p(x\\mid z)\\bigr]}_{\\text{reconstruction}}-\\underbrace{\\mathrm{KL}\\bigl(q(z\\mid x)\\,\\|\\,p(z)\\bigr)}_{\\text{regularity}} \\tag{6.4}$$", "A normal guess, read off $x$ by the **encoder**, needs no integral:", "$$\\mathrm{KL}=\\tfrac12\\sum_i\\left(\\mu_i^2+\\sigma_i^2-1-\\log\\sigma_i^2\\right) \\tag{6.5}$$"]
 check("vae.kl_to_standard_normal", kl_to_standard_normal)
 
-# %%
+# %% slide=["# The divergence charges for distance and for sharpness", "[code kl_to_standard_normal]", "? $\\mu=2$, $\\sigma=0.5$: what does it charge?", "$\\tfrac12(4+0.25-1+1.39)=2.32$ nats."]
 generator = torch.Generator().manual_seed(0)
 mean, log_variance = (torch.randn(5, 4, 3, 3, generator=generator) for _ in range(2))
 q = Normal(mean, (log_variance / 2).exp())
@@ -326,7 +328,7 @@ def best_guess(x, start):
     return *parameters.detach(), -negative_bound().detach()
 
 
-# %%
+# %% slide=["# The best normal guess takes one bump", "[picture]", "Where the posterior has one bump hardly anything is lost; where it has two, nearly a bit."]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained", sharey=True)
 for axis, (name, x), start in zip(axes, points.items(), ([0.5, -1.0], [2.0, -1.0])):
     mean, log_variance, bound = best_guess(x, start)
@@ -351,7 +353,8 @@ show(
 #
 # This gap is the price of a simple *form* of guess. An encoder network adds to it, as one function has to serve all
 # $x$. Training on the bound also moves the decoder, which may avoid such places.
-#
+
+# %% [markdown] tags=["core"]
 # ## A gradient through a random draw
 #
 # To train, we need the gradient of $\mathcal L$. The divergence is a formula. The reconstruction is an expectation
@@ -400,14 +403,14 @@ def reparameterize(mean, log_variance, noise):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# How does a draw change with $\\mu$?", "? $z\\sim\\mathcal N(\\mu,\\sigma^2)$, and $f(z)$ is a number. What is its derivative by $\\mu$?", "A draw has none. Take the randomness out:", "$$z=\\mu+\\sigma\\,\\epsilon,\\qquad\\epsilon\\sim\\mathcal N(0,I) \\tag{6.8}$$", "$$\\frac{\\partial}{\\partial\\mu}\\mathbb E_q[f]=\\mathbb E_\\epsilon\\bigl[f'(\\mu+\\sigma\\epsilon)\\bigr] \\tag{6.9}$$"]
 check("vae.reparameterize", reparameterize)
 
 # %% [markdown]
 # Both ways must agree in expectation. For the plain point: the left side of (6.9) by (6.7), on the grid of $z$; the
 # right side through `reparameterize`, on a grid of $\epsilon$.
 
-# %%
+# %% slide=["# Reparameterisation is a line", "[code reparameterize]", "The other way needs no slope of $f$:", "$$\\nabla\\,\\mathbb E_q[f(z)]=\\mathbb E_q\\bigl[f(z)\\,\\nabla\\log q(z)\\bigr] \\tag{6.7}$$"]
 x = points["plain"]
 mean, log_variance = torch.tensor(0.8, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
 log_q = Normal(mean, (log_variance / 2).exp()).log_prob(z_grid)
@@ -439,7 +442,7 @@ for name, values in estimates.items():
     error = values.std() / math.sqrt(len(values))
     print(f"{name:23} mean {values.mean():.1f} +- {error:.1f}, standard deviation {values.std():.1f}")
 
-# %%
+# %% slide=["# Both are right on average; one is far noisier", "[picture]", "The score function uses the value of $f$, so that a constant makes it noisier; the path uses the slope."]
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 for (name, values), colour in zip(estimates.items(), colours):
     axis.hist(
@@ -459,7 +462,8 @@ show(figure, "Three histograms around the exact gradient: that of the path is th
 #
 # With a thousand latent numbers the difference decides. Along the path each of them gets its own slope; the score
 # function gives all of them the one same value, times noise.
-#
+
+# %% [markdown] tags=["core"]
 # ## One number to trade by
 #
 # Multiply the bound by $-\sigma^2$, with (6.6):
@@ -505,10 +509,10 @@ def vae_loss(x, x_hat, mean, log_variance, kl_weight):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# The KL weight is the variance that we declare not to matter", "$$-\\sigma^2\\mathcal L(x)=\\mathbb E_q\\Bigl[\\tfrac12\\|x-\\hat x\\|^2\\Bigr]+\\sigma^2\\,\\mathrm{KL}+\\text{const} \\tag{6.10}$$", "[code vae_loss]"]
 check("vae.vae_loss", vae_loss)
 
-# %%
+# %% slide=["# Sums, not means", "? Average the squared error over pixels, and sum the divergence. What changes?", "The weight: by the number of pixel values, a factor of thousands.", "Both terms are sums, over the numbers of $x$ and over those of $z$. Divide the whole, if at all."]
 x, x_hat = (torch.randn(6, 3, 8, 8, generator=generator) for _ in range(2))  # D = 192
 mean, log_variance = (torch.randn(6, 4, 2, 2, generator=generator) for _ in range(2))
 bounds = -negative_log_likelihood(x, x_hat, 0.3) - kl_to_standard_normal(mean, log_variance)  # one draw each
@@ -517,7 +521,7 @@ verify(
     "6.10", -(0.3**2) * bounds.mean(), vae_loss(x, x_hat, mean, log_variance, 0.3**2) + constant, atol=1e-9
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Too much weight, too little
 #
 # What does the weight do? There is a case in which it can be said exactly. Let the data be one number with mean 0 and
@@ -555,7 +559,7 @@ verify(
 # this, each by itself, and drops the rest (Tipping and Bishop 1999; Lucas et al. 2019).
 
 
-# %%
+# %% slide=["# The weight is a price", "One number of variance $\\lambda$, linear encoder and decoder, KL weight $\\beta$. At the optimum", "$$\\mathbb E\\,\\mathrm{KL}=\\max\\left(\\tfrac12\\log\\frac\\lambda\\beta,\\,0\\right),\\qquad\\mathbb E\\,\\|x-\\hat x\\|^2=\\min(\\lambda,\\beta) \\tag{6.12}$$", "A direction of less variance than the price is not bought: **posterior collapse**, the optimum and no accident."]
 def linear_loss(parameters, variance, beta):
     """L(w, v, s), and its two parts: half the squared error and the divergence."""
     w, v, log_s2 = parameters
@@ -765,7 +769,7 @@ ratios = [table[kl_weight]["divergence"] / linear_trade(kl_weight)[1] for kl_wei
 print(f"divergence at most 1.5 times that of the linear one: {max(ratios) < 1.5}")
 assert all(lower) and max(ratios) < 1.5 and active_at[0.001] == 16 and active_at[3.0] == 0
 
-# %%
+# %% slide=["# A network dies where the linear one does", "[picture]", "Dotted: the largest variance. Above it no direction is worth its price, and every latent number is off."]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
 fine = torch.logspace(-3, 0.7, 60).tolist()
 for axis, quantity, column in zip(axes, ("error", "divergence"), (0, 1)):
@@ -806,7 +810,7 @@ show(
 # %%
 pairs = {kl_weight: train_digits(2, kl_weight) for kl_weight in (0.001, 0.3, 3.0)}
 
-# %%
+# %% slide=["# Holes, filled, collapsed", "[picture]", "Codes of digits at three weights; the circle is where the prior expects them."]
 figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
 ring = torch.linspace(0, 2 * math.pi, 100)
 for axis, (kl_weight, network) in zip(axes, pairs.items()):
@@ -823,7 +827,7 @@ show(figure, "Three planes of digits: spread far outside a dashed circle, fillin
 # the codes go far outside, with **holes** between them, and codes that are drawn inside the circle miss most of them.
 # At 0.3 they fill it. At 3 they have **collapsed**.*
 
-# %%
+# %% slide=["# What the prior draws at the three weights", "[picture]", "The same ten codes, decoded: in holes, among digits, and one grey mean for all."]
 codes = torch.randn(10, 2, generator=torch.Generator().manual_seed(4))
 drawn = torch.cat([network.decoder(codes) for network in pairs.values()]).reshape(-1, 1, 8, 8)
 figure = show_grid(drawn, columns=10, row_titles=[f"weight {kl_weight}" for kl_weight in pairs])
@@ -835,7 +839,7 @@ show(figure, "Ten drawings each: many alike, different digits, and the same grey
 # And a walk between two digits, on a straight line in the plane of the middle network. It passes other digits on its
 # way, and every stop is a digit, or nearly: that is what a well-filled code buys.
 
-# %%
+# %% slide=["# A filled code can be walked through", "[picture]", "From a 0 to a 1 on a straight line: every stop is a digit, or nearly."]
 network = pairs[0.3]
 ends = torch.stack([real[unseen["class"] == digit][0] for digit in (0, 1)])
 first, last = network.encoder(ends).chunk(2, dim=1)[0]
@@ -845,8 +849,9 @@ show(figure, "A row of ten small pictures that turn a zero into a one by way of 
 
 # %% [markdown]
 # *From a 0 to a 1, in ten equal steps of the code.*
-#
-# ### What the divergence pays for
+
+# %% [markdown] tags=["optional"]
+# ### What the divergence pays for *(at a second reading)*
 #
 # The divergence in the loss is an average over pictures, $R=\mathbb E_x\,\mathrm{KL}(q(z\mid x)\,\|\,p(z))$, the
 # **rate**. It holds two things of which only one is wanted. Call $q(z)=\mathbb E_x[q(z\mid x)]$ the distribution of
@@ -863,7 +868,7 @@ show(figure, "A row of ten small pictures that turn a zero into a one by way of 
 #
 # with $H(n\mid z)$ the entropy of the guess which picture it was. Both, on the line, with four codes:
 
-# %%
+# %% slide=["# What the divergence pays for: information and mismatch", "$$R=I(x;z)+\\mathrm{KL}\\bigl(q(z)\\,\\|\\,p(z)\\bigr) \\tag{6.14}$$", "? A set of $N$ pictures. How much can a code know of which one it is?", "$$I(x;z)\\ \\le\\ \\ln N \\tag{6.15}$$", "What is paid beyond that is mismatch: codes that are not where the prior expects them."]
 torch.set_default_dtype(torch.float64)
 means, stds = torch.tensor([-1.5, -0.2, 0.1, 2.0])[:, None], torch.tensor([0.3, 0.5, 0.2, 0.8])[:, None]
 log_each = Normal(means, stds).log_prob(z_grid)  # log q(z | x_n), (4, 2001)
@@ -892,7 +897,7 @@ limit = math.log(len(pixels))
 assert sum(rate > limit for rate in rates) == 3
 print(f"ln N = {limit:.1f}; more than 40 nats of mismatch at 0.001: {rates[0] - limit > 40}")
 
-# %%
+# %% slide=["# Small weights pay mostly for mismatch", "[picture]", "Red: more than any set of so many pictures can use as information."]
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 places = range(len(weights))
 axis.bar(
@@ -917,7 +922,7 @@ show(figure, "Bars of the rate by KL weight: at small weights, most of each is a
 # the codes are. None of the six weights makes both ends good. Image models do not look for one: they take a tiny
 # weight, for good reconstructions, and leave it to a *second* model to learn where the codes are.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Images
 #
 # Now the autoencoder that chapter 07 will use: 64 by 64 pixels and 3 colours become a small picture with 16 by 16
@@ -983,7 +988,7 @@ noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(0))
 size = [(part**2).mean(dim=(1, 2, 3), keepdim=True).sqrt() for part in (swapped - original, noise)]
 noisy = original + noise * size[0] / size[1]
 
-# %%
+# %% slide=["# Decibels say how much changed, not what", "[picture]", "Both spoiled versions have the same PSNR. In the lower one an object was exchanged for another."]
 scene_reader = load_model("reader_scenes64")
 for name, version in (("noise", noisy), ("another shape", swapped)):
     right = attribute_accuracy(scene_reader, version, labels)["all"]
@@ -1007,7 +1012,7 @@ show(figure, "Six scenes: original, with noise, and with one small object exchan
 # what remains without it is short:
 
 
-# %% tags=["export"]
+# %% slide=["# An autoencoder of images keeps the form of a picture", "- $64\\times64\\times3$ to $16\\times16\\times4$: a place of the code belongs to a place of the image", "- the encoder puts out means and log-variances", "- the decoder is its mirror image, and draws nothing", "? Why no skips from the one to the other?", "What does not go through the code must not arrive."] tags=["export"]
 class PlainBlock(nn.Module):
     """Chapter 02's residual block without an embedding: two convolutions around a skip.
 
@@ -1236,7 +1241,7 @@ history = train(
     warmup_steps=20,
 )
 
-# %%
+# %% slide=["# After a minute: places and colours", "[picture]", "Unseen images, and what comes back after 200 steps."]
 young.eval().requires_grad_(False)
 test_images = recipe.load_images("test")
 x = test_images.batch([0, 3, 4, 7, 8, 11, 12, 15])["image"]  # one object and two, in turn
@@ -1284,7 +1289,7 @@ print(f"PSNR at least 30 dB on average: {decibels.mean() >= 30}")
 worst = min(share for label, share in accuracy.items() if label != "all")
 print(f"every label of a scene read right at least 98 of 100 times: {worst >= 0.98}")
 
-# %%
+# %% slide=["# After long training: the outlines are what is lost", "[picture]", "Below, the error five times as strong; black is none. Readers find everything still there."]
 x = test_images.batch([0, 3, 4, 7, 8, 11, 12, 15])["image"]
 x_hat = vae.decode(vae.encode(x)[0])
 figure = show_grid(
@@ -1297,12 +1302,12 @@ show(
 # %% [markdown]
 # *Unseen images, and what comes back. What is lost is on the outlines (below, five times as strong; black is none).*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What the codes look like
 #
 # The four channels of the codes of some images, as grey pictures:
 
-# %%
+# %% slide=["# The code is a small picture of the picture", "[picture]", "The four channels of its means, 16 by 16 places."]
 mean, log_variance = vae.encode(x)
 large = F.interpolate(mean / 2.5, scale_factor=4, mode="nearest")  # 2.5: most numbers then lie in [-1, 1]
 channels = torch.cat([x, *(large[:, c : c + 1].expand(-1, 3, -1, -1) for c in range(4))])
@@ -1334,7 +1339,7 @@ print(f"standard deviation of a number given its image: {(log_variance / 2).exp(
 # rendered, codes may know more: positions, angles and tints are worth tens of nats by our estimate, not thousands.) So
 # what does the model draw by itself?
 
-# %%
+# %% slide=["# Its own samples have no shape in them", "? A code from the prior, decoded. What will it look like?", "[picture]", "The rate is thousands of nats, the information at most 13: the rest is mismatch, and the prior misses all codes."]
 latents = reparameterize(
     mean, log_variance, torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
 )
@@ -1365,7 +1370,7 @@ show(
 # standard deviation. Neither has a shape in it. Below, for comparison, chapter 02's diffusion, in pixels at half the
 # size.*
 
-# %%
+# %% slide=["# Hence a second stage", "- The autoencoder brings the size down, and the details back.", "- A diffusion learns where the codes are.", "- It needs no new theory: codes are pictures.", "Independent numbers cannot know that the outline of a star runs through many places."]
 shape_reader = load_model("reader_shapes64")
 shapes = load("shapes", "test", 64)
 reference, others = (shapes.batch(range(start, start + 128))["image"] for start in (0, 128))
@@ -1387,12 +1392,13 @@ for name, version in versions.items():
 # **second stage**: a diffusion model of the codes. It needs no new theory, since codes are
 # pictures. The autoencoder brings the size down and the details back; the diffusion learns what there is. Chapter 07
 # does it.
-#
-# ### Between two images
+
+# %% [markdown] tags=["optional"]
+# ### Between two images *(at a second reading)*
 #
 # On the digits, a straight line between two codes went from digit to digit. Here:
 
-# %%
+# %% slide=["# Between two codes: a cross-fade, no meaning", "[picture]", "Above codes, below pixels. A mixture of two codes is a picture of a mixture."]
 ends = images.parts[0].batch([0, 5])["image"]
 first, last = vae.encode(ends)[0]
 shares = torch.linspace(0, 1, 8)
@@ -1411,7 +1417,7 @@ show(
 # one object fades, another appears, and halfway there is no object of the data, but a hole. Smooth walks through
 # *meaning*, as on the digits, need a code that is much smaller, or a second stage.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The latents' scale
 #
 # A diffusion starts from noise of variance 1, and its schedule was made for data of about that size. Are codes of
@@ -1433,7 +1439,7 @@ show(
 # Stable Diffusion's does with $\bar\alpha_T=0.0047$, large codes are still there in $z_T$, and the pure noise that
 # sampling starts from is not what the network was trained on.
 
-# %%
+# %% slide=["# Codes of another size have another schedule", "Codes of standard deviation $\\sigma_z$ shift the log signal-to-noise ratio of each step:", "(6.18)", "Large codes stay visible until late; small ones drown in the first steps.", "? $\\sigma_z=10$: by what factor does the ratio change?"]
 torch.set_default_dtype(torch.float64)
 diffusion = Diffusion(cosine_betas(1000))
 u, eps = (torch.randn(diffusion.num_steps, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
@@ -1488,7 +1494,7 @@ def latent_scale(latents):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# One number mends it", "$$\\text{diffuse }\\ s\\,z,\\qquad\\text{decode }\\ z_\\text{drawn}/s,\\qquad s=1/\\sigma_z \\tag{6.19}$$", "[code latent_scale]", "Stable Diffusion's is 0.18215. Whoever forgets it gets no error message."]
 check("vae.latent_scale", latent_scale)
 
 # %%
@@ -1506,7 +1512,7 @@ assert abs(scale / metrics["latent_scale"] - 1) < 0.1
 #
 # The same noise at the same step, on codes of three sizes, and decoded:
 
-# %%
+# %% slide=["# Without it: the same step, three sizes of codes", "[picture]", "Half-way: nothing is left, it is as it should be, and nothing has happened yet."]
 step, sizes = 500, (0.1, 1.0, 10.0)
 kept = diffusion.alpha_bar[step].float()
 codes = scale * mean[:8]  # of standard deviation 1
@@ -1551,7 +1557,7 @@ def distance_at(size, steps):
     return energy_distance(drawn / size, truth)
 
 
-# %%
+# %% slide=["# A factor of two does little, a factor of ten much", "[picture]", "With an exact denoiser only the steps can be at fault; fewer of them forgive less.", "# What to remember", "- The evidence is the bound, plus the divergence of the guess from the posterior.", "- $z=\\mu+\\sigma\\epsilon$ lets a gradient through a draw.", "- The KL weight is a price: what varies less is not coded.", "- Its rate is information plus mismatch. A second model learns where codes are.", "- Diffuse $s\\,z$, decode $z/s$."]
 sizes = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for steps, marker, colour in zip((10, 50), "os", colours):
@@ -1571,7 +1577,23 @@ show(figure, "Two curves shaped like a U with their lowest points near a standar
 # A network has further reasons. It sees inputs whose size changes along the way by up to $\sigma_z$, is trained at
 # steps of which half teach next to nothing (see the percentages above), and its loss weights the noise levels in a way
 # chosen for data of another size. Chapter 07 never clips codes, by the way: pixels end at $-1$ and 1, codes do not.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your draw of the code stands between the
+# encoder and the decoder, and your functions measure what the way through both costs.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "milestone vae",
+    alt="Two rows of eight scenes: images, and below each what comes out of the decoder, hardly to be told from it.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # Three steps of a workflow, and a remark.
@@ -1588,7 +1610,8 @@ show(figure, "Two curves shaped like a U with their lowest points near a standar
 #   what the encoder lost: the round trip is a ceiling for every sample, and is measured by more than PSNR. To look
 #   sharp, large models add a perceptual and an adversarial loss to (6.10); ours, on flat shapes, does without.
 # - The slide leaves out the scale between the stages, (6.19). Whoever forgets it gets no error message.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - $\log p(x)$ is the bound (6.4) plus the divergence of the guess from the posterior (6.3). The divergence from the

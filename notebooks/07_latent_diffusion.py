@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# All the parts are there; put them together", "- a diffusion with samplers (01), a U-Net (02)", "- a transformer that reads captions (04), guidance (05)", "- an autoencoder, from 64 x 64 pixels to 16 x 16 places (06)", "? 'A small red heart to the left of a large blue ring': what could go wrong?", "# What you can do afterwards", "- say what a smaller picture saves, and what it does not", "- pass each boundary of a latent diffusion once, in the right direction", "- derive cross-attention, and what it cannot tell apart", "- assemble a text-to-image pipeline, and judge what it draws", "- start from a picture, and draw a part of one"]
 # # 07 Latent diffusion: from words to a picture
 #
 # All the parts are in place: a diffusion with samplers (01), a U-Net (02), a transformer that reads captions (04),
@@ -27,7 +27,7 @@
 # - judge a text-to-image model: attributes, binding, pairs that it never saw, and what it costs.
 #
 # **What it needs**: chapters 01, 02, 05 and 06, and the text transformer of chapter 04. **What it takes**: two minutes
-# on two cores. All data are embedded.
+# on two cores. All data are embedded. Sections marked *(at a second reading)* can wait.
 
 # %%
 import base64
@@ -90,7 +90,7 @@ from lecture26.kit.validation import check_choice, check_positive_int, check_sha
 from lecture26.unet import SelfAttention, UNet, group_norm, zero_init
 from lecture26.vae import KLVAE, reparameterize
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What a pixel costs
 #
 # A convolution with a $k\times k$ kernel, from $C$ to $C'$ channels, computes $C'$ numbers at each of $H\cdot W$
@@ -103,7 +103,7 @@ from lecture26.vae import KLVAE, reparameterize
 # $(HW)^2$ scores, each a dot product of $C$ numbers, and as much again to mix the values. PyTorch can count what is
 # really computed:
 
-# %%
+# %% slide=["# Attention pays most for pixels", "(7.1)", "? Sides smaller by $f=4$: by what factors do both shrink?", "A convolution by $f^2=16$, attention by $f^4=256$.", "What a whole network saves is less, and depends on what it is compared with."]
 sides = (64, 32, 16)
 convolution = nn.Conv2d(32, 48, 3, padding=1, bias=False)
 
@@ -135,7 +135,7 @@ verify("7.1", measured, formula, atol=0)
 # folding $2\times2$ pixels into the channels saves something too. And the autoencoder costs as well. The section
 # *Pixels against latents* measures all of it.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Into the latent space and out of it
 #
 # Three networks, encoder, denoiser and decoder, have two boundaries between them: into the latent space and out of
@@ -182,7 +182,7 @@ def to_latents(mean, log_variance, noise, latent_scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Two boundaries, each passed once", "$$x\\;\\xrightarrow{E}\\;(\\mu,\\sigma)\\;\\xrightarrow{\\text{draw},\\;\\cdot s}\\;z\\;\\xrightarrow{\\text{noise}}\\;z_t\\;\\xrightarrow{\\text{denoise, }c}\\;\\hat z\\;\\xrightarrow{/s,\\;D}\\;\\hat x \\tag{7.2}$$", "- in training there is no decoder, in sampling no encoder", "- the scale is applied once in, once out, nowhere else", "- latents are not clipped: they have no bounds"]
 check("latent_diffusion.to_latents", to_latents)
 
 # %% [markdown]
@@ -218,7 +218,7 @@ def from_latents(decode, latents, latent_scale):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# In code: one line each", "[code to_latents]", "[code from_latents]"]
 check("latent_diffusion.from_latents", from_latents)
 
 # %%
@@ -255,7 +255,7 @@ verify("7.4", x_hat, own_round_trip, atol=1e-4)
 # decoder makes of noisy versions of them. The decoder has never seen such latents: the diffusion has to come back to
 # clean ones first.
 
-# %%
+# %% slide=["# Noise on latents is no noise on pixels", "[picture]", "Above four latent channels, below what the decoder makes of them: wrong strokes and colours."]
 diffusion = Diffusion(cosine_betas(1000), prediction="v")
 one, levels = z[[5]], (0, 300, 600, 900)
 noise = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
@@ -279,13 +279,13 @@ show(figure, "A scene's four latent channels at four noise levels, and what the 
 # *Above: the latents of one scene, four channels of 16 by 16; the objects can be seen in them. Below: decoded. Noise
 # on the latents is not noise on the pixels, but wrong strokes and colours.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Words
 #
 # The captions are those of chapter 04, and longer ones, of two objects and their relation. The whole language has 32
 # words. `Tokenizer` and `TextTransformer` of chapter 04 turn a caption into a vector for each token.
 
-# %%
+# %% slide=["# Every token's vector is handed on", "In chapter 04 a caption became one vector, that of its end token.", "? Why is that too little for drawing?", "Everything about both objects would be in one vector, and the same for all places of the picture."]
 images = load("shapes_and_scenes", "train", 64)
 words = sorted({word for caption in images.captions(range(4096)) for word in caption.split()})
 tokenizer = Tokenizer(words, length=20)
@@ -352,7 +352,7 @@ print("tokens that are there:", told["mask"].sum(dim=1).tolist())
 # the tokens whose vectors differ, under chapter 04's mask (which the transformer takes if it is given none) and under
 # this one:
 
-# %%
+# %% slide=["# The mask decides which vectors know 'left'", "Two captions that differ in one word: which tokens' vectors differ?", "[output]", "Looking both ways, the star's own vector can say where the star belongs."]
 either = tokenizer([f"a red star to the {side} of a blue ring" for side in ("left", "right")])
 pieces = "(begin) a red star to the left/right of a blue ring (end)".split()
 causal, both_ways = text_encoder.transformer(either), text_encoder(either)["context"]
@@ -367,7 +367,7 @@ for name, (left, right), num_same in (("looking back", causal, 6), ("both ways",
 # seen the star, and the end token has seen everything. So a few tokens must carry all of it, and each place must learn
 # to look there. With the mask of this chapter the noun's own vector can say where the noun belongs.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Cross-attention
 #
 # The denoiser has a feature map: $N=H\cdot W$ places with a vector $x_n$ each. The caption has $M$ tokens with a
@@ -390,7 +390,7 @@ for name, (left, right), num_same in (("looking back", causal, 6), ("both ways",
 #
 # With numbers: two places, three tokens of which the last one is padding.
 
-# %%
+# %% slide=["# Let each place put a question, and the words answer", "Queries from the image, keys from the words, padding left out:", "$$a_{nm}=\\operatorname{softmax}_m S_{nm},\\qquad S_{nm}=\\begin{cases}q_n\\cdot k_m/\\sqrt d&\\text{token }m\\text{ is there}\\\\-\\infty&\\text{it is padding}\\end{cases} \\tag{7.5}$$", "Where a star forms, the question is its colour; in the background, its texture."]
 q = torch.tensor([[2.0, 0.0], [0.0, 1.0]])  # two places
 k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])  # three tokens
 scores = q @ k.T / math.sqrt(2)
@@ -504,7 +504,7 @@ def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Cross-attention: who asks, and who answers?", "$$o_n=\\sum_ma_{nm}v_m,\\qquad Q=xW_Q^\\top,\\quad K=cW_K^\\top,\\quad V=cW_V^\\top \\tag{7.6}$$", "[code cross_attention]", "This in each head. With $c=x$ it would be self-attention."]
 check("latent_diffusion.cross_attention", cross_attention)
 
 # %% [markdown]
@@ -550,7 +550,7 @@ verify("7.6", cross_attention(x, context, *matrices, heads=4, mask=mask), by_tor
 # whether it is on the left. Convolutions tell it little: they notice the border, by the zeros beyond it, and nothing
 # else of where they are.
 
-# %%
+# %% slide=["# What it cannot tell apart: the order of the words", "$$o_n(c_{\\pi(1)},\\dots,c_{\\pi(M)})=o_n(c_1,\\dots,c_M) \\tag{7.7}$$", "? 'A red heart and a blue ring': how can it tell this from 'a blue heart and a red ring'?", "By itself it cannot. Which words belong together must come from the text transformer."]
 order = torch.randperm(6, generator=generator)
 permuted = cross_attention(x, context[:, order], *matrices, 4, mask[:, order])
 verify("7.7", permuted, cross_attention(x, context, *matrices, 4, mask), atol=1e-12)
@@ -562,13 +562,13 @@ assert (slope[1, :4] != 0).all()  # the tokens that are there do matter
 weight = word_weights(q, k, mask)[1, :, :, 4:]  # of the two masked tokens
 verify("7.8", torch.cat([slope[1, 4:].flatten(), weight.flatten()]), torch.zeros(24 + 72), atol=0)
 
-# %%
+# %% slide=["# Three more facts for when a picture goes wrong", "- Padding is inert: its weight and its gradient are exactly 0.", "- A single token says the same everywhere: it is a bias.", "- Places with the same features get the same answer.", "? So what does a place need, to make use of 'to the left'?", "To know where it is."]
 single = cross_attention(x, context[:, :1], *matrices, 4, mask[:, :1])
 value = context[:, :1] @ matrices[2].T  # (2, 1, 32)
 verify("7.9", single, value.expand(2, 9, 32), atol=1e-12)
 
-# %% [markdown]
-# ### As a layer
+# %% [markdown] tags=["optional"]
+# ### As a layer *(at a second reading)*
 #
 # The layer adds what every network needs: the matrices as layers of their own, one more after the mixing, and messages
 # for arguments that do not fit. A row of the mask without any token would be a division of zero by zero, so it is
@@ -658,7 +658,7 @@ except ValueError as error:
 else:
     raise AssertionError("not refused")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A U-Net that listens
 #
 # Chapter 02's `UNet` takes its attention from a factory, and hands the condition on to it. So nothing has to be
@@ -731,7 +731,7 @@ class TextAttention(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
-# %%
+# %% slide=["# The U-Net of chapter 02, unchanged", "It takes its attention from a factory. The block after each residual block:", "- self-attention, so that places agree among themselves", "- coordinates, so that a place knows where it is", "- cross-attention to the words, beginning at zero"]
 torch.set_default_dtype(torch.float32)
 torch.manual_seed(0)
 block = TextAttention(channels=32, context_dim=text_encoder.width)
@@ -763,7 +763,7 @@ print(
     tuple(unet(torch.randn(2, 4, 16, 16), torch.tensor([500, 20]), ring).shape),
 )
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The whole, assembled
 #
 # `LatentDiffusion` holds the parts and the boundaries between them. It takes care of two things by itself. The VAE is
@@ -1106,7 +1106,7 @@ doubled = copy.deepcopy(pipeline).double()
 for parameter in doubled.denoiser.parameters():
     nn.init.normal_(parameter, std=0.1)
 
-# %%
+# %% slide=["# The empty caption is the null label", "(7.10)", "- one training caption in ten is replaced by it", "- a negative prompt takes its place", "- the guidance of chapter 05 mixes, as it is"]
 z_t, t = torch.randn(2, 4, 16, 16, dtype=torch.float64), torch.tensor([500, 20])
 wishes = ["a red star", "a large cyan cross above a small pink heart on a light background"]
 with torch.no_grad():
@@ -1138,7 +1138,7 @@ for prompts, options in ((["a red dog"], {}), ([""], {}), (["a star"], {"generat
     else:
         raise AssertionError("not refused")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Learning it
 #
 # The training is that of chapter 05, on latents. What the encoder says of an image never changes, so each image is
@@ -1184,7 +1184,7 @@ def loss(model, batch):
 # `train` is given the whole pipeline, and trains what asks for a gradient. The VAE's parameters do not, since
 # `LatentDiffusion` has frozen them.
 
-# %%
+# %% slide=["# Training: images are encoded once", "- What the encoder says of an image never changes: keep mean and variance.", "- Draw a fresh latent each time an image is met.", "- The VAE is frozen: its latents are the data.", "? Text encoder frozen or trained?", "Here trained along. Stable Diffusion takes CLIP's as it is."]
 history = train(pipeline, draw, loss, steps=100, batch_size=32, learning_rate=3e-3, warmup_steps=20)
 pipeline.cpu()  # from the device that it was trained on, if there is one
 after = pipeline.vae.state_dict()
@@ -1203,8 +1203,8 @@ axis.plot(history.losses)
 axis.set(xlabel="training step", ylabel="loss", ylim=0)
 show(figure, "The loss falls within 100 steps of training.")
 
-# %% [markdown]
-# ### Which one goes where
+# %% [markdown] tags=["optional"]
+# ### Which one goes where *(at a second reading)*
 #
 # One thing the pictures teach badly. Does the star belong on the left? That follows from two facts: whether the caption
 # says 'left' or 'right', and whether the star comes first or second in it.
@@ -1258,7 +1258,7 @@ history = train(
 )
 asked.cpu()
 
-# %%
+# %% slide=["# Which one goes where is an exclusive or", "[picture]", "Asked in words alone, it halts at $\\ln2$, where the axis is known, and falls at last; pictures teach it badly."]
 with torch.no_grad():
     logits, sides = answers(asked, scenes.captions(range(500)))
 right = (logits.argmax(dim=1) == sides).double().mean().item()
@@ -1306,8 +1306,8 @@ class TextDenoiser(nn.Module):
         return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
 
 
-# %% [markdown]
-# ### At which steps do the words decide?
+# %% [markdown] tags=["optional"]
+# ### At which steps do the words decide? *(at a second reading)*
 #
 # As long as a noisy image still shows what it is, the denoiser needs no words. Where everything is noise, nothing but
 # words is left. Between the two, each property has steps at which the image falls silent about it, and these are
@@ -1344,7 +1344,7 @@ def share_of_wrong_guesses(z_a, z_b, t):
     return torch.special.ndtr(-ratio[:, None] * distance / 2)
 
 
-# %%
+# %% slide=["# How long does an image say it by itself?", "Two images one word apart, and noise of which nobody knows to which it belongs:", "$$P(\\text{wrong})=\\Phi\\Bigl(-\\frac12\\sqrt{\\frac{\\bar\\alpha_t}{1-\\bar\\alpha_t}}\\;\\lVert z_a-z_b\\rVert\\Bigr) \\tag{7.11}$$", "No denoiser is needed for it: encoder and schedule are enough."]
 z_a, z_b = (z[:1] for z in one_word_apart("shape_1"))
 t = torch.tensor([920])
 noise = torch.randn(20_000, *z_a.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -1369,7 +1369,7 @@ print("at step 800 the order is background, relation, shape, colour:", at_800 ==
 print("at step 500 two shapes are hardly ever confused:", curves["shape"][500].item() < 0.01)
 assert at_800 == sorted(at_800) and curves["shape"][500] < 0.01
 
-# %%
+# %% slide=["# Words decide where noise has hidden what they say", "[picture]", "How often even the best guess between two images, one word apart, is wrong: shape and colour first."]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 for (word, curve), style in zip(curves.items(), ("-", "--", "-.", ":")):
     axes[0].plot(t, curve, style, label=word)
@@ -1403,7 +1403,8 @@ show(
 # That weights the loss of each step. A network that could be the best denoiser at every step would still have to be
 # that; what changes is where a small one is good. The price: the first hundred steps get 0.4 % of the draws, not
 # 10 %. Large models do something like it (Esser et al. 2024). Whether it pays here was not measured by itself.
-#
+
+# %% [markdown] tags=["core"]
 # ### The long-trained model
 #
 # The recipe `text_to_image_shapes64` trains a U-Net and a text encoder, 3.5 million parameters together, on 100,000
@@ -1437,7 +1438,7 @@ show(figure, "The loss of the last run falls at first, while the lesson is learn
 # *The loss of the last run, cross entropy of the lesson included. Its scale is not that of the short training above,
 # since its steps are drawn otherwise.*
 
-# %%
+# %% slide=["# Each object in its own colour, at its own place", "[picture]", "One prompt a row, one noise a column; the fourth and the fifth hold the same words in other places."]
 prompts = [
     "a large yellow star on a striped background",
     "a small purple heart on a light background",
@@ -1461,7 +1462,7 @@ show(
 #
 # The same noise at several weights:
 
-# %%
+# %% slide=["# From a weight of 1 on it draws what was asked for", "[picture]", "One prompt, six seeds: anything at $w=-1$, and edges that are pushed too far at 8."]
 weights = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 wish = "a small red star above a large blue ring on a light background"
 drawn = [pipeline.text_to_image([wish] * 6, w=w, steps=30, generator=seeds(10, 6)) for w in weights]
@@ -1474,7 +1475,7 @@ show(
 # *One prompt, six seeds (columns), six weights (rows). At $w=-1$ the prompt is not asked for. As in chapter 05, large
 # weights push colours and edges too far.*
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Is it what was asked for?
 #
 # Readers judge, as in the chapters before: one that reads single shapes at 64 pixels, one that reads scenes. The prompt
@@ -1498,7 +1499,7 @@ before = run_of("shapes")["first_batch"]
 print("as stored, up to 3 of 64 images:", abs(accuracy["all"] - before["accuracy_all"]) < 3.5 / 64)
 assert abs(accuracy["all"] - before["accuracy_all"]) < 3.5 / 64
 
-# %%
+# %% slide=["# Here some guidance helps", "[picture]", "Unlike in chapter 05, the conditional model alone is not enough for scenes; too much harms again."]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 for part, measure, colour in (("shapes", "all", colours[0]), ("scenes", "asked", colours[1])):
     runs = sorted(
@@ -1542,7 +1543,7 @@ for part, split in rows:
 # counted without a reader: the background is grey and objects are not, so connected areas of coloured pixels can be
 # counted (on real scenes this count is two in over 98 % of them).
 
-# %%
+# %% slide=["# How scenes fail", "[picture]", "What is wrong is nearly always a shape; hardly ever does an attribute go to the other object."]
 figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
 names = (RIGHT, NOT_TWO, SWAPPED, MISPLACED, OTHER)
 for row, split in enumerate(("test", "held_out")):
@@ -1562,12 +1563,13 @@ show(figure, "Two stacked bars: how many scenes are right, and in which way the 
 # Of 512 scenes 440 are right. In 9 the objects have merged, or there are three; in none has an attribute gone to the
 # other object, and in none do the two stand otherwise than was asked for. The rest, 63, have a shape or a colour that
 # the reader takes for another one: mostly small shapes that are not drawn clearly.
-#
-# ### Where the nouns stand
+
+# %% [markdown] tags=["optional"]
+# ### Where the nouns stand *(at a second reading)*
 #
 # The same two objects, in all four ways, from the same noise:
 
-# %%
+# %% slide=["# Four relations from the same noise", "[picture]", "The same two objects, the star to the left, to the right, above, below."]
 relations = ("to the left of", "to the right of", "above", "below")
 wishes = [f"a large red star {relation} a large blue ring on a light background" for relation in relations]
 drawn = torch.cat([pipeline.text_to_image([wish] * 6, steps=30, generator=seeds(30, 6)) for wish in wishes])
@@ -1583,7 +1585,7 @@ show(
 # 'star' and 'ring', and of their sizes and colours, for those that they have in the second caption, on the right. All
 # other tokens, 'left' among them, stay. What will be drawn?
 
-# %%
+# %% slide=["# Where in the caption does it find the place?", "The caption says 'left'. Exchange the vectors of both noun phrases for those of the caption with 'right'.", "? What will be drawn?", "The star on the right, mostly: the text transformer has put the place into the noun's own vector.", "An intervention shows a cause. A map shows only who looks where."]
 left, right = (pipeline.condition([wish] * 16) for wish in wishes[:2])
 is_noun_phrase = torch.zeros(20, dtype=torch.bool)
 is_noun_phrase[[2, 3, 4, 10, 11, 12]] = True  # large, red, star; large, blue, ring
@@ -1607,14 +1609,15 @@ assert shares[0] > 0.8 and shares[1] < 0.2 and shares[2] < 0.4
 # place of an object from the vectors of its noun phrase: the text transformer has put it there, as the lesson asked,
 # and each place of the picture compares it with where it is itself. That is an intervention, and shows a cause; the maps
 # of the next section show only who looks where.
-#
-# ### Words that it never saw together
+
+# %% [markdown] tags=["optional"]
+# ### Words that it never saw together *(at a second reading)*
 #
 # No training image shows a blue star, or two objects that are alike, or three of them, and no training caption names
 # the noun first, or two sizes of one object, or two backgrounds. What does the model do with such sentences? Every
 # sample is shown, none was selected:
 
-# %%
+# %% slide=["# Sentences that it never saw", "[picture]", "A blue star, two alike, three rings, the noun first, two sizes, two backgrounds: none selected."]
 odd = [
     "a large blue star on a dark background",
     "a small red star to the left of a small red star on a light background",
@@ -1634,7 +1637,7 @@ show(
 # two, sometimes grown together. The star named first is drawn as well: where there is one object, the order of the words
 # does not matter. Of two sizes the model takes the smaller one, of two backgrounds the stripes.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Where each word is looked at from
 #
 # The weights (7.5) can be looked at. For each cross-attention in the U-Net there is a number for each place and
@@ -1717,7 +1720,7 @@ at_place, by_hand = word_maps(layers[0], 8, 8)[0, :, 2, 5], layers[0][0, :, 2 * 
 sums = maps.sum(dim=0).flatten()
 verify("7.12", torch.cat([sums, at_place]), torch.cat([torch.ones(64), by_hand]), atol=1e-5)
 
-# %%
+# %% slide=["# Each word is looked at from its object", "[picture]", "'Star' from the star, 'ring' from the ring, 'dark' from the ground."]
 pieces = ["(begin)", *wish.split(), "(end)"]
 chosen = [2, 3, 4, 7, 10, 11, 12, 15, 17]
 figure, axes = plt.subplots(2, 5, figsize=(11, 4.8), layout="constrained")
@@ -1739,7 +1742,7 @@ show(figure, "A generated scene, and for nine of its caption's tokens a map of w
 # elsewhere as well. And 'left' is looked at from the ring, on the right: what that place takes from it cannot be seen
 # in a map.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## From a picture to a picture
 #
 # Sampling need not begin with pure noise. Take the latents of a given picture, make them as noisy as they would be at
@@ -1816,7 +1819,7 @@ class LatentDiffusion(LatentDiffusion):
         return self.decode(sample(diffusion, denoiser, z_t.shape, ddim_step, x_T=z_t, start=start))
 
 
-# %%
+# %% slide=["# From a picture to a picture: the strength decides what survives", "[picture]", "Noised up to a step, then denoised as the prompt says: more strength, less of the original."]
 original = shapes.batch([3])["image"]
 print("it shows:", shapes.captions([3])[0])
 wish, strengths = "a large blue heart on a light background", (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -1837,8 +1840,9 @@ show(
 # At 0.3 the picture is damaged rather than changed: so little noise hides hardly anything, the words contradict what is
 # plain to see, and guidance pushes all the same. At 0.5 a blue thing forms around what is left of the cross, on a
 # damaged background; at 0.7 the cross is gone, and from 0.9 on it is the heart that was asked for.
-#
-# ### Inpainting
+
+# %% [markdown] tags=["optional"]
+# ### Inpainting *(at a second reading)*
 #
 # Or keep a part of a picture, and draw the rest. At every step, put the known part in its place, made as noisy as the
 # step asks for, so that the denoiser sees it while it works on the rest. The noise is the same at all steps, so that
@@ -1872,7 +1876,7 @@ def keep_known(z_t, known, is_known, alpha_bar, noise):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Inpainting: keep what is known, at each step's noise", "$$z_t\\;\\leftarrow\\;\\chi\\,\\bigl(\\sqrt{\\bar\\alpha_t}\\,z+\\sqrt{1-\\bar\\alpha_t}\\,\\epsilon\\bigr)+(1-\\chi)\\,z_t \\tag{7.14}$$", "[code keep_known: return .. return]", "? Is that a draw of the rest, *given* the known part?", "No: at high noise the known part says little, and what is decided there is decided blindly."]
 check("latent_diffusion.keep_known", keep_known)
 
 # %% [markdown]
@@ -1927,7 +1931,7 @@ class LatentDiffusion(LatentDiffusion):
         return torch.where(is_unknown, self.decode(z_0), images)
 
 
-# %%
+# %% slide=["# Stripes and shades go on across the border", "[picture]", "The left half is given, and the right half drawn for a prompt, five times."]
 original = scenes.batch([7])["image"]
 print("it shows:", scenes.captions([7])[0])
 hidden = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
@@ -1986,7 +1990,7 @@ torch.set_default_dtype(torch.float32)
 # noise anew at each step, and go back and forth: after a step they add noise again and repeat it, so that both parts
 # can agree, at several times the cost.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Pixels against latents
 #
 # Now the question of the first section, asked of whole models. Three of them, with the same text encoder, the same
@@ -2025,7 +2029,7 @@ print(
     f"and once a VAE, {vae_cost['parameters'] / 1e6:.2f} M parameters, {vae_cost['seconds']:.0f} s"
 )
 
-# %%
+# %% slide=["# Pixels against latents: it depends on what one compares", "[picture]", "In units of the latent model's cost: a plain U-Net of pixels, and one that folds 2 x 2 of them."]
 bars = {
     "operations a step": "gflops_per_step",
     "seconds a step": "seconds_per_step",
@@ -2077,8 +2081,8 @@ for name in ("pixels", "pixels, 2 x 2 folded"):
 # %% [markdown]
 # These last numbers are rough: the VAE was trained on another processor, in bfloat16 (its card says so).
 
-# %% [markdown]
-# ## Other people's networks
+# %% [markdown] tags=["optional"]
+# ## Other people's networks *(at a second reading)*
 #
 # Nothing in `LatentDiffusion` knows that its parts are this course's. It needs a VAE with `encode` and `decode`, and a
 # denoiser that is called with latents, steps and a condition. Two adapters give those of the library *diffusers* this
@@ -2133,7 +2137,7 @@ class DiffusersDenoiser(nn.Module):
 # encoder. What they draw is noise, but it comes out of the same sampler, guided in the same way; and given the same
 # guided prediction, one step agrees with that of diffusers' own scheduler.
 
-# %%
+# %% slide=["# Other people's networks fit", "- a VAE with `encode` and `decode`", "- a denoiser called with latents, step and condition", "- their `guidance_scale` of 7.5 is $w=6.5$", "Two adapters put the parts of Stable Diffusion into this pipeline.", "# What to remember", "- In: draw, times the scale. Out: divide, decode. Once each.", "- Cross-attention mixes the words' values for each place, and minds no order.", "- Which words belong together comes from the text transformer.", "- Words decide where noise has hidden what they say.", "- Image to image and inpainting change the sampler alone."]
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 torch.manual_seed(0)
@@ -2261,7 +2265,22 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
 # Their `guidance_scale` of 7.5 is $w=6.5$ here. This was not run for the course, which needs no download; what is
 # tested is the interface, with random weights.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
+#
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your combination of chapter 05
+# steers by the words, your sampler of chapter 01 draws codes, and your way out of the latent space leads to pixels.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --prompt "a large yellow star on a striped background" --count 4 --steps 25',
+    alt="Four images of a large yellow star on striped ground.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # *'1. Encoder: compresses images to latent representations (e.g. using VAE). 2. Diffusion: applies U-Net denoising in
@@ -2284,7 +2303,7 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
 # *'Text-to-image generation: Stable Diffusion (latent diffusion + classifier-free guidance).'* These two, and a text
 # transformer that was trained on hundreds of millions of captions; ours knows 32 words.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - Sides $f$ times smaller make a convolution $f^2$ and attention $f^4$ times cheaper (7.1); what a whole model saves

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# A network that names photographs shall read digits", "? What could be done without training its weights anew?", "Leave every weight as it is, and hand it a few learned tokens beside the image: **prompts**.", "# What you can do afterwards", "- compute a Vision Transformer's answer by hand", "- find by experiment what is wrong with a wrapper that runs", "- build shallow and deep prompts, and prove the backbone untouched", "- say what a prompt adds to attention, and what it cannot change", "- compare methods fairly, and serve many tasks from one backbone"]
 # # 08 Visual prompt tuning: many tasks, one backbone
 #
 # A Vision Transformer has learned to name photographs, and we want it to read digits. One could train all of its
@@ -26,7 +26,7 @@
 # - adapt a real pretrained backbone to your own images by one command.
 #
 # **What it needs**: chapter 02 (attention). **What it takes**: under three minutes on two cores. All data are
-# embedded, or made by code.
+# embedded, or made by code. Sections marked *(at a second reading)* can wait.
 
 # %%
 import copy
@@ -100,7 +100,7 @@ vit = load_model("vit_photos32").double()
 print(type(vit).__module__, type(vit).__name__)
 print(f"{sum(p.numel() for p in vit.parameters()):,} parameters, {len(vit.blocks)} blocks")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A picture as a sequence
 #
 # A transformer takes a sequence of vectors. An image of $32\times32$ pixels is cut into squares of $p=4$ pixels on
@@ -150,7 +150,7 @@ x = shapes.batch(range(8))["image"].double()  # (8, 3, 32, 32)
 cut = patches(x, 4)
 print(f"images {tuple(x.shape)}, patches {tuple(cut.shape)}")
 
-# %%
+# %% slide=["# A picture becomes a list of patches", "[picture]", "64 small squares. Nothing in the list says which one lies beside which."]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
 left.imshow((x[0].permute(1, 2, 0) + 1) / 2)
 left.set(title="an image, 32 x 32 pixels")
@@ -174,7 +174,7 @@ show(figure, "An image of a coloured shape, and the same image cut into eight ti
 #
 # $$e_i=W_e\,c_i+b_e,\qquad W_e\in\mathbb R^{d\times3p^2} \tag{8.1}$$
 
-# %%
+# %% slide=["# Patches become tokens, and a class token gathers the answer", "(8.1)", "$$z_0=\\bigl[e_\\text{cls},\\,e_1,\\dots,e_{N_p}\\bigr]+E_\\text{pos} \\tag{8.2}$$", "In each block tokens look at one another, then each is worked on by itself:", "$$z'=z_{\\ell-1}+\\operatorname{Attn}(\\operatorname{LN}(z_{\\ell-1})),\\qquad z_{\\ell}=z'+\\operatorname{MLP}(\\operatorname{LN}(z')) \\tag{8.3}$$"]
 kernel, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
 print(f"kernel {tuple(kernel.shape)}: d = {kernel.shape[0]} numbers from {kernel[0].numel()}")
 verify("8.1", cut @ kernel.flatten(1).T + bias, vit.patch_embed(x), atol=1e-10)
@@ -249,7 +249,7 @@ def normalised(norm, tokens):
     return centred / deviation * norm.weight + norm.bias
 
 
-# %%
+# %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to nine digits."]
 e = patches(x, 4) @ kernel.flatten(1).T + bias  # (8, 64, d)
 z = torch.cat([vit.cls_token.expand(len(x), 1, -1), e], dim=1) + vit.pos_embed  # (8, 65, d)
 for block in vit.blocks:
@@ -287,7 +287,7 @@ assert all(block.attn.scale == block.attn.head_dim**-0.5 for block in vit.blocks
 # A transformer without positions sees a bag of patches. Keep this in mind as a symptom.
 
 
-# %%
+# %% slide=["# Without positions it sees a bag of patches", "? Leave out the position embedding, and shuffle the patches. What changes?", "$$y\\bigl([e_\\text{cls},e_{\\pi(1)},\\dots,e_{\\pi(N_p)}]\\bigr)=y\\bigl([e_\\text{cls},e_1,\\dots,e_{N_p}]\\bigr) \\tag{8.6}$$", "Nothing. Keep this in mind as a symptom."]
 def answer(tokens):
     """The logits that follow from tokens that go into the first block."""
     return vit.head(vit.norm(vit.blocks(tokens))[:, 0])
@@ -301,7 +301,7 @@ is_changed = not torch.allclose(*with_positions)
 assert is_changed
 print("with positions, shuffling changes the answer:", is_changed)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A wrapper with nine faults
 #
 # The idea of visual prompt tuning fits into a sentence: freeze the network, put a few learned tokens beside those of
@@ -309,7 +309,7 @@ print("with positions, shuffling changes the answer:", is_changed)
 # has nine faults. Do not look for them; let experiments find them.
 
 
-# %%
+# %% slide=["# A wrapper as one writes it on a first evening", "[code FirstEvening.forward]", "? It reads well, and has nine faults. How would you find them, without reading?"]
 class FirstEvening(nn.Module):
     def __init__(self, backbone, num_prompts, num_classes):
         super().__init__()
@@ -382,7 +382,7 @@ second = SecondEvening(first.backbone, num_prompts=5, num_classes=8)
 # **Experiment 3: shuffle the image.** Cut it into its patches and lay them down in another order. A network that sees
 # must say something else.
 
-# %%
+# %% slide=["# Shuffle the image: the same answer", "[picture]", "The wrapper gives both rows the same logits: the position embedding is missing."]
 order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
 puzzle = patches(x, 4)[:, order].view(8, 8, 8, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(8, 3, 32, 32)
 with torch.no_grad():
@@ -400,7 +400,7 @@ show(figure, "Four images, and the same images with their patches in another ord
 # itself computes. Hand the head's input out, and compare, the position embedding mended:
 
 
-# %%
+# %% slide=["# Add nothing, and compare", "With no prompts, what reaches the head must be what the backbone computes.", "[output]", "Positions and the final norm are both missing. A test of shapes would never have told."]
 def head_input(positions, final_norm):
     """What reaches the head of a wrapper without prompts, (8, d)."""
     z = torch.cat([cls, vit.patch_embed(x)], dim=1)
@@ -420,7 +420,7 @@ for settings in ((False, False), (False, True), (True, False), (True, True)):
 #
 # **Experiment 5: train one step.** The comment says that the backbone is frozen.
 
-# %%
+# %% slide=["# A comment freezes nothing", "? The wrapper says 'this stays frozen'. One step of AdamW. What has moved?", "[output]", "What stays put is what the wrapper never calls."]
 before = copy.deepcopy(second.backbone.state_dict())
 optimizer = torch.optim.AdamW((p for p in second.parameters() if p.requires_grad), lr=1e-3)
 cross_entropy(second(x), torch.arange(8)).backward()
@@ -469,7 +469,7 @@ print("twice the same images, the same logits:", is_same)
 #
 # **Experiment 8: save it.** What was learned are five prompts and a head.
 
-# %%
+# %% slide=["# Nine faults, and the experiments that find them", "| fault | found by |\n|---|---|\n| class token not expanded | two images in the place of one |\n| no position embedding | shuffling the patches |\n| no final norm; only one kind of ViT | no prompts, and comparing |\n| backbone not frozen | one step, and counting |\n| dropout in the backbone | calling twice after `.train()` |\n| whole backbone stored | counting what is saved |", "Two more: an undefined name, and prompts ten times as long as published ones."]
 stored = sum(tensor.numel() for tensor in second.state_dict().values())
 learned = second.prompts.numel() + sum(p.numel() for p in second.head.parameters())
 print(f"numbers learned: {learned:,}; numbers in state_dict(): {stored:,}")
@@ -528,7 +528,7 @@ assert list(found.values()) == ["equal", "RuntimeError", "another answer", "Attr
 # The rest of the chapter builds it without them. (The lecture also names a deep variant. The wrapper has none; that
 # is another method, and no fault.)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Prompts
 #
 # A **prompt** is a vector of width $d$, trained by gradient descent, and treated like a token. $n$ of them, the rows
@@ -566,11 +566,11 @@ def insert_prompts(tokens, prompts, num_prefix):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# Prompts go between prefix and patches", "$$\\tilde z_0=\\bigl[z_{0,\\text{cls}},\\,P,\\,z_{0,1},\\dots,z_{0,N_p}\\bigr] \\tag{8.7}$$", "[code insert_prompts]", "After the position embedding: a prompt has no place in the image."]
 check("visual_prompt_tuning.insert_prompts", insert_prompts)
 
-# %% [markdown]
-# ### How large a prompt begins
+# %% [markdown] tags=["optional"]
+# ### How large a prompt begins *(at a second reading)*
 #
 # Jia et al. draw the prompts uniform on $[-v,v]$ with Glorot and Bengio's $v$ for a map from $3p^2$ to $d$ numbers,
 #
@@ -609,7 +609,7 @@ def initial_prompts(u, patch_values):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# How long should a prompt begin?", "$$P_{kj}\\sim\\mathcal U(-v,v),\\qquad v=\\sqrt{\\frac6{3p^2+d}} \\tag{8.8}$$", "? To attention, what is the difference between $P$ and $10P$?", "None: it is normalised first. But its gradient is a tenth, so a step turns it a tenth as far."]
 check("visual_prompt_tuning.initial_prompts", initial_prompts)
 
 # %%
@@ -620,7 +620,7 @@ drawn = torch.stack(
 verify("8.8", drawn.var(dim=1, unbiased=False), torch.tensor([2 / (48 + 160), 2 / (768 + 768)]), atol=1e-8)
 print("standard deviations:", [round(value, 3) for value in drawn.std(dim=1).tolist()])
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ### Deep prompts
 #
 # In VPT-shallow the prompts pass through the blocks like other tokens, and what comes out of block 1 at their places
@@ -664,7 +664,7 @@ check("visual_prompt_tuning.replace_prompts", replace_prompts)
 # %% [markdown]
 # With numbers: width 2, a class token of ones, prompts of tens, patches 3, 4, 5.
 
-# %%
+# %% slide=["# Deep prompts: replaced at every block", "$$\\tilde z_{\\ell}=\\bigl[z_{\\ell,\\text{cls}},\\,P_{\\ell},\\,z_{\\ell,1},\\dots,z_{\\ell,N_p}\\bigr] \\tag{8.9}$$", "A class token of 1, prompts of tens, patches 3, 4, 5:", "[output]", "The sequence does not grow."]
 tokens = torch.tensor([1.0, 3, 4, 5])[None, :, None].expand(1, 4, 2)
 entering = insert_prompts(tokens, torch.full((2, 2), 10.0), num_prefix=1)
 print("into block 1:  ", entering[0, :, 0].tolist())
@@ -672,7 +672,7 @@ leaving = entering + 0.5  # as if this were what the block does
 print("out of block 1:", leaving[0, :, 0].tolist())
 print("into block 2:  ", replace_prompts(leaving, torch.full((2, 2), 20.0), num_prefix=1)[0, :, 0].tolist())
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What a prompt can do
 #
 # Only attention mixes tokens, so only there can a prompt act on the others. How? In each head, split the sum (8.4)
@@ -727,7 +727,7 @@ def attention_to_prompts(weights, num_prefix, num_prompts):
     ### END SOLUTION
 
 
-# %%
+# %% slide=["# What a prompt can do: mix in, and fade the rest", "With $\\lambda_i$ the share of attention that token $i$ pays to prompts,", "$$o_i=(1-\\lambda_i)\\,o_i^{\\,0}+\\lambda_i\\,\\bar p_i \\tag{8.11}$$", "$o_i^{\\,0}$ is what the head would give without any prompt, $\\bar p_i$ an average of the prompts' values."]
 check("visual_prompt_tuning.attention_to_prompts", attention_to_prompts)
 
 # %%
@@ -755,7 +755,7 @@ is_a_tenth = (gradients[0] - 10 * gradients[1]).norm() < 0.01 * gradients[0].nor
 assert is_a_tenth
 print("a tenth of the gradient, to 1%:", bool(is_a_tenth))
 
-# %%
+# %% slide=["# What it cannot do: turn the head's view", "(8.12)", "Whichever of two patches was looked at more still is, by the same factor.", "? How can prompts change it after all?", "From afar: what they mix in at one block changes queries and keys of the next."]
 others = [0, *range(1 + n, a.shape[-1])]  # the class token and the patches
 values = (
     block.attn.qkv(prompted)[..., 2 * vit.embed_dim :].view(8, 70, block.attn.num_heads, -1).transpose(1, 2)
@@ -767,7 +767,7 @@ verify("8.11", rest * without + (1 - rest) * mixed_in, (a @ values)[:, :, others
 ratios = [w / w[..., [5]] for w in (a[:, :, others][..., others], a_0)]  # to the sixth token
 verify("8.12", ratios[0].log(), ratios[1].log(), atol=1e-9)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The network with prompts
 #
 # Now put it together, and let timm do what it can do itself: `_pos_embed` knows about class tokens, registers and
@@ -887,7 +887,7 @@ for name, model in variants.items():
 # gradient, whatever its value; so a backbone whose gradients are set to zero, or multiplied by zero, shrinks step by
 # step without anybody noticing:
 
-# %%
+# %% slide=["# Frozen means no gradient, not a gradient of zero", "[output]", "AdamW's weight decay acts on every weight that has a gradient, whatever its value.", "? And the frozen network in `torch.no_grad()`?", "That cuts the prompts off: they lie before it."]
 for name, gradient in (("None", None), ("zero", torch.zeros(1))):
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.05)
@@ -977,7 +977,7 @@ class VPT(nn.Module):
 # backbone's features. After ten steps with weight decay the backbone is what it was, bit for bit, even if it has
 # stochastic depth.
 
-# %%
+# %% slide=["# The experiments again, as tests", "- the same number of tokens at each block, and gradients for each block's prompts", "- a batch of one as in a batch; a shuffled image gives something else", "- nothing added, nothing changed", "- after ten steps the backbone is what it was, bit for bit"]
 counts = []
 hooks = [block.register_forward_hook(lambda *call: counts.append(call[-1].shape[1])) for block in vit.blocks]
 model = VPT(vit, num_classes=8, num_prompts=5, deep=True)
@@ -1016,7 +1016,7 @@ assert has_fallen and is_same
 print("the loss fell:", has_fallen)
 print("bit for bit the same backbone:", is_same)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What is stored
 #
 # ### The count
@@ -1032,7 +1032,7 @@ def trainable_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# %%
+# %% slide=["# What is stored: prompts and a head", "(8.13)", "$$r=\\frac{M}{L'\\,n\\,d+(d+1)K} \\tag{8.14}$$", "? 'A hundred to a thousand times less', says the lecture. On what does that depend?"]
 L, d, K, n = len(vit.blocks), vit.embed_dim, 10, 8
 counted = [sum(p.numel() for p in trainable_parameters(VPT(vit, K, n, deep=deep))) for deep in (False, True)]
 print("trained, shallow and deep:", counted)
@@ -1094,7 +1094,7 @@ for kind, num in (("shallow", 100), ("deep", 10), ("deep", 50), ("deep", 100)):
             f" with a head for {classes} classes",
         )
 
-# %%
+# %% slide=["# The claim holds from ten deep prompts to some hundred", "[picture]", "Grey: the claim. Shallow prompts save more, and a head takes its share as well."]
 lengths = torch.logspace(0, 2.3, 40)
 figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
 axis.axhspan(100, 1000, color="lightgrey", alpha=0.5, label="the lecture's claim")
@@ -1118,8 +1118,9 @@ assert (first, last) == ([10, 13, 16], [93, 123, 153])
 # the claim (grey) from $n=10$ (ViT-B), 13 (ViT-L) or 16 (ViT-H) on, and leave it beyond 93, 123 or 153. A head takes
 # its share as well: with 100 classes it is as large as a hundred shallow prompts. '0.1% of the parameters' is a
 # factor of 1000: on ViT-B that is shallow with $n=100$, or deep with $n=10$.*
-#
-# ### What more tokens cost
+
+# %% [markdown] tags=["optional"]
+# ### What more tokens cost *(at a second reading)*
 #
 # Prompts are small to store, but each is a token that all blocks have to compute, for every image, for ever. A
 # block's products are the four maps of attention ($4Nd^2$ multiplications for $N$ tokens), the two of the MLP
@@ -1130,7 +1131,7 @@ assert (first, last) == ([10, 13, 16], [93, 123, 153])
 # times as much. torch can count the products itself:
 
 
-# %%
+# %% slide=["# Prompts are small to store, and cost at every image", "$$\\frac{(N+n)(6d+N+n)}{N(6d+N)} \\tag{8.15}$$", "times the products of the blocks, for ever.", "Of these methods, only prompts make the network slower."]
 def products(model, x):
     """How many floating-point operations the matrix products of a model's blocks take."""
     with torch.no_grad(), attention_by_products(model), FlopCounterMode(display=False) as counter:
@@ -1152,8 +1153,9 @@ print(
 # %% [markdown]
 # A linear probe and a fine-tuned network cost at inference what the backbone costs; so do tuned biases. Prompts are
 # the only one of these methods that makes the network slower: 100 of them on ViT-B cost half as many products again.
-#
-# ### A file for a task
+
+# %% [markdown] tags=["optional"]
+# ### A file for a task *(at a second reading)*
 #
 # What is to be written is the tensors that were trained, and what they belong to. Prompts mean nothing to another
 # backbone, not even to one of the same shape. So a task remembers a *fingerprint* of the backbone: a hash of all its
@@ -1322,7 +1324,7 @@ for name, other in {
     else:
         raise AssertionError("not refused")
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## The alternatives
 #
 # Prompts are one way among several:
@@ -1364,8 +1366,8 @@ def full_fine_tune(vit, num_classes):
     return model
 
 
-# %% [markdown]
-# ### Only the biases
+# %% [markdown] tags=["optional"]
+# ### Only the biases *(at a second reading)*
 #
 # Most layers are $z=Wx+b$. Suppose that all weights $W$ stay, and only the $b$ train. By the chain rule a bias that
 # is added to every token of every image collects all their gradients,
@@ -1425,7 +1427,7 @@ def bias_tuning(vit, num_classes):
     return model
 
 
-# %%
+# %% slide=["# Prompts are one way among several", "- **linear probe**: a new head, and nothing else", "- **biases only**: the same vector for each token", "- **prompts**: shallow, or deep", "- **full fine-tuning**: everything, on a copy", "? Which of them can change the ratio (8.12) within a block?"]
 model = bias_tuning(vit, num_classes=8)
 collected = []
 layer = model.blocks[2].mlp.fc1
@@ -1437,7 +1439,7 @@ verify("8.16", layer.bias.grad, bias_gradient(collected[0]), atol=1e-12)
 assert layer.weight.grad is None
 print("the weight beside it has no gradient:", layer.weight.grad is None)
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## A fair comparison
 #
 # Which of these methods is the best depends on how they are compared. One learning rate for all would be unfair:
@@ -1453,7 +1455,7 @@ print("the weight beside it has no gradient:", layer.weight.grad is None)
 #
 # Seven small tasks, of at most 800 training images each, none of them photographs of airplanes or cats:
 
-# %%
+# %% slide=["# A fair comparison begins with its rules", "[picture]", "Seven tasks, none of photographs: the same images and steps for all, each method at a learning rate of its own."]
 torch.set_default_dtype(torch.float32)
 tasks = ("digits", *TASKS)
 sets = {task: downstream(task) for task in tasks}
@@ -1516,7 +1518,7 @@ adapt_live("vpt-deep")
 # %%
 adapt_live("full")
 
-# %%
+# %% slide=["# Deep prompts learn the digits nearly as fast as all weights", "[picture]", "Learning rates differ by far: what suits prompts and heads lies much above that of full fine-tuning."]
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for (method, losses), colour in zip(curves.items(), colours):
     smooth = torch.tensor(losses).unfold(0, 10, 5).mean(dim=1)
@@ -1569,7 +1571,7 @@ print("deep prompts over full fine-tuning:", ", ".join(f"{factor:.0f} times" for
 at_edge = [f"{task}, {method}" for task in compared for method in COMPARED if result(task, method)["at_edge"]]
 print("at an end of those tried:", "; ".join(at_edge) or "none")
 
-# %%
+# %% slide=["# Probe, prompts, full fine-tuning: in this order", "[picture]", "Bars are means of three seeds, dots the seeds: six hundred steps of sixteen images, the class token read by all."]
 figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
 for k, (method, colour) in enumerate(zip(COMPARED, colours)):
     shares = [result(task, method)["accuracy"] for task in compared]
@@ -1610,8 +1612,9 @@ assert all(gain > 0 for gain in gains.values()) and all(gap > 0 for gap in gaps.
 # they fall behind the probe by less than the ±. Full fine-tuning is ahead of deep prompts everywhere: by two points
 # where there is little to gain, by seven to ten in counting and on MNIST, by twenty-five and more on the textures,
 # the largest discs and the nodules. These three it learns to more than 90%, the last two nearly to the end.
-#
-# ### A third of the steps
+
+# %% [markdown] tags=["optional"]
+# ### A third of the steps *(at a second reading)*
 #
 # How far does this depend on the budget? The same comparison of the two kinds of digits, with 200 steps:
 
@@ -1654,7 +1657,8 @@ print(f"trained on {card['data']}; names {100 * card['metrics']['accuracy']:.0f}
 # a third of its size, into which neighbourhood is built, named 81 after 4,500 steps. So for the last 10,000 steps the
 # transformer had that network for a *teacher* (Li et al. 2022): beside the classes it learned to see at each of its
 # $8\times8$ places what the teacher sees there. (`README.md` has the commands.)
-#
+
+# %% [markdown] tags=["core"]
 # ### Is it the probe, or what it reads?
 #
 # The linear probe had as many steps as the others. For it that is not much: on frozen features its loss is convex in
@@ -1689,7 +1693,7 @@ for task in compared:
     shares = [100 * solved[task][name] for name in columns]
     print(f"{task:16}" + "".join(f"{share:14.1f}" for share in shares) + f"{shares[1] - shares[0]:+14.1f}")
 
-# %%
+# %% slide=["# Is it the probe, or what it reads?", "[picture]", "Filled: heads solved to the end. Stars: solved heads that read the patches' quarters, at no cost in tokens.", "# The place to read matters as much as the method", "? The class token knows the corner of the largest disc in half of the pictures. Has the network not seen it?", "A head on the frozen patches knows it nearly always.", "By (8.12) a prompt cannot turn the class token's attention to a patch: the knowledge is there, the way is not."]
 figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
 for method, reading, marker, colour in (
     ("linear", "class token", "o", colours[0]),
@@ -1729,7 +1733,8 @@ show(figure, "For seven tasks the accuracy of trained and of solved heads, with 
 #
 # The comparison above is the usual one, with the class token for everybody. It tells which way to change that token is
 # the best, not whether it is the place to read.
-#
+
+# %% [markdown] tags=["core"]
 # ### What it costs
 #
 # Training a prompt is not cheap: the gradient has to come back through all blocks, as in full fine-tuning. Only the
@@ -1751,8 +1756,9 @@ for method in COMPARED:
 # Forward pass: its matrix products relative to those of full fine-tuning. The linear probe trains in less time,
 # since nothing has to come back through the blocks (and less still if the features are computed once). That
 # full fine-tuning does not come out at 1.00 shows how far the times can be trusted.*
-#
-# ### How many prompts
+
+# %% [markdown] tags=["optional"]
+# ### How many prompts *(at a second reading)*
 #
 # All of this was with eight prompts. Counting again, with one and with thirty-two:
 
@@ -1771,7 +1777,7 @@ for method, runs in by_length.items():
         print(f"{method:12} n = {run['num_prompts']:2}  {with_spread(run)} %  trained {run['trained']:6,}  "
               f"learning rate {run['learning_rate']:g}")  # fmt: skip
 
-# %%
+# %% slide=["# One prompt gains a little, eight most of it", "[picture]", "Accuracy of counting by the number of prompts: full fine-tuning stays ahead."]
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for (method, runs), marker, colour in zip(by_length.items(), "os", colours[1:]):
     counts, shares = [run["num_prompts"] for run in runs], [run["accuracy"] for run in runs]
@@ -1794,8 +1800,9 @@ show(figure, "Accuracy of counting against the number of prompts, shallow and de
 # ±; eight are eleven, and thirty-two twelve, with 97 tokens in the place of 65. One shallow prompt is no better than
 # the probe, eight and thirty-two are four and six points. From the best of these to full fine-tuning it is still
 # seven points. Whether still more prompts would go on gaining was not tried.
-#
-# ### Narrower backbones
+
+# %% [markdown] tags=["optional"]
+# ### Narrower backbones *(at a second reading)*
 #
 # The slide says that prompts work across model sizes, and means ViT-B, L and H. These are out of reach here. What can be
 # tried is the width: two narrower backbones, of as many blocks, trained on the same photographs from scratch
@@ -1846,8 +1853,9 @@ show(figure, "Accuracy of three methods against the backbone's width, for two ta
 # That is all it shows. The three have 0.3 to 1.9 million parameters. The widest was trained for longer, and with a
 # teacher: it names 77 of a hundred photographs, the narrower ones 62 and 63, so width and training change together. And
 # nothing here speaks for networks of 86 to 632 million parameters, which the slide means.
-#
-# ## What the prompts have learned
+
+# %% [markdown] tags=["optional"]
+# ## What the prompts have learned *(at a second reading)*
 #
 # By (8.11) a prompt acts by $\lambda_i(\bar p_i-o_i^{\,0})$, and the share of attention $\lambda_i$ is easy to look
 # at. Here is that of the class token in the model that was trained above, for each block and head, beside the same
@@ -1875,7 +1883,7 @@ x = tests.batch(range(200))["image"]
 untrained = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0).eval()
 tables = [shares_of_class_token(m, x) for m in (untrained, model)]
 
-# %%
+# %% slide=["# Few heads listen, and these listen well", "[picture]", "The class token's attention to prompts: after training one head of the last block sees nothing else."]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
 for axis, table, title in zip(axes, tables, ("before training", "after training")):
     picture = axis.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -1899,7 +1907,7 @@ show(figure, "Two tables of blocks by heads: the share of the class token's atte
 # What this does to the features $f$: the test images, projected on their two main directions, without prompts and
 # with them. (The head separates the classes in all $d$ dimensions, so those that overlap here may be apart for it.)
 
-# %%
+# %% slide=["# What prompts do to the features", "[picture]", "The same frozen backbone, without prompts and with them, in its two main directions."]
 labels = tests.batch(range(len(tests)))["class"]
 with torch.no_grad():
     everything = tests.batch(range(len(tests)))["image"]
@@ -1936,7 +1944,7 @@ without, prompted = (spread_between_classes(f) for f in clouds.values())
 assert prompted > without
 print("the share of variance between classes grows with prompts:", bool(prompted > without))
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## What is forgotten
 #
 # 'Prevents catastrophic forgetting: original weights remain frozen', says the lecture. After each adaptation, give
@@ -1958,7 +1966,7 @@ for method in COMPARED:
     if "upstream_prompted" in result("digits", method):
         print_row("  prompts left in", [result(task, method)["upstream_prompted"] for task in compared])
 
-# %%
+# %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "As many as before, to the last bit. So it is with a linear probe, or with a copy.", "What prompts give: no copy is needed *for each task*. With the prompts left in, the network is another one."]
 for task in compared:
     for method in ("linear", "vpt-shallow", "vpt-deep"):
         run = result(task, method)
@@ -1972,7 +1980,7 @@ for task in compared:
 # photographs right. A fully fine-tuned one with its old head names a quarter of them or less; only after the line
 # drawings, which it learned at a third of the rate, are there three in five.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## Many tasks, one backbone
 #
 # Fine-tuning $T$ tasks gives $T$ networks: each has to be kept in memory, and a batch that mixes tasks has to be
@@ -2013,7 +2021,7 @@ def own_head(features, weights, biases, tasks):
 # %%
 check("visual_prompt_tuning.own_head", own_head)
 
-# %%
+# %% slide=["# Many tasks in one pass", "Attention never looks from one sample to another, so each sample brings its own prompts and head:", "(8.17)", "[code own_head]"]
 generator = torch.Generator().manual_seed(5)
 f, W, c = (
     torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (3, 2, 4), (3, 2))
@@ -2168,7 +2176,7 @@ print("classes:", [len(row) for row in answers])
 assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(answers, alone))
 print("each image's logits are those of its task's own model, to 1e-5")
 
-# %%
+# %% slide=["# One batch, three tasks", "[picture]", "Each image is asked its own question, in one pass of one backbone.", "# What to remember", "- Experiments find what reading does not: shuffle, add nothing, count, call twice.", "- A prompt mixes in and fades; it cannot turn a head's view.", "- Small to store, not cheap to run.", "- Where a head reads matters as much as how one adapts.", "- Nothing is forgotten, and one backbone serves many tasks."]
 titles = [f"{name}:\n{singles[name].head.out_features} logits" for name in mixed_names]
 figure = show_grid(mixed, columns=6, titles=titles, inches_per_image=1.3)
 figure.set_figheight(2.0)
@@ -2219,8 +2227,9 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 # Memory and disk are where the bank wins: ten tasks in a tenth of the room, and each further one adds some kilobytes
 # instead of a network. In time it gains nothing here. It computes a little more, for its prompts, and does so in one
 # batch instead of ten small ones, which a CPU does not mind; a GPU may be another matter, and we have not tried it.
-#
-# ## Your own images, and other people's backbones
+
+# %% [markdown] tags=["optional"]
+# ## Your own images, and other people's backbones *(at a second reading)*
 #
 # ### A new modality: X-rays, ultrasound, microscopes
 #
@@ -2264,7 +2273,23 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 # validation split is to choose from, and three seeds of the best; goes on where it was stopped; and takes several
 # GPUs with `accelerate launch -m lecture26 adapt ...`. It optimises with AdamW, and the paper with SGD: a test of the
 # claim, not a repetition of the paper's experiments.
+
+# %% [markdown] tags=["core"]
+# ## Your code runs the model
 #
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your prompts are put into the frozen backbone
+# and learn to name digits, your head of the bank names them, and your count says what that saves.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    "milestone visual_prompt_tuning",
+    alt="Twenty-four digits, each below the name that the network gives it; where that is wrong, the right one is added.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # - *The code of the slide.* It has the faults of the list above, and this chapter has found them by experiment on a
@@ -2290,7 +2315,8 @@ print(f"time for a mixed batch of {measured['batch_size']}: separate networks ta
 #
 # Not on the slide: prompts make the network slower, (8.15), while a fine-tuned network, tuned biases or a linear
 # probe do not; and training them saves at most the third of the products that goes into the weights' own gradients.
-#
+
+# %% [markdown] tags=["core"]
 # ## Summary
 #
 # - A ViT is patches, (8.1), a class token, positions, (8.2), blocks, (8.3), a last norm and a head, (8.5). Without

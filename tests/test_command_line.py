@@ -80,6 +80,12 @@ def test_training_makes_a_checkpoint_with_its_command(data_folder, card):
     assert card["loss_curve"]["step"] == [1, 2]
 
 
+def test_milestone_says_at_once_that_its_picture_cannot_be_written(tmp_path):
+    refused = call("milestone", "ddpm", "--out", tmp_path / "picture.txt")
+    assert refused.exit_code == EXIT_USER_ERROR
+    assert "--out must end in .png" in refused.stderr
+
+
 def test_training_spares_a_checkpoint_unless_told_otherwise(data_folder, card):
     refused = call(*TRAIN, "--name", "tiny", "--seed", "1")
     assert refused.exit_code == EXIT_USER_ERROR

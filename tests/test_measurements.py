@@ -21,15 +21,16 @@ from lecture26.__main__ import EXIT_USER_ERROR, app
 from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided
 from lecture26.clip_guidance import clip_guided
-from lecture26.ddpm import ddim_step, sample
+from lecture26.ddpm import ddim_step, ddpm_step, sample
 from lecture26.kit.checkpoints import CheckpointError, save_checkpoint
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import attribute_accuracy, sample_quality
+from lecture26.kit.evaluation import attribute_accuracy, extract_features, frechet_distance, sample_quality
 from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
-from lecture26.studies import measurements, sweeps, text_to_image
+from lecture26.studies import guidances, measurements, sweeps, text_to_image
+from lecture26.studies.sizes import Sizes
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -185,6 +186,128 @@ def test_a_clip_sweep_prompts_by_shape_and_colour(clip_sweep):
     first_batch = clip_sweep["runs"][2]["first_batch"]
     quality = sample_quality(load_model("judge"), x_0, images)
     assert first_batch["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def on_one_axis():
+    return guidances.guidances_on_one_axis(
+        "drawer",
+        "told",
+        "guide",
+        "noisy_clip",
+        "judge",
+        ways={way: (2.0, 5.0) for way in guidances.WAYS},
+        num_samples=24,
+        num_within=6,
+        shares=(0.25, 0.75),
+        batch_size=8,
+        steps=2,
+    )
+
+
+def test_all_guidances_are_run_on_one_axis_and_no_two_are_one(on_one_axis):
+    runs = [
+        (run["guidance"], run["denoiser"], run["interval"], run["strength"]) for run in on_one_axis["runs"]
+    ]
+    assert runs == [
+        (way.guidance, way.denoiser, list(way.interval) if way.interval else None, strength)
+        for way in guidances.WAYS
+        for strength in (2.0, 5.0)
+    ]
+    distances = [run["frechet_distance"] for run in on_one_axis["runs"]]
+    assert len(set(distances)) == len(distances)
+    assert all(run["frechet_distance_error"] > 0 for run in on_one_axis["runs"])
+
+
+def test_on_the_axis_a_strength_is_what_each_guidance_calls_by_its_own_name(on_one_axis):
+    """The first batches of three ways at strength 5, drawn by hand."""
+    images, diffusion, judge = load("shapes", "test"), load_diffusion("drawer"), load_model("judge")
+    wanted = images.attributes(range(8))
+    cond = torch.stack([wanted["shape"], wanted["colour"]], dim=1)
+    told = load_model("told")
+    clip, kappa = load_model("noisy_clip"), on_one_axis["kappa"]
+    prompts = [" ".join(["a", *caption.split()[2:4]]) for caption in images.captions(range(8))]
+    features = clip.encode_text(clip.tokenizer(prompts))
+    y = 8 * wanted["shape"] + wanted["colour"]
+    by_hand = {
+        ("CLIP", "unconditional"): clip_guided(load_model("drawer"), clip, features, 5 * kappa, diffusion),
+        ("classifier-free", "with labels"): classifier_free_guided(
+            told, cond, torch.tensor([[8, 8]]).expand(8, 2), 4.0
+        ),
+        ("classifier", "with labels"): classifier_guided(
+            partial(told, cond=cond), load_model("guide"), y, 4.0, diffusion
+        ),
+    }
+    for (guidance, denoiser), guided in by_hand.items():
+        generator = torch.Generator().manual_seed(0)
+        x_0 = sample(diffusion.respace(2), guided, (8, 3, 32, 32), ddpm_step, generator, progress=False)
+        (run,) = (
+            run
+            for run in on_one_axis["runs"]
+            if (run["guidance"], run["denoiser"], run["strength"]) == (guidance, denoiser, 5.0)
+            and run["interval"] is None
+        )
+        quality = sample_quality(judge, x_0, images)
+        assert run["first_batch"]["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-4)
+
+
+def test_a_study_of_guidances_that_was_stopped_goes_on(data_folder, monkeypatch):
+    ways = {guidances.Way("classifier", "unconditional"): (1.0, 3.0)}
+    names = "drawer", "told", "guide", "noisy_clip", "judge"
+    settings = {"ways": ways, "num_samples": 24, "num_within": 6, "shares": (0.5,), "batch_size": 8}
+    once = partial(guidances.guidances_on_one_axis, *names, **settings, steps=2, state="stopped")
+    drawn = []
+
+    def stop_at_the_second(study, *args, run=sweeps.Study.run, **options):
+        drawn.append(study)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return run(study, *args, **options)
+
+    (data_folder / "states").mkdir(exist_ok=True)
+    monkeypatch.setattr(sweeps.Study, "run", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        once()
+    assert len(once()["runs"]) == 2
+    assert len(drawn) == 3  # the first was not drawn again
+
+
+@pytest.fixture
+def shipped_judge(monkeypatch):
+    """The course's own reader, whose features know sizes."""
+    monkeypatch.delenv("LECTURE26_DATA")
+    return load_model("reader_shapes32")
+
+
+def test_real_images_of_other_sizes_are_farther_away(shipped_judge):
+    images, judge = load("shapes", "test"), shipped_judge
+    sizes = Sizes(judge, images, num_samples=256, num_within=64)
+    said = sizes.of_real(shares=(0.02, 0.5, 0.98))
+    few, half, most = (real["frechet_distance"] for real in said["real"])
+    assert half < few / 3 and half < most / 3
+    assert said["within_large_real"]["recall"] > 0.8
+
+
+def test_the_error_of_a_distance_is_what_drawing_anew_changes(shipped_judge):
+    """The jackknife against the spread of distances of samples that do not overlap."""
+    images, judge = load("shapes", "test"), shipped_judge
+    sizes = Sizes(judge, images, num_samples=256, num_within=64)
+    pictures = images.batch(torch.arange(256, 1024))["image"].split(128)
+    errors = [sizes.distance_error(batch, 16) for batch in pictures]
+    reference = extract_features(judge, images.batch(torch.arange(256))["image"])
+    distances = torch.tensor(
+        [frechet_distance(reference, extract_features(judge, batch)) for batch in pictures]
+    )
+    spread = distances.std().item()
+    assert 0.3 * spread < sum(errors) / len(errors) < 4 * spread
+
+
+def test_the_figure_of_all_guidances_has_a_curve_of_each_way_asked_for(on_one_axis):
+    ways = list(guidances.WAYS)[:2]
+    figure = guidances.draw_guidances(on_one_axis, ways)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels == [guidances.NAMES[way] for way in ways]
+    assert len(figure.axes) == 3
 
 
 def test_the_command_stores_the_measurement_and_how_it_was_made(data_folder, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import editions
-from course import ROOT, Cell, module_name, notebook_sources, read_cells
+from course import IN_NEW_FORM, ROOT, SECOND_READING, Cell, module_name, notebook_sources, read_cells
 from lecture26.checks import check, exercises
 from wrong_sides import load_wrong_sides, proved
 
@@ -90,11 +90,6 @@ def test_every_proof_is_tried_with_a_wrong_side():
     assert sum(map(len, tried.values())) == len(wrong_sides)
 
 
-# the chapters brought to this form so far
-CORE_AND_LINKS = ["00_start_here", "01_ddpm", "02_unet", "05_classifier_free_guidance"]
-SECOND_READING = " *(at a second reading)*"
-
-
 def heading_faults(cells):
     """What is wrong with how sections are tagged core or optional, and marked in their headings."""
     faults = []
@@ -141,9 +136,13 @@ def test_faults_of_headings(cell, faults):
     assert all(expected in fault for expected, fault in zip(faults, found, strict=True))
 
 
-@pytest.mark.parametrize("name", CORE_AND_LINKS)
-def test_every_section_is_tagged_core_or_optional(name):
-    assert heading_faults(read_cells(notebook_sources(ROOT, [name])[0])) == []
+@every_notebook
+def test_every_section_is_tagged_core_or_optional(source):
+    assert heading_faults(read_cells(source)) == []
+
+
+def test_chapters_in_the_new_form_exist():
+    assert set(IN_NEW_FORM) <= {source.stem for source in SOURCES}
 
 
 def links_to_neighbours(name):
@@ -157,7 +156,7 @@ def links_to_neighbours(name):
             yield f"[{word}: {title}]({neighbour}.ipynb)"
 
 
-@pytest.mark.parametrize("name", CORE_AND_LINKS)
+@pytest.mark.parametrize("name", IN_NEW_FORM)
 def test_previous_and_next_chapter_are_linked_at_head_and_foot(name):
     prose = [c.source for c in read_cells(notebook_sources(ROOT, [name])[0]) if c.kind == "markdown"]
     links = list(links_to_neighbours(name))

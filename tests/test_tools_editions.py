@@ -51,6 +51,11 @@ def test_exercise_keeps_all_but_its_solution(course):
     assert f'got {{rate}}")\n    {editions.TO_FILL_IN}\n\n\n# Nothing below' in exercise
 
 
+def test_copy_carries_no_slides(course):
+    assert any(cell.slide for cell in editions.read_cells(course / "notebooks" / "01_waves.py"))
+    assert not any("slide" in cell.metadata for cell in learners_copy(course).cells)
+
+
 def test_solution_stands_only_in_the_folded_answer(course):
     notebook = learners_copy(course)
     holders = [cell for cell in notebook.cells if any(line.strip() in cell.source for line in SOLUTION_LINES)]
@@ -297,12 +302,33 @@ def test_update_of_a_broken_cell_an_open_exercise_and_a_clash(course):
 def test_update_carries_answers_to_questions(course_with_question):
     course = course_with_question
     notebook = learners_copy(course)
-    notebook.cells[position(notebook, "question")].source = "half_life = math.log(2)"
+    answer = "# ln 2, since exp(-0.69) is a half\nhalf_life = math.log(2)"
+    notebook.cells[position(notebook, "question")].source = answer
     nbformat.write(notebook, course / "work" / "01_waves.ipynb")
     change_chapter(course, "# exp(-k t) is", "# At half the amplitude exp(-k t) is")
     notebook, lines, _ = updated(course)
-    assert notebook.cells[position(notebook, "question")].source == "half_life = math.log(2)"
+    assert notebook.cells[position(notebook, "question")].source == answer
     assert lines[1:] == ["  carried over the answer half_life"]
+    change_chapter(course, "half_life = 0.69", "half_time = 0.69")
+    notebook, lines, _ = updated(course)
+    assert notebook.cells[position(notebook, "question")].source.startswith("half_time = ...")
+    assert lines[1:] == [
+        "  not carried over: the answer half_life, which is no question of the chapter any more"
+    ]
+
+
+def test_update_tells_of_what_was_begun_and_leaves_other_notebooks_alone(course):
+    learners_copy(course)
+    mine = solve(course, body=f"# the exponential first\n    {editions.TO_FILL_IN}")
+    other = course / "work" / "notes.ipynb"
+    other.write_bytes(mine)
+    change_chapter(course)
+    _, lines, (kept,) = updated(course)
+    assert lines[1:] == [
+        "  not carried over: waves.decay: it is begun, but its dots still stand",
+        "kept work/notes.ipynb as it is: no chapter has that name",
+    ]
+    assert kept.read_bytes() == other.read_bytes() == mine
 
 
 def test_update_keeps_what_it_cannot_read_and_makes_what_is_missing(course):
@@ -335,7 +361,6 @@ def test_copy_runs_solved(course):
     assert notebook.cells[-1].outputs[-1].data["text/plain"] == "[1.000, -0.779, 0.607]"
 
 
-@pytest.mark.slow
 def cell(number, source, *tags, kind="code"):
     return Cell("notebooks/01_waves.py", number, 1, kind, source, tags)
 
@@ -349,6 +374,7 @@ def test_sections_run_once_more_from_the_last_one_on():
         cell(5, "b = 1"),
         cell(6, "## Two *(at a second reading)*", "optional", kind="markdown"),
         cell(7, "c = 1"),
+        cell(8, "show_milestone()", "milestone"),  # in a process of its own, where nothing can break
     ]
     assert [again.source for again in editions.once_more(cells)] == ["c = 1", "a = 1", "b = 1"]
     assert editions.once_more([replace(each, tags=()) for each in cells]) == []
@@ -360,6 +386,7 @@ def test_a_cell_that_only_draws_is_folded():
     assert open_.metadata == {}
 
 
+@pytest.mark.slow
 def test_one_rehearsal_runs_the_notebook_and_the_copy(course):
     shutil.copy(ROOT / "notebooks" / "jupytext.toml", course / "notebooks")
     notebooks.run(course, store=True)

@@ -1,10 +1,13 @@
 """Installing: the lists of packages agree with each other, and a failing step says what to do."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,10 +21,10 @@ pytestmark = pytest.mark.skipif(shutil.which("sh") is None, reason="needs a POSI
 
 
 def requirements():
-    """The requirements of the package with its extras lab, clip and dev, by name."""
+    """The requirements of the package with the extras that are installed, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["lab"], *extras["clip"], *extras["dev"]]
+    texts = [*project["dependencies"], *extras["lab"], *extras["clip"], *extras["homework"], *extras["dev"]]
     listed = [Requirement(text) for text in texts if not text.startswith("lecture26")]
     return {requirement.name: requirement for requirement in listed}
 
@@ -134,6 +137,27 @@ def test_without_network(tmp_path):
     assert "Without a network" in outcome.stderr
 
 
+def test_nbgraders_menus_are_kept_out_of_jupyterlab(tmp_path):
+    """Installing ends with it; whatever nbgrader adds to the server and the browser is off."""
+    program(tmp_path / "venv" / "bin" / "python", 'echo "asked: $*"')
+    outcome = install(tmp_path)
+    assert outcome.returncode == 0
+    assert outcome.stdout.splitlines()[-1] == "asked: tools/quiet_jupyter.py"
+
+    script = ROOT / "tools" / "quiet_jupyter.py"
+    run = f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    code = f"import runpy, sys; sys.prefix = {str(tmp_path)!r}; {run}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    of_environment = tmp_path / "etc" / "jupyter"
+    page = json.loads((of_environment / "labconfig" / "page_config.json").read_text())
+    assert page["disabledExtensions"]["@jupyter/nbgrader"]
+    brought = json.loads((Path(sys.prefix) / "etc/jupyter/jupyter_server_config.d/nbgrader.json").read_text())
+    off = {}
+    for file in (of_environment / "jupyter_server_config.d").iterdir():
+        off |= json.loads(file.read_text())["ServerApp"]["jpserver_extensions"]
+    assert off == dict.fromkeys(brought["ServerApp"]["jpserver_extensions"], False)
+
+
 def test_environment_that_was_left_half_made_is_made_anew(tmp_path):
     program(tmp_path / "venv" / "bin" / "python", 'case "$2" in pip) exit 1;; esac')
     wrong_python(tmp_path)
@@ -163,6 +187,7 @@ def test_make_help_names_every_target():
     assert {target for target in targets.split() if f"make {target} " not in shown} == inner
 
 
-def test_continuous_integration_calls_make_test():
+def test_continuous_integration_calls_make_test_and_make_browser():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert (ROOT / ".ci" / "run").read_text().endswith("exec make test\n")
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test\n" in text and text.endswith("exec make browser\n")

@@ -1,19 +1,22 @@
 """The learner's own package: whose each function is, and that classes call it."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 
 import nbformat
+import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell
+from nbformat.v4 import new_code_cell, new_output
+from PIL import Image
 
 import editions
+import milestones
 import mine
 from course import ROOT
-from lecture26.kit.own_package import NOT_BUILT
+from lecture26.kit.own_package import LEDGER, NOT_BUILT, calls_of, enlarged, read_ledger, work_digest
 
 SAMPLE = ROOT / "tests" / "sample_course"
 RIGHT = "return [math.exp(-rate * t) for t in times]"
@@ -77,8 +80,8 @@ def assert_course_stays(root, why):
     assert found.own is None
     assert why in found.why
     assert module(root) == (root / "lecture26" / "waves.py").read_text()
-    ledger = root / "build" / "mine" / "lecture26" / mine.LEDGER
-    assert json.loads(ledger.read_text()) == {}
+    ledger = read_ledger(root / "build" / "mine")
+    assert ledger["own"] == {} and ledger["course"] == {found.exercise: found.why}
 
 
 def test_solved_function_takes_the_place_of_the_courses(course):
@@ -229,6 +232,37 @@ def test_work_is_left_alone_and_the_package_is_made_anew(course):
     assert [path.name for path in (course / "build").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("body", "is_own"),
+    [
+        (f"{RIGHT}\n{editions.TO_FILL_IN}", True),  # typed above the dots
+        (f"with open(__file__):\n    {editions.TO_FILL_IN}", False),
+        (f"try:\n    {RIGHT}\nexcept KeyError:\n    ...", True),
+    ],
+)
+def test_dots_that_stand_for_the_solution_are_told_from_others(course, body, is_own):
+    solved(course, body)
+    found = verdict(course)
+    assert (found.own is not None) == is_own
+    assert is_own or found.why == "it is not filled in"
+
+
+def test_what_has_changed_since_is_known_by_the_code_alone(course):
+    solved(course)
+    before = work_digest(course / "work")
+    notebook = copy_of(course)
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    code.outputs = [new_output("stream", text="printed")]
+    code.execution_count = 7
+    store(course, notebook)
+    assert work_digest(course / "work") == before
+    (course / "work" / "01_notes.ipynb").write_text("no notebook")
+    with_notes = work_digest(course / "work")
+    code.source += "\n"
+    store(course, notebook)
+    assert len({before, with_notes, work_digest(course / "work")}) == 3
+
+
 def test_command_line(course, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mine.py", "--root", str(course)])
     mine.main()
@@ -353,12 +387,17 @@ runpy.run_module("lecture26", run_name="__main__")
     shipped = {"LECTURE26_DATA": str(ROOT / "data")}
     said, printed = run_python(root, program, LECTURE26_MINE="build/mine", **shipped)
     assert said.splitlines()[0] == str(own)
-    assert said.splitlines()[1] == f"This ran on functions of yours: {', '.join(own)}."
-    assert said.splitlines()[2].startswith("`lecture26 checkpoints nome` failed: error: ")
+    # of the three functions of the learner's this command calls one, and as often as that says of itself
     assert printed.count("my own step") == 2
+    whose = (
+        "Functions of yours ran in it: ddpm.ddim_update (2 times). "
+        "The course's ran for these exercises: ddpm.reverse_chain, ddpm.respacing."
+    )
+    assert said.splitlines()[1] == whose
+    assert said.splitlines()[2].startswith("`lecture26 checkpoints nome` failed: error: ")
     assert (root / "first.png").read_bytes() == (root / "second.png").read_bytes()
     # without a package of one's own, the same command runs on the course
-    ledger = root / "build" / "mine" / "lecture26" / mine.LEDGER
+    ledger = root / "build" / "mine" / "lecture26" / LEDGER
     ledger.rename(root / "ledger.json")
     try:
         said, printed = run_python(root, program, LECTURE26_MINE="", **shipped)
@@ -366,6 +405,25 @@ runpy.run_module("lecture26", run_name="__main__")
         (root / "ledger.json").rename(ledger)
     assert said.splitlines()[:2] == ["[]", NOT_BUILT]
     assert "my own step" not in printed
+
+
+@pytest.mark.slow
+def test_milestone_of_a_chapter_is_drawn_by_the_learners_functions(own_package):
+    root, _ = own_package
+    ((milestone, drawn),) = milestones.draw_all(root).items()
+    assert milestone.chapter == "01_ddpm" and drawn.fault == ""
+    assert drawn.calls.keys() >= set(milestone.exercises)  # it calls all of the chapter's exercises
+    page = (root / milestones.PAGE).read_text(encoding="utf-8")
+    own = "ddpm.q_sample (1,500 times), ddpm.ancestral_update (200 times), ddpm.ddim_update (50 times)"
+    assert f"<p>Functions of yours ran in it: {own}.</p>" in page
+    assert "3 of 10 functions are yours" in page
+    assert "<li><code>ddpm.posterior_mean</code>: it is wrong" in page
+    # the learner's functions compute what the course's do, so that the picture is the same but for rounding
+    file = root / "course.png"
+    calls_of(["milestone", "ddpm", "--out", str(file)], None)
+    pictures = [Image.open(BytesIO(picture)) for picture in (drawn.picture, enlarged(file))]
+    one, other = (np.asarray(picture, dtype=float) for picture in pictures)
+    assert np.abs(one - other).mean() < 2 < np.abs(one - 255).mean()
 
 
 @pytest.mark.slow

@@ -6,11 +6,11 @@ import sys
 
 import nbformat
 import pytest
-from nbformat.v4 import new_output
+from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 
 import export
 import notebooks
-from course import ROOT, CourseError
+from course import ROOT, CourseError, cells_of_notebook, cells_of_source, digest, read_cells
 
 SAMPLE = ROOT / "tests" / "sample_course"
 
@@ -85,6 +85,39 @@ def test_cell_ids_survive_an_edit(course):
     notebooks.run(course, ["waves"], store=True)
     assert [cell.id for cell in nbformat.read(path, as_version=4).cells] == before
     assert "-0.779" not in path.read_text()
+
+
+def test_slides_stand_in_the_stored_notebook_and_survive_the_way_back(course):
+    source = course / "notebooks" / "01_waves.py"
+    written = [cell.slide for cell in read_cells(source) if cell.slide]
+    assert [slide[0] for slide in written] == ["# Waves die away", "# Two of them multiply"]
+    stored = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    assert [tuple(cell.metadata.slide) for cell in stored.cells if "slide" in cell.metadata] == written
+    assert notebooks.source_of(stored) == source.read_text()
+
+
+def test_slides_edited_in_the_stored_notebook_alone_are_not_lost(course):
+    def edit(notebook):
+        notebook.cells[0].metadata.slide[0] = "# Waves stay"
+
+    edit_stored(course / "notebooks" / "01_waves.ipynb", edit)
+    with pytest.raises(CourseError, match=r"(?s)the newer of the two.*-# Waves die away\n.*\+# Waves stay"):
+        export.export(course)
+
+
+def test_slides_do_not_touch_the_digest_of_notebooks_without_them(course):
+    cells = cells_of_source(course / "notebooks" / "01_waves.py")
+    assert [len(cell) for cell in cells].count(4) == 2  # kind, source, tags, slide
+    notebook = new_notebook(cells=[new_markdown_cell("A text", metadata={"tags": ["core"]})])
+    assert digest(cells_of_notebook(notebook)) == digest([("markdown", "A text", ("core",))])
+
+
+@pytest.mark.parametrize("slide", ['"# A text"', "[1]"])
+def test_slide_that_is_no_list_of_texts(course, slide):
+    source = course / "notebooks" / "01_waves.py"
+    replace(source, "# %% [markdown]\n# ## 1.2", f"# %% [markdown] slide={slide}\n# ## 1.2")
+    with pytest.raises(CourseError, match=r"01_waves.py:\d+ \(cell 8\): `slide` must be a list of texts"):
+        read_cells(source)
 
 
 def test_running_stores_nothing_and_measures(course, capsys):

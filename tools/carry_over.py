@@ -9,7 +9,6 @@ from own_code import (
     OwnFunction,
     OwnNotebook,
     Statement,
-    Task,
     broken,
     by_name,
     defines,
@@ -17,9 +16,9 @@ from own_code import (
     own_cell,
     own_function,
     parameters,
-    tasks,
     text_of,
 )
+from tasks import Task, tasks
 
 
 def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> list[str]:
@@ -36,13 +35,17 @@ def carry_over(old: OwnNotebook, fresh: nbformat.NotebookNode, source: Path) -> 
     for task in of_chapter:
         cell = next(c for c in cells if any(defines(s, task.function) for s in statements[id(c)]))
         lines += carry_function(old, cell, task, known, functions)
-    answers = by_name(s for cell in old.cells if "question" in cell.tags for s in cell.statements)
+    answers = given_answers(old)
     for cell in cells:
         if "question" in tags_of(cell):
             lines += carry_answer(answers, cell, statements[id(cell)])
-    return lines + [
+    lines += [
         f"  not carried over: {name}, which is no exercise of the chapter any more"
         for name in gone(old, functions)
+    ]
+    return lines + [
+        f"  not carried over: the answer {name}, which is no question of the chapter any more"
+        for name in answers
     ]
 
 
@@ -63,10 +66,10 @@ def carry_function(
         functions: those of all exercises of the chapter.
     """
     own = own_function(old, task.function, known)
-    if own.problem is not None:
-        problems = broken(old, task.function)
-        return [f"  not carried over: {task.name}: {problem}" for problem in problems[-1:]]
     given = known[task.function].node
+    if own.problem is not None:
+        problems = [*begun(old, task.function, text_of(cell.source, given)), *broken(old, task.function)]
+        return [f"  not carried over: {task.name}: {problem}" for problem in problems[-1:]]
     before, now = parameters(own.definition.node), parameters(given)
     if before != now:
         return [f"  not carried over: {task.name}: its parameters were {before}, and are {now} now"]
@@ -77,18 +80,44 @@ def carry_function(
     return [f"  carried over {task.name}" + (f"; {', '.join(names)} in it is the chapter's" if names else "")]
 
 
+def begun(old: OwnNotebook, function: str, given: str) -> list[str]:
+    """What to say of a function that is not filled in, if there are lines in it that were not given."""
+    own = [text_of(c.source, s.node) for c in old.cells for s in c.statements if defines(s, function)]
+    is_begun = any(set(body_lines(text)) - set(body_lines(given)) for text in own)
+    return ["it is begun, but its dots still stand"] if is_begun else []
+
+
+def body_lines(function: str) -> list[str]:
+    """The lines of a function below its signature and its docstring, without the space around them."""
+    first, *rest = ast.parse(function).body[0].body
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    begin = first.end_lineno if is_docstring and rest else first.lineno - 1
+    return [line.strip() for line in function.split("\n")[begin:] if line.strip()]
+
+
+def given_answers(old: OwnNotebook) -> dict[str, str]:
+    """The cells of a copy in which a question is answered, by the name of the answer."""
+    found = {}
+    for cell in old.cells:
+        if "question" in cell.tags:
+            for statement in cell.statements:
+                if not is_open(statement.node):
+                    found |= dict.fromkeys(statement.bound, cell.source)
+    return found
+
+
 def carry_answer(
-    answers: dict[str, Statement], cell: nbformat.NotebookNode, statements: tuple[Statement, ...]
+    answers: dict[str, str], cell: nbformat.NotebookNode, statements: tuple[Statement, ...]
 ) -> list[str]:
-    """Put the answer to a question into its cell, if the old copy has one; returns what there is to say."""
-    for statement in statements:
-        for name in statement.bound & answers.keys():
-            if is_open(statement.node) and not is_open(answers[name].node):
-                lines = cell.source.split("\n")
-                lines[statement.node.lineno - 1 : statement.node.end_lineno] = answers[name].text.split("\n")
-                cell.source = "\n".join(lines)
-                return [f"  carried over the answer {name}"]
-    return []
+    """Put the old copy's answer to a question, with what was noted beside it, into the new cell.
+
+    It is taken out of `answers`. Returns what there is to say.
+    """
+    names = {name for statement in statements for name in statement.bound}
+    carried = [name for name in answers if name in names]
+    for name in carried:
+        cell.source = answers.pop(name)
+    return [f"  carried over the answer {name}" for name in carried]
 
 
 def is_open(node: ast.stmt) -> bool:

@@ -3,17 +3,26 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import jupytext
 import nbformat
 
+# Tools are the course's own, whatever package the notebooks beside them have been switched to.
+os.environ.pop("LECTURE26_MINE", None)
+
 ROOT = Path(__file__).resolve().parent.parent
 OWN_METADATA = "lecture26"  # a stored notebook's: the digest of the source it was built from
 SOLUTION_MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
+SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
+# The chapters brought to their new form so far: their sections run again after the rest, in any order, and
+# head and foot link the neighbours. The others join one by one.
+IN_NEW_FORM = ("00_start_here", "01_ddpm", "02_unet", "05_classifier_free_guidance")
 
 
 class CourseError(Exception):
@@ -30,6 +39,7 @@ class Cell:
     kind: str  # "code", "markdown" or "raw"
     source: str
     tags: tuple[str, ...]
+    slide: tuple[str, ...] = ()  # what the lecture's slides show of it: see tools/slide_texts.py
 
     def error(self, line: int, message: str) -> CourseError:
         """An error at a line of this cell (1 is its first), named by notebook, cell and line of the file."""
@@ -62,25 +72,39 @@ def read_cells(source: Path) -> list[Cell]:
     cells = jupytext.reads(text, fmt="py:percent").cells
     if len(cells) != len(markers):
         raise CourseError(f"{where}: text stands before the first cell's line '# %%'")
-    return [
-        Cell(where, number, marker + 1, cell.cell_type, cell.source, tuple(cell.metadata.get("tags", ())))
+    read = [
+        Cell(where, number, marker + 1, cell.cell_type, cell.source, *own_metadata(cell))
         for number, (cell, marker) in enumerate(zip(cells, markers, strict=True), start=1)
     ]
+    for cell, slide in zip(read, (cell.metadata.get("slide", []) for cell in cells), strict=True):
+        if not isinstance(slide, list) or not all(isinstance(text, str) for text in slide):
+            raise cell.error(0, f"`slide` must be a list of texts; got {slide!r}")
+    return read
 
 
-def digest(cells: Iterable[tuple[str, str, tuple[str, ...]]]) -> str:
-    """What tells a notebook's text from others: a hash of the kind, source and tags of its cells."""
+def own_metadata(cell: nbformat.NotebookNode) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tags and the slide texts of a cell."""
+    return tuple(cell.metadata.get("tags", ())), tuple(cell.metadata.get("slide", ()))
+
+
+def digest(cells: Iterable[tuple]) -> str:
+    """What tells a notebook's text from others: a hash of what `cells_of_notebook` tells of its cells."""
     return hashlib.sha256(json.dumps([list(cell) for cell in cells]).encode()).hexdigest()
 
 
-def cells_of_source(source: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Kind, source and tags of the cells of a notebook's source."""
-    return [(cell.kind, cell.source, cell.tags) for cell in read_cells(source)]
+def cells_of_source(source: Path) -> list[tuple]:
+    """Kind, source, tags and slide texts of the cells of a notebook's source."""
+    return [_compared(cell.kind, cell.source, cell.tags, cell.slide) for cell in read_cells(source)]
 
 
-def cells_of_notebook(notebook: nbformat.NotebookNode) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Kind, source and tags of the cells of a stored notebook."""
-    return [(cell.cell_type, cell.source, tuple(cell.metadata.get("tags", ()))) for cell in notebook.cells]
+def cells_of_notebook(notebook: nbformat.NotebookNode) -> list[tuple]:
+    """Kind, source, tags and slide texts of the cells of a stored notebook."""
+    return [_compared(cell.cell_type, cell.source, *own_metadata(cell)) for cell in notebook.cells]
+
+
+def _compared(kind: str, source: str, tags: tuple[str, ...], slide: tuple[str, ...]) -> tuple:
+    """A cell without slide texts is told as before there were any, so that older digests stay right."""
+    return (kind, source, tags, slide) if slide else (kind, source, tags)
 
 
 def edited_sides(source: Path, notebook: nbformat.NotebookNode) -> set[str] | None:
@@ -102,7 +126,7 @@ def check_nothing_is_lost(source: Path) -> None:
         return
     notebook = nbformat.read(stored, as_version=4)
     texts = [
-        "\n".join(text for _, text, _ in cells)
+        "\n".join(line for _, text, _, *slide in cells for line in (text, *chain(*slide)))
         for cells in (cells_of_source(source), cells_of_notebook(notebook))
     ]
     edited = edited_sides(source, notebook)

@@ -27,6 +27,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from carry_over import carry_over
 from course import (
+    IN_NEW_FORM,
     OWN_METADATA,
     ROOT,
     SOLUTION_MARKERS,
@@ -62,6 +63,11 @@ def learners_copy(source: Path) -> nbformat.NotebookNode:
             cells += unsolved(exercise, cell, module_name(source))
         elif not is_to_solve(cell):
             cells.append(code_cell(cell) if cell.kind == "code" else new_markdown_cell(cell.source))
+    return unpaired(source, cells)
+
+
+def unpaired(source: Path, cells: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:
+    """A notebook of these cells, with the kernel of a source but paired with none."""
     kernelspec = jupytext.read(source).metadata["kernelspec"]
     # JupyterLab writes down the kernel's language when it opens a notebook; where that stands already, an
     # untouched notebook stays unmodified.
@@ -78,7 +84,7 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
     One run of it serves three: every cell of the notebook runs and must give its stored output, the checks of
     the solved exercises among them; and so does the learner's copy run with all exercises left open, since
     what follows an exercise gets the finished function from the package. Behind a proof stand the trials of
-    its wrong sides, and at the end each section runs once more.
+    its wrong sides, and at the end each section of a chapter in the new form runs once more.
     """
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     stored, notebook.cells = notebook.cells, []
@@ -90,20 +96,21 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
         if exercise is not None:
             to_solve, check, *rest = unsolved(exercise, cell, module_name(source))
             notebook.cells += [to_solve, hidden_cell(check.source), *rest]  # the check of what is not solved
-    notebook.cells += [hidden_cell(cell.source) for cell in once_more(cells)]
+    if source.stem in IN_NEW_FORM:
+        notebook.cells += [hidden_cell(cell.source) for cell in once_more(cells)]
     return notebook
 
 
 def once_more(cells: list[Cell]) -> list[Cell]:
-    """The code of a chapter's sections, the last section first: whoever goes back meets no proof that breaks.
+    """The code of a chapter's sections, the last section first: going back breaks no proof.
 
-    Of chapters whose sections are tagged core or optional, which promise this; none of others.
+    A milestone runs in a process of its own, and need not be tried again.
     """
     sections: list[list[Cell]] = []
     for cell in cells:
         if cell.source.startswith("## ") and {"core", "optional"} & set(cell.tags):
             sections.append([])
-        elif sections and cell.kind == "code":
+        elif sections and cell.kind == "code" and "milestone" not in cell.tags:
             sections[-1].append(cell)
     return [cell for section in reversed(sections) for cell in section]
 
@@ -208,6 +215,10 @@ def make_copies(root: Path, names: list[str] | None = None, update: bool = False
             with replace_when_complete(copy) as temporary:
                 nbformat.write(learners_copy(source), temporary)
             lines.append(f"made work/{copy.name}")
+    if update:
+        known = {f"{source.stem}.ipynb" for source in notebook_sources(root)}
+        others = sorted({file.name for file in work.glob("*.ipynb")} - known)
+        lines += [f"kept work/{name} as it is: no chapter has that name" for name in others]
     every = {source.stem: names_to_solve(source) for source in notebook_sources(root)}
     try:
         solved.lay_out(work, {chapter: names for chapter, names in every.items() if names})
@@ -225,16 +236,22 @@ def update_copy(copy: Path, source: Path) -> list[str]:
     if before.get("built_from") == fresh.metadata[OWN_METADATA]["built_from"]:
         return [f"kept {old.path}, which is up to date"]
     carried = carry_over(old, fresh, source)
-    kept = copy.parent / "old" / f"{copy.stem}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb"
-    kept.parent.mkdir(exist_ok=True)
-    with replace_when_complete(kept) as temporary:
-        shutil.copyfile(copy, temporary)
+    kept = put_aside(copy)
     with replace_when_complete(copy) as temporary:
         nbformat.write(fresh, temporary)
     return [
         f"updated {old.path}; the old one, with whatever else you wrote, is work/old/{kept.name}",
         *carried,
     ]
+
+
+def put_aside(copy: Path) -> Path:
+    """Keep a copy of a notebook in old/ beside it, under a name that tells the time; returns where."""
+    kept = copy.parent / "old" / f"{copy.stem}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.ipynb"
+    kept.parent.mkdir(exist_ok=True)
+    with replace_when_complete(kept) as temporary:
+        shutil.copyfile(copy, temporary)
+    return kept
 
 
 def make_rehearsals(root: Path, folder: Path, names: list[str] | None = None) -> list[str]:

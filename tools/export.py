@@ -23,6 +23,7 @@ from pathlib import Path
 
 from course import (
     ROOT,
+    SECOND_READING,
     SOLUTION_MARKERS,
     Cell,
     CourseError,
@@ -34,7 +35,6 @@ from course import (
 
 GENERATED = "Generated from notebooks/{}, which derives and checks it: edit there, then run `make package`."
 NUMBERING = re.compile(r"^(chapter\s+)?\d+(\.\d+)*[\s.:)·–—-]+", re.IGNORECASE)
-SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
 MENDS = {
     "F821": "; forgot to tag a cell `export`, or is it defined only further down?",
     "F811": "; a name is defined twice in exported cells",

@@ -59,3 +59,4 @@ fi
     "$venv/bin/python" -m pip install --quiet --no-deps -e . || fail "pip failed; its message stands above.
 Without a network, or behind a proxy that pip does not know, nothing can be downloaded: mend that, then run
 the same command again. What was downloaded is kept."
+"$venv/bin/python" tools/quiet_jupyter.py || fail "nbgrader's menus could not be kept out of JupyterLab."

@@ -8,7 +8,6 @@ raises stays the course's. A table says which is whose, and why. Nothing in work
 import argparse
 import builtins
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from course import ROOT, CourseError, module_name, notebook_sources
+from lecture26.kit.own_package import LEDGER, work_digest
 from own_code import (
     OwnFunction,
     OwnNotebook,
     Statement,
-    Task,
     by_name,
     first_line,
     own_function,
@@ -30,17 +29,17 @@ from own_code import (
     parameters,
     same,
     statements,
-    tasks,
 )
+from tasks import Task, tasks
 
 TIME_LIMIT = 60.0  # seconds for one check, of which most take less than one
 FOLDER = Path("build") / "mine"
-LEDGER = "own_functions.json"  # lecture26.kit.own_package reads it
 HEAD = "# Made by `make mine`. What stands between two lines of dashes is the learner's own.\n"
 BEGIN = "# --- The learner's own {}, from {}, cell {} ---"
 END = "# --- End of the learner's own {} ---"
 USE = """\
-To draw with them, let LECTURE26_MINE name the folder:
+`make milestones` lets them draw, chapter by chapter, and shows the pictures on a page.
+For all else, let LECTURE26_MINE name the folder:
     LECTURE26_MINE={folder} python -m lecture26 sample --out own.png
     %env LECTURE26_MINE={folder}     (the first cell of a notebook, after a restart of its kernel)"""
 
@@ -90,6 +89,7 @@ def build(root: Path, limit: float = TIME_LIMIT) -> list[Verdict]:
     """
     if not (root / "work").is_dir():
         raise CourseError("there is no folder work/ with notebooks of yours: `make lab` makes it")
+    digest = work_digest(root / "work")
     verdicts = []
     accepted: dict[Chapter, dict[str, OwnFunction]] = {}
     for candidate, fault in checked_apart(root, candidates(root), limit):
@@ -101,7 +101,11 @@ def build(root: Path, limit: float = TIME_LIMIT) -> list[Verdict]:
         else:
             verdicts.append(Verdict(candidate.task.name, problem))
     texts = {chapter.name: with_own_functions(chapter, own) for chapter, own in accepted.items() if own}
-    write_package(root, texts, {verdict.exercise: verdict.why for verdict in verdicts if verdict.own})
+    own, course = (
+        {verdict.exercise: verdict.why for verdict in verdicts if (verdict.own is not None) is is_own}
+        for is_own in (True, False)
+    )
+    write_package(root, texts, {"own": own, "course": course, "work": digest})
     return verdicts
 
 
@@ -153,12 +157,11 @@ def checked_apart(root: Path, found: list[Candidate], limit: float) -> list[tupl
     """Each exercise with what is wrong with the learner's function, or None; nothing runs in this process."""
     to_check = [candidate for candidate in found if candidate.own.problem is None]
     jobs = [job(candidate) for candidate in to_check]
-    environment = {name: value for name, value in os.environ.items() if name != "LECTURE26_MINE"}
     command = [sys.executable, Path(__file__).with_name("check_apart.py"), str(root), str(limit)]
     answer = "[]"
     if jobs:  # where nothing is filled in, nothing needs torch
         answer = subprocess.run(
-            command, input=json.dumps(jobs), stdout=subprocess.PIPE, text=True, check=True, env=environment
+            command, input=json.dumps(jobs), stdout=subprocess.PIPE, text=True, check=True
         ).stdout
     faults = dict(zip(to_check, json.loads(answer), strict=True))
     return [
@@ -206,8 +209,8 @@ def with_own_functions(chapter: Chapter, own: dict[str, OwnFunction]) -> str:
     return HEAD + "\n".join(lines) + "\n"
 
 
-def write_package(root: Path, texts: dict[str, str], ledger: dict[str, str]) -> None:
-    """Put a copy of the course's package with these texts of modules into root/build/mine."""
+def write_package(root: Path, texts: dict[str, str], ledger: dict) -> None:
+    """Put a copy of the course's package into root/build/mine, with these texts of modules and its ledger."""
     new = root / FOLDER.with_suffix(".part")
     shutil.rmtree(new, ignore_errors=True)
     package = new / "lecture26"
@@ -243,7 +246,7 @@ def main() -> None:
     own = sum(verdict.own is not None for verdict in verdicts)
     print(table(verdicts))
     print(
-        f"\n{FOLDER.as_posix()}: {own} of {len(verdicts)} functions are yours. "
+        f"\n{FOLDER.as_posix()}: {own} of {len(verdicts)} functions are yours.\n"
         + USE.format(folder=FOLDER.as_posix())
     )
 

@@ -157,7 +157,7 @@ def store_notebook(notebook: nbformat.NotebookNode, source: Path) -> None:
     """Write an executed notebook without the metadata that differ from run to run, and its source in step."""
     clear = ClearMetadataPreprocessor(
         enabled=True,
-        preserve_cell_metadata_mask={"tags", "points", "lines_to_next_cell"},
+        preserve_cell_metadata_mask={"tags", "points", "slide", "lines_to_next_cell"},
         preserve_nb_metadata_mask={"jupytext", "kernelspec", ("language_info", "name")},
     )
     notebook, _ = clear.preprocess(notebook, {})

@@ -10,23 +10,11 @@ import re
 import symtable
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 
-from course import Cell, read_cells
-
 MAGIC = re.compile(r"^( *)[%!?].*$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Task:
-    """An exercise of a notebook's source: its name in the checks, its function, its cell."""
-
-    name: str
-    function: str
-    cell: Cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,24 +74,6 @@ class OwnFunction:
         )
 
 
-def tasks(source: Path) -> list[Task]:
-    """The exercises of a notebook's source whose functions are a part of its module."""
-    found = []
-    for cell, check in pairwise(read_cells(source)):
-        if {"exercise", "export"} <= set(cell.tags):
-            found.append(Task(*checked(check), cell))
-    return found
-
-
-def checked(cell: Cell) -> tuple[str, str]:
-    """The exercise and the function that a cell gives to `check`."""
-    for node in ast.walk(ast.parse(without_magics(cell.source))):
-        match node:
-            case ast.Call(func=ast.Name("check"), args=[ast.Constant(str(name)), ast.Name(function)]):
-                return name, function
-    raise cell.error(1, 'an exercise\'s check is called as check("chapter.function", function)')
-
-
 def without_magics(source: str) -> str:
     """A cell's text, with `pass` for each of its magics if it is no Python with them."""
     try:
@@ -116,10 +86,10 @@ def without_magics(source: str) -> str:
 def own_notebooks(work: Path, source: Path) -> list[OwnNotebook]:
     """The learner's copies of a notebook in a folder, its namesake first.
 
-    Copies whose names begin alike count too, such as 01_ddpm-Copy1.ipynb.
+    Copies whose names begin with the chapter's number count too, such as 01_ddpm-Copy1.ipynb or 01_old.ipynb.
     """
     namesake = work / f"{source.stem}.ipynb"
-    others = sorted(set(work.glob(f"{source.stem}*.ipynb")) - {namesake})
+    others = sorted(set(work.glob(f"{source.stem[:3]}*.ipynb")) - {namesake})
     return [read_own_notebook(path) for path in (namesake, *others)]
 
 
@@ -252,11 +222,21 @@ def defines(statement: Statement, function: str) -> bool:
     return isinstance(statement.node, ast.FunctionDef) and statement.node.name == function
 
 
-def is_unsolved(node: ast.FunctionDef) -> bool:
-    """Whether a function still ends in the `...` that stands for its solution."""
-    match node.body[-1]:
-        case ast.Expr(ast.Constant(value)):
-            return value is ...
+def is_unsolved(node: ast.FunctionDef | ast.With) -> bool:
+    """Whether a function still runs into what stands for its solution, perhaps inside a `with`.
+
+    That is `...` in the learner's copies, and `raise NotImplementedError` in homework.
+    """
+    for statement in node.body:
+        match statement:
+            case ast.Return():
+                return False
+            case ast.With() if is_unsolved(statement):
+                return True
+            case ast.Expr(ast.Constant(value)) if value is ...:
+                return True
+            case ast.Raise(ast.Name("NotImplementedError") | ast.Call(ast.Name("NotImplementedError"))):
+                return True
     return False
 
 

@@ -133,7 +133,8 @@ def target(weights: Tensor, x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tens
 
     weights: (3,), of the three.
     """
-    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    angle = alpha_bar.sqrt().acos()  # homework brings this file along: v in a form that is no answer there
+    v = eps * angle.cos() - x_0 * angle.sin()
     return weights[0] * x_0 + weights[1] * eps + weights[2] * v
 
 

@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -103,12 +103,29 @@ class Outcome:
         return bool(self.outputs) and all(output is None or output is ... for output in self.outputs)
 
 
+@dataclass(frozen=True)
+class Remains:
+    """What a call left in its arguments.
+
+    tensors: those that each argument is made of, as the call left them; an optimizer's weights are none.
+    gradients: for each of these tensors, what stands in its .grad.
+    """
+
+    tensors: tuple[tuple[Tensor, ...], ...] = ()
+    gradients: tuple[tuple[Tensor | None, ...], ...] = ()
+
+
 def call(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> Outcome:
     """Call a function on copies of a case's arguments and say what it did.
 
     Whatever the function raises (but an interrupt) is part of that. The call happens in torch's default
     state, in the case's mode; `silent` swallows what the function prints.
     """
+    return with_traces(*observe(function, case, seed, silent), case.arguments)
+
+
+def observe(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> tuple[Outcome, Remains]:
+    """What `call` finds, but for what became of the arguments: `with_traces` tells it by what is left."""
     try:
         with default_state(seed), _silence() if silent else nullcontext():
             with MODES[case.mode]():
@@ -118,16 +135,21 @@ def call(function: Callable, case: Case, seed: int = 0, silent: bool = True) -> 
             outputs = (returned,) if single else tuple(returned)
             gradients = _gradients(outputs, given)
     except (Exception, SystemExit) as error:
-        return Outcome(error=type(error).__name__, error_text=_error_text(error, function))
-    return Outcome(
+        return Outcome(error=type(error).__name__, error_text=_error_text(error, function)), Remains()
+    tensors = tuple(map(_tensors, given))
+    outcome = Outcome(
         outputs=tuple(output.detach() if isinstance(output, Tensor) else output for output in outputs),
         single=single,
         attached=tuple(isinstance(output, Tensor) and output.requires_grad for output in outputs),
         gradients=gradients,
-        changed=_changed(given, case.arguments),
-        marked=_marked(given),
         weights=tuple(weight.detach() for argument in given for weight in weights_of(argument)),
     )
+    return outcome, Remains(tensors, tuple(tuple(tensor.grad for tensor in of_one) for of_one in tensors))
+
+
+def with_traces(outcome: Outcome, remains: Remains, arguments: tuple) -> Outcome:
+    """An outcome that also says which arguments were changed and marked, by what a call with them left."""
+    return replace(outcome, changed=_changed(remains, arguments), marked=_marked(remains, arguments))
 
 
 @contextmanager
@@ -310,29 +332,38 @@ def _tensors(argument: object) -> tuple[Tensor, ...]:
     return (argument,) if isinstance(argument, Tensor) else ()
 
 
-def _changed(given: tuple, arguments: tuple) -> tuple[int, ...]:
+def _changed(remains: Remains, arguments: tuple) -> tuple[int, ...]:
     """The positions of the arguments that a call has modified, apart from an optimizer's weights."""
-    moved = {id(weight) for argument in given for weight in weights_of(argument)}
+    moved = _moved(arguments)
 
-    def same(one: Tensor, other: Tensor) -> bool:
-        return id(one) in moved or (one.dtype == other.dtype and torch.equal(one, other))
+    def same(left: Tensor, given: Tensor) -> bool:
+        return id(given) in moved or (left.dtype == given.dtype and torch.equal(left, given))
 
-    def unchanged(one: object, other: object) -> bool:
-        tensors, others = _tensors(one), _tensors(other)
-        return len(tensors) == len(others) and all(map(same, tensors, others))  # a list may have lost some
+    def unchanged(left: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> bool:
+        return len(left) == len(given) and all(map(same, left, given))  # a list may have lost some
 
-    pairs = enumerate(zip(given, arguments, strict=True))
-    return tuple(i for i, (one, other) in pairs if not unchanged(one, other))
+    pairs = enumerate(zip(remains.tensors, map(_tensors, arguments), strict=False))  # none after an error
+    return tuple(i for i, (left, given) in pairs if not unchanged(left, given))
 
 
-def _marked(given: tuple) -> tuple[int, ...]:
+def _marked(remains: Remains, arguments: tuple) -> tuple[int, ...]:
     """The positions of the arguments in which a call has left a .grad, apart from an optimizer's weights."""
-    moved = {id(weight) for argument in given for weight in weights_of(argument)}
+    moved = _moved(arguments)
+    pairs = enumerate(zip(remains.gradients, map(_tensors, arguments), strict=False))
     return tuple(
         i
-        for i, argument in enumerate(given)
-        if any(tensor.grad is not None and id(tensor) not in moved for tensor in _tensors(argument))
+        for i, (gradients, given) in pairs
+        if any(
+            gradient is not None and id(tensor) not in moved
+            for gradient, tensor in zip(gradients, given, strict=False)
+        )
     )
+
+
+def _moved(arguments: tuple) -> set[int]:
+    """The ids of the weights that the optimizers among the arguments are to move."""
+    optimizers = (argument for argument in arguments if isinstance(argument, OptimizerArgument))
+    return {id(weight) for optimizer in optimizers for weight in optimizer.weights}
 
 
 def _gradients(outputs: tuple, arguments: tuple) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,7 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +50,34 @@ def judge(recording: Recording, candidate: Callable) -> CheckResult:
 
     What the candidate prints is shown for the first case and swallowed for the others.
     """
+    problem = not_callable_with(recording.parameters, candidate)
+    if problem:
+        return CheckResult(recording.exercise, False, f"not right yet.\n{problem}")
+    outcomes = [call(candidate, case, silent=i > 0) for i, case in enumerate(recording.cases)]
+
+    def repeated(number: int) -> list[Outcome]:
+        return [call(candidate, recording.cases[number], seed) for seed in range(3)]
+
+    return judge_outcomes(recording, outcomes, repeated)
+
+
+def judge_outcomes(
+    recording: Recording, outcomes: Sequence[Outcome], repeated: Callable[[int], Iterable[Outcome]]
+) -> CheckResult:
+    """Compare what a candidate did, here or elsewhere, with a recording.
+
+    Args:
+        recording: the check.
+        outcomes: what the candidate did on each of its cases.
+        repeated: a function of a case's number: what the candidate did on it in several calls, for each of
+            which another seed was set.
+    """
 
     def failed(*lines: str, misconception: str | None = None) -> CheckResult:
         return CheckResult(recording.exercise, False, "\n".join(lines), misconception)
 
-    problem = _not_callable_with(recording.parameters, candidate)
-    if problem:
-        return failed("not right yet.", problem)
-    outcomes = [call(candidate, case, silent=i > 0) for i, case in enumerate(recording.cases)]
     if all(outcome.unfilled for outcome in outcomes):
-        return failed("not filled in yet.", "Write its body in place of the `...`, and `return` the result.")
+        return failed("not filled in yet.", "Write its body, and `return` the result.")
     trial = _Trial(recording, outcomes)
     if not any(trial.differences):
         return CheckResult(recording.exercise, True, f"passed, on all {len(outcomes)} cases.")
@@ -68,10 +86,10 @@ def judge(recording: Recording, candidate: Callable) -> CheckResult:
     if mistake:
         lines = _about_known_mistake(trial, mistake, number)
         return failed("not right yet.", *lines, derivation, misconception=mistake.name)
-    return failed("not right yet.", *_about_unknown_mistake(trial, candidate, number), derivation)
+    return failed("not right yet.", *_about_unknown_mistake(trial, repeated, number), derivation)
 
 
-def _not_callable_with(parameters: tuple[str, ...], candidate: object) -> str | None:
+def not_callable_with(parameters: tuple[str, ...], candidate: object) -> str | None:
     """Why the candidate cannot be called with these parameters in this order; None where it can."""
     if not callable(candidate):
         return f"A function is expected, not something of type {type(candidate).__name__}."
@@ -96,7 +114,7 @@ class _Trial:
     differences: for each case, how it differs from what is right; in_results: in its results alone.
     """
 
-    def __init__(self, recording: Recording, outcomes: list[Outcome]) -> None:
+    def __init__(self, recording: Recording, outcomes: Sequence[Outcome]) -> None:
         pairs = list(zip(outcomes, recording.expected, strict=True))
         self.recording, self.outcomes = recording, outcomes
         self.differences = [difference(*pair, recording.parameters) for pair in pairs]
@@ -184,9 +202,11 @@ def _besides(trial: _Trial, mistake: RecordedMisconception, number: int) -> str 
     return None
 
 
-def _about_unknown_mistake(trial: _Trial, candidate: Callable, number: int) -> list[str]:
+def _about_unknown_mistake(
+    trial: _Trial, repeated: Callable[[int], Iterable[Outcome]], number: int
+) -> list[str]:
     lines = [f"On {trial.case(number)}, {trial.differences[number]}", trial.arguments(number)]
-    if _varies(trial, candidate, number):
+    if _varies(trial, repeated(number), number):
         lines.append(
             "Two calls with the same arguments give different results: it draws random numbers, or keeps "
             "something between calls. Use the arguments alone."
@@ -200,14 +220,13 @@ def _about_unknown_mistake(trial: _Trial, candidate: Callable, number: int) -> l
     return lines
 
 
-def _varies(trial: _Trial, candidate: Callable, number: int) -> bool:
+def _varies(trial: _Trial, outcomes: Iterable[Outcome], number: int) -> bool:
     """Whether calls with the same arguments, but other random numbers, are wrong in different ways."""
-    case, expected = trial.recording.cases[number], trial.recording.expected[number]
-    outcomes = (call(candidate, case, seed) for seed in range(3))
-    return len({difference(outcome, expected, trial.recording.parameters) for outcome in outcomes}) > 1
+    expected, parameters = trial.recording.expected[number], trial.recording.parameters
+    return len({difference(outcome, expected, parameters) for outcome in outcomes}) > 1
 
 
-def _relation(outcomes: list[Outcome], expected: tuple[Outcome, ...]) -> str | None:
+def _relation(outcomes: Sequence[Outcome], expected: tuple[Outcome, ...]) -> str | None:
     """A simple relation between all results and the right ones, in words; None if none of these holds."""
     pairs = []
     for outcome, right in zip(outcomes, expected, strict=True):

@@ -47,7 +47,7 @@ class Recording:
     def save(self, path: str | Path) -> None:
         """Write the recording into one safetensors file."""
         tensors: dict[str, Tensor] = {}
-        header = json.dumps(_pack(self, tensors, {}))
+        header = json.dumps(pack_value(self, tensors, {}))
         write_tensors(path, tensors, {"format": FORMAT, "recording": header})
 
     @classmethod
@@ -58,7 +58,7 @@ class Recording:
         """
         try:
             tensors, metadata = read_tensors(path, format=FORMAT)
-            plain = json.loads(metadata["recording"], object_hook=lambda found: _unpack(found, tensors))
+            plain = json.loads(metadata["recording"], object_hook=lambda found: unpack_value(found, tensors))
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a recorded check: {error}") from error
         return cls(
@@ -107,11 +107,14 @@ def record_exercise(exercise: Exercise, seed: int = 0) -> Recording:
     )
 
 
-def _pack(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) -> object:
-    """A nested structure as JSON knows it, its tensors moved to `tensors` under the running `numbers`."""
+def pack_value(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) -> object:
+    """A nested structure as JSON knows it, its tensors moved to `tensors` under running numbers.
+
+    numbers: those given already, by the tensor's id.
+    """
 
     def pack(inner: object) -> object:
-        return _pack(inner, tensors, numbers)
+        return pack_value(inner, tensors, numbers)
 
     if isinstance(value, Tensor):
         number = numbers.setdefault(id(value), str(len(tensors)))
@@ -128,7 +131,8 @@ def _pack(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) ->
     return value
 
 
-def _unpack(found: dict, tensors: dict[str, Tensor]) -> object:
+def unpack_value(found: dict, tensors: dict[str, Tensor]) -> object:
+    """What `pack_value` has made a dictionary of, from JSON: an `object_hook` for a given `tensors`."""
     if "callable" in found:
         return CallableArgument(found["callable"], tuple(found["tensors"]))
     if "optimizer" in found:

@@ -10,9 +10,9 @@ from lecture26.kit.validation import check_choice
 from lecture26.recipes.adaptation import SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
+from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
-from lecture26.studies.sizes import sizes_under_guidance
 from lecture26.studies.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -69,12 +69,14 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     "classifier_free_guidance_sweep": partial(
         classifier_free_guidance_sweep, "conditional_ddpm_shapes32", "reader_shapes32"
     ),
-    "sizes_under_guidance": partial(
-        sizes_under_guidance,
+    "guidances_on_one_axis": partial(
+        guidances_on_one_axis,
         "ddpm_shapes32",
         "conditional_ddpm_shapes32",
         "noisy_classifier_shapes32",
+        "noisy_clip_shapes32",
         "reader_shapes32",
+        state="guidances_on_one_axis",
     ),
     "text_to_image_evaluation": partial(text_to_image_evaluation, "text_to_image_shapes64", READERS_64),
     "pixel_against_latent": partial(pixel_against_latent, "text_to_image_shapes64", READERS_64),

@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# Waves die away", "? How much is left of a wave?", "(1.1)", "# What to remember", "- A rate, and a half-life."]
 # # 01 · Damped waves
 #
 # A course of one chapter, on which the tools are tested.
@@ -81,7 +81,7 @@ class Wave:
 from collections.abc import Iterator
 
 
-# %% tags=["export"]
+# %% slide=["# Two of them multiply", "[code phases]", "$2\\pi ft$, and the decay besides."] tags=["export"]
 def phases(times: Samples, frequency: float) -> Iterator[float]:
     """Angles in radians."""
     # phi(t) = 2 pi f t

@@ -1,0 +1,225 @@
+"""The playground and the laboratory in a browser, from files: they draw, and ask no other host."""
+
+import functools
+import http.server
+import threading
+
+import pytest
+
+from web import build_playground
+
+A_DRAWING, A_CLICK = 300_000, 60_000  # milliseconds; a busy machine is slow
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return build_playground().parent
+
+
+@pytest.fixture
+def address(folder, request):
+    """Where the pages are: as files, or served on this machine."""
+    if request.param == "file":
+        yield folder.as_uri()
+        return
+    handler = functools.partial(QuietHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens a page; at the end there must have been no error and no request to another host."""
+    contexts, errors, requests = [], [], []
+
+    def open_page(name, **context):
+        contexts.append(browser.new_context(**context))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(A_CLICK)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(f"{address}/{name}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def both(test):
+    return pytest.mark.parametrize("address", ["file", "http"], indirect=True)(test)
+
+
+def from_files(test):
+    return pytest.mark.parametrize("address", ["file"], indirect=True)(test)
+
+
+def draw(page, element, action="Draw"):
+    """Click a button of an element, and wait until the drawing is done."""
+    page.locator(element).get_by_role("button", name=action, exact=True).click()
+    wait(page, element)
+
+
+def wait(page, element):
+    page.wait_for_function(f"document.querySelector('{element}').isDone", timeout=A_DRAWING)
+
+
+def set_slider(page, element, name, value):
+    """Move a slider as a user does, which draws anew, and wait until that is done."""
+    page.evaluate(f"document.querySelector('{element}').isDone = false")
+    page.locator(f"{element} input[name={name}]").fill(str(value))
+    wait(page, element)
+
+
+def image_of(page, element):
+    return page.evaluate(f"Array.from(document.querySelector('{element}').result.image)")
+
+
+@both
+def test_a_red_star_that_the_reader_reads_as_one(open_page, address):
+    page = open_page("index.html")
+    # a blocked page would not count: the longest wait between two ticks while it draws
+    page.evaluate("""() => {
+        let last = performance.now(); window.gaps = [];
+        setInterval(() => { const now = performance.now(); window.gaps.push(now - last); last = now; }, 20);
+    }""")
+    assert page.evaluate("globalThis.LECTURE26_WEIGHTS") is None  # loaded when asked for only
+    draw(page, "class-playground")
+    element = page.locator("class-playground")
+    assert element.locator(".verdict").inner_text().startswith("✓")
+    assert "red star" in element.locator(".verdict").inner_text()
+    first = image_of(page, "class-playground")
+    set_slider(page, "class-playground", "w", 4)
+    changed = image_of(page, "class-playground")
+    assert max(abs(a - b) for a, b in zip(first, changed, strict=True)) > 0.1
+    set_slider(page, "class-playground", "w", 1)
+    assert image_of(page, "class-playground") == first  # the seed decides
+    ticks = page.evaluate("window.gaps.length")
+    assert ticks > page.evaluate("document.querySelector('class-playground').steps.length")
+    assert element.locator(".shelf figure").count() == 3
+    # the scrubber goes back to the noise
+    element.locator("input[name=step]").fill("25")
+    assert "code t = 999" in element.locator("output[name=step]").inner_text()
+    # another shape is another image
+    page.evaluate("document.querySelector('class-playground').isDone = false")
+    element.get_by_role("radio", name="circle").check()
+    wait(page, "class-playground")
+    assert "circle" in element.locator(".verdict").inner_text()
+
+
+@from_files
+def test_a_strip_and_a_judged_batch(open_page, address):
+    page = open_page("index.html")
+    page.locator("class-playground input[name=steps]").fill("10")
+    draw(page, "class-playground", "w from −1 to 8")
+    tiles = page.locator("class-playground .tile")
+    assert [tile.inner_text()[2:] for tile in tiles.all()] == [
+        f"w = {w}".replace("-", "−") for w in range(-1, 9)
+    ]
+    draw(page, "class-playground", "Draw 16, and judge them")
+    assert tiles.count() == 16
+    right = page.locator("class-playground .tile[data-right=true]").count()
+    assert right >= 12
+    assert f"{right} of 16" in page.locator("class-playground .results .note").inner_text()
+
+
+@from_files
+def test_a_sentence_a_picture_and_a_part_of_one(open_page, address):
+    page = open_page("index.html")
+    element = page.locator("text-playground")
+    draw(page, "text-playground")
+    assert element.locator(".verdict").inner_text().startswith("✓")
+    # the attention map of a word
+    element.get_by_role("button", name="star", exact=True).hover()
+    assert "shown" in element.locator(".map").get_attribute("class")
+    # the noisy picture again, told something else
+    first = image_of(page, "text-playground")
+    element.get_by_role("radio", name="from a picture").check()
+    element.locator("input[name=prompt]").fill(
+        "a large green star to the left of a small blue ring on a dark background"
+    )
+    draw(page, "text-playground")
+    again = image_of(page, "text-playground")
+    assert max(abs(a - b) for a, b in zip(first, again, strict=True)) > 0.1
+    # a part of it: the other half stays
+    element.get_by_role("radio", name="fill in a part").check()
+    element.get_by_role("button", name="Take the drawing").click()
+    page.evaluate("document.querySelector('text-playground').isDone = false")
+    element.get_by_role("button", name="right half").click()
+    wait(page, "text-playground")
+    filled = image_of(page, "text-playground")
+    rows = range(3 * 64)
+    assert all(filled[64 * row : 64 * row + 32] == again[64 * row : 64 * row + 32] for row in rows)
+    assert filled != again
+
+
+@from_files
+def test_words_are_offered_and_unknown_ones_named(open_page, address):
+    page = open_page("index.html")
+    element = page.locator("text-playground")
+    field = element.locator("input[name=prompt]")
+    field.fill("a large re")
+    assert element.get_by_role("option").all_inner_texts() == ["red"]
+    field.press("ArrowDown")
+    field.press("Enter")
+    assert field.input_value() == "a large red "
+    assert "star" in element.get_by_role("option").all_inner_texts()
+    field.fill("a large red dog")
+    field.press("Enter")
+    page.wait_for_function("document.querySelector('text-playground .said').textContent.includes('dog')")
+
+
+@from_files
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index.html", "laboratory.html"])
+def test_pages_fit_and_can_be_named(open_page, address, name, width, scheme):
+    page = open_page(name, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    nameless = page.evaluate("""() => [...document.querySelectorAll('input, button, select, canvas, img')]
+        .filter((e) => !e.closest('[aria-hidden]') && !e.getAttribute('aria-label') && !e.alt
+            && !e.labels?.length && !e.textContent.trim() && !e.closest('button'))
+        .map((e) => e.outerHTML)""")
+    assert nameless == []
+
+
+@from_files
+def test_the_laboratory_moves_and_answers(open_page, address):
+    page = open_page("laboratory.html")
+    element = "document.querySelector('guidance-laboratory')"
+    ready = f"{element}.panels.every((panel) => panel.paths && !panel.isStale)"
+    page.wait_for_function(ready)
+    assert page.evaluate(f"{element}.isPlaying")
+    spread = page.locator("[data-way=free] [data-fact=spread]").inner_text()
+    page.locator("input[name=w]").fill("6")
+    page.wait_for_function(f"{ready} && {element}.w === 6")
+    assert page.locator("[data-way=free] [data-fact=spread]").inner_text() != spread
+    # a component moves by key and by hand
+    handle = page.locator(".handle").first
+    handle.press("ArrowRight")
+    assert page.evaluate(f"{element}.components[0].x") == pytest.approx(-0.6)
+    box = handle.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 60, box["y"])
+    page.mouse.up()
+    assert page.evaluate(f"{element}.components[0].x") > -0.5
+
+
+@from_files
+def test_the_laboratory_stands_still_where_motion_is_not_wanted(open_page, address):
+    page = open_page("laboratory.html", reduced_motion="reduce")
+    element = "document.querySelector('guidance-laboratory')"
+    page.wait_for_function(f"{element}.panels.every((panel) => panel.paths)")
+    assert page.evaluate(f"{element}.isPlaying") is False
+    assert page.evaluate(f"{element}.time") == 0
