@@ -822,7 +822,7 @@ def _null_everywhere(y: Tensor, null_label: Tensor) -> Tensor:
 
 CONDITIONAL_TRAINING_STEP = Exercise(
     "classifier_free_guidance.conditional_training_step",
-    '"One network for both answers"',
+    '"Dropping labels"',
     guidance.conditional_training_step,
     _conditional_training_step_cases,
     (
