@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] slide=["# One network, asked twice", "? What is the noise in this image, given that it shows a red star? And given nothing?", "The difference of the two answers is a classifier's gradient.", "It can be made longer: **classifier-free guidance**.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both ways to count", "- train one network that answers with a label and without", "- write the doubled pass that any sampler takes", "- say what a weight above 0 draws", "- see what a Fréchet distance has measured"]
 # # 05 Classifier-free guidance: two answers of one network
 #
 # [Previous: 04 CLIP guidance](04_clip_guidance.ipynb) · [Next: 06 The variational autoencoder](06_vae.ipynb)
@@ -94,7 +94,7 @@ def two_answers(x, step, w):
     return (1 + w) * trained(x, step, star) - w * trained(x, step, none_of_8)
 
 
-# %%
+# %% slide=["# Red stars, by one line of code", "[picture]", "The rows differ in $w$ alone. From 1 on nearly all stars are large, and nobody said so."]
 red_stars = {
     f"w = {w:g}": sample(
         diffusion.respace(50), partial(two_answers, w=w), noise_of_8.shape, ddim_step, x_T=noise_of_8
@@ -111,7 +111,7 @@ show(
 # *Each column begins with the same noise.* At $w=-1$ anything is drawn, at $w=0$ red stars of both sizes. From $w=1$ on
 # nearly all are large, though nobody said so. Why that line of code, what does it draw, and where does the size come from?
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Bayes' rule, asked the other way round", "Chapter 03: an unconditional score and a classifier make a conditional score.", "$$\\nabla\\log q(x_t\\mid y)=\\nabla\\log q(x_t)+\\nabla\\log q(y\\mid x_t)$$", "? Now we have both scores, and no classifier. What do we know?", "$$\\nabla\\log q(y\\mid x_t)=\\nabla\\log q(x_t\\mid y)-\\nabla\\log q(x_t)$$", "# Two denoisers contain a classifier", "A denoiser is a score in another unit: $\\mathbb E[\\epsilon\\mid x_t]=-\\sqrt{1-\\bar\\alpha_t}\\,\\nabla\\log q(x_t)$. So", "(5.1)", "Nobody trained this **implicit classifier**."] tags=["core"]
 # ## The classifier that was there already
 #
 # Chapter 03 read Bayes' rule from right to left: an unconditional score and a classifier's gradient make a conditional
@@ -125,7 +125,7 @@ show(
 # No classifier was trained; two denoisers contain one. It is called the **implicit classifier**.
 
 
-# %% tags=["export"]
+# %% slide=["# In code it is one line", "[code implicit_gradient]", "On the mixture it agrees with the exact classifier, differentiated by autograd."] tags=["export"]
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
     """The gradient of the classifier that a conditional and an unconditional denoiser contain.
 
@@ -202,7 +202,7 @@ eps_c, eps_u = exact(points, steps_of_64, classes), exact(points, steps_of_64, t
 gradient = log_prob_gradient(classifier, points, steps_of_64, classes)
 verify("5.1", implicit_gradient(eps_c, eps_u, alpha_bar), gradient, atol=1e-9)
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Guidance walks on through both answers", "(5.2)", "- $w=-1$: the unconditional answer", "- $w=0$: the conditional answer", "- $w>0$: past it, away from the unconditional one"] tags=["core"]
 # ## Longer than Bayes' rule
 #
 # Now steer, as in chapter 03, but by this gradient. The course's name for the result comes first:
@@ -219,7 +219,7 @@ verify("5.1", implicit_gradient(eps_c, eps_u, alpha_bar), gradient, atol=1e-9)
 # *Formula, easy, 3 minutes.* Write `cfg_combine`, (5.2). Try $w=-1$ and $w=0$ before you run the check.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# All of it, in one line", "[code cfg_combine]", "Whatever else this chapter has is about what goes in, and what comes out."] tags=["export", "exercise"]
 def cfg_combine(eps_cond, eps_uncond, w):
     """Mix a conditional and an unconditional prediction: classifier-free guidance.
 
@@ -242,7 +242,7 @@ def cfg_combine(eps_cond, eps_uncond, w):
 # %%
 check("classifier_free_guidance.cfg_combine", cfg_combine)
 
-# %% [markdown]
+# %% [markdown] slide=["# A weight $w$ is a scale $1+w$ of chapter 03", "Sort by the difference of the answers, and put (5.1) in:", "$$\\tilde\\epsilon=\\epsilon_u+(1+w)(\\epsilon_c-\\epsilon_u)$$", "(5.3)", "Seen from the *conditional* model the scale is $w$. The two numbers count from different ends.", "# The density behind it is sharper than the class", "$$\\begin{aligned}-\\frac{\\tilde\\epsilon}{\\sqrt{1-\\bar\\alpha_t}}&=(1+w)\\nabla\\log q(x_t\\mid y)-w\\nabla\\log q(x_t)\\\\&=\\nabla_{x_t}\\log\\bigl[q(x_t\\mid y)\\;q(y\\mid x_t)^{w}\\bigr]\\end{aligned} \\tag{5.4}$$", "A sum of scores is a product of densities. At $w=0$ it is the class itself."]
 # Which scale of chapter 03 is that? Sort by the difference, $\tilde\epsilon=\epsilon_u+(1+w)(\epsilon_c-\epsilon_u)$, and
 # put (5.1) in:
 #
@@ -274,7 +274,7 @@ scores = [
 ]
 verify("5.4", -mixed / (1 - alpha_bar).sqrt(), torch.stack(scores), atol=1e-9)
 
-# %% tags=["draw"]
+# %% slide=["# All weights lie on one straight line", "[picture]", "The tips of the arrows lie on the line through the unconditional score, $w=-1$, and the conditional one, $w=0$."] tags=["draw"]
 spot, level = torch.tensor([[0.35, 0.1]], dtype=torch.float64), 0.5  # x_t and alpha_bar_t
 of_upper = GaussianMixture([1.0], mixture.means[[upper]], mixture.stds[[upper]])
 score_c, score_u = of_upper.score(spot, level)[0], mixture.score(spot, level)[0]
@@ -298,7 +298,7 @@ show(figure, "Four arrows from one noisy point, with their tips on a straight li
 # *Noisy points at $\bar\alpha_t=0.5$, those of the class wanted in colour, and the guided score at one point. All tips lie
 # on the line through the unconditional arrow ($w=-1$) and the conditional one ($w=0$).*
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Two ways to count the same thing", "$$\\tilde\\epsilon=\\epsilon_u+s\\,(\\epsilon_c-\\epsilon_u)=(1+w)\\,\\epsilon_c-w\\,\\epsilon_u,\\qquad s=1+w \\tag{5.5}$$", "| | number | conditional | unconditional |\n|---|---|---|---|\n| Ho and Salimans; this course | $w$ | 0 | -1 |\n| GLIDE, Imagen, Stable Diffusion | $s$ | 1 | 0 |\n| pipelines of diffusers | $s$ | 1 and below | never |", "# A number without its convention says little", "? Stable Diffusion's usual 7.5: which $w$ is that?", "$w=6.5$.", "? And `guidance_scale=0` in a pipeline of diffusers?", "The *conditional* model, without a word: the network is asked twice only above 1."] tags=["core"]
 # ## Two ways to count
 #
 # Half of the literature writes the same line from the other end:
@@ -344,7 +344,7 @@ def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
 by_scale = torch.stack([combine_by_guidance_scale(eps_c, eps_u, 1 + w) for w in weights])
 verify("5.5", by_scale, mixed, atol=1e-12)
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Noise, data or velocity: any prediction may be mixed", "Given $x_t$, each is of the form $a\\,x_t+b\\,\\epsilon$, and $1+w$ and $-w$ add up to 1.", "$$\\begin{aligned}\\hat x_0(\\tilde\\epsilon)&=(1+w)\\,\\hat x_0(\\epsilon_c)-w\\,\\hat x_0(\\epsilon_u)\\\\v(\\tilde\\epsilon)&=(1+w)\\,v(\\epsilon_c)-w\\,v(\\epsilon_u)\\end{aligned} \\tag{5.6}$$", "Clipping is not linear: it comes after the mixing."] tags=["core"]
 # ### Noise, data or velocity
 #
 # Chapter 03 needed to know what the denoiser predicts, because a score had to be translated. Here nothing has to be. Any
@@ -418,7 +418,7 @@ def stacked_conditions(cond, null_cond, batch):
 # network is called once.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# Both answers come from one pass", "[code doubled_pass]", "- Both halves see the same $x_t$.", "- Variance channels are kept, not mixed.", "- The sampler knows nothing of it."] tags=["export", "exercise"]
 def doubled_pass(denoiser, x_t, t, both_conds, mix):
     """Ask a denoiser for both answers in one pass, and mix its predictions.
 
@@ -507,7 +507,7 @@ def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=N
     return guided
 
 
-# %% [markdown]
+# %% [markdown] slide=["# With exact networks, it is classifier guidance, path for path", "(5.7)", "For every sampler and any number of steps, from the same noise.", "? So what can be different with trained networks?", "Only their errors."]
 # For an exact denoiser, (5.3) holds at every $x_t$. So the whole path of guided sampling is that of chapter 03, from the
 # same noise, for any sampler, with any number of steps:
 #
@@ -552,7 +552,7 @@ paths_by_classifier = [
 paths_by_answers = [paths[name, w] for name in samplers for w in (0.0, 1.0, 4.0)]
 verify("5.7", torch.stack(paths_by_answers), torch.stack(paths_by_classifier), atol=1e-6)
 
-# %% tags=["draw"]
+# %% slide=["# Above 0, samples crowd on the far side of their class", "[picture]", "At $w=0$ they are the upper class. Above it they move away from the others, DDIM's more than DDPM's."] tags=["draw"]
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True, layout="constrained")
 cloud = mixture.sample(800, torch.Generator().manual_seed(1))[0]
 for axis, w in zip(axes, (-1.0, 0.0, 1.0, 4.0)):
@@ -570,7 +570,7 @@ show(
 # *400 samples of either sampler (data in grey). At $w=-1$ they are data of all classes, at $w=0$ of the upper class. Above 0
 # they crowd on its side away from the other two classes, DDIM's more than DDPM's.*
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# One case can be solved by hand", "The class $\\mathcal N(0,a)$, narrow, in the middle of everything, $\\mathcal N(0,b)$. With $s=1+w$:", "$$V_{\\text{tilted}}=\\frac{ab}{s\\,b+(1-s)\\,a} \\tag{5.8}$$", "? Do the samplers draw that?", "$$V_{\\text{DDIM}}=a^s\\,b^{1-s},\\qquad V_{\\text{DDPM}}=\\frac{ab-a^{2s}\\,b^{2-2s}}{(b-a)\\,(2s-1)} \\tag{5.9}$$"] tags=["core"]
 # ## What a weight above 0 draws
 #
 # By (5.7) what chapter 03 found holds here, too: a weight above 0 does not sample the tilted density (3.13). One case can be
@@ -637,7 +637,7 @@ tilted_variance = a * b / (s * b + (1 - s) * a)
 verify("5.8", tilted_variance, (density * grid**2).sum(), atol=1e-9)
 print(f"tilted {tilted_variance:.4f}, DDIM {variances_by_hand[0]:.4f}, DDPM {variances_by_hand[1]:.4f}")
 
-# %% tags=["draw"]
+# %% slide=["# The samplers differ, and neither draws the tilted density", "[picture]", "Both end narrower, DDIM by far: a weight is paid for with variety."] tags=["draw"]
 scales = torch.linspace(1, 6, 101)
 by_scale_of = {
     "tilted": a * b / (scales * b + (1 - scales) * a),
@@ -700,7 +700,7 @@ for w in (1.0, 3.0, 8.0):
 # %% [markdown]
 # Nothing runs away: $q(y\mid x_0)$ is largest at $0.7\,b/(b-a)=0.75$, where its gradient ends.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# One network gives both answers", "In training, replace the label by the **null label** $\\varnothing$ with probability $p$:", "$$\\begin{aligned}L(f)&=\\mathbb E\\,\\|\\epsilon-f(x_t,t,c)\\|^2\\\\&=(1-p)\\;\\mathbb E\\,\\|\\epsilon-f(x_t,t,y)\\|^2+p\\;\\mathbb E\\,\\|\\epsilon-f(x_t,t,\\varnothing)\\|^2\\end{aligned} \\tag{5.10}$$", "Each part of the loss meets other inputs, and can be minimised by itself.", "# It converges to both denoisers, for every $p$", "A squared error is smallest at the conditional expectation:", "(5.11)", "? Then why does $p$ matter at all?", "A real network has finite capacity and time: $p$ says where its errors go. Usual: 0.1 to 0.2."] tags=["core"]
 # ## One network for both answers
 #
 # Two networks could give the two answers. One is cheaper: train the conditional denoiser, and take the label away from some
@@ -760,7 +760,7 @@ exact_table = expected(spots.repeat_interleave(3)[:, None], torch.zeros(27, dtyp
 minima = torch.stack([newton_step(p) for p in (0.1, 0.5)])
 verify("5.11", minima, exact_table.view(9, 3).expand(2, 9, 3), atol=1e-7)
 
-# %% tags=["draw"]
+# %% slide=["# The minimum is where the expectations are", "[picture]", "Dots: the table that minimises the loss. Lines: the exact expectations, one for each label and for none."] tags=["draw"]
 curve_at = torch.linspace(-1.7, 1.7, 200, dtype=torch.float64)[:, None]
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for c, (name, colour) in enumerate(zip(("y = 0", "y = 1", r"$\varnothing$"), colours)):
@@ -792,7 +792,7 @@ show(
 # be checked.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# Dropping labels takes two lines", "[code labels_after_dropout]", "- All labels of a sample go together.", "- The null label is a class more, never class 0.", "- In training only: a sampler that drops labels draws what nobody asked for."] tags=["export", "exercise"]
 def labels_after_dropout(y, null_label, u, p):
     """Replace the labels of the samples whose draw falls below p.
 
@@ -874,7 +874,7 @@ print(drop_labels(ten_pairs, (8, 8), 0.3, torch.Generator().manual_seed(0)).T.to
 # its graph.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# Training: one line more than in chapter 01", "[code conditional_training_step]"] tags=["export", "exercise"]
 def conditional_training_step(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
     """One step of an optimizer along the gradient of the loss on a batch, with label dropout.
 
@@ -954,7 +954,7 @@ right_helps = all(right < none < wrong for t, (right, none, wrong) in told_by_st
 print(f"right labels lower the loss, and wrong ones raise it, from t = 150 on: {right_helps}")
 assert right_helps
 
-# %% tags=["draw", "nbval-ignore-output"]
+# %% slide=["# What is it worth to be told?", "[picture]", "The noisier, the more: at clean steps the picture says itself what it shows."] tags=["draw", "nbval-ignore-output"]
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 for place, name, colour in ((0, "right labels", colours[0]), (2, "wrong labels", colours[1])):
     axis.plot(
@@ -1035,7 +1035,7 @@ show_table(
 # Training was short, and some digits are misshapen without guidance. A little guidance mends that; more of it costs variety,
 # by (5.9), and the distance grows. So it is with all models that have not learned everything.
 
-# %% [markdown] tags=["optional"]
+# %% [markdown] slide=["# A negative prompt takes the place of 'nothing'", "$$-\\frac{(1+w)\\,\\epsilon_y-w\\,\\epsilon_n}{\\sqrt{1-\\bar\\alpha_t}}=\\nabla_{x_t}\\log\\left[q(x_t\\mid y)\\left(\\frac{q(y\\mid x_t)}{q(n\\mid x_t)}\\right)^{w}\\right] \\tag{5.12}$$", "The picture is made likelier to be $y$ *against* $n$: a duel, $w$ times its log-odds.", "# The mean runs away from what is not wanted", "Both of one width, at $\\mu_y$ and $\\mu_n$. Then any sampler draws that normal, with the mean", "$$\\mu_w=\\mu_y+w\\,(\\mu_y-\\mu_n)$$", "Log-odds have no end. $\\log q(y\\mid x_t)$ has one: once $y$ is certain."] tags=["optional"]
 # ## What is not wanted *(at a second reading)*
 #
 # Nothing in the code asks that the second condition be the null label. Put a **negative prompt** there, a condition $n$ of
@@ -1063,7 +1063,7 @@ show_table(
 # with the odds of $n$ as a factor: where $n$ is out of the question, nothing has to be done. The negative prompt has no such
 # factor. It pushes wherever $x_t$ is, also where $n$ has long been ruled out.
 
-# %%
+# %% slide=["# It is a direction, not a logical 'not'", "The exact 'not $n$' has the odds of $n$ as a factor:", "$$\\nabla\\log\\bigl(1-q(n\\mid x_t)\\bigr)=-\\frac{q(n\\mid x_t)}{1-q(n\\mid x_t)}\\,\\nabla\\log q(n\\mid x_t) \\tag{5.14}$$", "Where $n$ is out of the question, nothing has to be done. The negative prompt pushes there, too."]
 unwanted = torch.remainder(classes + 1, 3)  # another class for each of the 64 points
 eps_n = exact(points, steps_of_64, unwanted)
 joint_leaves = points.clone().requires_grad_()
@@ -1145,7 +1145,7 @@ show_table(
     columns=["wish", "lower left (n)", "lower right", "upper (y)", "mean height"],
 )
 
-# %% tags=["draw"]
+# %% slide=["# Five wishes", "[picture]", "The exact 'not' removes the class. The negative prompt drives the rest beyond the data, and leaves some of $n$."] tags=["draw"]
 figure, axes = plt.subplots(1, 5, figsize=(14, 3.2), sharex=True, sharey=True, layout="constrained")
 for axis, (name, x) in zip(axes, fulfilled.items()):
     axis.scatter(*mixture.sample(800, torch.Generator().manual_seed(1))[0].T, s=2, color="lightgrey")
@@ -1166,7 +1166,7 @@ show(
 # negative prompt is a direction, not a logical 'not'. It works as a fine correction between things that are close ('not
 # blurred'), with a small weight.
 
-# %% [markdown] tags=["optional"]
+# %% [markdown] slide=["# Contrast grows with the weight", "With the difference $d=c-u$, over the pixels of one sample:", "(5.15)", "A parabola in $w$: early predictions leave $[-1,1]$ by far, and then recover."] tags=["optional"]
 # ## Too much contrast *(at a second reading)*
 #
 # Pictures at a large weight are known for glaring colours. Where could that come from? Let $c$ be the conditional prediction
@@ -1224,7 +1224,7 @@ show_table(
 # `quantile` of its absolute values lies, but at least 1. Clip the picture to $[-s,s]$ and divide it by $s$.
 
 
-# %% tags=["export", "exercise"]
+# %% slide=["# Thresholding: each picture by a bound of its own", "[code dynamic_threshold]"] tags=["export", "exercise"]
 def dynamic_threshold(x_0, quantile):
     """Bring predicted pictures into [-1, 1], each by a bound of its own.
 
@@ -1327,7 +1327,7 @@ verify("5.17", spread_of(rescaled(mixture_of_both, answer_y, 0.7)), between, ato
 # multiply $\hat x_0$ by one. This course's wrapper rescales what the network puts out, as the libraries do. The laboratory
 # must be one where contrast does run away: the duel (5.13), by three networks, one for each prediction type, all exact.
 
-# %%
+# %% slide=["# Rescaling works in the space where it is done", "$$\\tilde\\epsilon_\\phi=\\phi\\,\\frac{\\operatorname{std}[\\epsilon_c]}{\\operatorname{std}[\\tilde\\epsilon]}\\,\\tilde\\epsilon+(1-\\phi)\\,\\tilde\\epsilon \\tag{5.16}$$", "? Three exact networks, one for each prediction type, all rescaled. Which one gets its contrast back?", "[table]"]
 spreads = {}
 for kind in ("eps", "x_0", "v"):
     typed, network = duel(kind)
@@ -1350,8 +1350,8 @@ show_table(
 # deviation near 1 whatever the picture is. The velocity lies in between. When a paper reports that $\phi=0.7$ is good, it
 # matters what its network predicts: that of Lin et al. predicts $v$.
 
-# %% [markdown] tags=["optional"]
-# ## Only where it helps *(at a second reading)*
+# %% [markdown] slide=["# Guide only where it helps", "(5.18)", "- noisy steps: sorts have not parted yet, and everything is pushed one way", "- outside of the interval one answer is enough: it saves time"] tags=["core"]
+# ## Only where it helps
 #
 # At which noise levels is guidance needed? Kynkäänniemi et al. guide only in an **interval** of them:
 #
@@ -1434,7 +1434,7 @@ show_table(
 assert (lines["w = 3, all steps"][-1] < -0.6).all()
 assert (lines["w = 3, steps 0 to 39"][-1] >= -0.6).double().mean() > 0.3
 
-# %% tags=["draw"]
+# %% slide=["# Guided early, the less typical sort is gone", "[picture]", "One class, two sorts (dotted). Guided at all steps every path ends in the far one; guided late, both are there."] tags=["draw"]
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), sharey=True, layout="constrained")
 for axis, name in zip(axes, ("w = 0", "w = 3, all steps", "w = 3, steps 0 to 39")):
     axis.plot(range(200, -1, -1), lines[name][:, 2::4], color=colours[0], linewidth=0.6)
@@ -1454,7 +1454,7 @@ show(
 # the two answers differ little yet, and to leave these out saves 80 second answers. Where an interval belongs has to be
 # measured, for each model; in the paper it is found by search.
 
-# %% [markdown] tags=["optional"]
+# %% [markdown] slide=["# Autoguidance: away from a worse model", "(5.19)", "Both answers are told the label. Only one of them is worse.", "? What can the difference say, if not the class?", "In which direction the worse model errs more. The good one errs there, too."] tags=["optional"]
 # ## Away from a worse model *(at a second reading)*
 #
 # The two answers differ for two reasons: one knows the class, and one is the *worse model*, since nothing is harder to learn
@@ -1502,7 +1502,7 @@ ways_to_the_arc = {
 }
 on_the_arc = {name: path(ddim_step, way, start_400, short_way)[-1] for name, way in ways_to_the_arc.items()}
 
-# %% tags=["draw"]
+# %% slide=["# It sharpens, and loses no part", "[picture]", "Against nothing, the arc loses the end beside the other one. By autoguidance it gets its true width."] tags=["draw"]
 figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), sharex=True, sharey=True, layout="constrained")
 for axis, (name, x), colour in zip(axes, on_the_arc.items(), ("grey", *colours)):
     axis.plot(*both_arcs.T, ".", color="lightgrey", markersize=3)
@@ -1588,7 +1588,7 @@ with torch.no_grad():
 print(f"right labels lower the loss at every step: {all(gain > 0 for gain, _ in gains)}")
 assert all(gain > 0 for gain, _ in gains)
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# A label helps most in noise, and once more at the end", "[table]", "Below $t=250$ labels tell nothing more. What the loss gains there is the null branch's larger error."] tags=["nbval-ignore-output"]
 show_table(
     [
         [f"{step}", f"{share:.0%}", f"{gain:.0%}", f"{plain:.0%}"]
@@ -1650,7 +1650,7 @@ def asymmetry(field, h=0.05):
 asymmetries = {name: asymmetry(field) for name, field in fields.items()}
 assert asymmetries["difference of the answers"] > 5 * max(list(asymmetries.values())[1:])
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# No classifier can be integrated from it", "A gradient field has a symmetric Jacobian: $a^\\top Jb=b^\\top Ja$. How far is each from that?", "[table]", "In the difference the common part cancels, and the errors stay."] tags=["nbval-ignore-output"]
 show_table(
     [[name, f"{value:.2f}"] for name, value in asymmetries.items()], columns=["field, t = 500", "asymmetry"]
 )
@@ -1690,7 +1690,7 @@ watched_at = {w: watched(w) for w in (0.0, 4.0)}
 columns = list(watched_at[0.0][0])[::5]
 small_one = 2  # a column of the first picture in which w = 0 and w = 4 differ in size
 
-# %%
+# %% slide=["# What is decided when?", "[picture]", "The predicted picture on the way. Size and place are settled early; then comes the outline."]
 strips = [torch.stack([watched_at[w][0][t][small_one] for t in columns]) for w in watched_at]
 figure = show_grid(
     torch.cat(strips),
@@ -1727,7 +1727,7 @@ show(
 # differ most while nothing can be seen yet; colour, place and size of the star are settled in the first third of the way, and
 # what follows is its outline. Whatever guidance does to the size, it does early.
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# What nobody asks for", "In the data every second shape is large. Shape and colour are asked for, size is not.", "? What share of the pictures drawn at $w=4$ shows a large shape?", "98 %."] tags=["core"]
 # ## How strong?
 #
 # The stored measurement draws 512 pictures for each weight by 50 DDPM steps, from one seed, each with a shape and a colour of
@@ -1789,7 +1789,7 @@ show_table(
 # The size. Take *real* pictures only, no network, and choose how many of the 512 show a large shape. Their distance to the 512
 # that are compared with, where it is every second:
 
-# %% tags=["draw"]
+# %% slide=["# The distance has measured the share of sizes", "[picture]", "Line: *real* pictures with a chosen share of large shapes. Guided ones lie on it."] tags=["draw"]
 marks = {
     "classifier-free": ("with labels", lambda strength: f"$w={strength - 1:g}$", colours[1]),
     "classifier": ("unconditional", lambda strength: f"$s={strength:g}$", colours[0]),
@@ -1903,7 +1903,7 @@ for w in (0, 1, 4):
     assert as_stored
 assert large_shares["w = 4"] > 0.8 > large_shares["w = 4, steps 0 to 699"]
 
-# %%
+# %% slide=["# Guidance decides what nobody asked for", "[picture]", "A large star is more certainly a star while it is noisy, so guidance draws large ones; an interval spares both."]
 figure = show_grid(
     torch.cat([pictures[:8] for pictures in drawn_64.values()]),
     row_titles=list(drawn_64),
@@ -1961,7 +1961,7 @@ show_table(
 # learned factor $\kappa$ stands between a similarity and a log-probability, (4.22); $1+w$ here, (5.3). And two controls: the
 # classifier in the place of the difference of the answers, added to the null answer or to the conditional one.
 
-# %% tags=["draw"]
+# %% slide=["# Three guidances on one axis", "[picture]", "Classifier and CLIP coincide. What makes the difference is the answer that was trained with labels."] tags=["draw"]
 figure = draw_guidances(on_axis)
 show(
     figure,
@@ -2011,7 +2011,7 @@ show(
 # *What is paid for being right, with the strength at each point; a half would be the share of real pictures.* Now see it: eight
 # wishes from the same noise, each guidance at strength 4, and what must be trained for it:
 
-# %%
+# %% slide=["# Three guidances and none, the same wishes", "[picture]", "Classifier and CLIP push a finished model; classifier-free guidance is trained in, and draws what is asked for.", "# What each is good for", "| | needs | a step costs | takes |\n|---|---|---|---|\n| classifier | a network of noisy images | its gradient besides | its classes |\n| CLIP | two towers, noisy images | its gradient besides | any words |\n| classifier-free | dropped labels in training | twice | what it knows |\n| conditional, $w=0$ | labels in training | once | what it knows |", "Where a world is learned completely, the conditional model alone is best. Elsewhere a weight buys what training could not."]
 eight = recipe.conditions(first_64)[:8]
 named_wishes = [f"{images.labels['colour'][c]}\n{images.labels['shape'][s]}" for s, c in eight.tolist()]
 with torch.no_grad():
@@ -2072,6 +2072,20 @@ show_table(
 #   not.
 
 # %% [markdown] tags=["core"]
+# ## Your code runs the model
+# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
+# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. One network gives both answers, and your
+# combination of the two steers.
+
+# %% tags=["milestone", "nbval-ignore-output"]
+from lecture26.kit.own_package import show_milestone
+
+show_milestone(
+    'sample --model conditional_ddpm_shapes32 --guidance cfg --w 0.5 --class "blue ring" --count 16',
+    alt="Sixteen images, all of which show a blue ring.",
+)
+
+# %% [markdown] tags=["core"]
 # ## What the lecture's slide says
 #
 # The slide gives $\tilde\epsilon_\theta(z_\lambda,c)=(1+w)\,\epsilon_\theta(z_\lambda,c)-w\,\epsilon_\theta(z_\lambda)$, calls
@@ -2089,21 +2103,7 @@ show_table(
 #   score rises from 53.71 to 260.2. By the one measure the best weight is 0.1, by the other there is none. Here it is 0 by the
 #   distance, which has counted sizes.
 
-# %% [markdown] tags=["core"]
-# ## Your code runs the model
-# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
-# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. One network gives both answers, and your
-# combination of the two steers.
-
-# %% tags=["milestone", "nbval-ignore-output"]
-from lecture26.kit.own_package import show_milestone
-
-show_milestone(
-    'sample --model conditional_ddpm_shapes32 --guidance cfg --w 0.5 --class "blue ring" --count 16',
-    alt="Sixteen images, all of which show a blue ring.",
-)
-
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# What to remember", "- Two denoisers contain a classifier; mixing is guidance at scale $1+w$.", "- One network gives both answers if labels are dropped in training.", "- A weight above 0 narrows what is drawn, by each sampler in its own way.", "- It decides what nobody asked for; look what a distance has measured.", "- A negative prompt is a direction, no 'not'."] tags=["core"]
 # ## Summary
 #
 # - A conditional and an unconditional denoiser contain a classifier's gradient (5.1). Mixing them with the weights $1+w$ and $-w$
