@@ -1013,10 +1013,25 @@ real_features = extract_features(digit_reader, enlarged(all_digits["image"][:100
 
 
 def quality_of_digits(drawn):
-    """The share read as asked for, and the Fréchet distance to real digits."""
+    """The share read as asked for; the Fréchet distance to real digits, and its standard error."""
     shown = read(digit_reader, enlarged(drawn)).predicted["class"]
-    distance = frechet_distance(real_features, extract_features(digit_reader, enlarged(drawn)))
-    return (shown == tens[: len(drawn)]).double().mean().item(), distance
+    parts = extract_features(digit_reader, enlarged(drawn)).split(20)
+    # the jackknife: each tenth of the digits left out once
+    without = [frechet_distance(real_features, torch.cat(parts[:k] + parts[k + 1 :])) for k in range(10)]
+    error = 3 * torch.tensor(without).std(correction=0).item()  # sqrt(10 - 1)
+    return (shown == tens).double().mean().item(), frechet_distance(real_features, torch.cat(parts)), error
+
+
+def digits_table(by_name):
+    """A row for each of the drawn sets, and one for real digits."""
+    rows = [
+        [name, f"{share:.0%}", f"{distance:.0f}", f"{error:.0f}"]
+        for name, (share, distance, error) in (
+            (name, quality_of_digits(drawn)) for name, drawn in by_name.items()
+        )
+    ]
+    rows.append(["real digits", "", f"{digits_distance:.0f}", ""])
+    show_table(rows, columns=["", "as asked for", "Fréchet distance", "its standard error"])
 
 
 digits_distance = frechet_distance(
@@ -1024,16 +1039,11 @@ digits_distance = frechet_distance(
 )
 
 # %% tags=["nbval-ignore-output"]
-show_table(
-    [[name, *(f"{share:.0%}", f"{distance:.0f}")] for name, (share, distance) in
-     {name: quality_of_digits(drawn) for name, drawn in digits_by_weight.items()}.items()]
-    + [["real digits", "", f"{digits_distance:.0f}"]],
-    columns=["", "as asked for", "Fréchet distance"],
-)  # fmt: skip
+digits_table(digits_by_weight)
 
 # %% [markdown]
-# Training was short, and some digits are misshapen without guidance. A little guidance mends that; more of it costs variety,
-# by (5.9), and the distance grows. So it is with all models that have not learned everything.
+# 200 digits each, one seed. Training was short, and some digits are misshapen without guidance. A little guidance mends that;
+# more of it costs variety, by (5.9), and the distance grows.
 
 # %% [markdown] slide=["# A negative prompt takes the place of 'nothing'", "$$-\\frac{(1+w)\\,\\epsilon_y-w\\,\\epsilon_n}{\\sqrt{1-\\bar\\alpha_t}}=\\nabla_{x_t}\\log\\left[q(x_t\\mid y)\\left(\\frac{q(y\\mid x_t)}{q(n\\mid x_t)}\\right)^{w}\\right] \\tag{5.12}$$", "The picture is made likelier to be $y$ *against* $n$: a duel, $w$ times its log-odds.", "# The mean runs away from what is not wanted", "Both of one width, at $\\mu_y$ and $\\mu_n$. Then any sampler draws that normal, with the mean", "$$\\mu_w=\\mu_y+w\\,(\\mu_y-\\mu_n)$$", "Log-odds have no end. $\\log q(y\\mid x_t)$ has one: once $y$ is certain."] tags=["optional"]
 # ## What is not wanted *(at a second reading)*
@@ -1321,7 +1331,7 @@ between = 0.7 * spread_of(answer_y) + 0.3 * spread_of(mixture_of_both)
 verify("5.17", spread_of(rescaled(mixture_of_both, answer_y, 0.7)), between, atol=1e-12)
 
 # %% [markdown]
-# ### In which space? *(at a second reading)*
+# ### In which space?
 #
 # Mixing did not mind what is predicted, (5.6). Rescaling does: to multiply $\hat\epsilon$ by a number is something else than to
 # multiply $\hat x_0$ by one. This course's wrapper rescales what the network puts out, as the libraries do. The laboratory
@@ -1537,15 +1547,10 @@ digits_by_auto = {
 # %% tags=["nbval-ignore-output"]
 named_digits = {"w = 0": digits_by_weight["w = 0"], "against nothing, w = 0.5": digits_by_weight["w = 0.5"]}
 named_digits |= {"against nothing, w = 3": digits_by_weight["w = 3"]} | digits_by_auto
-show_table(
-    [[name, f"{share:.0%}", f"{distance:.0f}"] for name, (share, distance) in
-     {name: quality_of_digits(drawn) for name, drawn in named_digits.items()}.items()],
-    columns=["", "as asked for", "Fréchet distance"],
-)  # fmt: skip
+digits_table(named_digits)
 
 # %% [markdown]
-# The early copy serves, too, though here no better than the null label, since it has learned little else than how digits look
-# on average. (Two more ways to save or mend are only named here: **CFG++** (Chung et al. 2024) mixes the two answers for
+# The early copy mends, too, at $w=0.5$ as much as the null label does. (Two more ways to save or mend are only named here: **CFG++** (Chung et al. 2024) mixes the two answers for
 # $\hat x_0$ and steps on with the unconditional noise, at weights below 1; **guidance distillation** (Meng et al. 2023) trains
 # a network, told $w$, to give the mixed answer in a single pass.)
 
@@ -1563,46 +1568,41 @@ print(f"{card['steps']} steps from the weights of {card['settings']['start']}; {
 print({name: tuple(table.weight.shape) for name, table in zip(recipe.labels, trained.labels.tables)})
 
 # %% [markdown]
-# What is it worth to be told, at which step? On 64 unseen pictures: by how much is the loss lower with the right labels than
-# with none? Beside it, what there is left to be told: the share of such noisy pictures of which the classifier of chapter
-# 03 reads shape and colour by itself. And the loss of the unconditional model of chapter 02, against the same.
+# What is it worth to be told, at which step? On unseen pictures, by how much is the loss lower with the right labels than with
+# none? Beside it, what there is left to be told: the share of such noisy pictures of which the classifier of chapter 03 reads
+# shape and colour by itself.
 
 # %%
-test_pictures = load("shapes", "test").batch(range(256))
+test_pictures = load("shapes", "test").batch(range(128))
 its_labels = recipe.conditions(test_pictures)
-same_noise = torch.randn(256, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+same_noise = torch.randn(128, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 unconditional, noisy_classifier = load_model("ddpm_shapes32"), load_model("noisy_classifier_shapes32")
 read_at, gains, read_by_itself = (20, 50, 150, 250, 400, 550, 700, 850, 950), [], []
 with torch.no_grad():
-    for t in (torch.full((256,), step) for step in read_at):
-        told = [partial(trained, cond=cond) for cond in (its_labels, recipe.null_conditions(256))]
-        right, nothing, plain = (
-            diffusion.loss(network, test_pictures["image"], t, same_noise).item()
-            for network in (*told, unconditional)
+    for t in (torch.full((128,), step) for step in read_at):
+        right, nothing = (
+            diffusion.loss(partial(trained, cond=cond), test_pictures["image"], t, same_noise).item()
+            for cond in (its_labels, recipe.null_conditions(128))
         )
-        gains.append((1 - right / nothing, 1 - plain / nothing))
+        gains.append(1 - right / nothing)
         logits = noisy_classifier(diffusion.q_sample(test_pictures["image"], t, same_noise), t)
         read_by_itself.append(
             (logits.argmax(dim=1) == 8 * its_labels[:, 0] + its_labels[:, 1]).double().mean().item()
         )
-print(f"right labels lower the loss at every step: {all(gain > 0 for gain, _ in gains)}")
-assert all(gain > 0 for gain, _ in gains)
+print(f"right labels lower the loss by 5 % or more at every step: {min(gains) > 0.05}")
+assert min(gains) > 0.05 and min(read_by_itself[:4]) > 0.99
 
-# %% slide=["# A label helps most in noise, and once more at the end", "[table]", "Below $t=250$ labels tell nothing more. What the loss gains there is the null branch's larger error."] tags=["nbval-ignore-output"]
+# %% slide=["# A label helps, even where it tells nothing", "[table]", "Below $t=250$ labels tell nothing more. What the loss gains there is the null branch's larger error."] tags=["nbval-ignore-output"]
 show_table(
-    [
-        [f"{step}", f"{share:.0%}", f"{gain:.0%}", f"{plain:.0%}"]
-        for step, share, (gain, plain) in zip(read_at, read_by_itself, gains)
-    ],
-    columns=["t", "read by the classifier", "loss lower, right labels", "loss lower, model of chapter 02"],
+    [[f"{step}", f"{share:.0%}", f"{gain:.0%}"] for step, share, gain in zip(read_at, read_by_itself, gains)],
+    columns=["t", "read by the classifier", "loss lower with the right labels"],
 )
 
 # %% [markdown]
-# At the noisiest steps the labels say what nothing else says. But look at the cleanest: there the picture itself says what it
-# shows, labels can tell nothing, and exact answers with and without them would be the same, by (5.1). The loss still falls,
-# and by as much as at the steps in the middle. So at these steps the difference of the answers is no classifier's business.
-# It is the larger *error of the null branch*, which had an eighth of the training and has the harder task: the second reason
-# of autoguidance.
+# At noisy steps the labels say what nothing else says. But below $t=250$ the picture itself says what it shows, and exact
+# answers with and without a label would be the same, by (5.1). The loss still falls, by a tenth. So there the difference of the
+# answers is no classifier's business. It is the larger *error of the null branch*, which had an eighth of the training and has
+# the harder task: the second reason of autoguidance.
 
 # %% [markdown] tags=["optional"]
 # ### Is it a gradient? *(at a second reading)*
@@ -1671,19 +1671,21 @@ short = diffusion.respace(50)
 
 
 def watched(w):
-    """On the way of eight stars: the predicted pictures and the length of eps_c - eps_u, by step."""
-    seen_on_the_way, lengths = {}, {}
+    """On the way of eight stars: by step, the predicted pictures, and how far apart both answers are."""
+    pictures, apart = {}, {}
 
     def watching(x, t):
-        answer, answer_null = (trained(x, t, cond) for cond in (star, none_of_8))
-        as_noise = [diffusion.eps_from_v(x, t, v) for v in (answer, answer_null)]
-        lengths[t[0].item()] = (as_noise[0] - as_noise[1]).flatten(1).norm(dim=1).mean().item()
-        mixed_v = cfg_combine(answer, answer_null, w)
-        seen_on_the_way[t[0].item()] = diffusion.x_0_from_v(x, t, mixed_v)
+        answers = [trained(x, t, cond) for cond in (star, none_of_8)]
+        apart[t[0].item()] = [
+            (into(x, t, answers[0]) - into(x, t, answers[1])).flatten(1).norm(dim=1).mean().item()
+            for into in (diffusion.eps_from_v, diffusion.x_0_from_v)
+        ]
+        mixed_v = cfg_combine(*answers, w)
+        pictures[t[0].item()] = diffusion.x_0_from_v(x, t, mixed_v)
         return mixed_v
 
     sample(short, watching, noise_of_8.shape, ddim_step, x_T=noise_of_8, progress=False)
-    return seen_on_the_way, lengths
+    return pictures, apart
 
 
 watched_at = {w: watched(w) for w in (0.0, 4.0)}
@@ -1705,27 +1707,28 @@ show(
 )
 
 # %% tags=["draw", "nbval-ignore-output"]
-figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-for (w, (_, lengths)), colour in zip(watched_at.items(), colours):
-    axis.plot(
-        list(lengths),
-        list(lengths.values()),
-        "o-",
-        color=colour,
-        markersize=4,
-        label=f"on the way of w = {w:g}",
-    )
-axis.set(xlabel="step t", ylabel=r"length of $\epsilon_c-\epsilon_u$", xlim=(1000, 0), ylim=(0, None))
-axis.legend()
+figure, axes = plt.subplots(1, 2, figsize=(12, 3), layout="constrained")
+titles = (
+    r"in noise, $\epsilon_c-\epsilon_u$",
+    r"in the picture, $\hat x_0(\epsilon_c)-\hat x_0(\epsilon_u)$",
+)
+for kind, (axis, title) in enumerate(zip(axes, titles)):
+    for (w, (_, apart)), colour in zip(watched_at.items(), colours):
+        lengths = [both[kind] for both in apart.values()]
+        axis.plot(list(apart), lengths, "o-", color=colour, markersize=4, label=f"on the way of w = {w:g}")
+    axis.set(xlabel="step t", title=title, xlim=(1000, 0), ylim=(0, None))
+axes[0].set_ylabel("length of the difference")
+axes[1].legend()
 show(
     figure,
-    "The length of the difference of both answers over the steps, from noise at the left to the picture.",
+    "How far both answers are apart, over the steps: as noise most at the end, as a picture most at the beginning.",
 )
 
 # %% [markdown]
-# *Above: $\hat x_0$ of one star. Below: how far apart the two answers are, mean of the eight, noise at the left.* The answers
-# differ most while nothing can be seen yet; colour, place and size of the star are settled in the first third of the way, and
-# what follows is its outline. Whatever guidance does to the size, it does early.
+# *Above: $\hat x_0$ of one star. Below: how far apart the two answers are, mean of the eight, noise at the left.* Of the picture
+# they think most differently while nothing can be seen yet. Place and size of the star are settled in the first third of the way,
+# and what follows is its outline: whatever guidance does to the size, it does early. Of the noise they differ most at the end,
+# where a label tells nothing: those are the errors.
 
 # %% [markdown] slide=["# What nobody asks for", "In the data every second shape is large. Shape and colour are asked for, size is not.", "? What share of the pictures drawn at $w=4$ shows a large shape?", "98 %."] tags=["core"]
 # ## How strong?
@@ -1803,12 +1806,17 @@ for axis, quantity, title in zip(axes, ("frechet_distance", "recall"), ("Fréche
             run = at_strength(strength, guidance, denoiser)
             place = run["share_large"], run[quantity]
             axis.plot(*place, "o" if guidance == "classifier" else "s", color=colour, label=marker_label)
-            below = (guidance == "classifier") != (quantity == "recall")
+            left = (written(strength), quantity) in (
+                ("$w=1$", "frechet_distance"),
+                ("$s=5$", "recall"),
+                ("$s=9$", "recall"),
+            )
+            up = 4 if written(strength) == "$w=4$" else -12
             axis.annotate(
-                written(strength), place, xytext=(6, -12) if below else (-6, 4), textcoords="offset points",
-                ha="left" if below else "right", color=colour, fontsize="small",
+                written(strength), place, xytext=(-7, -4) if left else (7, up), textcoords="offset points",
+                ha="right" if left else "left", color=colour, fontsize="small",
             )  # fmt: skip
-    axis.set(xlabel="share of large shapes", title=title, xlim=(0, 1.1))
+    axis.set(xlabel="share of large shapes", title=title, xlim=(0, 1.15))
 axes[0].legend(loc="upper center")
 axes[1].set_ylim(0.7, 1.0)
 show(
@@ -1835,10 +1843,11 @@ assert all(explained)
 
 # %% [markdown]
 # *512 pictures for each point. Line: real pictures with a chosen share of large shapes.* All guided runs of the measurement lie
-# on the line: **the distance has measured the share of sizes**. That it rises does not say that pictures get worse. And recall
-# hardly notices. As long as one real picture in ten is small, it is as high as ever, since a few small ones, far from each
-# other, make wide balls, which hold all the others. It falls when a mode is nearly lost. So compare within one size: 192 large
-# shapes with as many real large ones.
+# on the line of the distance: **it has measured the share of sizes**. That it rises does not say that pictures get worse. And
+# recall hardly notices. As long as one real picture in ten is small, it is as high as ever, since a few small ones, far from
+# each other, make wide balls, which hold all the others; it falls when a mode is nearly lost. (For guided pictures a little
+# earlier: the small ones that are left may be no fair sample of small ones.) So compare within one size: 192 large shapes with
+# as many real large ones.
 
 # %%
 within = ours | {"w = 4, steps 0 to 699": at_strength(5.0, interval=[0, 699])}
@@ -1856,9 +1865,9 @@ show_table(
 )  # fmt: skip
 
 # %% [markdown]
-# Within large shapes nothing of the rise is left. All are about as near to real ones as these are to each other, with as much
-# variety, and their contrast grows by no more than a tenth up to $w=8$. (The guided ones are even nearer: they have shapes and
-# colours in the shares of the pictures they are compared with, and other real ones have not.)
+# Within large shapes next to nothing of the rise is left: all are about as near to real ones as those are to each other, with as
+# much variety, and with a contrast that grows by less than a tenth up to $w=8$. (Some are even nearer than real ones: they have
+# shapes and colours in the same shares as the pictures they are compared with.)
 
 
 # %%
@@ -1984,8 +1993,9 @@ show(
 clip = load_model("noisy_clip_shapes32")
 kappa = clip.logit_scale.exp().item()
 figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-for guidance, style, colour, beside in (("classifier", "o-", colours[0], (5, -14)), ("CLIP", "s-", colours[2], (-12, 7)),
-                                        ("classifier-free", "^-", colours[1], (-3, 8))):  # fmt: skip
+for guidance, style, colour, low in (
+    ("classifier", "o-", colours[0], True), ("CLIP", "s-", colours[2], False), ("classifier-free", "^-", colours[1], True)
+):  # fmt: skip
     denoiser = "with labels" if guidance == "classifier-free" else "unconditional"
     traded = [at_strength(strength, guidance, denoiser) for strength in (1.0, 2.0, 5.0, 9.0)]
     axis.plot(
@@ -1995,10 +2005,10 @@ for guidance, style, colour, beside in (("classifier", "o-", colours[0], (5, -14
         color=colour,
         label=guidance,
     )
-    for run in traded:
+    for run, right in zip(traded, (guidance == "CLIP", low, False, True)):
         axis.annotate(
-            f"{run['strength']:g}", (run["share_large"], run["accuracy_all"]), xytext=beside,
-            textcoords="offset points", color=colour,
+            f"{run['strength']:g}", (run["share_large"], run["accuracy_all"]), xytext=(5 if right else -5, -14 if low else 6),
+            ha="left" if right else "right", textcoords="offset points", color=colour,
         )  # fmt: skip
 axis.set(xlabel="share of large shapes", ylabel="shape and colour as asked for", ylim=(0.35, 1.07))
 axis.legend(loc="lower right")
