@@ -11,9 +11,8 @@
 #
 # [Previous: 04 CLIP guidance](04_clip_guidance.ipynb) · [Next: 06 The variational autoencoder](06_vae.ipynb)
 #
-# Chapters 03 and 04 steered a finished model by the gradient of a second network, which had to be trained on noisy
-# images and differentiated at every step. This chapter needs neither. One denoiser is asked twice: what is the noise in
-# this image, *given that it shows a red star*? And what is it, *given nothing*? The difference of the two answers is a
+# Chapters 03 and 04 steered a finished model by the gradient of a second network. Here one denoiser is asked twice: what is the
+# noise in this image, *given that it shows a red star*? And *given nothing*? The difference of the two answers is a
 # classifier's gradient, and it can be made longer.
 #
 # **What you will be able to do**
@@ -26,11 +25,10 @@
 # - choose between classifier, CLIP and classifier-free guidance by what each needs, costs and gives.
 #
 # **What it needs**: [chapter 01](01_ddpm.ipynb) (scores, both samplers, the mixture), [chapter 02](02_unet.ipynb) (label
-# tables), [chapter 03](03_classifier_guidance.ipynb) (Bayes' rule on scores); [chapter 04](04_clip_guidance.ipynb) for the
-# comparison. **What it takes**: two minutes to run on two cores; all data are embedded. To study: some 90 minutes for the
-# core, three hours with everything. Sections marked *(at a second reading)* can wait: negative prompts are used again in
-# [chapter 07](07_latent_diffusion.ipynb). After a restart of the kernel nothing is defined any more: choose *Run All Above
-# Selected Cell* where you want to go on.
+# tables), [chapter 03](03_classifier_guidance.ipynb) (Bayes' rule on scores); [chapter 04](04_clip_guidance.ipynb) to compare.
+# **What it takes**: two minutes to run on two cores. To study, 90 minutes for the core, three hours with everything. Sections
+# marked *(at a second reading)* can wait; negative prompts come again in [chapter 07](07_latent_diffusion.ipynb). After a
+# restart of the kernel choose *Run All Above Selected Cell* where you want to go on.
 
 # %%
 import copy
@@ -122,8 +120,7 @@ show(
 # $$\nabla_{x_t}\log q(y\mid x_t)
 # =-\frac{\mathbb E[\epsilon\mid x_t,y]-\mathbb E[\epsilon\mid x_t]}{\sqrt{1-\bar\alpha_t}} \tag{5.1}$$
 #
-# No classifier was trained; two denoisers contain one. It is called the **implicit classifier**.
-
+# No classifier was trained; two denoisers contain one, the **implicit classifier**.
 
 # %% slide=["# In code it is one line", "[code implicit_gradient]", "On the mixture it agrees with the exact classifier, differentiated by autograd."] tags=["export"]
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
@@ -713,14 +710,13 @@ for w in (1.0, 3.0, 8.0):
 # $$L(f)=\mathbb E\,\|\epsilon-f(x_t,t,c)\|^2
 # =(1-p)\;\mathbb E\,\|\epsilon-f(x_t,t,y)\|^2+p\;\mathbb E\,\|\epsilon-f(x_t,t,\varnothing)\|^2 \tag{5.10, step}$$
 #
-# In the first part only the values of $f$ at real labels occur, in the second only those at $\varnothing$: a function that
-# is free to take any values can minimise each by itself, and the factors $1-p$ and $p$ do not matter. A squared error is
-# smallest at the conditional expectation, (1.16); in the second part nothing is given but $x_t$. So the minimiser is
+# In the first part only the values of $f$ at real labels occur, in the second only those at $\varnothing$: a function that is free
+# minimises each by itself, whatever the factors are. A squared error is smallest at the conditional expectation, (1.16):
 #
 # $$f^*(x_t,t,y)=\mathbb E[\epsilon\mid x_t,y],\qquad f^*(x_t,t,\varnothing)=\mathbb E[\epsilon\mid x_t] \tag{5.11}$$
 #
-# for every $p$ between 0 and 1. A real network is not free to take any values, and $p$ says where its errors go. Ho and
-# Salimans tried 0.1, 0.2 and 0.5, and found 0.5 worse.
+# for every $p$ between 0 and 1. A real network is not free, and $p$ says where its errors go. Ho and Salimans tried 0.1, 0.2 and
+# 0.5, and found 0.5 worse.
 #
 # For the proof, minimise (5.10). Take two overlapping classes on a line, one noise level, nine values of $x_t$. On a fine grid
 # of $x_0$ the expectation is a sum with known weights, $q(x_t,x_0,y)$, and the unknown is a table, nine values for each of
@@ -781,10 +777,9 @@ show(
 # %% [markdown] tags=["core"]
 # ### Dropping labels
 #
-# In code the coin is a uniform number $u$ for each sample, and the label goes where $u<p$. A sample may have several labels,
-# a shape and a colour; then all of them go together, so that the null condition is one, 'nothing is said'. (A network that
-# shall be asked for 'anything red' would need them dropped one by one.) The null label of each is one more than its last
-# class: index `num_classes`, never class 0, which is a class.
+# In code the coin is a uniform number $u$ for each sample, and the label goes where $u<p$. If a sample has a shape and a colour,
+# both go together, so that 'nothing is said' is one condition. (A network that shall be asked for 'anything red' would need them
+# dropped one by one.) The null label of each is one more than its last class, never class 0, which is a class.
 #
 # #### Exercise 4: dropping labels
 #
@@ -1055,23 +1050,21 @@ digits_table(digits_by_weight)
 # $$-\frac{(1+w)\,\epsilon_y-w\,\epsilon_n}{\sqrt{1-\bar\alpha_t}}
 # =\nabla_{x_t}\log\left[q(x_t\mid y)\left(\frac{q(y\mid x_t)}{q(n\mid x_t)}\right)^{w}\right] \tag{5.12}$$
 #
-# The class is made likelier *against $n$*, not against everything: a duel. Neither of the two has to be a part of the other,
-# so now both may be of one width, $\mathcal N(\mu_y,\sigma^2I)$ and $\mathcal N(\mu_n,\sigma^2I)$. Their noisy versions have the
-# same width too, $v_t=\bar\alpha_t\sigma^2+1-\bar\alpha_t$, and a normal's score is linear in its mean:
+# The class is made likelier *against $n$*: a duel. Neither of the two has to be a part of the other, so now both may be of one
+# width, $\mathcal N(\mu_y,\sigma^2I)$ and $\mathcal N(\mu_n,\sigma^2I)$. Their noisy versions have one width too,
+# $v_t=\bar\alpha_t\sigma^2+1-\bar\alpha_t$, and a normal's score is linear in its mean:
 #
 # $$(1+w)\,\frac{\sqrt{\bar\alpha_t}\,\mu_y-x_t}{v_t}-w\,\frac{\sqrt{\bar\alpha_t}\,\mu_n-x_t}{v_t}
 # =\frac{\sqrt{\bar\alpha_t}\,\mu_w-x_t}{v_t},\qquad\mu_w=\mu_y+w\,(\mu_y-\mu_n) \tag{5.13}$$
 #
-# At every level this is the score of one and the same normal, $\mathcal N(\mu_w,\sigma^2I)$, and any sampler draws it. Its mean
-# runs away from $n$ without end: log-odds never saturate, while $\log q(y\mid x_t)$ has nothing left to gain once $y$ is
-# certain.
+# At every level this is the score of $\mathcal N(\mu_w,\sigma^2I)$, and any sampler draws it. Its mean runs away from $n$ without
+# end: log-odds never saturate, while $\log q(y\mid x_t)$ has nothing left to gain once $y$ is certain.
 #
 # Is that 'not $n$'? Logic would say $q(\text{not }n\mid x_t)=1-q(n\mid x_t)$, whose gradient is
 #
 # $$\nabla_{x_t}\log\bigl(1-q(n\mid x_t)\bigr)=-\frac{q(n\mid x_t)}{1-q(n\mid x_t)}\,\nabla_{x_t}\log q(n\mid x_t) \tag{5.14}$$
 #
-# with the odds of $n$ as a factor: where $n$ is out of the question, nothing has to be done. The negative prompt has no such
-# factor. It pushes wherever $x_t$ is, also where $n$ has long been ruled out.
+# with the odds of $n$ as a factor: where $n$ is out of the question, nothing has to be done. The negative prompt pushes there, too.
 
 # %% slide=["# It is a direction, not a logical 'not'", "The exact 'not $n$' has the odds of $n$ as a factor:", "$$\\nabla\\log\\bigl(1-q(n\\mid x_t)\\bigr)=-\\frac{q(n\\mid x_t)}{1-q(n\\mid x_t)}\\,\\nabla\\log q(n\\mid x_t) \\tag{5.14}$$", "Where $n$ is out of the question, nothing has to be done. The negative prompt pushes there, too."]
 unwanted = torch.remainder(classes + 1, 3)  # another class for each of the 64 points
@@ -1170,11 +1163,10 @@ show(
 # *400 DDIM samples for each wish at $w=1$; $n$ is the lower left class, $y$ the upper one (data in grey).*
 #
 # The exact 'not' does what it says: the class is gone, and the other two are as they were, 3 to 2. The negative prompt fails
-# in both directions. It drives what is *not* $n$ far beyond the data. And some samples in the middle of $n$ it leaves there:
-# $q(n\mid x_t)$ is nearly 1, its gradient nearly 0, and nothing pushes, while the odds in (5.14) would push without bound.
-# 'Upper, not lower left' does reach the upper class, and then goes on, to a mean height of 2.0, where the class has 0.6. So a
-# negative prompt is a direction, not a logical 'not'. It works as a fine correction between things that are close ('not
-# blurred'), with a small weight.
+# in both directions. It drives what is *not* $n$ far beyond the data, and it leaves some samples in the middle of $n$, where
+# $q(n\mid x_t)$ is nearly 1, its gradient nearly 0, and nothing pushes. 'Upper, not lower left' reaches the upper class and
+# goes on, to a mean height of 2.0, where the class has 0.6. So a negative prompt is a direction, no logical 'not'; it works as
+# a fine correction between things that are close ('not blurred'), with a small weight.
 
 # %% [markdown] slide=["# Contrast grows with the weight", "With the difference $d=c-u$, over the pixels of one sample:", "(5.15)", "A parabola in $w$: early predictions leave $[-1,1]$ by far, and then recover."] tags=["optional"]
 # ## Too much contrast *(at a second reading)*
@@ -1220,13 +1212,10 @@ show_table(
 )  # fmt: skip
 
 # %% [markdown]
-# At $t=900$ and $w=8$ the predicted pictures have a multiple of the contrast of real ones: values far outside of $[-1,1]$,
-# which training has never shown. Saharia et al. take this for the cause of saturation; Sadat et al. (2025) find it in the
-# part of $d$ along $c$. Once the difference has shrunk, the prediction recovers; how much of the excess is left at the end has
-# to be measured on finished pictures, and is, below.
-#
-# **Clipping** to $[-1,1]$, as this course's samplers do, pushes what is too large onto the rim. Saharia et al. shrink the
-# picture instead, by a bound that each picture sets itself.
+# At $t=900$ and $w=8$ the predicted pictures have a multiple of the contrast of real ones, values far outside of $[-1,1]$, which
+# training has never shown. Saharia et al. take this for the cause of saturation; Sadat et al. (2025) find it in the part of $d$
+# along $c$. What is left of it in finished pictures is measured below. **Clipping** to $[-1,1]$, as this course's samplers do,
+# pushes what is too large onto the rim. Saharia et al. shrink the picture instead, by a bound that each picture sets itself.
 #
 # #### Exercise 6: dynamic thresholding
 #
@@ -1333,9 +1322,8 @@ verify("5.17", spread_of(rescaled(mixture_of_both, answer_y, 0.7)), between, ato
 # %% [markdown]
 # ### In which space?
 #
-# Mixing did not mind what is predicted, (5.6). Rescaling does: to multiply $\hat\epsilon$ by a number is something else than to
-# multiply $\hat x_0$ by one. This course's wrapper rescales what the network puts out, as the libraries do. The laboratory
-# must be one where contrast does run away: the duel (5.13), by three networks, one for each prediction type, all exact.
+# Mixing did not mind what is predicted, (5.6). Rescaling does; this course's wrapper rescales what the network puts out, as the
+# libraries do. The duel (5.13), by three exact networks, one for each prediction type:
 
 # %% slide=["# Rescaling works in the space where it is done", "$$\\tilde\\epsilon_\\phi=\\phi\\,\\frac{\\operatorname{std}[\\epsilon_c]}{\\operatorname{std}[\\tilde\\epsilon]}\\,\\tilde\\epsilon+(1-\\phi)\\,\\tilde\\epsilon \\tag{5.16}$$", "? Three exact networks, one for each prediction type, all rescaled. Which one gets its contrast back?", "[table]"]
 spreads = {}
@@ -1355,10 +1343,9 @@ show_table(
 )
 
 # %% [markdown]
-# Without rescaling all three draw the same, with several times the contrast. Rescaled in the space of $x_0$ the contrast comes
-# back: what is rescaled is the picture. In the space of the noise it hardly does, because predicted noise has a standard
-# deviation near 1 whatever the picture is. The velocity lies in between. When a paper reports that $\phi=0.7$ is good, it
-# matters what its network predicts: that of Lin et al. predicts $v$.
+# Rescaled in the space of $x_0$ the contrast comes back. In that of the noise it hardly does, since predicted noise has a standard
+# deviation near 1 whatever the picture is; the velocity lies between. So when a paper reports a good $\phi$, it matters what its
+# network predicts (Lin et al.: $v$).
 
 # %% [markdown] slide=["# Guide only where it helps", "(5.18)", "- noisy steps: sorts have not parted yet, and everything is pushed one way", "- outside of the interval one answer is enough: it saves time"] tags=["core"]
 # ## Only where it helps
@@ -1458,29 +1445,25 @@ show(
 )
 
 # %% [markdown]
-# *DDIM's paths, noise at the left. Dotted: the two sorts of the class, and the other class (grey).* From the guidance's point
-# of view the sort beside the other class is the less typical one, and it is **gone**. The price is paid before the two sorts
-# have parted: guided at the last 40 steps only, four in ten samples are still of the near sort. At the noisiest 80 steps
-# the two answers differ little yet, and to leave these out saves 80 second answers. Where an interval belongs has to be
-# measured, for each model; in the paper it is found by search.
+# *DDIM's paths, noise at the left. Dotted: the two sorts of the class, and the other class (grey).* The sort beside the other
+# class is the less typical one, and it is **gone**. The price is paid before the two sorts have parted: guided at the last 40
+# steps only, four in ten samples are still of the near sort. Where an interval belongs has to be measured, for each model.
 
 # %% [markdown] slide=["# Autoguidance: away from a worse model", "(5.19)", "Both answers are told the label. Only one of them is worse.", "? What can the difference say, if not the class?", "In which direction the worse model errs more. The good one errs there, too."] tags=["optional"]
 # ## Away from a worse model *(at a second reading)*
 #
 # The two answers differ for two reasons: one knows the class, and one is the *worse model*, since nothing is harder to learn
-# than everything. Karras et al. (2024) keep the second reason alone. **Autoguidance** takes both answers with the label, from a
-# good network and from a bad one, which is smaller or less trained:
+# than everything. **Autoguidance** (Karras et al. 2024) keeps the second reason alone. Both answers get the label, and one of the
+# networks is smaller, or less trained:
 #
 # $$\tilde\epsilon=(1+w)\,\hat\epsilon_{\text{good}}(x_t,t,y)-w\,\hat\epsilon_{\text{bad}}(x_t,t,y) \tag{5.19, definition}$$
 #
-# Suppose that both make the same mistake, the bad one a larger: what they have learned is the class, blurred. Let the truth be
-# $\mathcal N(0,v)$, the good network's answer exact for a variance $a>v$, the bad one's for $b>a$. Then (5.9) applies, and DDIM
-# draws exactly the truth if $a^sb^{1-s}=v$,
+# Suppose that both have learned the class, blurred, the bad one more. Let the truth be $\mathcal N(0,v)$, the good network's answer
+# exact for a variance $a>v$, the bad one's for $b>a$. By (5.9) DDIM draws exactly the truth if $a^sb^{1-s}=v$,
 #
 # $$1+w=s=\frac{\log(b/v)}{\log(b/a)} \tag{5.20}$$
 #
-# Both answers are told the class, so nothing is chased away from the other one. In a laboratory: two interlocked arcs of true
-# width 0.05, and networks that have learned them with a width of 0.09 (the good ones) and 0.18 (the bad one).
+# In a laboratory: two interlocked arcs of true width 0.05, and networks that have learned 0.09 (good) and 0.18 (bad).
 
 # %%
 true_width, good_width, bad_width = 0.05, 0.09, 0.18
@@ -1533,8 +1516,8 @@ for name, x in on_the_arc.items():
 show_table(rows_of_arcs, columns=[f"w = {matched:.2f}", "width", "in the end beside the other arc"])
 
 # %% [markdown]
-# Against nothing, the arc loses the end beside the other one, and stays thick. Autoguidance gives it its width, and keeps both ends.
-# On images: the digits, with the copy that was put aside a quarter of the way, after 100 of 400 steps, as the bad network.
+# Against nothing, the arc loses the end beside the other one, and stays thick. Autoguidance gives it its width, and keeps both
+# ends. On images: the digits, with the copy that was put aside after 100 of 400 steps as the bad network.
 
 # %%
 digits_by_auto = {
@@ -1557,10 +1540,9 @@ digits_table(named_digits)
 # %% [markdown] tags=["core"]
 # ## A conditional U-Net
 #
-# Back to the network of the first section. Chapter 02's U-Net takes labels: `UNet(..., num_classes=(8, 8))` has one table for
-# the shape and one for the colour, whose rows are added to the step's embedding, each with a row more for 'no label'. Its
-# training began with the weights of the unconditional model of chapter 02 and with tables of **zeros**: then its answers are
-# those of that model, whatever it is told. (Zero is no dead end here: each row feels the gradient of its own samples.)
+# Back to the network of the first section. `UNet(..., num_classes=(8, 8))` of chapter 02 has one table for the shape and one for
+# the colour, each with a row more for 'no label'. Training began with the weights of the unconditional model of chapter 02 and
+# with tables of **zeros**: then its answers are those of that model, whatever it is told.
 
 # %%
 card = load_card("conditional_ddpm_shapes32")
@@ -1607,10 +1589,9 @@ show_table(
 # %% [markdown] tags=["optional"]
 # ### Is it a gradient? *(at a second reading)*
 #
-# For exact denoisers, (5.1) is the gradient of a log-probability. For a network, $\epsilon_c-\epsilon_u$ is the difference of
-# two outputs, and nothing makes it the gradient of *any* function. One can tell: the Jacobian $J$ of a gradient field is
-# symmetric, $a^\top Jb=b^\top Ja$ for any two directions. Random directions measure both sides. And so that the number has a
-# scale: the same for each answer by itself, and for the classifier of chapter 03, whose gradient is one by construction.
+# For a network, $\epsilon_c-\epsilon_u$ is the difference of two outputs, and nothing makes it the gradient of *any* function. The
+# Jacobian $J$ of a gradient field is symmetric, $a^\top Jb=b^\top Ja$; random directions measure both sides. For a scale, the same
+# for each answer by itself, and for the classifier of chapter 03, whose gradient is one by construction.
 
 # %%
 directions = torch.randn(2, 64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -1657,8 +1638,7 @@ show_table(
 
 # %% [markdown]
 # Each answer alone is nearly a gradient field, as the score that it approximates is one. In the difference the large common
-# part cancels, and the errors stay. So 'implicit classifier' is a name for what the two answers approximate (Ho and Salimans
-# say so themselves); nobody could integrate it to a probability.
+# part cancels, and the errors stay: nobody could integrate the 'implicit classifier' to a probability (Ho and Salimans say so).
 
 # %% [markdown] tags=["core"]
 # ### What is decided when?
@@ -1927,9 +1907,8 @@ show(
 # *The first of the stored pictures, live, in half as many steps. The same noise and the same wish in each column.*
 #
 # A large red star is more certainly a red star while it is still noisy, so it has the higher $q(y\mid x_t)$, and guidance goes
-# there. The less typical sort is gone, as in the laboratory of the two sorts. Leave out the noisiest 300 steps, and both sizes
-# are back at the same weight.
-#
+# there, as in the laboratory of the two sorts. Leave out the noisiest 300 steps, and both sizes are back at the same weight.
+
 # %% [markdown] tags=["optional"]
 # ### Remedies, negatives, pairs never seen *(at a second reading)*
 #
@@ -1955,20 +1934,19 @@ show_table(
 )
 
 # %% [markdown]
-# - **Rescaling** changes nothing that two standard errors of the distance (some 40) would show: contrast was not what it is made of.
+# - **Rescaling** moves the distance by less than its standard error.
 # - **The interval** without the noisiest 300 steps has the sizes, and the distance, of unguided pictures. Leaving out the cleanest
 #   300 saves answers, and changes nothing.
-# - **A negative condition** moves the sizes less, and gets a little less right.
 # - **Pairs never seen** are told by the sum of two rows, and all 512 are read right. (Their distance is taken to other real
 #   pictures, which are at 12 from each other.)
 
 # %% [markdown] tags=["core"]
 # ## Three guidances on one axis
 #
-# A classifier's $s$, CLIP's $s$ and $w$ count differently. Bayes' rule puts them on one axis: how many times the class's
-# log-probability is followed, seen from the unconditional model. That is $s$ for the classifier; $s/\kappa$ for CLIP, whose
-# learned factor $\kappa$ stands between a similarity and a log-probability, (4.22); $1+w$ here, (5.3). And two controls: the
-# classifier in the place of the difference of the answers, added to the null answer or to the conditional one.
+# Bayes' rule puts a classifier's $s$, CLIP's $s$ and $w$ on one axis: how many times the class's log-probability is followed, seen
+# from the unconditional model. That is $s$ for the classifier; $s/\kappa$ for CLIP, whose learned factor $\kappa$ stands between
+# a similarity and a log-probability, (4.22); $1+w$ here, (5.3). And two controls: the classifier in the place of the difference,
+# added to the null answer or to the conditional one.
 
 # %% slide=["# Three guidances on one axis", "[picture]", "Classifier and CLIP coincide. What makes the difference is the answer that was trained with labels."] tags=["draw"]
 figure = draw_guidances(on_axis)
@@ -1983,9 +1961,8 @@ show(
 # - **Classifier and CLIP** coincide at every strength, in all three panels, as (4.22) says of a CLIP that has learned the classes.
 # - **Classifier-free guidance** is far more often right. Is it the mixing? The classifier on the *null* answer does as on the
 #   unconditional model; on the *conditional* answer it is right every time. So it is the conditional answer, which training has
-#   told the labels: at strength 1, without any guidance, it is right already. For exact networks the difference of the answers
-#   and the classifier's gradient would be the same, (5.3). What lies between the curves are errors, most of them the
-#   classifier's.
+#   told the labels, and which is right at strength 1 already. For exact networks the difference of the answers and the
+#   classifier's gradient would be the same, (5.3): what lies between the curves are errors.
 # - **The share of large shapes** rises under every guidance, and the distance with it; most steeply by the difference of the two
 #   answers. The interval leaves both where they were.
 
@@ -2071,15 +2048,14 @@ show_table(
 )
 
 # %% [markdown]
-# - **A classifier** steers a finished model by a small network, trained in minutes. It reaches nine in ten.
-# - **CLIP** needs no classes, and takes any words of its language: the only one of the three that can be asked for 'something
-#   on a striped background' without having been made for it.
+# - **A classifier** steers a finished model by a small network, trained in minutes.
+# - **CLIP** takes any words of its language: the only one that can be asked for 'something on a striped background' without
+#   having been made for it.
 # - **Classifier-free guidance** has to be trained into the denoiser, and each step costs two. It draws what is asked for every
 #   time.
-# - **The conditional model without guidance** is best of all here, at the cost of the unconditional one: the large difference
-#   is made by training with labels, not by the weight. It is so because shapes are a small world, which this network has
-#   learned. Where it has not, as with the digits above or the sentences of chapter 07, a weight above 0 buys what training could
-#   not.
+# - **The conditional model without guidance** is best of all here, at the cost of the unconditional one: training with labels
+#   makes the large difference, not the weight. Shapes are a small world, which this network has learned. Where it has not, as
+#   with the digits above or the sentences of chapter 07, a weight above 0 buys what training could not.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
@@ -2101,27 +2077,23 @@ show_milestone(
 # The slide gives $\tilde\epsilon_\theta(z_\lambda,c)=(1+w)\,\epsilon_\theta(z_\lambda,c)-w\,\epsilon_\theta(z_\lambda)$, calls
 # $w$ the guidance scale, and says three things about it. Held against this chapter:
 #
-# - The formula is right, for noise and, by (5.6), for any other prediction. But $w$ is *not* what libraries call the guidance
-#   scale: that is $s=1+w$, (5.5).
-# - *It balances conditional and unconditional outputs.* For $w>0$ it does not balance, it extrapolates. A balance it is between
-#   -1 and 0 only.
-# - *It eliminates the need for a separate classifier by training a single model.* True. What it needs instead is a model that
-#   was trained with labels and with dropped ones, so it cannot steer a finished unconditional model, as the other two do. And
-#   each step asks the network twice.
-# - *It simplifies the workflow, but needs careful tuning of the weight.* It does; and so do the other two. Ho and Salimans, on
-#   ImageNet at 64 pixels with $p=0.1$: FID 1.80 at $w=0$, 1.55 at $w=0.1$, 12.6 at $w=1$, 26.22 at $w=4$, while the Inception
-#   score rises from 53.71 to 260.2. By the one measure the best weight is 0.1, by the other there is none. Here it is 0 by the
-#   distance, which has counted sizes.
+# - The formula is right, for any prediction. But $w$ is *not* what libraries call the guidance scale: that is $1+w$, (5.5).
+# - *It balances conditional and unconditional outputs.* For $w>0$ it extrapolates; a balance it is between -1 and 0 only.
+# - *It eliminates the need for a separate classifier by training a single model.* True. But that model must have been trained with
+#   labels and with dropped ones, so it cannot steer a finished unconditional one, and each step asks it twice.
+# - *It simplifies the workflow, but needs careful tuning of the weight.* So do the other two. Ho and Salimans, on ImageNet at 64
+#   pixels with $p=0.1$: FID 1.80 at $w=0$, 1.55 at 0.1, 12.6 at 1, 26.22 at 4, while the Inception score rises from 53.71 to
+#   260.2. By the one measure the best weight is 0.1, by the other there is none.
 
 # %% [markdown] slide=["# What to remember", "- Two denoisers contain a classifier; mixing is guidance at scale $1+w$.", "- One network gives both answers if labels are dropped in training.", "- A weight above 0 narrows what is drawn, by each sampler in its own way.", "- It decides what nobody asked for; look what a distance has measured.", "- A negative prompt is a direction, no 'not'."] tags=["core"]
 # ## Summary
 #
 # - A conditional and an unconditional denoiser contain a classifier's gradient (5.1). Mixing them with the weights $1+w$ and $-w$
 #   is classifier guidance at the scale $s=1+w$ (5.3), along the whole path (5.7). Any prediction type may be mixed (5.6).
-# - One network gives both answers if labels are dropped in training (5.11): all labels of a sample together, in training only.
+# - One network gives both answers if labels are dropped in training (5.11), all labels of a sample together.
 # - A weight above 0 narrows what is drawn; the samplers differ, and neither draws the tilted density (5.8), (5.9).
-# - It drops the less typical sorts of a class, while noise is strong. A Fréchet distance may measure little else: look at a
-#   control made of real pictures. An interval keeps the sorts.
+# - It drops the less typical sorts of a class, while noise is strong; an interval keeps them. A Fréchet distance may measure little
+#   else: look at a control made of real pictures.
 # - The difference of two networks' answers also holds their errors: the null branch is the worse model.
 # - A negative prompt is a direction, (5.12), along which means run away, (5.13), and not the logical 'not', (5.14).
 #
