@@ -122,6 +122,7 @@ show(
 #
 # No classifier was trained; two denoisers contain one, the **implicit classifier**.
 
+
 # %% slide=["# In code it is one line", "[code implicit_gradient]", "On the mixture it agrees with the exact classifier, differentiated by autograd."] tags=["export"]
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
     """The gradient of the classifier that a conditional and an unconditional denoiser contain.
