@@ -692,6 +692,45 @@ def dropped_by_assignment(y, null_label, u, p):
     return y
 
 
+def doubled_pass_by_slices(denoiser, x_t, t, both_conds, mix):
+    outputs = denoiser(x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2), both_conds)
+    size, channels = x_t.shape[:2]
+    mixed = mix(outputs[:size, :channels], outputs[size:, :channels])
+    if outputs.shape[1] == channels:
+        return mixed
+    return torch.cat([mixed, outputs[:size, channels:]], dim=1)
+
+
+def conditional_training_step_by_autograd(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
+    weights = optimizer.param_groups[0]["params"]
+    loss = loss_of(x_0, t, noise, dropped_by_assignment(y, null_label, u, p))
+    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    return loss.detach()
+
+
+def conditional_training_step_with_zeros(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
+    loss = loss_of(x_0, t, noise, dropped_by_assignment(y, null_label, u, p))
+    optimizer.zero_grad(set_to_none=False)
+    loss.backward()
+    optimizer.step()
+    return loss.data
+
+
+def threshold_sample_by_sample(x_0, quantile):
+    rows = []
+    for x in x_0:
+        bound = max(torch.quantile(x.abs().flatten(), quantile), torch.ones((), dtype=x.dtype))
+        rows.append((x / bound).clamp(-1, 1))
+    return torch.stack(rows)
+
+
+def threshold_by_division_first(x_0, quantile):
+    bound = x_0.flatten(1).abs().quantile(quantile, dim=1).clamp(min=1)
+    return (x_0.flatten(1) / bound[:, None]).clamp(-1, 1).view_as(x_0)
+
+
 def insert_by_split(tokens, prompts, num_prefix):
     front, back = tokens.split([num_prefix, tokens.shape[1] - num_prefix], dim=1)
     if prompts.ndim == 2:
@@ -932,16 +971,14 @@ REWRITINGS = [
     ("clip_guidance.similarity_gradient", similarity_gradient_by_backward),
     ("clip_guidance.similarity_gradient_through_x_0", through_x_0_by_jacobian),
     ("clip_guidance.similarity_gradient_through_x_0", through_x_0_by_backward),
-    (
-        "classifier_free_guidance.implicit_gradient",
-        lambda c, u, abar: u / (1 - abar) ** 0.5 - c / (1 - abar) ** 0.5,
-    ),
-    ("classifier_free_guidance.implicit_gradient", lambda c, u, abar: -(c - u) * (1 - abar).rsqrt()),
     ("classifier_free_guidance.cfg_combine", lambda c, u, w: c + w * (c - u)),
     ("classifier_free_guidance.cfg_combine", lambda c, u, w: u + (1 + w) * (c - u)),
     ("classifier_free_guidance.cfg_combine", lambda c, u, w: torch.lerp(u, c, 1.0 + w)),
-    ("classifier_free_guidance.combine_by_guidance_scale", lambda c, u, s: s * c + (1 - s) * u),
-    ("classifier_free_guidance.combine_by_guidance_scale", lambda c, u, s: c + (s - 1) * (c - u)),
+    ("classifier_free_guidance.doubled_pass", doubled_pass_by_slices),
+    ("classifier_free_guidance.conditional_training_step", conditional_training_step_by_autograd),
+    ("classifier_free_guidance.conditional_training_step", conditional_training_step_with_zeros),
+    ("classifier_free_guidance.dynamic_threshold", threshold_sample_by_sample),
+    ("classifier_free_guidance.dynamic_threshold", threshold_by_division_first),
     ("classifier_free_guidance.labels_after_dropout", dropped_by_loop),
     ("classifier_free_guidance.labels_after_dropout", dropped_by_assignment),
     (

@@ -109,6 +109,49 @@ def predicted_clean(alpha_bar: Tensor, output: Tensor, x_t: Tensor, t: Tensor) -
 
 
 @_kind
+def conditional_denoiser(
+    inward: Tensor, speed: Tensor, told: Tensor, outward: Tensor, x_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (x_t, t, cond) -> output with K elements a sample, for integers cond (B,).
+
+    inward: (D, H); speed: (H,); told: (classes, H); outward: (H, K), K = D, or 2 D with variances last.
+    The length of the batch leaves its mark, so that two calls are not one.
+    """
+    if len(cond) != len(x_t) or len(t) != len(x_t):
+        found = f"{len(x_t)} samples, {len(t)} steps, {len(cond)} conditions"
+        raise ValueError(f"x_t, t and cond must be of one length; got {found}")
+    phase = x_t.flatten(1) @ inward + t[:, None] * speed + told[cond] + 0.1 * len(x_t)  # (B, H)
+    return (phase.sin() @ outward).view(len(x_t), -1, *x_t.shape[2:])
+
+
+@_kind
+def mixer(weights: Tensor, cond: Tensor, null: Tensor) -> Tensor:
+    """A mixture of two predictions, element by element, that tells them apart; weights: (2,)."""
+    return weights[0] * cond - weights[1] * null.tanh()
+
+
+@_kind
+def conditional_loss(
+    inward: Tensor,
+    speed: Tensor,
+    told: Tensor,
+    outward: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    cond: Tensor,
+) -> Tensor:
+    """A training loss (x_0, t, noise, cond) -> scalar: the squared error on noisy x_0 of a denoiser.
+
+    inward: (D, H); speed: (H,); told: (classes, H); outward: (H, D). cond: integers (B,) or (B, L); the rows
+    of a sample's L labels are added, those behind the first counted from the end of the table.
+    """
+    rows = told[cond] if cond.ndim == 1 else told[cond[:, 0]] + told.flip(0)[cond[:, 1:]].sum(dim=1)
+    phase = (x_0 + 0.5 * noise).flatten(1) @ inward + t[:, None] * speed + rows
+    return ((phase.sin() @ outward).view_as(x_0) - noise).square().mean()
+
+
+@_kind
 def denoising_loss(
     inward: Tensor, speed: Tensor, outward: Tensor, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:

@@ -17,8 +17,8 @@ from course import ROOT, notebook_sources
 CHAPTER = "05_classifier_free_guidance"
 PATIENCE = 600_000  # milliseconds; a kernel takes its time on a busy machine
 FONTS = "https://fonts.googleapis.com/"  # jupyterlab-rise asks for them, and does without
-WRONG = "return (eps_cond - eps_uncond) / (1 - alpha_bar).sqrt()"
-RIGHT = "return (eps_uncond - eps_cond) / (1 - alpha_bar).sqrt()"
+GRADIENT = "return (eps_uncond - eps_cond) / (1 - alpha_bar).sqrt()"
+WRONG = "return (1 + w) * eps_uncond - w * eps_cond"
 MIXED = "return eps_uncond + (1 + w) * (eps_cond - eps_uncond)"
 
 # The notebook's cells by a text in them, as JupyterLab holds them whether or not they are on the screen.
@@ -117,25 +117,25 @@ def wait_until_said(page, text, expected):
 
 def test_taught_with_two_bodies_typed_one_wrongly_at_first(notebook):
     page = notebook
-    type_body(page, "implicit_gradient", WRONG)
+    type_body(page, "implicit_gradient", GRADIENT)
+    type_body(page, "cfg_combine", WRONG)
     run_all_above(page, "## Two ways to count")
-    check = 'check("classifier_free_guidance.implicit_gradient"'
-    wait_until_said(page, 'verify("5.1"', "AssertionError")  # the proof fails, and there it stops
-    assert "as typed above" in page.evaluate(SAID, "typed_or_finished(implicit_gradient")
-    assert "The mistake is known: sign" in page.evaluate(SAID, check)
-    assert page.evaluate(SAID, 'verify("5.3"') == ""
+    check = 'check("classifier_free_guidance.cfg_combine"'
+    wait_until_said(page, 'verify("5.3"', "AssertionError")  # the proof fails, and there it stops
+    assert "holds" in page.evaluate(SAID, 'verify("5.1"')
+    assert "as typed above" in page.evaluate(SAID, "typed_or_finished(cfg_combine")
+    assert "The mistake is known: swapped halves" in page.evaluate(SAID, check)
+    assert page.evaluate(SAID, 'verify("5.4"') == ""
 
-    type_body(page, "implicit_gradient", RIGHT)
     type_body(page, "cfg_combine", MIXED)
-    run_all_above(page, "## One network for both answers")
+    run_all_above(page, "## What a weight above 0 draws")
     wait_until_said(page, 'verify("5.7"', "holds")
     for text, expected in {
         check: "passed",
         'verify("5.1"': "holds",
-        "typed_or_finished(cfg_combine": "as typed above",
-        'check("classifier_free_guidance.cfg_combine"': "passed",
-        "typed_or_finished(combine_by_guidance_scale": "nothing was typed",
-        'check("classifier_free_guidance.combine_by_guidance_scale"': "passed",
+        "typed_or_finished(implicit_gradient": "as typed above",
+        "typed_or_finished(doubled_pass": "nothing was typed",
+        'check("classifier_free_guidance.doubled_pass"': "passed",
     }.items():
         assert expected in page.evaluate(SAID, text), text
     assert page.locator("mjx-merror").count() == 0
