@@ -578,9 +578,9 @@ axis.legend()
 show(figure, "Three histograms around the exact gradient: that of the path is the narrowest.")
 
 # %% [markdown]
-# *All are right on average. The score function uses the value of $f$, so that a constant added to $f$ makes it noisier;
-# the path uses the slope, and does not notice.* (Where only the value is known, as for the reward in reinforcement
-# learning, one subtracts a *baseline* from $f$ for this very reason.)
+# *All are right on average. The score function uses the value of $f$, so that a constant added to it makes it noisier; the
+# path uses the slope.* (Where only the value is known, as in reinforcement learning, one subtracts a *baseline* from $f$
+# for this very reason.)
 #
 # #### Exercise 6: a thousand latent numbers
 #
@@ -767,42 +767,35 @@ check("vae.vae_training_step", vae_training_step)
 # %% [markdown] tags=["core"]
 # ## Too much weight, too little
 #
-# What does the weight do? There is a case in which it can be said exactly. Let the data be one number with mean 0 and
-# variance $\lambda$, and let encoder and decoder be linear: $q(z\mid x)=\mathcal N(v\,x,s^2)$ and $\hat x=w\,z$. (The
-# letters are local: $\lambda$ is not the log signal-to-noise ratio, $\beta$ no step of a schedule, $v$ no prediction,
-# $w$ no guidance.) With $z=v\,x+s\,\epsilon$, the loss at the KL weight $\beta=\sigma^2$, averaged over $x$ and
-# $\epsilon$, is
+# There is a case in which it can be said exactly what the weight does. Let the data be one number with mean 0 and variance
+# $\lambda$, and let encoder and decoder be linear: $q(z\mid x)=\mathcal N(v\,x,s^2)$ and $\hat x=w\,z$. (The letters are
+# local: $\lambda$ is not the log signal-to-noise ratio, $\beta$ no step of a schedule, $v$ no prediction, $w$ no guidance.)
+# With $z=v\,x+s\,\epsilon$, the loss at the KL weight $\beta=\sigma^2$, averaged over $x$ and $\epsilon$, is
 #
 # $$L(w,v,s)=\tfrac12\bigl((1-wv)^2\lambda+w^2s^2\bigr)+\tfrac\beta2\bigl(v^2\lambda+s^2-1-\log s^2\bigr)$$
 #
 # *The encoder, given $w$.* Set the derivatives by $v$ and by $s^2$ to zero: $-w(1-wv)+\beta v=0$ and
-# $w^2+\beta-\beta/s^2=0$, so $v=w/(w^2+\beta)$ and $s^2=\beta/(w^2+\beta)$. (This is the true posterior, so there is
-# no gap.)
+# $w^2+\beta-\beta/s^2=0$, so $v=w/(w^2+\beta)$ and $s^2=\beta/(w^2+\beta)$, the true posterior.
 #
-# *The decoder.* Without a gap the loss is $-\beta$ times the mean log evidence, up to the constant of (6.10), and in
-# the model $x\sim\mathcal N(0,w^2+\beta)$. A normal distribution fits data of variance $\lambda$ best if its own
-# variance is $\lambda$. Above $\lambda$ the fit only gets worse, and $w^2+\beta$ cannot be below $\beta$. So, up to a
-# common sign of $w$ and $v$,
+# *The decoder.* So there is no gap, and the loss is $-\beta$ times the mean log evidence, up to the constant. In the model
+# $x\sim\mathcal N(0,w^2+\beta)$, which fits data of variance $\lambda$ best with the variance $\lambda$, and the worse the
+# farther it is above; below $\beta$ it cannot be. So, up to a common sign of $w$ and $v$,
 #
 # $$w^2=\max(\lambda-\beta,\,0),\qquad v=\frac{w}{w^2+\beta},\qquad s^2=\min\Bigl(\frac\beta\lambda,\,1\Bigr)
 # \tag{6.11}$$
 #
 # Put it back in. Where $\beta<\lambda$, the code's total variance is $v^2\lambda+s^2=1$, so the divergence is
-# $-\tfrac12\log s^2$; and the squared error is
-# $(1-wv)^2\lambda+w^2s^2=\beta^2/\lambda+(\lambda-\beta)\beta/\lambda=\beta$. Where $\beta\ge\lambda$, nothing is
-# coded:
+# $-\tfrac12\log s^2$, and the squared error $\beta^2/\lambda+(\lambda-\beta)\beta/\lambda=\beta$. Where
+# $\beta\ge\lambda$, nothing is coded:
 #
 # $$\mathbb E\,\mathrm{KL}=\tfrac12\log\frac\lambda\beta\ \text{ or }\ 0,\qquad
 # \mathbb E\,\|x-\hat x\|^2=\min(\lambda,\beta) \tag{6.12}$$
 #
-# The weight is a **price**. A direction of the data whose variance is below the price is not bought: its latent
-# number is switched off, $\mu=0$ and $\sigma=1$ whatever $x$ is. This is **posterior collapse**. Here it is no
-# accident of training, but the optimum of the loss. (Networks can also get stuck in it.) For data of many dimensions
-# the best linear autoencoder with $k$ latent numbers treats the $k$ largest principal directions around the mean like
-# this, each by itself, and drops the rest (Tipping and Bishop 1999; Lucas et al. 2019).
-
-
-# %% slide=["# The weight is a price", "One number of variance $\\lambda$, linear encoder and decoder, KL weight $\\beta$. At the optimum", "$$\\mathbb E\\,\\mathrm{KL}=\\max\\left(\\tfrac12\\log\\frac\\lambda\\beta,\\,0\\right),\\qquad\\mathbb E\\,\\|x-\\hat x\\|^2=\\min(\\lambda,\\beta) \\tag{6.12}$$", "A direction of less variance than the price is not bought: **posterior collapse**, the optimum and no accident."]
+# The weight is a **price**. A direction of the data whose variance is below the price is not bought: its latent number is
+# switched off, $\mu=0$ and $\sigma=1$ whatever $x$ is. This is **posterior collapse**, here no accident of training but the
+# optimum of the loss. (Networks can also get stuck in it.) For data of many dimensions the best linear autoencoder with
+# $k$ latent numbers treats the $k$ largest principal directions like this, each by itself, and drops the rest (Tipping and
+# Bishop 1999; Lucas et al. 2019).
 
 
 # %% slide=["# The weight is a price", "One number of variance $\\lambda$, linear encoder and decoder, KL weight $\\beta$. At the optimum", "$$\\mathbb E\\,\\mathrm{KL}=\\max\\left(\\tfrac12\\log\\frac\\lambda\\beta,\\,0\\right),\\qquad\\mathbb E\\,\\|x-\\hat x\\|^2=\\min(\\lambda,\\beta) \\tag{6.12}$$", "A direction of less variance than the price is not bought: **posterior collapse**, the optimum and no accident."]
@@ -846,8 +839,8 @@ verify("6.12", torch.stack(costs), torch.tensor(prices, **exact), atol=1e-6)
 # ### On handwritten digits
 #
 # Does that say anything about networks? Take the digits at 8 by 8 pixels, 1,197 to learn from and 304 unseen ones. From
-# the variances $\lambda_i$ of their 64 principal directions follows the whole trade-off of the best linear autoencoder
-# with 16 latent numbers: what it pays (the divergence, summed over directions) and what it gets.
+# the variances $\lambda_i$ of their principal directions follows what the best linear autoencoder with 16 latent numbers
+# pays (the divergence) and what it gets.
 
 # %%
 learned_digits, unseen_digits = (load("digits", split, 8) for split in ("train", "test"))
@@ -1116,9 +1109,8 @@ show_table(rows, columns=["weight", r"$\log p(x)$, nats", "bound", "gap (100 dig
 # $$R=\mathbb E_x\,\mathbb E_{q(z\mid x)}\left[\log\frac{q(z\mid x)}{q(z)}+\log\frac{q(z)}{p(z)}\right]
 # =I(x;z)+\mathrm{KL}\bigl(q(z)\,\|\,p(z)\bigr) \tag{6.14}$$
 #
-# The first is the mutual information: what the codes know of the pictures. The second is the mismatch: how far all
-# codes together are from the prior, from which we draw. And for a set of $N$ pictures the information is limited,
-# because a code can do no more than say *which* of the $N$ it is:
+# The first is the mutual information, what the codes know of the pictures; the second the mismatch, how far all codes
+# together are from the prior. For a set of $N$ pictures a code can do no more than say *which* of the $N$ it is:
 #
 # $$I(x;z)=\ln N-\mathbb E_{q(z)}\bigl[H(n\mid z)\bigr]\ \le\ \ln N \tag{6.15}$$
 #
@@ -1140,8 +1132,7 @@ entropy = -(log_which.exp() * log_which).sum(dim=0)  # (2001,)
 verify("6.15", information, math.log(4) - integrate(log_all.exp() * entropy), atol=1e-9)
 
 # %% [markdown]
-# So the mismatch is at least $R-\ln N$. For the digits, $\ln1197=7.1$ nats. What is paid beyond that is paid for
-# codes that are not where the prior expects them:
+# So the mismatch is at least $R-\ln N$. For the digits:
 
 # %%
 rates = [kl_to_standard_normal(*network.encode(pixels)).mean().item() for network in networks.values()]
@@ -1176,13 +1167,13 @@ show(figure, "Bars of the rate by KL weight: at small weights, most of each is a
 # %% [markdown] tags=["core"]
 # ## Images
 #
-# Now the autoencoder that chapter 07 will use. Its code keeps the form of a picture, on purpose: a place of the code
-# belongs to a place of the image, so convolutions can work on both, and so can a U-Net.
+# Now the autoencoder that chapter 07 will use. A place of its code belongs to a place of the image, so that convolutions
+# can work on both, and so can a U-Net.
 #
 # ### Decibels
 #
-# How good is a reconstruction? The usual measure is the mean squared error on a logarithmic scale, relative to the
-# square of the largest possible difference, the range $r=1-(-1)=2$:
+# The usual measure of a reconstruction is the mean squared error on a logarithmic scale, relative to the square of the
+# largest possible difference, the range $r=1-(-1)=2$:
 #
 # $$\mathrm{PSNR}=10\,\log_{10}\frac{r^2}{\mathrm{MSE}} \tag{6.16, definition}$$
 #
@@ -1251,8 +1242,7 @@ show(figure, "Six scenes: original, with noise, and with one small object exchan
 #
 # ### The networks
 #
-# All parts but one are from chapter 02. Its residual block expects an embedding of the step, and there is none here;
-# what remains without it is short:
+# Chapter 02's residual block expects an embedding of the step; what remains without it is short:
 
 
 # %% slide=["# An autoencoder of images keeps the form of a picture", "- $64\\times64\\times3$ to $16\\times16\\times4$: a place of the code belongs to a place of the image", "- the encoder puts out means and log-variances", "- the decoder is its mirror image, and draws nothing", "? Why no skips from the one to the other?", "What does not go through the code must not arrive."] tags=["export"]
@@ -1297,9 +1287,9 @@ class Upsample(nn.Module):
 
 
 # %% [markdown]
-# The encoder folds 2 by 2 pixels into channels, as the U-Net does, works at 32 by 32 places, then at 16 by 16, and
-# puts out twice the latent channels: means and log-variances. The decoder is its mirror image. There are no skips
-# from the one to the other: what does not go through the code does not arrive.
+# The encoder folds 2 by 2 pixels into channels, works at 32 by 32 places, then at 16 by 16, and puts out means and
+# log-variances. The decoder is its mirror image. There are no skips from the one to the other: what does not go through
+# the code does not arrive.
 
 
 # %% tags=["export"]
@@ -1394,9 +1384,8 @@ class KLVAE(nn.Module):
 
 
 # %% [markdown]
-# `encode` keeps the log-variance in $[-30,20]$, so that no early mistake makes its exponential overflow; beyond
-# these ends no gradient passes. `decode` takes any code, and draws nothing: randomness is in the code, not in the
-# decoder.
+# `encode` keeps the log-variance in $[-30,20]$, so that no early mistake makes its exponential overflow. `decode` draws
+# nothing: randomness is in the code, not in the decoder.
 
 
 # %% tags=["export"]
@@ -1643,10 +1632,9 @@ show_table(rows, columns=["128 images each", "Fréchet distance to real images"]
 #
 # $$\lambda'_t=\lambda_t+2\ln\sigma_z \tag{6.18}$$
 #
-# Codes that are too large stay visible until late; codes that are too small drown in the first steps. With
-# $\sigma_z=10$ the shift is 4.6, a factor of 100 in the ratio. And where a schedule ends with some signal left, as
-# Stable Diffusion's does with $\bar\alpha_T=0.0047$, large codes are still there in $z_T$, and the pure noise that
-# sampling starts from is not what the network was trained on.
+# Codes that are too large stay visible until late; codes that are too small drown in the first steps. And where a
+# schedule ends with some signal left, as Stable Diffusion's does with $\bar\alpha_T=0.0047$, large codes are still there
+# in $z_T$, and the pure noise that sampling starts from is not what the network was trained on.
 
 # %% slide=["# Codes of another size have another schedule", "Codes of standard deviation $\\sigma_z$ shift the log signal-to-noise ratio of each step:", "(6.18)", "Large codes stay visible until late; small ones drown in the first steps.", "? $\\sigma_z=10$: by what factor does the ratio change?"]
 diffusion = Diffusion(cosine_betas(1000))
@@ -1663,14 +1651,13 @@ inner = shifted.isfinite()
 verify("6.18", shifted[inner], (log_snr + 2 * math.log(sigma_z))[inner], atol=1e-6)
 
 # %% [markdown]
-# The remedy is one number, $s$ (no longer the encoder's width). Multiply the codes by it before the diffusion, divide
-# before the decoder:
+# The remedy is one number, $s$ (no longer the encoder's width):
 #
 # $$\text{diffuse }\ s\,z,\qquad\text{decode }\ z=\frac{z_\text{drawn}}s,\qquad s=\frac1{\sigma_z}
 # \tag{6.19, definition}$$
 #
-# $\sigma_z$ is measured once, over all numbers of a batch of codes, and kept for good: it belongs to the autoencoder.
-# For Stable Diffusion's, $s=0.18215$: its codes have a standard deviation of 5.5.
+# $\sigma_z$ is measured once, over all numbers of a batch of codes, and belongs to the autoencoder. For Stable Diffusion's,
+# $s=0.18215$: its codes have a standard deviation of 5.5.
 #
 # #### Exercise 10: the scale
 #
@@ -1744,11 +1731,9 @@ show(
 )
 
 # %% [markdown]
-# *Signal against noise, step by step. Left: one number scales all channels, and keeps their proportions, so two of them
-# drown more than a hundred steps before the others. Right: what the size of all codes shifts; 5.5 is Stable Diffusion's.*
-#
-# Ours came out near 1, so that here one could forget $s$ and notice little. With another autoencoder one could not. The
-# same noise, on codes of three sizes, and decoded:
+# *Left: one number scales all channels, and keeps their proportions, so two of them drown more than a hundred steps before
+# the others. Right: what the size of all codes shifts; 5.5 is Stable Diffusion's.* And, of our codes, what is left of a
+# picture:
 
 # %% slide=["# Without it, noise comes too early or too late", "[picture]", "The same codes and noise at three sizes: in the first row all is lost at once, in the last hardly anything is."] tags=["draw"]
 times = (50, 200, 400, 600, 800, 950)
@@ -1769,7 +1754,8 @@ show(
 )
 
 # %% [markdown]
-# *What is left of a picture in its code (noisy codes divided by $\sqrt{\bar\alpha_t}$ and by the scale, and decoded).*
+# *The same noise on codes of three sizes, divided by $\sqrt{\bar\alpha_t}$ and by the scale, and decoded.* Our own size, 0.8,
+# is near 1: here one could forget $s$ and notice little.
 
 # %% [markdown] tags=["core"]
 # ## A second stage in miniature
@@ -1943,14 +1929,13 @@ show_milestone(
 # %% [markdown] tags=["core"]
 # ## Summary
 #
-# - The evidence is the bound (6.4) plus the divergence of the guess from the posterior (6.3). The divergence from the
-#   prior is (6.5), summed over the numbers of a code.
-# - A draw becomes differentiable by $z=\mu+\sigma\epsilon$ (6.8). The other way is unbiased too, and needs no slope of
-#   $f$, but its error grows with the number of latent numbers.
+# - The evidence is the bound (6.4) plus the divergence of the guess from the posterior (6.3).
+# - A draw becomes differentiable by $z=\mu+\sigma\epsilon$ (6.8). The other way is unbiased too, but its error grows with
+#   the number of latent numbers.
 # - The KL weight is the variance of the errors that do not count (6.10), and a price: directions of less variance are
 #   not coded (6.11). The likelihood chooses the weight that the errors come out at.
-# - The rate is information plus mismatch (6.14). Where it is far above what *all* pictures could tell, the prior misses
-#   the codes, and a second model has to learn them.
+# - The rate is information plus mismatch (6.14). With a small weight the prior misses the codes, and a second model has to
+#   learn them.
 # - PSNR says how much changed, not what: read the reconstructions.
 # - Diffuse $s\,z$, decode $z/s$, with $s=1/\sigma_z$ (6.19); otherwise the schedule is another one (6.18).
 #
