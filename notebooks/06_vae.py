@@ -96,15 +96,15 @@ show(
 # %% [markdown] tags=["core"]
 # ## A hidden number behind each picture
 #
-# Imagine that data come about in two steps. First a hidden number $z$ is drawn from a standard normal distribution,
-# the **prior**. Then a *decoder* turns it into a point of the plane, here on a circle, and the world adds some noise:
+# Imagine that data come about in two steps. A hidden number $z$ is drawn from a standard normal distribution, the
+# **prior**. Then a *decoder* turns it into a point of the plane, here on a circle, and the world adds some noise:
 #
 # $$z\sim\mathcal N(0,I),\qquad x=g(z)+\sigma\,\eta,\quad\eta\sim\mathcal N(0,I),
 # \qquad p(x)=\int p(z)\,p(x\mid z)\,dz \tag{6.1, definition}$$
 #
-# $z$ is the **latent variable**, each of its components a *latent number*, and a value of it a *code*; $x$ is what we
-# see, and $p(x)$ is called the **evidence**. With one latent number the integral is a sum over a fine grid, exact to
-# ten digits, so that here everything can be known. (Proofs compute in double precision.)
+# $z$ is the **latent variable**, each of its components a *latent number*, and a value of it a *code*; $p(x)$ is called the
+# **evidence**. With one latent number the integral is a sum over a fine grid, exact to ten digits. (Proofs compute in
+# double precision.)
 
 # %% slide=["# A hidden number behind each picture", "$$z\\sim\\mathcal N(0,I),\\qquad x=g(z)+\\sigma\\,\\eta,\\qquad p(x)=\\int p(z)\\,p(x\\mid z)\\,dz \\tag{6.1}$$", "Prior, decoder, evidence. Which $z$ lies behind a given $x$?", "$$p(z\\mid x)=\\frac{p(z)\\,p(x\\mid z)}{p(x)}$$", "With a thousand latent numbers, the integral is out of reach."]
 exact = {"dtype": torch.float64}
@@ -194,8 +194,8 @@ show(
 # \tag{6.4}$$
 #
 # Draw a code from the guess, decode it, and see how likely the data are: *reconstruction*. And keep the guess near
-# the prior, from which codes will be drawn when there is no $x$: *regularity*. [Chapter 01](01_ddpm.ipynb) met this bound
-# in (1.28), with $x_1,\dots,x_T$ as latents and a $q$ that is fixed. Here $q$ is learned.
+# the prior: *regularity*. [Chapter 01](01_ddpm.ipynb) met this bound in (1.28), with $x_1,\dots,x_T$ as latents and a $q$
+# that is fixed. Here $q$ is learned.
 #
 # The usual guess is a normal distribution with independent numbers,
 # $q(z\mid x)=\mathcal N(\mu,\operatorname{diag} \sigma^2)$, whose means and variances a network reads off $x$: the
@@ -236,7 +236,7 @@ show(
 )
 
 # %% [markdown]
-# *The whole of it, with the two terms of the loss in red. To draw, the left half is left away.*
+# *The two terms of the loss in red. To draw, the left half is left away.*
 #
 # ### The divergence
 #
@@ -387,8 +387,8 @@ def bound_on_grid(x, decode, decoder_std, mean, log_variance, codes, volume):
 check("vae.bound_on_grid", bound_on_grid)
 
 # %% [markdown]
-# On the circle, for five guesses at each of the two points: the bound against its two terms, (6.4), and the evidence
-# against bound and gap, (6.3), with the posterior by Bayes' rule.
+# On the circle, for five guesses at each of the two points: the bound against its two terms, and the evidence against
+# bound and gap, with the posterior by Bayes' rule.
 
 # %%
 five_means = torch.tensor([0.0, 0.8, 0.8, 2.0, -2.1], **exact)[:, None]  # (5, 1)
@@ -529,8 +529,8 @@ def reparameterize(mean, log_variance, noise):
 check("vae.reparameterize", reparameterize)
 
 # %% [markdown]
-# Both ways must agree in expectation. For the plain point: the left side of (6.9) by (6.7), on the grid of $z$; the
-# right side through `reparameterize`, on the same grid, now of $\epsilon$.
+# Both ways must agree in expectation: the left side of (6.9) by (6.7), on the grid of $z$; the right side through
+# `reparameterize`, on the same grid, now of $\epsilon$.
 
 
 # %% slide=["# Reparameterisation is a line", "[code reparameterize]", "The other way needs no slope of $f$:", "$$\\nabla\\,\\mathbb E_q[f(z)]=\\mathbb E_q\\bigl[f(z)\\,\\nabla\\log q(z)\\bigr] \\tag{6.7}$$"]
@@ -611,7 +611,7 @@ show(figure, "Three histograms around the exact gradient: that of the path is th
 # Measured, with $d$ numbers that are seen through noise as they are, $f(z)=\log\mathcal N(x;z,I)$ minus its mean, and
 # averages of 64 draws:
 
-# %%
+# %% slide=["# With a thousand latent numbers only the path is left", "? $f$ is a sum over the latent numbers. What happens to the two errors as there are more of them?", "[table]", "Along the path each number gets its own slope; the score function gives all of them the same value, times noise."]
 spread_of_guess, x_of_all, rows = 0.5, 1.0, []
 source = torch.Generator().manual_seed(2)
 for d in (1, 16, 256, 1024):
@@ -1017,7 +1017,7 @@ show(
 # If the weight is a variance, the bound on unseen digits can choose it, with $\sigma^2$ the weight that each network was
 # trained by.
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# The likelihood chooses the weight that the errors come out at", "? Seven networks, seven weights. Which is the best model of digits that it has not seen?", "[table]", "A small weight promises a precision that new digits do not keep; a large one throws away what could be told."] tags=["nbval-ignore-output"]
 rows = []
 for kl_weight, row in table.items():
     own_error, standard_error = row["error"] / 64, row["bounds"].std() / math.sqrt(len(unseen))
@@ -1848,7 +1848,7 @@ check_answer(
     hint="In which of the two are there steps left once the signal can be seen?",
 )
 
-# %% slide=["# The right size is near 1", "[picture]", "Distances to real digits, three trainings each. A first stage that draws nothing by itself, and a second one of two seconds.", "# What to remember", "- The evidence is the bound, plus the divergence of the guess from the posterior.", "- $z=\\mu+\\sigma\\epsilon$ lets a gradient through a draw.", "- The KL weight is a price: what varies less is not coded.", "- A prior misses the codes of a small weight. A second model learns where they are.", "- Diffuse $s\\,z$, decode $z/s$."] tags=["draw"]
+# %% slide=["# The right size is near 1", "[picture]", "Distances to real digits, three trainings each. A first stage that draws nothing by itself, and a second one of two seconds."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
 for count, marker, colour in ((10, "o", colours[1]), (50, "s", colours[0])):
     middle = [distances[size, count].mean() for size in stage_sizes]
@@ -1894,8 +1894,8 @@ show(
 #
 # The first stage by itself draws nothing; with a second one it draws digits, a good deal short of real ones after two
 # seconds of training. Codes that are too small do the most harm. Between the right size and three times of it there is
-# nothing to choose in three trainings, and at ten times more steps make good for most of it. Two causes are not told
-# apart here: the steps are in the wrong places, and the network sees inputs and targets of another size.
+# nothing to choose, and at ten times more steps make good for most of it. Two causes are not told apart: the steps are in
+# the wrong places, and the network sees numbers of another size.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
@@ -1941,7 +1941,7 @@ show_milestone(
 #
 # [Chapter 07](07_latent_diffusion.ipynb) builds the second stage for images. What you have solved so far, in all chapters:
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# What to remember", "- The evidence is the bound, plus the divergence of the guess from the posterior.", "- $z=\\mu+\\sigma\\epsilon$ lets a gradient through a draw.", "- The KL weight is a price: what varies less is not coded.", "- A prior misses the codes of a small weight. A second model learns where they are.", "- Diffuse $s\\,z$, decode $z/s$."] tags=["nbval-ignore-output"]
 progress()
 
 # %% [markdown]
