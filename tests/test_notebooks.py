@@ -257,7 +257,13 @@ def test_every_question_gives_its_answer_a_name_that_the_cell_below_checks(sourc
 
 
 # the chapters brought to this form so far
-WITH_KINDS = ["01_ddpm", "03_classifier_guidance", "04_clip_guidance", "05_classifier_free_guidance"]
+WITH_KINDS = [
+    "01_ddpm",
+    "03_classifier_guidance",
+    "04_clip_guidance",
+    "05_classifier_free_guidance",
+    "06_vae",
+]
 KIND = r"\*(Formula|Algorithm|Question|Question on paper), (easy|medium|hard), \d+ minutes\.\* \S"
 
 

@@ -29,6 +29,7 @@ IN_NEW_FORM = (
     "03_classifier_guidance",
     "04_clip_guidance",
     "05_classifier_free_guidance",
+    "06_vae",
 )
 
 

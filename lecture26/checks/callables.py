@@ -86,6 +86,24 @@ def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
 
 
 @_kind
+def smooth_encoder(
+    inward: Tensor, to_mean: Tensor, to_log_variance: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An encoder of data (B, D), x -> mean, log_variance (B, k) each; samples are independent.
+
+    inward: (D, H); to_mean, to_log_variance: (H, k).
+    """
+    hidden = (x @ inward).sin()
+    return hidden @ to_mean, hidden @ to_log_variance
+
+
+@_kind
+def smooth_decoder(inward: Tensor, outward: Tensor, codes: Tensor) -> Tensor:
+    """A decoder of codes (B, k) to data (B, D); inward: (k, H); outward: (H, D)."""
+    return (codes @ inward).sin() @ outward
+
+
+@_kind
 def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """A denoiser (x_t, t) -> output like x_t, made like noisy_classifier, with K = D."""
     return noisy_classifier(inward, speed, outward, x_t, t).view_as(x_t)

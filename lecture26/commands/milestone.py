@@ -41,7 +41,7 @@ from lecture26.recipes import Trained, load_diffusion, load_model
 from lecture26.recipes.adaptation import Budget, build, fit, open_task
 from lecture26.recipes.recipe import Recipe
 from lecture26.recipes.vae import round_trips
-from lecture26.vae import active_latents, latent_scale, negative_log_likelihood, vae_loss
+from lecture26.vae import SmallVAE, bound_on_grid, latent_scale, vae_loss, vae_training_step
 from lecture26.visual_prompt_tuning import (
     VPT,
     PromptBank,
@@ -256,33 +256,71 @@ def trained_on_captions(tokenizer: Tokenizer) -> tuple[list[float], int]:
 
 # --- Chapter 06: codes ---
 
-ENCODED = 64  # images, of which the first eight are shown
+ENCODED = 64  # images, of which the first six are shown
+SHOWN = 6
+DIGIT_STEPS = 1000
+DIGIT_WEIGHT = 0.3  # of the divergence, and so the variance of the digits' noise
+MEASURED = 50  # digits, whose evidence and bound are found on a grid
 
 
 @torch.no_grad()
 def codes() -> tuple["Figure", str]:
-    """Images on their way through the course's autoencoder, with what that costs."""
+    """A VAE of digits that is trained here, and images on their way through the course's autoencoder."""
+    from matplotlib import pyplot as plt
+    from torchvision.utils import make_grid
+
     trained = Trained("vae_shapes64")
     network, recipe = trained.network, trained.recipe
     images = load("scenes", "test", recipe.image_size)
     (trip,) = round_trips(network, images, torch.arange(ENCODED))
     x = images.batch(range(ENCODED))["image"]
     mean, log_variance = network.encode(x)
-    std = recipe.kl_weight**0.5  # of the decoder's noise whose bound the loss is
-    nats = negative_log_likelihood(x, trip["x_hat"], std) + trip["kl"]
     loss = vae_loss(x, trip["x_hat"], mean, log_variance, recipe.kl_weight) / x[0].numel()
-    titles = [""] * 8 + [f"{decibels:.0f} dB" for decibels in trip["psnr"][:8]]
-    shown = torch.cat([x[:8], trip["x_hat"][:8]])
-    figure = show_grid(shown, 8, titles, ["image", "decoded"], inches_per_image=1.3)
-    figure.set_figheight(figure.get_figheight() + 0.7)  # room for the titles
-    told = (
-        f"{x[0].numel():,} numbers in {mean[0].numel():,}: KL {trip['kl'].mean():.0f} nats, "
-        f"$-$ELBO {nats.mean():.0f} nats, loss {loss:.4f}, "
-        f"{active_latents(trip['mean']).float().mean():.0%} of the latents active, "
-        f"latent scale {latent_scale(trip['latents']):.2f}"
+    digits, nats = trained_on_digits()
+    along = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.03, 0.97, 9))
+    plane = torch.cartesian_prod(along.flip(0), along).flip(1)  # the second number upwards
+    of_digits = digits.decode(plane).clamp(-1, 1).view(-1, 1, 8, 8)
+    of_images = torch.cat([x[:SHOWN], trip["x_hat"][:SHOWN]]).clamp(-1, 1)
+    titles = (
+        f"two latent numbers: log evidence\n{nats[0]:.1f}, bound {nats[1]:.1f} nats a digit",
+        f"images, and decoded with {trip['psnr'].mean():.0f} dB: {x[0].numel():,} numbers in "
+        f"{mean[0].numel():,},\nKL {trip['kl'].mean():.0f} nats, loss {loss:.4f}, "
+        f"latent scale {latent_scale(trip['latents']):.2f}",
     )
-    figure.suptitle(told, fontsize="medium")
-    return figure, f"{ENCODED} images of scenes through {trained.name}"
+    pictures = (
+        make_grid(of_digits, nrow=9, padding=1, pad_value=0.3),
+        make_grid(of_images, SHOWN, pad_value=1.0),
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[1, 2.7], layout="constrained")
+    for axis, title, picture in zip(axes, titles, pictures, strict=True):
+        axis.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
+        axis.set_title(title, fontsize="medium")
+        axis.axis("off")
+    return figure, f"codes of digits, trained here, and {ENCODED} images of scenes through {trained.name}"
+
+
+@torch.enable_grad()
+def trained_on_digits() -> tuple[SmallVAE, list[float]]:
+    """A VAE of digits with two latent numbers; the mean log evidence and the mean bound of unseen digits."""
+    learned, unseen = (load("digits", split, 8) for split in ("train", "test"))
+    pixels = learned.batch(range(len(learned)))["image"].flatten(1)
+    network = SmallVAE(64, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DIGIT_STEPS)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DIGIT_STEPS):
+        x = pixels[torch.randint(len(pixels), (64,), generator=generator)]
+        noise = torch.randn(64, 2, generator=generator)
+        vae_training_step(optimizer, network.encode, network.decode, x, noise, DIGIT_WEIGHT)
+        schedule.step()
+    network.requires_grad_(False)
+    tested = unseen.batch(range(MEASURED))["image"].flatten(1)
+    side = torch.arange(-6, 6.01, 0.08)
+    guess = network.encode(tested)
+    nats = bound_on_grid(
+        tested, network.decode, DIGIT_WEIGHT**0.5, *guess, torch.cartesian_prod(side, side), 0.08**2
+    )
+    return network, [values.mean().item() for values in nats]
 
 
 # --- Chapter 08: prompts ---
