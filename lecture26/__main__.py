@@ -62,6 +62,7 @@ class Milestone(StrEnum):
 
     ddpm = "ddpm"
     vae = "vae"
+    latent_diffusion = "latent_diffusion"
     visual_prompt_tuning = "visual_prompt_tuning"
 
 

@@ -105,19 +105,22 @@ def seeds(first, count):
     return [torch.Generator().manual_seed(first + number) for number in range(count)]
 
 
+def show_prompts(pictures, prompts, alt):
+    """Show rows of five images (5, 3, 64, 64), each row beside its prompt."""
+    titles = ["\n".join(textwrap.wrap(prompt, 20)) for prompt in prompts]
+    figure = show_grid(torch.cat(pictures), columns=5, row_titles=titles, inches_per_image=1.85)
+    figure.set_figheight(1.55 * len(prompts))
+    show(figure, alt)
+
+
 pipeline = load_pipeline("text_to_image_shapes64")
 both_ways_round = [
     "a small red heart to the left of a large blue ring on a dark background",
     "a small blue heart to the left of a large red ring on a dark background",
 ]
-first_drawn = [pipeline.text_to_image([p] * 5, steps=30, generator=seeds(0, 5)) for p in both_ways_round]
-show(
-    show_grid(
-        torch.cat(first_drawn),
-        columns=5,
-        row_titles=["\n".join(textwrap.wrap(p, 24)) for p in both_ways_round],
-        inches_per_image=1.7,
-    ),
+show_prompts(
+    [pipeline.text_to_image([p] * 5, steps=30, generator=seeds(0, 5)) for p in both_ways_round],
+    both_ways_round,
     "Two rows of five generated scenes: a red heart beside a blue ring, and a blue heart beside a red ring.",
 )
 
@@ -1381,16 +1384,16 @@ right_share = (logits.argmax(dim=1) == right_sides).double().mean().item()
 print("nouns of unseen captions put on the right side, at least 99 of 100:", right_share >= 0.99)
 assert right_share >= 0.99
 
-# %% slide=["# Which one goes where is an exclusive or", "[picture]", "Asked in words alone, it is learned in some thirty steps. Whether pictures alone would teach it is open."] tags=["draw"]
+# %% slide=["# Which one goes where is an exclusive or", "[picture]", "Asked in words alone, it is learned in some twenty steps. Whether pictures alone would teach it is open."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.plot(asking.losses)
 axis.axhline(math.log(2), color="grey", linestyle=":")
 axis.text(100, math.log(2) + 0.05, r"$\ln 2$: the axis, and nothing else", ha="right")
 axis.set(xlabel="training step", ylabel="cross entropy", ylim=0)
-show(figure, "The cross entropy falls to 0 within some thirty steps, past a line at log 2.")
+show(figure, "The cross entropy falls to 0 within some twenty steps, past a line at log 2.")
 
 # %% [markdown]
-# *Asked directly, the exclusive or is no obstacle: some thirty steps, and no halt at $\ln2$.* What is left open is whether
+# *Asked directly, the exclusive or is no obstacle: some twenty steps, and no halt at $\ln2$.* What is left open is whether
 # a denoiser's loss asks for it as clearly.
 #
 # For the long training, denoiser, text encoder and the layer that asks are one network:
@@ -1585,14 +1588,9 @@ prompts = [
     "a green triangle",
     "a large cyan cross above a small orange circle on a checkered background",
 ]
-drawn = torch.cat([pipeline.text_to_image([p] * 5, steps=30, generator=seeds(0, 5)) for p in prompts])
-show(
-    show_grid(
-        drawn,
-        columns=5,
-        row_titles=["\n".join(textwrap.wrap(p, 24)) for p in prompts],
-        inches_per_image=1.5,
-    ),
+show_prompts(
+    [pipeline.text_to_image([p] * 5, steps=30, generator=seeds(0, 5)) for p in prompts],
+    prompts,
     "Four rows of five generated images each, beside the prompt that each row was asked for.",
 )
 
@@ -1611,7 +1609,7 @@ show(
         torch.cat(at_weights),
         columns=5,
         row_titles=[f"w = {w:g}" for w in weights],
-        inches_per_image=1.4,
+        inches_per_image=1.55,
     ),
     "Six rows of generated images for weights from -1 to 8; anything at -1, a blue ring and a red thing from 0 on.",
 )
@@ -1672,7 +1670,8 @@ show(
 
 # %% [markdown]
 # *Single objects with shape, colour, size and background all right; scenes with both shapes, both colours and the
-# relation right. The bars are two standard errors; $w=2$ counts 512 images, the others 64, all with one seed an image.*
+# relation right. The bars are two standard errors (0 where all are right, which is too little); $w=2$ counts 512 images, the
+# others 64, one seed an image.*
 #
 # Without guidance, at $w=0$, about half of the scenes are right; from $w=1$ on most of them are. Which of 1, 2, 4 and 8 is
 # best, these numbers do not say: it is a tie.
@@ -1767,9 +1766,9 @@ relations = ("to the left of", "to the right of", "above", "below")
 four_wishes = [
     f"a large red star {relation} a large blue ring on a light background" for relation in relations
 ]
-drawn = torch.cat([pipeline.text_to_image([p] * 5, steps=30, generator=seeds(30, 5)) for p in four_wishes])
-show(
-    show_grid(drawn, columns=5, row_titles=relations, inches_per_image=1.4),
+show_prompts(
+    [pipeline.text_to_image([p] * 5, steps=30, generator=seeds(30, 5)) for p in four_wishes],
+    relations,
     "Four rows of a red star and a blue ring, the star on the left, on the right, above, below.",
 )
 
@@ -1827,11 +1826,9 @@ odd = [
     "a small large green cross",
     "a yellow circle on a dark striped background",
 ]
-drawn = torch.cat([pipeline.text_to_image([p] * 5, steps=30, generator=seeds(20, 5)) for p in odd])
-show(
-    show_grid(
-        drawn, columns=5, row_titles=["\n".join(textwrap.wrap(p, 24)) for p in odd], inches_per_image=1.4
-    ),
+show_prompts(
+    [pipeline.text_to_image([p] * 5, steps=30, generator=seeds(20, 5)) for p in odd],
+    odd,
     "Six rows of generated images for sentences unlike those of the training, beside their sentences.",
 )
 
@@ -1925,7 +1922,7 @@ of_heads = of_64_places[0][0, :, 2 * 8 + 5].sum(dim=0) / of_64_places[0].shape[1
 sums = maps.sum(dim=0).flatten()
 verify("7.12", torch.cat([sums, at_place]), torch.cat([torch.ones(64), of_heads]), atol=1e-5)
 
-# %% slide=["# Each word is looked at from its object", "[picture]", "'Star' from the star, 'ring' from the ring, 'dark' from the ground."] tags=["draw"]
+# %% slide=["# Each word is looked at from its object", "[picture]", "'Heart' from the heart, 'ring' from the ring, 'dark' from the ground."] tags=["draw"]
 tokens_of_wish = ["(begin)", *both_ways_round[0].split(), "(end)"]
 shown_tokens = [2, 3, 4, 7, 10, 11, 12, 15, 17]
 figure, axes = plt.subplots(2, 5, figsize=(11, 4.8), layout="constrained")
@@ -1942,7 +1939,10 @@ show(figure, "A generated scene, and for nine of its caption's tokens a map of w
 # %% [markdown]
 # *Weights by token: the mean over steps, heads and the layers of 8 by 8 places; each map with its own brightness.*
 #
-# MAPTEXT
+# 'Small' and 'heart' are looked at from where the heart is, 'large' and 'ring' from where the ring is; 'dark' and the end
+# token from everywhere but the objects, most from the border. Colours are looked at most from their objects, and from
+# elsewhere as well. And 'left' is looked at mostly from the ring, on the right: what that place takes from it cannot be
+# seen in a map.
 
 # %% [markdown] tags=["core"]
 # ## From a picture to a picture
@@ -2125,9 +2125,9 @@ show(
 )
 
 # %% [markdown]
-# *One seed.* At 0.3 the words of (a) contradict what is plain to see, and guidance multiplies what they pull: the picture is
-# damaged, not changed. Without guidance (b) it is damaged less, and (c) with words that fit, hardly. At 0.5 a blue thing
-# forms around what is left of the cross; at 0.7 the cross is gone, and from 0.9 on it is the heart that was asked for.
+# *One seed.* At 0.3 the words of (a) contradict what is plain to see, and guidance multiplies their pull: the picture is
+# damaged, not changed. Without guidance (b) it is damaged less, and with words that fit (c) hardly. With guidance it is the
+# heart that was asked for from 0.7 on, without only from 0.9 on.
 
 # %% [markdown] tags=["optional"]
 # ### Inpainting *(at a second reading)*
@@ -2221,7 +2221,7 @@ class LatentDiffusion(LatentDiffusion):
         return torch.where(is_unknown, self.decode(z_0), images)
 
 
-# %% slide=["# Stripes and shades go on across the border", "[picture]", "The left half is given, and the right half drawn for a prompt, five times."]
+# %% slide=["# Stripes go on across the border", "[picture]", "The left half is given, and the right half drawn for a prompt, five times."]
 a_scene = scenes.batch([7])["image"]
 print("it shows:", scenes.captions([7])[0])
 hidden = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
@@ -2244,7 +2244,8 @@ show(
 
 # %% [markdown]
 # *The left half is given; the right half is drawn for 'a small cyan cross to the left of a large purple heart on a
-# striped background', five seeds.* All five right halves hold a purple heart; stripes and shades go on across the border.
+# striped background', five seeds.* All five right halves hold a purple heart; the stripes go on across the border, and
+# their shade is a little off.
 #
 # Is that a draw from the distribution of pictures *given* the known part? No. The denoiser learns about the known
 # part by seeing it, and a noisy known part says little; what it decides on at high noise, it decides nearly blindly,

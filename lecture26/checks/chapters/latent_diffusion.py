@@ -775,13 +775,6 @@ def _loss_after_the_step(optimizer, loss_of):
     return loss_of()
 
 
-def _never_stepped(optimizer, loss_of):
-    optimizer.zero_grad()
-    loss = loss_of()
-    loss.backward()
-    return loss
-
-
 def _zeroed_before_the_step(optimizer, loss_of):
     loss = loss_of()
     loss.backward()
@@ -909,12 +902,7 @@ CAPTIONED_TRAINING_STEP = Exercise(
         Misconception(
             "no gradient at the step",
             _stepping(_zeroed_before_the_step),
-            "The gradients are cleared after backward, so that the optimizer finds none.",
-        ),
-        Misconception(
-            "no step",
-            _stepping(_never_stepped),
-            "The gradients are there, but the optimizer takes no step: no weight has moved.",
+            "No weight has moved: the optimizer takes no step, or finds no gradients when it does.",
         ),
         Misconception(
             "loss after the step",
