@@ -138,7 +138,7 @@ show_prompts(
 # $$F_\text{conv}=2\,HW\,k^2CC',\qquad F_\text{attention}=4\,(HW)^2\,C \tag{7.1}$$
 #
 # The second one is for attention among all places, without the matrices before and after it: $(HW)^2$ scores, each a dot
-# product of $C$ numbers, and as much again to mix the values. PyTorch can count what is really computed:
+# product of $C$ numbers, and as much again to mix the values. PyTorch counts what is really computed:
 
 # %% slide=["# Attention pays most for pixels", "(7.1)", "? Sides smaller by $f=4$: by what factors do both shrink?", "A convolution by $f^2=16$, attention by $f^4=256$.", "What a whole network saves is less, and depends on what it is compared with."]
 convolution = nn.Conv2d(32, 48, 3, padding=1, bias=False)
@@ -162,10 +162,10 @@ show_table(counts, columns=["places", "convolution (million)", "attention (milli
 verify("7.1", measured, formula, atol=0)
 
 # %% [markdown]
-# If the sides shrink by a factor $f$, a convolution costs $f^2$ times less and attention $f^4$ times less: 16 and 256
-# times for $f=4$. But that compares the same layer with the same channels. Nobody has to put wide layers at the highest
-# resolution of a pixel U-Net, and chapter 02's trick of folding $2\times2$ pixels into the channels saves something too.
-# And the autoencoder costs as well. [Pixels against latents](#Pixels-against-latents) measures whole models.
+# If the sides shrink by a factor $f$, a convolution costs $f^2$ times less and attention $f^4$ times less. But that compares
+# the same layer with the same channels. Nobody has to put wide layers at the highest resolution of a pixel U-Net, chapter
+# 02's folding of $2\times2$ pixels into the channels saves something too, and the autoencoder costs as well.
+# [Pixels against latents](#Pixels-against-latents) measures whole models.
 
 # %% [markdown] tags=["core"]
 # ## Into the latent space and out of it
@@ -244,9 +244,8 @@ show(
 # $$z=s\,(\mu+\sigma\epsilon),\qquad\operatorname{Var}[z]=s^2\bigl(\operatorname{Var}[\mu]+\mathbb E[\sigma^2]\bigr)=1
 # \quad\text{for}\quad s=1/\operatorname{std}[\mu+\sigma\epsilon] \tag{7.3}$$
 #
-# where the middle is the law of total variance: a draw scatters because its mean does, and around its mean. Without
-# it, the diffusion's schedule would be for other data: the signal-to-noise ratio at each step would be off by the
-# factor $\operatorname{Var}[\mu+\sigma\epsilon]=1/s^2$.
+# by the law of total variance: a draw scatters because its mean does, and around its mean. Without the scale, the
+# signal-to-noise ratio at each step would be off by the factor $1/s^2$.
 
 
 # %% tags=["export"]
@@ -381,18 +380,16 @@ for caption in images.captions([0, 1]):
     print(caption, tokenizer([caption])[0].tolist(), sep="\n  ")
 
 # %% [markdown]
-# In chapter 04 a caption became *one* vector, that of its end token: enough for a similarity. For drawing it is a
-# bottleneck. Everything about both objects would have to be in one vector, and be the same for all places of the
-# picture. So here **every** token's vector is handed on, and with them a mask that says which tokens are there:
-# begin, words and end are, padding is not.
+# In chapter 04 a caption became *one* vector, that of its end token. For drawing that is a bottleneck: everything about
+# both objects would have to be in it, and be the same for all places of the picture. So here **every** token's vector is
+# handed on, with a mask that says which tokens are there: begin, words and end are, padding is not.
 #
-# Which tokens may a token look at? In chapter 04 at none behind it, by the causal mask (4.16). Here the vector of 'star'
-# itself is handed on, and in 'a red star to the left of a blue ring' the star's side comes after the star. So here every
-# token looks at all tokens that are there, $m_{ij}=[\,\text{token }j\text{ is there}\,]$.
+# Which tokens may a token look at? In chapter 04 at none behind it, by the causal mask (4.16). But in 'a red star to the
+# left of a blue ring' the star's side comes after the star. So here every token looks at all tokens that are there,
+# $m_{ij}=[\,\text{token }j\text{ is there}\,]$.
 #
-# The transformer is trained together with the denoiser, as in Rombach et al. 2022, where it looks in both directions,
-# too. (Stable Diffusion takes CLIP's, as it is, and so a causal one; Imagen takes T5's encoder, which looks in both
-# directions: Saharia et al. 2022.)
+# The transformer is trained together with the denoiser, as in Rombach et al. 2022. (Stable Diffusion takes CLIP's as it
+# is, and so a causal one; Imagen takes T5's encoder, which looks both ways: Saharia et al. 2022.)
 
 
 # %% tags=["export"]
@@ -432,9 +429,8 @@ print({name: tuple(tensor.shape) for name, tensor in told.items()})
 print("tokens that are there:", told["mask"].sum(dim=1).tolist())
 
 # %% [markdown]
-# What difference the mask makes can be seen without any training. Here are two captions that differ in one word, and
-# the tokens whose vectors differ, under chapter 04's mask (which the transformer takes if it is given none) and under
-# this one:
+# What difference does the mask make? Two captions that differ in one word, and the tokens whose vectors differ, under
+# chapter 04's mask (which the transformer takes if it is given none) and under this one:
 
 # %% slide=["# The mask decides which vectors know 'left'", "Two captions that differ in one word: which tokens' vectors differ?", "[output]", "Looking both ways, the star's own vector can say where the star belongs."]
 either = tokenizer([f"a red star to the {side} of a blue ring" for side in ("left", "right")])
@@ -454,9 +450,8 @@ for name, (left, right), num_same in (("looking back", causal, 6), ("both ways",
 # ## Cross-attention
 #
 # The denoiser has a feature map: $N=H\cdot W$ places with a vector $x_n$ each. The caption has $M$ tokens with a
-# vector $c_m$ each (from here on $m$ counts tokens). What is place $n$ to learn from the caption? That depends on
-# the place. Where a star is forming, it is the star's colour; where there is background, it is the background's
-# texture. So let each place put a question, and the tokens answer.
+# vector $c_m$ each (from here on $m$ counts tokens). What is place $n$ to learn from the caption? Where a star is forming,
+# the star's colour; where there is background, its texture. So let each place put a question, and the tokens answer.
 #
 # ### Who looks at which word
 #
@@ -615,12 +610,10 @@ verify("7.6", mixed, by_torch, atol=1e-12)
 #
 # $$M=1:\qquad o_n=v_1\quad\text{for all }n \tag{7.9}$$
 #
-# With one vector for a whole caption, cross-attention is a bias: the same vector at every place, like the shift in
-# (2.6). It takes several tokens for different places to receive different things.
+# With one vector for a whole caption, cross-attention is a bias, like the shift in (2.6).
 #
 # *Places with the same features get the same answer.* By (7.5) and (7.6), $o_n$ depends on the place through $x_n$
-# alone: where $n$ lies does not enter. A caption that says 'to the left' is of no use to a place whose features do not
-# tell it whether it is on the left.
+# alone. 'To the left' is of no use to a place whose features do not tell it whether it is on the left.
 
 # %% slide=["# What it cannot tell apart: the order of the words", "$$o_n(c_{\\pi(1)},\\dots,c_{\\pi(M)})=o_n(c_1,\\dots,c_M) \\tag{7.7}$$", "? 'A red heart and a blue ring': how can it tell this from 'a blue heart and a red ring'?", "By itself it cannot. Which words belong together must come from the text transformer."]
 order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -673,11 +666,10 @@ verify("7.9", single, to_v(context[:, :1]).expand(2, 9, 32), atol=1e-12)
 # %% [markdown] tags=["optional"]
 # ### As a layer *(at a second reading)*
 #
-# The layer adds what every network needs: the matrices as layers of their own, one more after the mixing, and messages
-# for arguments that do not fit. A row of the mask without any token would be a division of zero by zero, so it is
-# refused. `weights` gives (7.5) for pictures. Since your functions call the layers, and do not reach for their matrices,
-# whoever puts another layer in the place of `to_q` (as LoRA does, in [chapter 08](08_visual_prompt_tuning.ipynb)) acts
-# on both alike.
+# The layer adds the matrices as layers of their own, one more after the mixing, and messages for arguments that do not
+# fit. A row of the mask without any token would be a division of zero by zero, so it is refused. `weights` gives (7.5)
+# for pictures. Both call `to_q`, so whoever puts another layer in its place (as LoRA does, in
+# [chapter 08](08_visual_prompt_tuning.ipynb)) acts on both alike.
 
 
 # %% tags=["export"]
@@ -909,9 +901,9 @@ print(len(blocks), "blocks with cross-attention, at level 1; output", tuple(outp
 # %% [markdown] tags=["core"]
 # ## The whole, assembled
 #
-# `LatentDiffusion` holds the parts and the boundaries between them. It takes care of two things by itself. The VAE is
-# frozen and stays in evaluation mode, even while the rest is trained: its latents are the data, and data must not
-# move. And a diffusion that clips is refused, since latents may lie anywhere.
+# `LatentDiffusion` holds the parts and the boundaries between them. The VAE is frozen and stays in evaluation mode, even
+# while the rest is trained: its latents are the data, and data must not move. And a diffusion that clips is refused,
+# since latents may lie anywhere.
 
 
 # %% tags=["export"]
@@ -1038,10 +1030,9 @@ def initial_noise(shape, generator, like):
 # %% [markdown]
 # ### Nothing said: the empty caption
 #
-# Chapter 05 needs a second answer, the denoiser's without a condition. For words it costs nothing: the **empty
-# caption** $\varnothing$, begin and end without a word between, is a caption like any other. In training, one caption
-# in ten is replaced by it, chapter 05's label dropout with a row of tokens for a label; in sampling, both answers are
-# mixed,
+# Chapter 05 needs a second answer, the denoiser's without a condition. The **empty caption** $\varnothing$, begin and end
+# without a word between, is a caption like any other. In training, one caption in ten is replaced by it; in sampling,
+# both answers are mixed,
 #
 # $$\tilde v=(1+w)\,\hat v(z_t,t,c)-w\,\hat v(z_t,t,\varnothing) \tag{7.10}$$
 #
@@ -1431,22 +1422,19 @@ class TextDenoiser(nn.Module):
 # %% [markdown] tags=["optional"]
 # ### At which steps do the words decide? *(at a second reading)*
 #
-# As long as a noisy image still shows what it is, the denoiser needs no words. Between that and pure noise, each property
-# has steps at which the image falls silent about it. They can be found without training a denoiser: the encoder and the
-# schedule are enough.
+# As long as a noisy image still shows what it is, the denoiser needs no words. At which steps does it fall silent about
+# each property? Encoder and schedule are enough to say; no denoiser has to be trained.
 #
 # Let two images differ in one property, with latents $z_a$ and $z_b$, and let $z_t$ be a noisy version of one of
-# them, both being equally likely. Which one was it? The likelihoods $\mathcal N(z_t;\sqrt{\bar\alpha_t}\,z_a,
-# (1-\bar\alpha_t)I)$ and $\mathcal N(z_t;\sqrt{\bar\alpha_t}\,z_b,(1-\bar\alpha_t)I)$ fall with the distance from
-# their means, so the best guess is the nearer mean. It is wrong if the noise along the line between the means, of
+# them, both being equally likely. Which one was it? The likelihood falls with the distance from $\sqrt{\bar\alpha_t}\,z_a$
+# or $\sqrt{\bar\alpha_t}\,z_b$, so the best guess is the nearer one. It is wrong if the noise along the line between them, of
 # standard deviation $\sqrt{1-\bar\alpha_t}$, carries $z_t$ past the middle, half of $\sqrt{\bar\alpha_t}\,\lVert
 # z_a-z_b\rVert$ away:
 #
 # $$P(\text{wrong})=\Phi\Bigl(-\frac12\sqrt{\frac{\bar\alpha_t}{1-\bar\alpha_t}}\;\lVert z_a-z_b\rVert\Bigr)
 # \tag{7.11}$$
 #
-# with $\Phi$ the distribution function of the standard normal. First that it is true: a scene, the same scene with
-# another shape in it, and twenty thousand noisy versions of the first.
+# with $\Phi$ the distribution function of the standard normal. First that it is true, for a scene with another shape in it:
 
 
 # %%
@@ -1735,7 +1723,6 @@ show_table(
 )
 
 # %% [markdown]
-# Hardly ever do the two stand otherwise than was asked for, and in no picture has an attribute gone to the other object.
 # Most failures have a shape or a colour that the reader takes for another one: mostly small shapes that are not clear.
 #
 # And the Fréchet distance? Here is a warning.
@@ -1847,8 +1834,7 @@ show_prompts(
 # \qquad\sum_mA_m=1\ \text{ everywhere} \tag{7.12}$$
 #
 # because the weights of a place add up to 1 in each head, and so in their mean. A weight says how much of a token's
-# value is taken, not what that value does: it may be small, or be undone by a later layer. And since the text encoder
-# looks both ways, the vector at 'star' is that of the star in this sentence, not of the word alone.
+# value is taken, not what that value does: it may be small, or be undone by a later layer.
 #
 # #### Exercise 7: maps of words
 #
@@ -1878,8 +1864,7 @@ def word_maps(weights, height, width):
 check("latent_diffusion.word_maps", word_maps)
 
 # %% [markdown]
-# The weights are not among the network's outputs. A *forward hook* is called whenever a layer has been; ours asks the
-# layer for its weights.
+# A *forward hook* is called whenever a layer has been; ours asks the layer for its weights.
 
 
 # %% tags=["export"]
@@ -1953,13 +1938,13 @@ show(figure, "A generated scene, and for nine of its caption's tokens a map of w
 # $$z_{t_0}=\sqrt{\bar\alpha_{t_0}}\,z+\sqrt{1-\bar\alpha_{t_0}}\,\epsilon,\qquad
 # \text{then denoise from }t_0\text{ to }0\text{ as the prompt says} \tag{7.13, definition}$$
 #
-# What survives is what the noise has not covered: from little noise the picture comes back, from much only its coarse
-# colours do. The share of the steps that are taken is called the **strength**. At strength 0 nothing happens but the
-# round trip through the VAE; at 1 all steps are taken, from a $z_T$ that still holds a trace of the picture.
+# What survives is what the noise has not covered. The share of the steps that are taken is called the **strength**: at 0
+# nothing happens but the round trip through the VAE; at 1 all steps are taken, from a $z_T$ that still holds a trace of
+# the picture.
 #
 # What comes out is not a draw from any distribution that one could name. (7.13) treats a noisy version of the given
 # picture as if it were one of a picture that fits the prompt. That is nearly so where the noise hides the difference,
-# (7.11), and wrong where it does not; the strength trades one for the other.
+# (7.11), and wrong where it does not.
 #
 # #### Exercise 8: image to image
 #
@@ -2286,13 +2271,11 @@ assert by_replacement < 0.9 < chance
 # %% [markdown] tags=["core"]
 # ## Pixels against latents
 #
-# Now the question of the beginning, asked of whole models. Three of them, with the same text encoder, captions and images,
-# and numbers of parameters within ten per cent of each other: one of latents, the long-trained model's U-Net; a plain one
-# of pixels, whose U-Net is the same with two levels more in front, for sides of 64 and 32; and one of pixels with chapter
-# 02's folding of $2\times2$ pixels, with one level more. Each is trained for the same time on one core of the same
-# machine, once. For the one of latents, the encoding of the images is a part of that time; the VAE's own training is not,
-# since it is done once for all models that will use it. All draw their steps evenly; the learning rate is the latent
-# model's.
+# Three whole models, with the same text encoder, captions and images, and numbers of parameters within ten per cent of each
+# other: one of latents, the long-trained model's U-Net; a plain one of pixels, the same with two levels more in front, for
+# sides of 64 and 32; and one of pixels with chapter 02's folding of $2\times2$ pixels, with one level more. Each is trained
+# for the same time on one core of the same machine, once. For the one of latents, the encoding of the images is a part of
+# that time; the VAE's own training is not. All draw their steps evenly; the learning rate is the latent model's.
 #
 # This takes twenty minutes, so it is a stored result: `python -m lecture26 measure pixel_against_latent`.
 
@@ -2627,8 +2610,7 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
 #
 # Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
 # [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your training step teaches a small model for a
-# moment; your cross-attention hands the words on, and your way out of the latent space leads to pixels; your maps say
-# where a word is looked at from, and your image to image and inpainting draw on.
+# moment; your cross-attention and your way out of the latent space draw, and so do your image to image and inpainting.
 
 # %% tags=["milestone", "nbval-ignore-output"]
 from lecture26.kit.own_package import show_milestone
@@ -2643,9 +2625,7 @@ show_milestone(
 #
 # *'1. Encoder: compresses images to latent representations (e.g. using VAE). 2. Diffusion: applies U-Net denoising in
 # latent space. 3. Decoder: reconstructs high-resolution images from denoised latents.'* As here; the slide leaves out
-# the scale between the first two and the last two, without which the schedule is made for data of another size. And
-# the decoder does not make resolution that was not there: it can only draw what the latents have kept, which chapter
-# 06 measured in decibels.
+# the scale. And the decoder can only draw what the latents have kept, which chapter 06 measured in decibels.
 #
 # *'Reduces computational costs by ~4x compared to pixel-space diffusion'*, and further down *'reduces training costs
 # by 75%'*, which is the same. Rombach et al. report several factors: at least 2.7 in training between their own models

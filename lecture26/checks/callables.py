@@ -31,8 +31,8 @@ class CallableArgument:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(_KINDS))
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        return _KINDS[self.kind](*self.tensors, *arguments)
+    def __call__(self, *arguments: Tensor, **named: Tensor) -> Tensor:
+        return _KINDS[self.kind](*self.tensors, *arguments, **named)
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)

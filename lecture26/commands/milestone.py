@@ -202,7 +202,7 @@ def sentences() -> tuple["Figure", str]:
     maps = 2 * maps / maps.amax(dim=(1, 2), keepdim=True) - 1
     maps = maps.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)[:, None].expand(-1, 3, -1, -1)
     redrawn = pipeline.image_to_image(
-        drawn[:1], "a large blue heart on a light background", 0.8, steps=DRAWING_STEPS, generator=seeds(1)
+        drawn[:1], "a large blue heart on a light background", 0.9, steps=DRAWING_STEPS, generator=seeds(1)
     )
     right_half = torch.zeros(1, 1, *drawn.shape[2:], dtype=torch.bool)
     right_half[..., drawn.shape[3] // 2 :] = True
