@@ -64,6 +64,7 @@ class Milestone(StrEnum):
     classifier_guidance = "classifier_guidance"
     clip_guidance = "clip_guidance"
     vae = "vae"
+    latent_diffusion = "latent_diffusion"
     visual_prompt_tuning = "visual_prompt_tuning"
 
 

@@ -827,24 +827,51 @@ def word_weights_text_by_text(q, k, mask):
     return torch.stack(rows)
 
 
-def cross_attention_by_torch(x, context, w_q, w_k, w_v, heads, mask):
+def cross_attention_by_torch(x, context, to_q, to_k, to_v, heads, mask):
     q, k, v = (
-        F.linear(h, w).view(len(h), -1, heads, len(w) // heads).permute(0, 2, 1, 3)
-        for h, w in ((x, w_q), (context, w_k), (context, w_v))
+        given.view(*given.shape[:2], heads, -1).permute(0, 2, 1, 3)
+        for given in (to_q(x), to_k(context), to_v(context))
     )
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     return mixed.permute(0, 2, 1, 3).reshape(*x.shape[:2], -1)
 
 
-def cross_attention_head_by_head(x, context, w_q, w_k, w_v, heads, mask):
+def cross_attention_head_by_head(x, context, to_q, to_k, to_v, heads, mask):
     outputs = []
-    for rows in torch.arange(len(w_q)).chunk(heads):
-        q, k, v = torch.matmul(x, w_q[rows].T), context @ w_k[rows].T, context @ w_v[rows].T
+    for q, k, v in zip(
+        *(given.chunk(heads, 2) for given in (to_q(x), to_k(context), to_v(context))), strict=True
+    ):
         scores = torch.baddbmm(
-            torch.where(mask, 0.0, -1e9).to(q.dtype)[:, None], q, k.mT, alpha=len(rows) ** -0.5
+            torch.where(mask, 0.0, -1e9).to(q.dtype)[:, None], q, k.mT, alpha=q.shape[2] ** -0.5
         )
         outputs.append(scores.softmax(2) @ v)
     return torch.cat(outputs, dim=2)
+
+
+def captioned_step_typed_out(
+    optimizer, diffusion_loss, denoiser, text_encoder, z_0, tokens, empty, u, drop, t, noise
+):
+    told = tokens.clone()
+    for row in (u < drop).nonzero().flatten().tolist():
+        told[row] = empty
+    optimizer.zero_grad(set_to_none=False)
+    cond = text_encoder(told)
+    loss = diffusion_loss(functools.partial(denoiser, cond=cond), z_0, t, noise)
+    loss.backward()
+    optimizer.step()
+    return loss.detach().clone()
+
+
+def image_to_image_by_recursion(step, z_0, noise, alpha_bar, strength):
+    count = math.floor(strength * len(alpha_bar) + 0.5)
+
+    def denoised(z_t, index):
+        return z_t if index < 0 else denoised(step(z_t, torch.tensor([index] * len(z_t))), index - 1)
+
+    if count == 0:
+        return z_0.clone()
+    kept = alpha_bar[:count][-1]
+    return denoised(kept**0.5 * z_0 + (1 - kept) ** 0.5 * noise, count - 1)
 
 
 def word_maps_by_loops(weights, height, width):
@@ -1079,16 +1106,6 @@ REWRITINGS = [
         "vae.latent_scale",
         lambda z: ((z.numel() - 1) / (z - z.mean()).square().sum()).sqrt(),
     ),
-    (
-        "latent_diffusion.to_latents",
-        lambda mean, log_variance, noise, scale: (mean + log_variance.exp().sqrt() * noise) * scale,
-    ),
-    (
-        "latent_diffusion.to_latents",
-        lambda mean, log_variance, noise, scale: torch.addcmul(
-            scale * mean, scale * (0.5 * log_variance).exp(), noise
-        ),
-    ),
     ("latent_diffusion.from_latents", lambda decode, latents, scale: decode(latents * (1 / scale))),
     (
         "latent_diffusion.from_latents",
@@ -1104,6 +1121,8 @@ REWRITINGS = [
     ),
     ("latent_diffusion.cross_attention", cross_attention_by_torch),
     ("latent_diffusion.cross_attention", cross_attention_head_by_head),
+    ("latent_diffusion.captioned_training_step", captioned_step_typed_out),
+    ("latent_diffusion.image_to_image", image_to_image_by_recursion),
     ("latent_diffusion.word_maps", word_maps_by_loops),
     (
         "latent_diffusion.word_maps",

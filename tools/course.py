@@ -30,6 +30,7 @@ IN_NEW_FORM = (
     "04_clip_guidance",
     "05_classifier_free_guidance",
     "06_vae",
+    "07_latent_diffusion",
 )
 
 

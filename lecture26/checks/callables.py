@@ -31,8 +31,8 @@ class CallableArgument:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(_KINDS))
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        return _KINDS[self.kind](*self.tensors, *arguments)
+    def __call__(self, *arguments: Tensor, **named: Tensor) -> Tensor:
+        return _KINDS[self.kind](*self.tensors, *arguments, **named)
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
@@ -175,6 +175,36 @@ def denoising_loss(
 ) -> Tensor:
     """A training loss (x_0, t, noise) -> scalar: the squared error of noisy_denoiser on noisy x_0."""
     return (noisy_denoiser(inward, speed, outward, x_0 + 0.5 * noise, t) - noise).square().mean()
+
+
+@_kind
+def word_table(table: Tensor, tokens: Tensor) -> Tensor:
+    """A text encoder, tokens (B, L) -> (B, L, E), in which a token's place counts; table: (words, E)."""
+    place = torch.arange(1, 1 + tokens.shape[1], dtype=table.dtype)
+    return table[tokens] * place.sin()[:, None]
+
+
+@_kind
+def text_denoiser(
+    inward: Tensor, told: Tensor, speed: Tensor, outward: Tensor, z_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (z_t, t, cond) -> output like z_t; samples are independent, and every step and token counts.
+
+    inward: (D, H), for samples of D elements; told: (E, H), for cond (B, L, E); speed: (H,), in radians per
+    step; outward: (H, D).
+    """
+    phase = z_t.flatten(1) @ inward + cond.sin().mean(dim=1) @ told + t[:, None] * speed  # (B, H)
+    return (phase.sin() @ outward).view_as(z_t)
+
+
+@_kind
+def velocity_loss(alpha_bar: Tensor, denoiser: Callable, z_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A diffusion's loss (denoiser, z_0, t, noise) -> scalar, with v to be predicted; alpha_bar: (T,)."""
+    angle = (
+        alpha_bar[t].sqrt().acos().view(-1, *[1] * (z_0.ndim - 1))
+    )  # homework: no answer to (1.6) or (1.44)
+    z_t, v = z_0 * angle.cos() + noise * angle.sin(), noise * angle.cos() - z_0 * angle.sin()
+    return (denoiser(z_t, t) - v).square().mean()
 
 
 @_kind
