@@ -1427,6 +1427,128 @@ def bias_tuning(vit, num_classes):
     return model
 
 
+# %% tags=["export"]
+def freeze_all_but(parameters, endings):
+    """Let those parameters train whose names end in one of some endings, and freeze the others.
+
+    Args:
+        parameters: by name, as `dict(model.named_parameters())` gives them; changed in place: each either asks
+            for gradients, or does not and has none left over (.grad is None).
+        endings: a tuple of texts, such as (".bias", "head.weight"); () freezes everything.
+
+    Returns:
+        The list of those that train, in their order.
+
+    Source: this course.
+    """
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name.endswith(endings))
+        if not parameter.requires_grad:
+            parameter.grad = None
+    return [parameter for parameter in parameters.values() if parameter.requires_grad]
+
+
+# %% tags=["export"]
+def lora_linear(x, weight, bias, down, up, scale):
+    """A linear layer with a low-rank change beside it.
+
+    Args:
+        x: tokens, (B, N, d_in).
+        weight, bias: W, (d_out, d_in), and b, (d_out,), frozen.
+        down: A, (r, d_in), the same for all images, or (B, r, d_in), one for each.
+        up: B, (d_out, r) or (B, d_out, r).
+        scale: s, a number.
+
+    Returns:
+        (B, N, d_out).
+
+    Source: Hu et al. 2022, section 4.1, equation 3.
+    """
+    # z = W x + b + s B (A x)
+    return x @ weight.mT + bias + scale * (x @ down.mT) @ up.mT
+
+
+# %% tags=["export"]
+def lora_merged(weight, down, up, scale):
+    """The one matrix that does the same as a linear layer with its low-rank change.
+
+    Args:
+        weight: W, (d_out, d_in).
+        down, up, scale: A, (r, d_in), B, (d_out, r), and s, as `lora_linear` takes them.
+
+    Returns:
+        (d_out, d_in), a new tensor.
+
+    Source: Hu et al. 2022, section 4.1.
+    """
+    # W + s B A
+    return weight + scale * up @ down
+
+
+# %% tags=["export"]
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained low-rank change, which begins at zero: x (B, N, d_in) -> (B, N, d_out).
+
+    linear: an nn.Linear with a bias; rank: r; scale: s.
+    Source: Hu et al. 2022, section 4.1.
+    """
+
+    def __init__(self, linear, rank, scale=1.0):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.down = nn.Parameter(
+            linear.weight.new_empty(rank, linear.in_features).normal_(std=linear.in_features**-0.5)
+        )
+        self.up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return lora_linear(x, self.linear.weight, self.linear.bias, self.down, self.up, self.scale)
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside the identity, which begins as the identity: h (B, N, d) -> (B, N, d).
+
+    dim: d; width: m; like: a tensor of the dtype and device to take.
+    Source: Houlsby et al. 2019, section 2.1.
+    """
+
+    def __init__(self, dim, width, like):
+        super().__init__()
+        self.down, self.up = (
+            nn.Linear(*sizes, dtype=like.dtype, device=like.device) for sizes in ((dim, width), (width, dim))
+        )
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h):
+        # h + W_up GELU(W_down h + b_down) + b_up
+        return h + self.up(nn.functional.gelu(self.down(h)))
+
+
+HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+
+
+def lora_tuning(vit, num_classes, rank=2):
+    """A copy of a backbone with a new head, in which every block's queries, keys and values get a `LoRALinear`."""
+    model = full_fine_tune(vit, num_classes)
+    for block in model.blocks:
+        block.attn.qkv = LoRALinear(block.attn.qkv, rank)
+    freeze_all_but(dict(model.named_parameters()), (".down", ".up", *HEADS))
+    return model
+
+
+def adapter_tuning(vit, num_classes, width=2):
+    """A copy of a backbone with a new head and an `Adapter` at the end of each branch, before it is added."""
+    model = full_fine_tune(vit, num_classes)
+    for block in model.blocks:
+        for branch in ("ls1", "ls2"):  # timm's layer scale, or the identity: what comes last in a branch
+            adapter = Adapter(vit.embed_dim, width, like=block.norm1.weight)
+            setattr(block, branch, nn.Sequential(getattr(block, branch), adapter))
+    endings = (".down.weight", ".down.bias", ".up.weight", ".up.bias", *HEADS)
+    freeze_all_but(dict(model.named_parameters()), endings)
+    return model
+
+
 # %% slide=["# Prompts are one way among several", "- **linear probe**: a new head, and nothing else", "- **biases only**: the same vector for each token", "- **prompts**: shallow, or deep", "- **full fine-tuning**: everything, on a copy", "? Which of them can change the ratio (8.12) within a block?"]
 model = bias_tuning(vit, num_classes=8)
 collected = []
