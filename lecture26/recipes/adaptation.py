@@ -34,7 +34,7 @@ from lecture26.visual_prompt_tuning import (
 WEIGHT_DECAY = 1e-4
 NUM_PROMPTS = 8
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
-INSIDE = ("bias", "adapter", "lora")  # those that change the layers themselves, by about as many numbers as prompts
+INSIDE = ("bias", "adapter", "lora")  # what trains about as many numbers, inside the layers
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Budget:
     augment: bool = False
 
 
-SMALL_BUDGET = Budget(steps=600, batch_size=16)
+# One precision for all stored comparisons, whatever is faster where.
+SMALL_BUDGET = Budget(steps=600, batch_size=16, precision="fp32")
 # for choosing a learning rate, and for a notebook, whose numbers shall not depend on what is faster where
 SHORT_BUDGET = Budget(steps=200, batch_size=16, precision="fp32")
 
