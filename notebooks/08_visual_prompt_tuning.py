@@ -11,23 +11,21 @@
 #
 # [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides checked](09_the_slides_checked.ipynb)
 #
-# A Vision Transformer has learned to name photographs, and shall read digits. One could train all of its weights anew, and
-# keep a second network of the same size. Or one could leave every weight as it is, and hand it a few learned tokens beside
-# the image: *prompts*.
+# A Vision Transformer names photographs, and shall read digits. One could train all of its weights anew, and keep a second
+# network. Or one could leave every weight as it is, and hand it a few learned tokens beside the image: *prompts*.
 #
 # **What you will be able to do**
 #
 # - compute the answer of a timm Vision Transformer by hand;
-# - build VPT-shallow and VPT-deep on top of any of them, and prove that the backbone is not touched;
-# - find by experiment, not by reading, what is wrong with a wrapper that runs without complaint;
-# - write LoRA and bottleneck adapters in ten lines each, and say what each method can change, stores and costs;
+# - build VPT-shallow and VPT-deep on any of them, and find by experiment what is wrong with a wrapper that runs;
+# - write LoRA and adapters in ten lines each, and say what each method can change, stores and costs;
 # - compare such methods fairly, and doubt the comparison;
-# - serve many tasks from one backbone, and adapt one to your own images by one command.
+# - serve many tasks from one backbone, and adapt one to your own images.
 #
 # **What it needs**: attention, from [chapter 02](02_unet.ipynb). **What it takes**: under three minutes to run on two
-# cores; all data are embedded, or made by code. To study: some 90 minutes for the core, three hours with everything.
-# Sections marked *(at a second reading)* can wait, and nothing later needs them. After a restart of the kernel nothing is
-# defined any more: choose *Run All Above Selected Cell* where you want to go on.
+# cores. To study: some 90 minutes for the core, three hours with everything. Sections marked *(at a second reading)* can
+# wait; no later chapter needs them. After a restart of the kernel nothing is defined any more: choose *Run All Above
+# Selected Cell* where you want to go on.
 
 # %%
 import copy
@@ -95,7 +93,7 @@ from lecture26.kit.validation import check_int, check_positive_int, check_shape
 # ## What this chapter reaches
 #
 # The backbone `vit_photos32` names small photographs of ten kinds. Shown digits, it says what it knows. Then eight prompts
-# at each of its blocks, and a new head, learn from 200 batches of 16 digits, while all of its own weights stay as they are:
+# at each block, and a new head, learn from 200 batches of 16 digits; its own weights stay as they are:
 
 # %% slide=["# A network that names photographs reads digits", "[picture]", "Below each digit the frozen network's own word for it, and what it says with eight learned prompts at each block."]
 vit = load_model("vit_photos32")
@@ -122,18 +120,18 @@ assert share > 0.85
 
 # %% [markdown]
 # Some 9,000 numbers were learned, and 1.9 million left alone. How do a few tokens bring this about? Are they better than a
-# new head alone, or than training everything? And what does it cost?
+# new head alone, or than training everything?
 
 # %% [markdown] tags=["core"]
 # ## A picture as a sequence
 #
-# A transformer takes a sequence of vectors. An image of $32\times32$ pixels is cut into $N_p=64$ squares of $p=4$ pixels on
-# each side, the **patches**, and each, with its three channels, is written as a vector of $3p^2=48$ numbers.
+# An image of $32\times32$ pixels is cut into $N_p=64$ squares of $p=4$ pixels on each side, the **patches**, and each is
+# written as a vector of $3p^2=48$ numbers.
 #
 # #### Exercise 1: patches
 #
-# *Formula, medium, 6 minutes.* Write `patches`. Their order matters: from left to right and from top to bottom; within one
-# patch first the channel, then the row, then the column.
+# *Formula, medium, 6 minutes.* Write `patches`: from left to right and from top to bottom; within a patch first the channel,
+# then the row, then the column.
 
 
 # %% tags=["export", "exercise"]
@@ -215,18 +213,18 @@ print(
 # $$z_0=\bigl[e_\text{cls},\,e_1,\dots,e_{N_p}\bigr]+E_\text{pos},\qquad E_\text{pos}\in\mathbb R^{(1+N_p)\times d} \tag{8.2, definition}$$
 #
 # $L$ **blocks** follow. Each lets the tokens look at one another and then works on each by itself, both times as a
-# correction to what is there, and of a normalised copy (LN is layer normalisation):
+# correction made from a normalised copy:
 #
 # $$z'=z_{\ell-1}+\operatorname{Attn}(\operatorname{LN}(z_{\ell-1})),\qquad
 # z_{\ell}=z'+\operatorname{MLP}(\operatorname{LN}(z')) \tag{8.3, definition}$$
 #
-# The MLP is a linear map to $4d$ numbers, GELU, and one back. Attention is that of chapter 02, (2.11): in each head, token
-# $i$ has a query, and each token $j$ a key and a value, of $d_h$ numbers:
+# The MLP is a linear map to $4d$ numbers, GELU, and one back. Attention is that of (2.11): in each head a token has a
+# query, a key and a value, of $d_h$ numbers:
 #
 # $$a_{ij}=\frac{e^{q_i\cdot k_j/\sqrt{d_h}}}{\sum_{m}e^{q_i\cdot k_m/\sqrt{d_h}}},\qquad
 # o_i=\sum_ja_{ij}\,v_j \tag{8.4, definition}$$
 #
-# timm does not hand the weights $a$ out, and they will be wanted often:
+# timm does not hand the weights $a$ out:
 
 
 # %% tags=["export"]
@@ -285,9 +283,8 @@ y = normalised(exact.norm, z)[:, 0] @ exact.head.weight.T + exact.head.bias  # (
 verify("8.5", y, exact(x), atol=1e-9)
 
 # %% [markdown]
-# Other models of timm have **registers** or a distillation token beside the class token, or none at all and average the
-# patches (`global_pool='avg'`); CLIP's have a norm before the blocks (`norm_pre`). All tokens before the patches are the
-# *prefix*, `num_prefix_tokens` of them.
+# Other models of timm have **registers** or a distillation token beside the class token, or no class token at all; CLIP's
+# have a norm before the blocks. All tokens before the patches are the *prefix*, `num_prefix_tokens` of them.
 #
 # ### What the position embedding is for
 #
@@ -296,7 +293,7 @@ verify("8.5", y, exact(x), atol=1e-9)
 #
 # $$y\bigl([e_\text{cls},e_{\pi(1)},\dots,e_{\pi(N_p)}]\bigr)=y\bigl([e_\text{cls},e_1,\dots,e_{N_p}]\bigr) \tag{8.6}$$
 #
-# A transformer without positions sees a bag of patches. Keep this in mind as a symptom.
+# A transformer without positions sees a bag of patches.
 
 
 # %% slide=["# Without positions it sees a bag of patches", "? Leave out the position embedding, and shuffle the patches. What changes?", "$$y\\bigl([e_\\text{cls},e_{\\pi(1)},\\dots,e_{\\pi(N_p)}]\\bigr)=y\\bigl([e_\\text{cls},e_1,\\dots,e_{N_p}]\\bigr) \\tag{8.6}$$", "Nothing. Keep this in mind as a symptom."]
@@ -351,15 +348,13 @@ def insert_prompts(tokens, prompts, num_prefix):
 check("visual_prompt_tuning.insert_prompts", insert_prompts)
 
 # %% [markdown]
-# With prompts at the first block only this is **VPT-shallow**: they pass through the blocks like other tokens, and what
-# comes out of block 1 at their places has changed with the image. **VPT-deep** throws that away, and puts prompts of its own
-# into every block. With $z_{\ell,\text{cls}},z_{\ell,1},\dots$ for what leaves block $\ell$ elsewhere, into block $\ell+1$
-# goes
+# With prompts at the first block only this is **VPT-shallow**: they pass through the blocks like other tokens, changed by
+# each image. **VPT-deep** throws away what block $\ell$ has made of them, and puts prompts of its own into block $\ell+1$:
 #
 # $$\tilde z_{\ell}=\bigl[z_{\ell,\text{cls}},\,P_{\ell},\,z_{\ell,1},\dots,z_{\ell,N_p}\bigr],
 # \qquad\ell=0,\dots,L-1 \tag{8.8, definition}$$
 #
-# Prompts are *replaced*, so the sequence does not grow; there are $L\,n$ in all.
+# They are *replaced*, so the sequence does not grow.
 
 # %% slide=["# Shallow and deep: what is frozen, what is learned", "[picture]", "Grey is frozen; red is learned. Deep prompts are thrown away behind each block, and fresh ones come in."] tags=["draw"]
 grey, red, blue = "0.82", colours[2], colours[0]
@@ -419,8 +414,8 @@ def replace_prompts(tokens, prompts, num_prefix):
 # %% [markdown]
 # #### Exercise 3: through the blocks, shallow and deep
 #
-# *Algorithm, medium, 10 minutes.* Write `prompted_blocks`: the way of the tokens through the blocks, with one set of
-# prompts for the first of them, or one for each. `insert_prompts` and `replace_prompts` are there.
+# *Algorithm, medium, 10 minutes.* Write `prompted_blocks`, with one set of prompts for the first block, or one for each.
+# `insert_prompts` and `replace_prompts` are there.
 
 
 # %% tags=["export", "exercise"]
@@ -470,10 +465,9 @@ for kind, sets in (("shallow", both_sets[:1]), ("deep", both_sets)):
 # $$P_{kj}\sim\mathcal U(-v,v),\qquad v=\sqrt{\frac6{3p^2+d}},\qquad
 # \operatorname{Var}[P_{kj}]=\frac{v^2}3=\frac2{3p^2+d} \tag{8.9}$$
 #
-# A standard deviation of 0.036 for ViT-B/16, 0.10 for ours. To attention in the block that they enter the length does not
-# matter: $\operatorname{LN}(cP)=\operatorname{LN}(P)$ for $c>0$, up to the small number that LN adds to the variance. So by
-# the chain rule the gradient at $cP$ is $1/c$ of that at $P$: a step of Adam, whose size hardly depends on the gradient's,
-# turns a prompt that is ten times as long a tenth as far, and a step of SGD a hundredth.
+# To attention the length does not matter: $\operatorname{LN}(cP)=\operatorname{LN}(P)$ for $c>0$, up to the small number that
+# LN adds to the variance. So by the chain rule the gradient at $cP$ is $1/c$ of that at $P$: a step of Adam, whose size
+# hardly depends on the gradient's, turns a prompt that is ten times as long a tenth as far, and a step of SGD a hundredth.
 
 
 # %% tags=["export"]
@@ -522,8 +516,8 @@ print(
 # %% [markdown] tags=["core"]
 # ## A wrapper with nine faults
 #
-# Freeze the network, put prompts beside the patches, train these and a new head. Here it is as one writes it down on a first
-# evening. It reads well, and it has nine faults. Do not look for them; let experiments find them.
+# Freeze the network, add prompts, train these and a new head, as one writes it down on a first evening. It reads well, and
+# has nine faults. Do not look for them; let experiments find them.
 
 
 # %% slide=["# A wrapper as one writes it on a first evening", "[code FirstEvening.forward]", "? It reads well, and has nine faults. How would you find them, without reading?"]
@@ -544,8 +538,7 @@ class FirstEvening(nn.Module):
 
 
 # %% [markdown]
-# **1: make one. 2: give it one image, then two.** (Weights of `timm.create_model` can train; those that the course loads are
-# frozen already, so the copy is told to train.)
+# **1: make one. 2: give it one image, then two.** (What the course loads is frozen; the copy trains, as timm's models do.)
 
 # %%
 torch.manual_seed(0)
@@ -565,7 +558,7 @@ else:
     raise AssertionError("not refused")
 
 # %% [markdown]
-# There is one class token, and there are two images: it has to be expanded, like the prompts. With both mended:
+# The class token has to be expanded, like the prompts. With both mended:
 
 
 # %%
@@ -598,9 +591,9 @@ show(
 )
 
 # %% [markdown]
-# The symptom of (8.6): what the backbone does between `patch_embed` and `blocks` is left out.
+# The symptom of (8.6): positions are missing.
 #
-# **4: add nothing, and compare.** With no prompts at all, what reaches the head must be what the backbone itself computes.
+# **4: add nothing, and compare.** Without prompts, what reaches the head must be what the backbone itself computes.
 
 
 # %% slide=["# Add nothing, and compare", "With no prompts, what reaches the head must be what the backbone computes.", "[output]", "Positions and the final norm are both missing. A test of shapes would never have told."]
@@ -618,7 +611,7 @@ for settings in ((False, False), (False, True), (True, False), (True, True)):
     print("positions {!s:5}  final norm {!s:5}".format(*settings), f" relative error {deviation:.2f}")
 
 # %% [markdown]
-# The final norm was missing as well. This is the strongest test of the chapter: it needs no training, and no eye for code.
+# The final norm, too. This is the strongest test of the chapter: it needs no training, and no eye for code.
 #
 # **5: train one step**, and count what has moved. **6: look at the sizes. 7: call `.train()`**, as every training loop does,
 # on a backbone with dropout. **8: save it.**
@@ -650,8 +643,7 @@ print(f"8: numbers learned {learned:,}; numbers in state_dict() {kept:,}")
 assert len(still) == 5 and difference > 0.01
 
 # %% [markdown]
-# **9: other backbones.** *Add nothing and compare*, all found so far mended, on models of timm that are built a little
-# differently:
+# **9: other backbones.** *Add nothing and compare*, all found so far mended:
 
 
 # %%
@@ -702,9 +694,9 @@ assert list(found.values()) == ["equal", "RuntimeError", "another answer", "Attr
 # %% [markdown] tags=["core"]
 # ## The network with prompts
 #
-# Now without the faults. timm does what it can itself: `_pos_embed` knows the prefix and positions of every variant,
-# `norm_pre` is there or is the identity, and `forward_head` with `pre_logits=True` pools as the model was made to. Two places
-# are ours: prompts go in behind the prefix, and come out again before pooling. What does not fit is refused.
+# Now without the faults. timm does what it can itself: `_pos_embed` knows prefix and positions of every variant, and
+# `forward_head` with `pre_logits=True` pools as the model was made to. Two places are ours: prompts go in behind the prefix,
+# and come out again before pooling. What does not fit is refused.
 
 
 # %% tags=["export"]
@@ -803,8 +795,7 @@ for name, other in all_variants.items():
 # %% [markdown]
 # ### Frozen
 #
-# A weight is frozen if its `requires_grad` is False and no gradient is left over in its `.grad`. A gradient of *zero* would
-# not do:
+# A weight is frozen if its `requires_grad` is False and its `.grad` is None. A gradient of *zero* would not do:
 #
 # #### Exercise 4: the gradient of zero
 #
@@ -838,8 +829,8 @@ print(", ".join(f"gradient {name}: {value:.3f}" for name, value in ends.items())
 # %% [markdown]
 # #### Exercise 5: freezing, and what trains
 #
-# *Algorithm, medium, 8 minutes.* Write `freeze_all_but`. All methods below call it: with no endings for prompts, whose
-# backbone stays whole, or with the endings of what each of them trains.
+# *Algorithm, medium, 8 minutes.* Write `freeze_all_but`, which all methods below call. The check lets AdamW make a step
+# afterwards, and looks at what has moved.
 
 
 # %% tags=["export", "exercise"]
@@ -869,9 +860,8 @@ def freeze_all_but(parameters, endings):
 check("visual_prompt_tuning.freeze_all_but", freeze_all_but)
 
 # %% [markdown]
-# The blocks must be *differentiated through* all the same, since the prompts lie before them: in `torch.no_grad()` the
-# head alone would learn. The class holds the backbone, does not copy it (many tasks are to share it), freezes it in place,
-# and keeps it in evaluation mode. Without prompts it is a **linear probe**.
+# The blocks are *differentiated through* all the same: in `torch.no_grad()` the head alone would learn. The class shares the
+# backbone, freezes it, and keeps it in evaluation mode. Without prompts it is a **linear probe**.
 
 
 # %% tags=["export"]
@@ -976,42 +966,39 @@ assert ten_losses[-1] < ten_losses[0] and all(unchanged)
 # %% [markdown] tags=["core"]
 # ## The alternatives
 #
-# **Full fine-tuning** trains everything. It begins at the backbone's weights and ends elsewhere, so it works on a copy.
-# **BitFit** (Zaken et al. 2022) trains the biases, normalisations' included. Two further methods put small layers into the
-# network, and train these.
+# **Full fine-tuning** trains everything, on a copy. **BitFit** (Zaken et al. 2022) trains the biases. Two further methods put
+# small layers into the network, and train these.
 #
 # ### Bottleneck adapters
 #
-# Houlsby et al. (2019) let what comes out of a branch, $h$, pass through a narrow layer of $m$ numbers, with a path around:
+# Houlsby et al. (2019) let what comes out of a branch, $h$, pass a layer of only $m$ numbers, with a path around it:
 #
 # $$h'=h+W_\text{up}\,\operatorname{GELU}(W_\text{down}\,h+b_\text{down})+b_\text{up} \tag{8.10, definition}$$
 #
-# With $W_\text{up}$ and $b_\text{up}$ zero it begins as the identity. It is not linear, so it stays a layer of its own.
+# With $W_\text{up}$ and $b_\text{up}$ zero it begins as the identity. Not being linear, it stays a layer of its own.
 #
 # ### LoRA
 #
-# Hu et al. (2022) suppose that the change of a weight matrix which a task asks for has a low rank $r$. A frozen linear layer
-# $Wx+b$ gets a change beside it, the product of two thin matrices:
+# Hu et al. (2022) suppose that the change of a matrix which a task asks for has a low rank $r$: the product of two thin
+# matrices beside a frozen layer.
 #
 # $$z=Wx+b+s\,B\,(A\,x),\qquad A\in\mathbb R^{r\times d_\text{in}},\;B\in\mathbb R^{d_\text{out}\times r} \tag{8.11, definition}$$
 #
-# $s$ is a number, $\alpha/r$ in the paper. $A$ begins random and $B$ at zero, so nothing is changed at first. Why not both
-# at zero? With $g=\partial\mathcal L/\partial z$, by the chain rule,
+# ($s$ is $\alpha/r$ in the paper.) $A$ begins random and $B$ at zero, so nothing is changed at first. Why not both at zero?
+# With $g=\partial\mathcal L/\partial z$, summed over all tokens, by the chain rule
 #
 # $$\frac{\partial\mathcal L}{\partial B}=s\sum g\,(A\,x)^\top,\qquad
 # \frac{\partial\mathcal L}{\partial A}=s\sum B^\top g\,x^\top \tag{8.12}$$
 #
-# summed over all tokens: one of them begins with a gradient only if the other is not zero.
-#
-# And after training, $(W+s\,BA)x+b$ is the same function. The change can be *merged*: no layer more, no token more, no time
-# more.
+# so each begins with a gradient only if the other is not zero. After training the change can be *merged*, and costs no layer,
+# no token and no time:
 #
 # $$W'=W+s\,BA \tag{8.13}$$
 #
 # #### Exercise 6: LoRA's layer
 #
-# *Algorithm, medium, 8 minutes.* Write `lora_linear`, without ever forming $BA$, which is as large as $W$. One batch may hold
-# images of several tasks, each with $A$ and $B$ of its own.
+# *Algorithm, medium, 8 minutes.* Write `lora_linear`, without ever forming $BA$, which is as large as $W$. A batch may mix
+# tasks, each image with $A$ and $B$ of its own.
 
 
 # %% tags=["export", "exercise"]
@@ -1119,8 +1106,7 @@ class Adapter(nn.Module):
 
 
 # %% [markdown]
-# And in a network: adapters at the end of each branch, LoRA at the joined matrix of queries, keys and values. (Hu et al.
-# changed the matrices of queries and values.)
+# And in a network: adapters at the end of each branch, LoRA at the joined matrix of queries, keys and values.
 
 
 # %% tags=["export"]
@@ -1218,17 +1204,16 @@ print(f"what LoRA changes is more than rounding: {change > 1e-3}")
 # %% [markdown]
 # #### Exercise 8: which method?
 #
-# *Question on paper, medium, 12 minutes.* A hospital runs one frozen ViT-B/16 for 200 tasks; a batch mixes images of many.
-# Compare prompts, LoRA, adapters and fine-tuned copies: what is kept in memory, what costs time at each image, and what can
-# be done for LoRA that cannot be done for the others, and when it must not be.
+# *Question on paper, medium, 12 minutes.* A hospital runs a ViT-B/16 for 200 tasks; a batch mixes images of many. Compare
+# prompts, LoRA, adapters and fine-tuned copies: what is kept in memory, what costs time at each image, what can be done for
+# LoRA alone, and when it must not be.
 #
 # <details>
 # <summary>Answer, and what to look for in yours</summary>
 #
-# Copies: 200 times 86 million numbers, and each batch falls apart into one for each task. Prompts, LoRA and adapters: one
-# backbone, and some thousand to some hundred thousand numbers a task. Prompts add tokens to every block; adapters add
-# layers; LoRA adds two thin products to each matrix, unless they are merged. Merging makes it free, but ties the weights to
-# one task: for a mixed batch it must stay unmerged, and each image brings its own $A$ and $B$, as in exercise 6.
+# Copies: 200 times 86 million numbers, and each batch falls apart into one for each task. The others: one backbone, and few
+# numbers a task. Prompts add tokens to every block, adapters layers, LoRA two thin products to each matrix, unless they are
+# merged. Merging makes it free, but ties the weights to one task: a mixed batch wants it unmerged, as in exercise 6.
 #
 # - Copies are told from the other three by memory and by the split batch: 1 point.
 # - Each of the three has its cost at each image named (tokens, layers, thin products): 1 point.
@@ -1240,13 +1225,10 @@ print(f"what LoRA changes is more than rounding: {change > 1e-3}")
 # %% [markdown] tags=["core"]
 # ## A fair comparison
 #
-# Which of these is best depends on how they are compared. The rules: the same images, steps and batches; a learning rate of
-# each method's own, chosen on *validation* images by shorter runs, going on beyond the better one by factors of three until
-# the best lies between two others; *test* images choose nothing; three seeds draw prompts, heads and the order of the
-# images. And since on frozen features the loss of a linear probe is convex in its head, the probe is *solved* to its end
-# besides, and so is the head behind trained deep prompts.
-#
-# Six small tasks, of at most 800 training images each, and MNIST, which is not embedded:
+# The rules: the same images, steps and batches; a learning rate of each method's own, chosen on *validation* images by
+# shorter runs, going on by factors of three until the best lies between two others; *test* images choose nothing; three
+# seeds. And since on frozen features a linear probe's loss is convex, it is *solved* to its end besides, and so is the head
+# behind trained deep prompts. Six small tasks, of at most 800 training images each, and MNIST, which is not embedded:
 
 # %% slide=["# A fair comparison begins with its rules", "[picture]", "Tasks far from photographs: the same images and steps for all, each method at a learning rate of its own."]
 compared = ("digits", "mnist", "line_drawings", "textures", "counting", "largest", "xray")
@@ -1255,10 +1237,9 @@ ten_of_each = torch.cat([images.batch(range(10))["image"] for images in sets.val
 show(show_grid(ten_of_each, columns=10, row_titles=list(sets)), "Ten images of each of six tasks.")
 
 # %% [markdown]
-# *Digits (from scikit-learn); outlines; textures; how many discs; in which corner is the largest disc; in which corner is a
-# bright nodule on something like an X-ray picture, if anywhere.*
+# *Digits; outlines; textures; how many discs; in which corner is the largest disc; in which is a bright nodule, if anywhere.*
 #
-# Each took half an hour to an hour on two cores, and is stored (how MNIST came, `data/README.md` says):
+# All is stored (`data/README.md` says how MNIST came):
 
 # %%
 stored = {task: load_results(f"adaptation_{task}") for task in compared}
@@ -1333,8 +1314,7 @@ show(
 )
 
 # %% [markdown]
-# What may be said? A difference below two standard errors is a tie. (All share the test images, so a difference can be surer
-# than this.)
+# A difference below two standard errors is a tie. (All share the test images, so it can be surer than this says.)
 
 # %%
 show_table(
@@ -1357,19 +1337,17 @@ show_table(
 )
 
 # %% [markdown]
-# The second column is the usual comparison, and it flatters prompts: six hundred steps were too few for the probe. Against
-# finished heads deep prompts are ahead on MNIST, on the largest disc, in counting and on the X-rays, and level elsewhere.
-# Full fine-tuning is ahead of them on every task but possibly the digits, and far ahead on textures, discs and X-rays. The
-# learning rates that were chosen differ by a factor of ten to a thousand: one for all would have decided the matter by
-# itself.
+# The usual comparison, with the trained probe, flatters prompts: six hundred steps were too few for it. With both heads solved
+# deep prompts are ahead on four tasks of seven, and level on the others. Full fine-tuning is ahead of them on nearly all, and
+# far ahead on textures, discs and X-rays. One learning rate for all would have decided the matter by itself.
 #
 # All this in *one regime*: a backbone of 1.9 million parameters, tasks far from its photographs, 600 steps of 16, the class
-# token read by all. (How far it depends on steps, lengths and widths: an optional section below.)
+# token read by all.
 #
 # ### What changes the layers themselves
 #
-# LoRA of rank 2 trains exactly as many numbers as eight deep prompts; two adapters of width 2 in each block and all biases
-# train slightly more. On the corner of the largest disc, by the same rules and in the same number of steps:
+# LoRA of rank 2 trains exactly as many numbers as eight deep prompts, adapters and biases slightly more. One task, by the same
+# rules: the corner of the largest disc.
 
 # %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, ± one standard error."]
 inside = load_results("adaptation_inside")
@@ -1404,19 +1382,17 @@ print(
 )
 
 # %% [markdown]
-# > **What comes next, said beforehand.** The regime of the paper is another: a large backbone, photographs among the tasks,
-# > weight decay searched as well. A later version of this chapter measures: 2,000 steps with early stopping on validation
-# > images; frozen, shallow, deep, biases, LoRA, full, each read by the class token and by the mean of the patches, heads
-# > solved on all sides; four tasks, one of them photographs of classes that the backbone did not see; 10 and 40 images a
-# > class, three seeds. Every point will be shown, also where full fine-tuning overtakes. Until then, nothing above says which
-# > method is best in that regime.
+# > **What comes next, said beforehand.** The paper's regime is another. A later version of this chapter measures: 2,000 steps
+# > with early stopping; frozen, shallow, deep, biases, LoRA, full, each read by the class token and by the mean of the
+# > patches, heads solved on all sides; four tasks, one of them photographs of classes that the backbone did not see; 10 and
+# > 40 images a class, three seeds. Every point will be shown, also where full fine-tuning overtakes. Until then nothing here
+# > says which method is best in that regime.
 
 # %% [markdown] tags=["core"]
 # ## What a head reads
 #
-# All heads so far read the class token. What the *patches* know does not count, unless attention has brought it there. A
-# solved head can as well read the mean of all patches, or the means of the picture's four quarters side by side, from the
-# frozen backbone.
+# All heads so far read the class token. A solved head can as well read the mean of all *patches*, or the means of the
+# picture's four quarters side by side, from the frozen backbone.
 #
 # #### Exercise 9: the mean of the patches
 #
@@ -1458,20 +1434,17 @@ show_table(
 
 # %% [markdown]
 # Positions were added to the tokens, so even a mean of patches tells where things are: the backbone *has* seen which disc is
-# largest. The class token has not kept it; it was trained to say what is on a photograph, wherever it is. A head on the
-# patches costs no token and no gradient through the blocks, and is ahead of deep prompts on most of these tasks.
+# largest. The class token has not kept it; it was trained to say what is on a photograph, wherever it is.
 #
-# Two cautions. For the discs and the nodules the label *is* a quarter of the picture: a head that reads by quarters was made
-# to measure, and its 99.8 % shows that the knowledge is in the patches, not that this is a method. And on MNIST its lead on
-# full fine-tuning is one run against 92.9 ± 1.0: a tie. On textures and X-rays, moving the weights finds what none of these
-# readings does.
+# Two cautions. For discs and nodules the label *is* a quarter of the picture: a head that reads by quarters was made to
+# measure, and shows that the knowledge is in the patches, not that this is a method. And on MNIST its lead on full
+# fine-tuning is one run against three: a tie. On textures and X-rays, moving the weights finds what none of these heads does.
 
 # %% [markdown] tags=["core"]
 # ## What a prompt can do
 #
-# Why do prompts not simply tell the class token to look at the largest disc? Only attention mixes tokens, so only there can a
-# prompt act on others. In a head, call $\lambda_i$ the share of its attention that token $i$ pays to the prompts $\Pi$
-# (elsewhere in the course $\lambda$ is a log signal-to-noise ratio):
+# Why do prompts not simply tell the class token to look at the largest disc? Only attention mixes tokens. In a head, call
+# $\lambda_i$ the share of its attention that token $i$ pays to the prompts $\Pi$ (it is no log signal-to-noise ratio here):
 #
 # $$\lambda_i=\sum_{j\in\Pi}a_{ij} \tag{8.14, definition}$$
 #
@@ -1486,8 +1459,8 @@ show_table(
 #
 # $$\frac{a_{ij}}{a_{im}}=\frac{a^{0}_{ij}}{a^{0}_{im}}\qquad\text{for all }j,m\notin\Pi \tag{8.16}$$
 #
-# Whichever of two patches was looked at more still is, by the same factor. Only from afar can prompts change that: what they
-# mix in at one block changes queries and keys of the next. LoRA at queries and keys changes the ratio at once.
+# Only from afar can prompts change that: what they mix in at one block changes queries and keys of the next. LoRA at queries
+# and keys changes the ratio at once.
 #
 # #### Exercise 10: the share of the prompts
 #
@@ -1544,9 +1517,9 @@ print(
 # %% [markdown] tags=["optional"]
 # ### What prompts have learned *(at a second reading)*
 #
-# The largest disc is where prompts gain most. Train them for 200 steps, and see where the class token looks: how much of its
-# attention goes to prompts; and of what it pays to *patches*, how much to the right quarter of the picture, which by (8.16)
-# no block's own prompts can change.
+# Where prompts gain most, at the largest disc, train them for 200 steps, and see where the class token looks: how much of its
+# attention goes to prompts; and of what goes to *patches*, how much to the right quarter, which by (8.16) no block's own
+# prompts can change.
 
 # %%
 largest, unseen_largest = downstream("largest"), downstream("largest", "test")
@@ -1624,8 +1597,7 @@ print(f"largest change in a later block: {(share_after - share_without).abs().ma
 # %% [markdown] tags=["core"]
 # ## What is stored, and what it costs
 #
-# Beside a head of $(d+1)K$ numbers, prompts train $L'\,n\,d$ ($L'=1$ shallow, $L'=L$ deep), LoRA at the joined matrix
-# $L\,r\,(d+3d)$, and two adapters a block $2L\,(2dm+m+d)$:
+# Trained and stored are a head and, with $L'=1$ (shallow) or $L$ (deep),
 #
 # $$(d+1)K+\begin{cases}L'\,n\,d&\text{prompts}\\4\,L\,r\,d&\text{LoRA}\\2L\,(2dm+m+d)&\text{adapters}\end{cases} \tag{8.17}$$
 
@@ -1709,8 +1681,8 @@ axis.legend(ncols=2, fontsize="small")
 show(figure, "The storage ratio falling with the number of prompts, for three sizes, shallow and deep.")
 
 # %% [markdown]
-# *Without heads.* Deep prompts lie in the range of the claim from $n=10$ to 93 on ViT-B, shallow ones above it up to
-# $n=100$ and more. '0.1 % of the parameters' is a factor of 1000. All methods on ViT-B/16, with a head for 100 classes:
+# *Without heads.* Deep prompts lie in the range of the claim from $n=10$ to 93 on ViT-B. ('0.1 % of the parameters' is a
+# factor of 1000.) All methods on ViT-B/16, with a head for 100 classes:
 
 # %% slide=["# What a task adds to ViT-B/16", "[table]", "With a head for 100 classes, four bytes a number."]
 per_prompt = M / (depths * widths)  # r for one deep prompt, without a head
@@ -1737,9 +1709,8 @@ with torch.device("meta"):
 show_table(rows, ["method", "numbers", "stored", "tokens added", "merged into the weights?"])
 
 # %% [markdown]
-# Training is not cheap for any of them but the probe: the gradient has to come back through all blocks, and only the
-# products for the weights' own gradients are spared. On our backbone (`benchmarks/adaptation.py`; LoRA and adapters were
-# not timed):
+# Training is not cheap for any but the probe: the gradient has to come back through all blocks. On our backbone
+# (`benchmarks/adaptation.py`; LoRA and adapters were not timed):
 
 # %% slide=["# Small to store is not cheap to train", "[table]", "A step's time, and what a forward pass keeps for the way back, beside full fine-tuning."]
 steps = load_results("benchmark_adaptation")["methods"]
@@ -1758,8 +1729,7 @@ show_table(
 )
 
 # %% [markdown]
-# *Time and products relative to full fine-tuning. That full fine-tuning does not come out at 1.0 shows how far the times can
-# be trusted.*
+# *Time and products relative to full fine-tuning, which by itself shows how far the times can be trusted.*
 
 # %% [markdown] tags=["optional"]
 # ### What more tokens cost *(at a second reading)*
@@ -1791,8 +1761,7 @@ print("8, 50, 100 prompts cost ours", ", ".join(f"{c:.2f}" for c in counted), "t
 # %% [markdown] tags=["core"]
 # ## What is forgotten
 #
-# 'Prevents catastrophic forgetting: original weights remain frozen', says the lecture. Give each adapted network its old head
-# back, and ask for photographs once more, with the prompts taken out and with them left in:
+# Give each adapted network its old head back, and ask for photographs once more, prompts taken out or left in:
 
 # %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "[table]", "As many as before, to the last bit. With the prompts left in, the network is another one."]
 rows = []
@@ -1811,17 +1780,15 @@ print(f"before: {100 * before_all:.1f} % of 500 photographs; on all test photogr
       f"{100 * card['metrics']['accuracy']:.1f} %, and 500 of them are known to ± {standard:.1f}")  # fmt: skip
 
 # %% [markdown]
-# FORGET_TEXT
-# With prompts taken out nothing is forgotten, to the last bit: no merit of the training, but how the thing is made. A linear
-# probe, unmerged LoRA, and everybody who keeps the old weights can say the same. What these methods give is that the copy
-# need not be kept *for each task*. A fully fine-tuned network with its old head has lost most of it.
+# The 500 photographs happen to be easier than all of them, within two standard errors. With prompts taken out nothing is
+# forgotten, to the last bit: no merit of the training, but how the thing is made. A probe, unmerged LoRA, and everybody who
+# keeps the old weights can say the same; but prompts need no copy *for each task*.
 
 # %% [markdown] tags=["core"]
 # ## Many tasks, one backbone
 #
-# All that differs between two tasks are some tokens and the head, and attention never looks from one sample to another. So a
-# single pass serves a batch in which each sample $b$ has a task $\tau_b$ of its own: with prompts $P^{(\tau_b)}$, or the $A$
-# and $B$ of exercise 6, and with $f_b$ the pooled features,
+# Attention never looks from one sample to another. So a single pass serves a batch in which each sample $b$ has a task
+# $\tau_b$ of its own, with its prompts, or its $A$ and $B$ as in exercise 6; and with $f_b$ the pooled features,
 #
 # $$y_b=W^{(\tau_b)}f_b+c^{(\tau_b)} \tag{8.20}$$
 #
@@ -1864,14 +1831,12 @@ one_by_one = torch.stack([W[task] @ row + c[task] for row, task in zip(f, tau)])
 verify("8.20", own_head(f, W, c, tau), one_by_one, atol=1e-12)
 
 # %% [markdown]
-# What a task has learned is written into a safetensors file (raw numbers: unlike a pickle, reading it executes nothing) with a
-# *fingerprint* of the backbone, a hash of all weights but the old head's, since prompts mean nothing to another one, not even
-# to one of the same shape. `VPT.task_state_dict()` and `load_task_state_dict()` give and take such a state, `save_task` and
-# `load_task` write and read it; what does not fit is refused with a word why.
+# A task is stored as a safetensors file (reading it executes nothing) with a *fingerprint* of the backbone, a hash of its
+# weights, since prompts mean nothing to another one. `VPT.task_state_dict()` and `load_task_state_dict()` give and take the
+# state, `save_task` and `load_task` write and read it; what does not fit is refused.
 #
-# `PromptBank` holds one backbone and many such states. A batch names its samples' tasks; prompts are stacked to
-# $(L,B,n,d)$, so the tasks of a bank share $n$ and depth; heads of different size are filled up with zeros to the largest,
-# and cut back afterwards.
+# `PromptBank` holds one backbone and many states. Prompts are stacked to $(L,B,n,d)$, so the tasks of a bank share $n$ and
+# depth; heads of different size are filled up with zeros, and cut back afterwards.
 
 
 # %% tags=["export", "draw"]
@@ -2030,8 +1995,7 @@ def _prompt_sizes(state):
 
 
 # %% [markdown]
-# Three tasks on our backbone, the digits from the beginning and two with fresh prompts (trained or not, the arithmetic is the
-# same). One batch, each image with its own question:
+# One batch, three tasks, the digits from the beginning and two with fresh prompts:
 
 # %%
 singles = {
@@ -2079,13 +2043,12 @@ show_table(
 )
 
 # %% [markdown]
-# A tenth of the room; each further task adds some kilobytes. In time the bank gains nothing on a processor (separate networks
-# took 0.94 times as long, between 0.91 and 1.28); a GPU was not tried.
+# In time the bank gains nothing on a processor; a GPU was not tried.
 
 # %% [markdown] tags=["optional"]
 # ## How far does this hold? *(at a second reading)*
 #
-# The same comparison with other budgets, lengths and widths. *Steps*: a third of them.
+# *Steps*: a third of them.
 
 # %%
 show_table(
@@ -2146,9 +2109,8 @@ show(figure, "Accuracy of counting against the number of prompts, shallow and de
 # %% [markdown]
 # One deep prompt at each block is not above the finished probe, eight and thirty-two are; shallow ones never are.
 #
-# *Widths*: two narrower backbones, trained on the same photographs from scratch, without the teacher that the widest had. (The
-# slide means ViT-B, L and H, of 86 to 632 million parameters; nothing here speaks for these.) The probe is the trained one, so
-# what prompts gain is an upper bound.
+# *Widths*: two narrower backbones, without the teacher that the widest had. (The slide means ViT-B, L and H, of 86 to 632
+# million parameters; nothing here speaks for these.) The probe is the trained one and flatters prompts.
 
 # %%
 narrower = load_results("adaptation_widths")["runs"]
@@ -2167,10 +2129,9 @@ show_table(rows, ["task", "width", "linear, trained", "vpt-deep", "full"])
 # %% [markdown] tags=["optional"]
 # ## Your own images, and other people's backbones *(at a second reading)*
 #
-# The lecture names medical imaging: a model of photographs, adapted to images of another kind, of which there are few. One
-# command does it for a folder with one subfolder for each class (and, if there are any, `train`, `validation` and `test`
-# above them; what is missing is split off), for any square timm `VisionTransformer`, by any method of this chapter (`linear`,
-# `vpt-shallow`, `vpt-deep`, `bias`, `adapter`, `lora`, `full`):
+# The lecture names medical imaging. One command adapts any square timm `VisionTransformer`, by any method of this chapter
+# (`linear`, `vpt-shallow`, `vpt-deep`, `bias`, `adapter`, `lora`, `full`), to a folder with a subfolder for each class (and,
+# if there are any, `train`, `validation` and `test` above them):
 #
 # ```bash
 # python -m lecture26 adapt --backbone vit_base_patch16_224.augreg_in21k --data ./chest --method vpt-deep --prompts 10
@@ -2178,53 +2139,47 @@ show_table(rows, ["task", "width", "linear, trained", "vpt-deep", "full"])
 # python -m lecture26 classify --task NAME picture.png ...
 # ```
 #
-# NAME is what `adapt` has called its results. Three things that no program can do for you: put images of one *patient* into
-# one split only, or the test will measure whether patients are recognised; look at sensitivity and specificity besides
-# accuracy, where one class is rare; and do not diagnose anybody with it. (No `--augment` unless a mirrored image is a possible
-# one: a mirrored chest has its heart on the wrong side.)
-#
-# Whoever has a GPU can put the slide's claim to the test, 72.3 against 68.1 % on FGVC-Aircraft:
+# NAME is what `adapt` has called its results. What no program can do for you: put images of one *patient* into one split only;
+# look at sensitivity and specificity, where one class is rare; and diagnose nobody with it. (No `--augment` for a chest:
+# mirrored, it has its heart on the wrong side.) Whoever has a GPU can put the slide's claim on FGVC-Aircraft to the test:
 #
 # ```bash
 # python -m lecture26 adapt --backbone vit_base_patch16_224.augreg_in21k --data fgvc_aircraft \
 #     --method compare --prompts 10 --steps 5200 --seeds 3 --augment
 # ```
 #
-# A linear probe, VPT-shallow, VPT-deep and full fine-tuning, each at learning rates of its own; a run that was stopped goes on;
-# several GPUs with `accelerate launch -m lecture26 adapt ...`. It optimises with AdamW, and the paper's code with SGD: a test
-# of the claim, not a repetition of the paper.
+# A run that was stopped goes on; several GPUs with `accelerate launch -m lecture26 adapt ...`. It optimises with AdamW, the
+# paper's code with SGD: a test of the claim, not a repetition of the paper.
 
 # %% [markdown] tags=["core"]
 # ## What the paper compared
 #
-# Jia et al. compare on 24 tasks. Five are fine-grained; with ViT-B/16 pretrained on ImageNet-21k, in percent, as quoted by
-# secondary sources:
+# Jia et al. compare on 24 tasks. Five are fine-grained; ViT-B/16 pretrained on ImageNet-21k, in percent, as secondary sources
+# quote it:
 #
 # | | CUB | NABirds | Flowers | Dogs | Cars | mean |
 # |---|---|---|---|---|---|---|
 # | VPT-deep | 88.5 | 84.2 | 99.0 | 90.2 | 83.6 | 89.1 |
 # | full fine-tuning | 87.3 | 82.7 | 98.8 | 89.4 | 84.5 | 88.5 |
 #
-# The other nineteen are VTAB-1k, of a thousand training images each, in three groups: *natural* (7, such as CIFAR-100, pets,
-# street numbers), *specialized* (4, from special cameras: satellites, tissue, retinas) and *structured* (8, such as
-# counting, distances and orientations, mostly rendered). Over all 24, VPT-deep is said to be ahead of full fine-tuning on 20.
+# The other nineteen are VTAB-1k, a thousand training images each, in three groups: *natural* (7, such as CIFAR-100, pets,
+# street numbers), *specialized* (4, other cameras: satellites, tissue, retinas) and *structured* (8, artificial scenes:
+# counting, distances, orientations). Over all 24, VPT-deep is said to be ahead of full fine-tuning on 20.
 #
-# How the regime differs from ours can be read from the paper's code: learning rate *and* weight decay are searched for each
-# task, on VTAB with 800 images to train and 200 to validate; SGD with momentum; five repetitions. The same code has the
-# switches of its ablations: *where* prompts go in (beside the patches, by default), at *which* blocks (first or last ones), and
-# *what the head reads* (the class token, by default; the patches' mean, the prompts' mean).
+# The paper's code shows its regime: learning rate *and* weight decay searched for each task, on VTAB with 800 images to train
+# and 200 to validate; SGD. And it has the switches of the ablations: *where* prompts go in (before the patches, by default),
+# at *which* blocks (first or last), *what the head reads* (by default what the backbone's does, or a mean of patches or
+# prompts). What these gave, we have not found in a source that we could check.
 #
-# When do prompts win? Han et al. (2024) compared the two on VTAB-1k's nineteen tasks. Prompts are preferable, they find, where
-# the task's objective is far from the original one (from classes to counting), or where the images are alike (both
-# photographs); overfitting alone does not explain it, and keeping the original features seems to matter. With more data, full
-# fine-tuning catches up. Our tasks are far in objective *and* in images; in ours full fine-tuning was ahead.
+# When do prompts win? Han et al. (2024), on VTAB's nineteen tasks: where the objective is far from the original one (from
+# classes to counting), or where the images are alike. Overfitting alone does not explain it; keeping the original features
+# seems to matter. Our tasks are far in objective *and* in images, and full fine-tuning was ahead.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
 #
-# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
-# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your prompts go through the frozen blocks and learn
-# to name digits, your LoRA learns beside them and is merged, and your head of the bank names the digits.
+# Save this notebook, call `make mine` in a terminal, and run the next cell, as at the [end of chapter 01](01_ddpm.ipynb). Your
+# prompts learn digits in the frozen network, your LoRA does and is merged, and your bank's head names them.
 
 # %% tags=["milestone", "nbval-ignore-output"]
 from lecture26.kit.own_package import show_milestone
@@ -2237,30 +2192,27 @@ show_milestone(
 # %% [markdown] tags=["core"] slide=["# What the slide says", "- its code: the faults of our wrapper, found by experiment", "- 72.3 against 68.1 % on FGVC-Aircraft: no source was found", "- 'matches full fine-tuning': in the paper's regime, not in ours", "- '100 to 1000 times less': shallow, or short deep prompts", "- 'no forgetting': by construction"]
 # ## What the lecture's slide says
 #
-# - *The code of the slide.* It has the faults of our wrapper: it does not run as printed, takes one image at a time, forgets
-#   positions and the final norm, and freezes nothing.
-# - *VPT-Deep achieves 72.3 % vs 68.1 % for full fine-tuning on FGVC-Aircraft.* No source was found; aircraft are not among the
-#   paper's tasks. The command above puts it to the test.
-# - *Outperforms linear probing and matches full fine-tuning on many tasks.* In the paper's regime. In ours deep prompts are
-#   ahead of a finished probe on four tasks of seven, and behind full fine-tuning on nearly all.
+# - *Its code* has the faults of our wrapper: it does not run as printed, takes one image at a time, forgets positions and the
+#   final norm, and freezes nothing.
+# - *72.3 % vs 68.1 % for full fine-tuning on FGVC-Aircraft.* No source was found; aircraft are not among the paper's tasks.
+# - *Outperforms linear probing and matches full fine-tuning on many tasks.* In the paper's regime. In ours: ahead of a finished
+#   probe on four tasks of seven, behind full fine-tuning on nearly all.
 # - *0.1 % of the parameters*, *100 to 1000 times less storage.* For shallow prompts and short deep ones.
 # - *Prevents catastrophic forgetting.* By construction, with the prompts taken out.
 # - *Works consistently across model sizes.* ViT-B, L and H were not tried here.
 #
-# Not on the slide: prompts make the network slower, (8.19), while LoRA can be merged, and tuned biases or a probe cost nothing.
+# Not on the slide: prompts make the network slower; LoRA can be merged.
 
 # %% [markdown] tags=["core"]
 # ## Summary
 #
-# - A ViT is patches (8.1), a class token, positions (8.2), blocks (8.3), a last norm and a head (8.5). Without positions it
-#   sees a bag of patches (8.6).
+# - Without positions a ViT sees a bag of patches (8.6). *Add nothing and compare* finds what a wrapper leaves out.
 # - Prompts are tokens without positions (8.7), replaced at every block if they are deep (8.8). They mix something into
 #   attention (8.15), and cannot turn its view (8.16).
-# - *Add nothing and compare* finds what a wrapper leaves out; counting finds what trains, moves and is stored. Frozen means no
-#   gradient, not a gradient of zero.
+# - Frozen means no gradient, not a gradient of zero.
 # - LoRA (8.11) is a change of low rank that can be merged (8.13); adapters (8.10) are layers that stay.
 # - A method is as good as its learning rate, and a comparison as its baseline: solve the probe, and ask what it reads.
-# - A few numbers a task (8.17) and one backbone serve a batch of many tasks (8.20).
+# - One backbone and a few numbers a task (8.17) serve a mixed batch (8.20).
 #
 # What you have solved so far, in all chapters:
 
@@ -2279,11 +2231,9 @@ progress()
 # - Houlsby, Giurgiu, Jastrzebski et al. 2019, *Parameter-Efficient Transfer Learning for NLP*: section 2.
 # - Zaken, Goldberg, Ravfogel 2022, *BitFit*: section 3.
 # - Han, Wang, Cui et al. 2024, *Facing the Elephant in the Room: Visual Prompt Tuning or Full Finetuning?*
-# - Zhai, Puigcerver, Kolesnikov et al. 2019, *A Large-scale Study of Representation Learning with the Visual Task Adaptation
-#   Benchmark* (VTAB).
+# - Zhai, Puigcerver, Kolesnikov et al. 2019, *The Visual Task Adaptation Benchmark* (VTAB).
 # - Glorot, Bengio 2010, *Understanding the Difficulty of Training Deep Feedforward Neural Networks*: equation 16.
 # - He, Zhou, Ma, Berg-Kirkpatrick, Neubig 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning*: section 3.1.
-# - Petrov, Torr, Bibi 2024, *When Do Prompting and Prefix-Tuning Work? A Theory of Capabilities and Limitations*.
+# - Petrov, Torr, Bibi 2024, *When Do Prompting and Prefix-Tuning Work?*
 # - Lester, Al-Rfou, Constant 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*: figure 2.
-# - Li, Yu, Wang, Yuan, Song, Chen 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets* (the teacher of
-#   our backbone).
+# - Li, Yu, Wang, Yuan, Song, Chen 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets* (our teacher).

@@ -129,7 +129,7 @@ def pack_value(value: object, tensors: dict[str, Tensor], numbers: dict[int, str
         return {"names": list(value.names), "values": pack(value.values), "old": old, "asking": value.asking}
     if is_dataclass(value):
         return {field.name: pack(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple) and any(isinstance(inner, str) for inner in value):
+    if isinstance(value, tuple) and all(isinstance(inner, str) for inner in value):
         return {"texts": list(value)}  # str.endswith takes a tuple, and no list
     if isinstance(value, list | tuple):
         return list(map(pack, value))
