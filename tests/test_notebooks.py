@@ -257,9 +257,6 @@ def test_every_question_gives_its_answer_a_name_that_the_cell_below_checks(sourc
 
 
 WITH_KINDS = ["01_ddpm", "08_visual_prompt_tuning"]  # the chapters that have been brought to this form
-    "01_ddpm",
-    "08_visual_prompt_tuning",
-]  # the chapters whose exercises have been brought to this form so far
 KIND = r"\*(Formula|Algorithm|Question|Question on paper), (easy|medium|hard), \d+ minutes\.\* \S"
 
 
