@@ -46,6 +46,8 @@ class AdaptationMethod(StrEnum):
     vpt_shallow = "vpt-shallow"
     vpt_deep = "vpt-deep"
     bias = "bias"
+    adapter = "adapter"
+    lora = "lora"
     full = "full"
     compare = "compare"
 

@@ -31,6 +31,7 @@ IN_NEW_FORM = (
     "05_classifier_free_guidance",
     "06_vae",
     "07_latent_diffusion",
+    "08_visual_prompt_tuning",
 )
 
 

@@ -338,3 +338,9 @@ def up_level(weights: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor,
     for weight, skip in zip(weights, skips, strict=True):
         h = _stage(weight, torch.cat([h, skip], dim=1), embedding, cond)
     return h
+
+
+@_kind
+def token_block(weight: Tensor, tokens: Tensor) -> Tensor:
+    """A block of a transformer on tokens (B, N, d), in which each token minds all of them; weight: (d, d)."""
+    return tokens + ((tokens + tokens.mean(dim=1, keepdim=True)) @ weight).sin()

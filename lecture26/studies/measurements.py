@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
-from lecture26.recipes.adaptation import SHORT_BUDGET
+from lecture26.recipes.adaptation import INSIDE, SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.guidances import guidances_on_one_axis
@@ -94,6 +94,13 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         for task in SMALL_TASKS
     },
     "adaptation_mnist": partial(adaptation, tasks=("./mnist",), state="adaptation_mnist"),
+    "adaptation_inside": partial(
+        adaptation,
+        tasks=("largest",),
+        methods=INSIDE,
+        upstream=False,
+        state="adaptation_inside",
+    ),
     "adaptation_short": partial(
         adaptation,
         tasks=("digits", "./mnist"),
