@@ -20,19 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 OWN_METADATA = "lecture26"  # a stored notebook's: the digest of the source it was built from
 SOLUTION_MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
 SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
-# The chapters brought to their new form so far: their sections run again after the rest, in any order, and
-# head and foot link the neighbours. The others join one by one.
-IN_NEW_FORM = (
-    "00_start_here",
-    "01_ddpm",
-    "02_unet",
-    "03_classifier_guidance",
-    "04_clip_guidance",
-    "05_classifier_free_guidance",
-    "06_vae",
-    "07_latent_diffusion",
-    "08_visual_prompt_tuning",
-)
 
 
 class CourseError(Exception):
