@@ -1792,10 +1792,10 @@ show(
 # guided ones at the share that they have.*
 #
 # The guided points lie near the grey curve or below: what the distance shows here is mostly which *sizes* are drawn. Within
-# large shapes it is, at every scale, near that of real against real. Why large ones? A small shape is lost in noise
+# large shapes it does not grow with the scale at all. Why large ones? A small shape is lost in noise
 # sooner, so making it larger makes the classifier surer. Nobody asked for it, and the classifier cannot tell. And recall
-# notices little: real images lose none of theirs until nearly all small ones are gone, since a few of
-# them span wide balls.
+# notices little: real images lose none of theirs until nearly all small ones are gone, since a few that are left span wide
+# balls.
 #
 # So there is no one best scale: 1 for the distribution, some 8 for obedience; beyond that nothing is gained, and the sizes
 # go on shifting. And a distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb)
@@ -1873,7 +1873,12 @@ show_table(
 )
 
 # %% [markdown]
-# TODO And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
+# The two forms obey alike, to within the error; their distances differ by a little more than two errors. The exact shift of the mean
+# fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing holds it back at the
+# first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the clipping, the lecture's form by its
+# $\Sigma$, which is far smaller there.
+#
+# And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
 
 # %% [markdown] tags=["core"]
