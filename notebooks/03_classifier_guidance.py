@@ -613,16 +613,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 
 # %% slide=["# The lecture's form: move the mean", "Bayes' rule on one step: a narrow normal times a classifier.", "$$p(x_{t-1}\\mid x_t,y)\\ \\propto\\ p(x_{t-1}\\mid x_t)\\;q(y\\mid x_{t-1}) \\tag{3.8}$$", "Over so short a distance, $\\log q(y\\mid\\cdot)$ is nearly a straight line:", "$$\\log q(y\\mid x_{t-1})\\approx\\log q(y\\mid\\mu)+(x_{t-1}-\\mu)\\cdot g \\tag{3.9}$$"] tags=["export"]
 def guided_mean(mean, variance, gradient, scale):
-    """Move the mean of an ancestral step along the gradient of a log-probability.
-
-    Args:
-        mean: mu of p(x_{t-1} | x_t), (B, ...).
-        variance: the diagonal of Sigma, broadcastable to mean.
-        gradient: of log p(y | x), like mean.
-        scale: s, a number.
-
-    Returns:
-        The mean of the guided step, like mean. Its variance stays as it was.
+    """The mean of an ancestral step, moved by s Sigma g; mean and gradient (B, ...), variance the diagonal.
 
     Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
     """
