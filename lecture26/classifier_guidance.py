@@ -192,7 +192,7 @@ def classifier_guided(denoiser, classifier, y, scale, diffusion):
 
 
 def guided_mean(mean, variance, gradient, scale):
-    """The mean of an ancestral step, moved by s Sigma g; mean and gradient (B, ...), variance the diagonal.
+    """The mean (B, ...) of a step, moved by scale times variance, the diagonal of Sigma, times gradient.
 
     Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
     """

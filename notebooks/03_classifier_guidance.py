@@ -565,9 +565,10 @@ figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True, l
 data = mixture.sample(800, torch.Generator().manual_seed(1))[0]
 for column, axis in enumerate(axes):
     name, (sampler, way) = list(steps)[column // 2], divmod(column, 2)
-    shown_paths = paths["guided" if way else "unguided"][sampler]
+    begin = 15 if name == "DDPM" else 0  # before that, DDPM's paths are noise
+    shown_paths = paths["guided" if way else "unguided"][sampler, begin:]
     axis.scatter(*data.T, s=2, color="lightgrey")
-    for line_of_points in shown_paths[:, [0, 2, 3]].transpose(0, 1):  # (31, 2) each
+    for line_of_points in shown_paths[:, [0, 1, 4]].transpose(0, 1):  # (31 - begin, 2) each
         axis.plot(*line_of_points.T, linewidth=0.9, marker=".", markersize=2)
         axis.plot(*line_of_points[0], "o", color="black", markersize=3)
         axis.plot(*line_of_points[-1], "*", color=colours[1], markersize=9)
@@ -575,8 +576,8 @@ for column, axis in enumerate(axes):
 show(figure, "Paths from noise to data. Without guidance they end in all three classes, with it in one.")
 
 # %% [markdown]
-# *The same three starting points (dots) and noise, in 30 steps, without guidance and with it. Guided paths all end in
-# the upper class.*
+# *The same three points and noise, without guidance and with it: all 30 steps of DDIM, the last 15 of DDPM. Guided paths
+# all end in the upper class.*
 
 # %% [markdown] tags=["core"]
 # ## The lecture's form: a shifted mean
@@ -613,7 +614,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 
 # %% slide=["# The lecture's form: move the mean", "Bayes' rule on one step: a narrow normal times a classifier.", "$$p(x_{t-1}\\mid x_t,y)\\ \\propto\\ p(x_{t-1}\\mid x_t)\\;q(y\\mid x_{t-1}) \\tag{3.8}$$", "Over so short a distance, $\\log q(y\\mid\\cdot)$ is nearly a straight line:", "$$\\log q(y\\mid x_{t-1})\\approx\\log q(y\\mid\\mu)+(x_{t-1}-\\mu)\\cdot g \\tag{3.9}$$"] tags=["export"]
 def guided_mean(mean, variance, gradient, scale):
-    """The mean of an ancestral step, moved by s Sigma g; mean and gradient (B, ...), variance the diagonal.
+    """The mean (B, ...) of a step, moved by scale times variance, the diagonal of Sigma, times gradient.
 
     Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
     """
@@ -1636,16 +1637,15 @@ by_strength = {
     for run in on_axis["runs"]
     if (run["guidance"], run["denoiser"]) == ("classifier", "unconditional")
 }
-measured_share = by_strength[9.0]["share_large"]
+measured_share, choices = (
+    by_strength[9.0]["share_large"],
+    ("fewer than half", "about half", "many more than half"),
+)
 check_answer(
     "classifier_guidance.share_of_large",
     share_of_large,
-    "about half"
-    if 0.4 < measured_share < 0.6
-    else "many more than half"
-    if measured_share > 0.6
-    else "fewer than half",
-    among=("fewer than half", "about half", "many more than half"),
+    choices[(measured_share > 0.4) + (measured_share > 0.6)],
+    among=choices,
     hint="Which of two stars can the classifier still read at t = 600?",
 )
 
@@ -1763,9 +1763,10 @@ show(
 # *Left: both right, with two standard errors. Middle and right: real images of which a chosen share is large (grey), and
 # guided ones at the share that they have.*
 #
-# The guided points lie near the grey curve or below: what the distance shows here is mostly which *sizes* are drawn.
-# Within large shapes it does not grow with the scale at all. And recall notices little: real images lose none of theirs
-# until nearly all small ones are gone, since a few that are left span wide balls.
+# Above $s=1$ the guided points lie on the grey curve, within their errors: what the distance shows here is mostly which
+# *sizes* are drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
+# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$ it
+# is lower than sizes alone would make it.)
 #
 # Why large ones? A small shape is lost in noise sooner, so making it larger makes the classifier surer:
 
@@ -1807,9 +1808,9 @@ show_table(
 
 # %% [markdown]
 # For DDPM nothing has changed: its noise covers what the first step does. DDIM's distance falls by far more than its
-# error, and its sizes come near to DDPM's: so much was one step of fifty. Its obedience stays where it was, within the
-# error, so that lag has another cause. On the line above DDIM adds up every push and cannot take one back; whether that
-# is it was not measured.
+# error, and its share of large shapes with it: so much was one step of fifty. Its obedience stays where it was, within
+# the error, so that lag has another cause. On the line above DDIM adds up every push and cannot take one back; whether
+# that is it was not measured.
 #
 # What does guidance cost? One gradient of the classifier for each step, beside one evaluation of the U-Net:
 
@@ -1862,10 +1863,10 @@ show_table(
 )
 
 # %% [markdown]
-# The two forms obey alike, to within the error; their distances differ by a little more than two errors. The exact
-# shift of the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping
-# nothing holds it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by
-# the clipping, the lecture's form by its $\Sigma$, which is far smaller there.
+# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift of
+# the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing holds
+# it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the clipping, the
+# lecture's form by its $\Sigma$, which is far smaller there.
 #
 # And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
