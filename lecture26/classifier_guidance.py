@@ -192,16 +192,7 @@ def classifier_guided(denoiser, classifier, y, scale, diffusion):
 
 
 def guided_mean(mean, variance, gradient, scale):
-    """Move the mean of an ancestral step along the gradient of a log-probability.
-
-    Args:
-        mean: mu of p(x_{t-1} | x_t), (B, ...).
-        variance: the diagonal of Sigma, broadcastable to mean.
-        gradient: of log p(y | x), like mean.
-        scale: s, a number.
-
-    Returns:
-        The mean of the guided step, like mean. Its variance stays as it was.
+    """The mean (B, ...) of a step, moved by scale times variance, the diagonal of Sigma, times gradient.
 
     Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
     """

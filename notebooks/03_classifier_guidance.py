@@ -23,12 +23,11 @@
 # - train a classifier that reads noisy images, and know why a clean one fails;
 # - choose a scale by accuracy, distance, variety and cost, and know what a distance is made of.
 #
-# **What it needs**: [chapter 01](01_ddpm.ipynb) (scores, both samplers, the Gaussian mixture) and
-# [chapter 02](02_unet.ipynb) (the blocks and the trained network).
-# **What it takes**: two minutes to run on two cores; all data are embedded. To study: some 90 minutes for the core, three
-# hours with everything. Sections marked *(at a second reading)* can wait: the classifier's network is needed in
-# chapter 04, the rest nowhere. After a restart of the kernel nothing is defined any more: choose *Run All Above Selected
-# Cell* where you want to go on.
+# **What it needs**: [chapter 01](01_ddpm.ipynb) (scores, both samplers, the Gaussian mixture) and [chapter
+# 02](02_unet.ipynb) (the blocks and the trained network). **What it takes**: two minutes to run on two cores; all data
+# are embedded. To study: some 90 minutes for the core, three hours with everything. Sections marked *(at a second
+# reading)* can wait: the classifier's network is needed in chapter 04, the rest nowhere. After a restart of the kernel
+# nothing is defined any more: choose *Run All Above Selected Cell* where you want to go on.
 
 # %%
 import matplotlib.pyplot as plt
@@ -113,16 +112,15 @@ show(
 )
 
 # %% [markdown]
-# *The same noise above and below, at the start and on the way.* Why does that work, why eight times, why must the
-# classifier know noise, and what does it cost? First on points in the plane, where all is known.
+# *The same noise above and below, at the start and on the way.* Why does that work, why eight times, and what does it
+# cost? First on points in the plane, where all is known.
 
 # %% [markdown] tags=["core"]
 # ## Bayes' rule on scores
 #
-# Take chapter 01's mixture of three normals, and let the component be the **class** $y$. Everything is known about
-# it: the density of the noisy points $q(x_t)$, that of each class $q(x_t\mid y)$, and, by Bayes' rule, the
-# probability that a noisy point belongs to a class. (Proofs want more digits than training does: they compute in double
-# precision.)
+# Take chapter 01's mixture of three normals, and let the component be the **class** $y$. Known are the density of the
+# noisy points $q(x_t)$, that of each class $q(x_t\mid y)$, and, by Bayes' rule, the probability that a noisy point
+# belongs to a class. (Proofs want more digits than training does: they compute in double precision.)
 
 # %% slide=["# Bayes' rule, in logarithms", "$$q(x_t\\mid y)=\\frac{q(y\\mid x_t)\\,q(x_t)}{q(y)}$$", "? Take the logarithm, then the gradient in $x_t$. Which term is gone?", "(3.1)", "Nothing is approximated. But the classifier must read *noisy* pictures."]
 exact = {"dtype": torch.float64}
@@ -143,9 +141,8 @@ show_table(
 )
 
 # %% [markdown]
-# At this point the unconditional score, which chapter 02's network approximates, hardly pulls at all, since the
-# classes pull in different directions. The score of the class we want points up. What has to be added to the one to
-# get the other? Bayes' rule says
+# The unconditional score, which chapter 02's network approximates, hardly pulls at all here, since the classes pull in
+# different directions; that of the class we want points up. What has to be added? Bayes' rule says
 #
 # $$q(x_t\mid y)=\frac{q(y\mid x_t)\,q(x_t)}{q(y)}
 # \quad\Longrightarrow\quad
@@ -269,8 +266,8 @@ def guided_eps(eps, gradient, alpha_bar, scale):
 check("classifier_guidance.guided_eps", guided_eps)
 
 # %% [markdown]
-# To check (3.4), leave scores alone. The expected noise is an integral over all $x_0$ that could have become $x_t$, here
-# a sum over a fine grid, once of all classes and once of the upper one:
+# To check (3.4) without scores, take the expected noise as what it is, an integral over all $x_0$ that could have become
+# $x_t$; here a sum over a fine grid:
 
 # %%
 side = torch.linspace(-2, 2, 201, **exact)
@@ -299,8 +296,8 @@ verify("3.4", guided_eps(eps_all, gradient, alpha_bar, 1.0), eps_class, atol=1e-
 #
 # $$\log p_\phi(y\mid x_t)=\ell_y-\log\sum_k e^{\ell_k} \tag{3.5, definition}$$
 #
-# With numbers: for the logits $(2, 1, 0)$ and $y=0$ this is $2-\log(e^2+e^1+e^0)=2-2.41=-0.41$. It differs from the logit
-# by the second term, and that matters: a network can raise all its logits at once, and know nothing.
+# With numbers: for the logits $(2, 1, 0)$ and $y=0$ this is $2-\log(e^2+e^1+e^0)=2-2.41=-0.41$. It differs from the
+# logit by the second term, and that matters: a network can raise all its logits at once, and know nothing.
 #
 # #### Exercise 2: each sample's own class
 #
@@ -357,18 +354,16 @@ check("classifier_guidance.selected_log_probs", selected_log_probs)
 # $$\frac{\partial}{\partial x^{(i)}}\sum_j\log p_\phi\bigl(y^{(j)}\mid x^{(j)}\bigr)
 # =\nabla\log p_\phi\bigl(y^{(i)}\mid x^{(i)}\bigr) \tag{3.6}$$
 #
-# With the mean in the place of the sum, each gradient would come out $B$ times too small, and the strength of the
-# guidance would depend on how many images one happens to draw at once. (It also needs a network in which images do
-# not meet. Chapter 02's blocks normalise each image by itself; batch normalisation would be right in evaluation mode
-# only.)
+# With the mean, the strength of the guidance would depend on how many images one happens to draw at once. (Images must
+# not meet in the network: batch normalisation would be right in evaluation mode only.)
 #
 # Samplers run under `torch.no_grad()`, so the function switches gradients on for itself; and under
-# `torch.inference_mode()` tensors cannot take part in differentiation at all, but copies of them can.
+# `torch.inference_mode()` only copies of tensors can take part in differentiation.
 #
 # #### Exercise 3: the gradient
 #
-# *Algorithm, medium, 8 minutes.* Write `log_prob_gradient`. The two lines that switch gradients on are there. Nothing may
-# be left behind: no graph, and nothing in the `.grad` of the classifier's weights.
+# *Algorithm, medium, 8 minutes.* Write `log_prob_gradient`. The two lines that switch gradients on are there. Nothing
+# may be left behind: no graph, and nothing in the `.grad` of the classifier's weights.
 
 
 # %% tags=["export", "exercise"]
@@ -446,10 +441,10 @@ verify("3.6", together, torch.cat(one_by_one), atol=1e-12)
 # The guidance goes into a function that wraps the denoiser, and what comes out is again a callable of $x_t$ and $t$.
 # So no sampler has to know about it: DDPM, DDIM, any number of steps, any network that can be called.
 #
-# And any prediction. Chapter 02's network predicts $v$, others $x_0$, and some have channels for the variance behind. What
-# they predict is a linear function of $x_0$ and $\epsilon$, chapter 01's `target(x_0, alpha_bar, eps)`. Guidance
-# moves $\epsilon$ by (3.4) while $x_t$ stays where it is, so $x_0$ moves as well, by (1.22). The prediction then moves by
-# what `target` makes of the two shifts.
+# And any prediction. Chapter 02's network predicts $v$, others $x_0$, and some have channels for the variance behind.
+# What they predict is a linear function of $x_0$ and $\epsilon$, chapter 01's `target(x_0, alpha_bar, eps)`. Guidance
+# moves $\epsilon$ by (3.4) while $x_t$ stays where it is, so $x_0$ moves as well, by (1.22). The prediction then moves
+# by what `target` makes of the two shifts.
 #
 # #### Exercise 4: a guided answer
 #
@@ -525,8 +520,8 @@ def classifier_guided(denoiser, classifier, y, scale, diffusion):
 
 
 # %% [markdown]
-# With exact ingredients and $s=1$, guided sampling must do, step by step, what sampling from the class alone does. So
-# start both at the same noise, give them the same noise on the way, and compare all points of each path:
+# With exact ingredients and $s=1$, guided sampling must do, step by step, what sampling from the class alone does. Give
+# both the same noise, and compare all points of each path:
 
 
 # %%
@@ -570,9 +565,10 @@ figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharex=True, sharey=True, l
 data = mixture.sample(800, torch.Generator().manual_seed(1))[0]
 for column, axis in enumerate(axes):
     name, (sampler, way) = list(steps)[column // 2], divmod(column, 2)
-    shown_paths = paths["guided" if way else "unguided"][sampler]
+    begin = 15 if name == "DDPM" else 0  # before that, DDPM's paths are noise
+    shown_paths = paths["guided" if way else "unguided"][sampler, begin:]
     axis.scatter(*data.T, s=2, color="lightgrey")
-    for line_of_points in shown_paths[:, [0, 2, 3]].transpose(0, 1):  # (31, 2) each
+    for line_of_points in shown_paths[:, [0, 1, 4]].transpose(0, 1):  # (31 - begin, 2) each
         axis.plot(*line_of_points.T, linewidth=0.9, marker=".", markersize=2)
         axis.plot(*line_of_points[0], "o", color="black", markersize=3)
         axis.plot(*line_of_points[-1], "*", color=colours[1], markersize=9)
@@ -580,8 +576,8 @@ for column, axis in enumerate(axes):
 show(figure, "Paths from noise to data. Without guidance they end in all three classes, with it in one.")
 
 # %% [markdown]
-# *The same three starting points (dots) and noise, in 30 steps, without guidance and with it. Guided paths all end in the
-# upper class.*
+# *The same three points and noise, without guidance and with it: all 30 steps of DDIM, the last 15 of DDPM. Guided paths
+# all end in the upper class.*
 
 # %% [markdown] tags=["core"]
 # ## The lecture's form: a shifted mean
@@ -598,15 +594,14 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 #
 # $$p(x_{t-1}\mid x_t,y)\ \propto\ p(x_{t-1}\mid x_t)\;q(y\mid x_{t-1}) \tag{3.8, step}$$
 #
-# A normal distribution times a classifier is nothing one could draw from. But $\Sigma$ is small when there are many
-# steps, and over so short a distance, a smooth function is nearly linear. Taylor's theorem around $\mu$, to first
-# order:
+# That is nothing one could draw from. But $\Sigma$ is small when there are many steps, and over so short a distance, a
+# smooth function is nearly linear. Taylor's theorem around $\mu$, to first order:
 #
 # $$\log q(y\mid x_{t-1})\approx\log q(y\mid x_{t-1}=\mu)+(x_{t-1}-\mu)\cdot g,
 # \qquad g=\nabla\log q(y\mid x_{t-1})\big|_{x_{t-1}=\mu} \tag{3.9, step}$$
 #
-# With a scale $s$ in front of $g$, the logarithm of the product is, up to constants, a quadratic function of
-# $x_{t-1}$, which can be completed to a square. Write $d=x_{t-1}-\mu$; then
+# With a scale $s$ in front of $g$, the logarithm of the product is, up to constants, a quadratic function of $x_{t-1}$,
+# which can be completed to a square. Write $d=x_{t-1}-\mu$; then
 # $-\tfrac12d^\top\Sigma^{-1}d+s\,d^\top g=-\tfrac12(d-s\Sigma g)^\top\Sigma^{-1}(d-s\Sigma g)+\tfrac{s^2}2g^\top\Sigma g$,
 # which means
 #
@@ -619,16 +614,7 @@ show(figure, "Paths from noise to data. Without guidance they end in all three c
 
 # %% slide=["# The lecture's form: move the mean", "Bayes' rule on one step: a narrow normal times a classifier.", "$$p(x_{t-1}\\mid x_t,y)\\ \\propto\\ p(x_{t-1}\\mid x_t)\\;q(y\\mid x_{t-1}) \\tag{3.8}$$", "Over so short a distance, $\\log q(y\\mid\\cdot)$ is nearly a straight line:", "$$\\log q(y\\mid x_{t-1})\\approx\\log q(y\\mid\\mu)+(x_{t-1}-\\mu)\\cdot g \\tag{3.9}$$"] tags=["export"]
 def guided_mean(mean, variance, gradient, scale):
-    """Move the mean of an ancestral step along the gradient of a log-probability.
-
-    Args:
-        mean: mu of p(x_{t-1} | x_t), (B, ...).
-        variance: the diagonal of Sigma, broadcastable to mean.
-        gradient: of log p(y | x), like mean.
-        scale: s, a number.
-
-    Returns:
-        The mean of the guided step, like mean. Its variance stays as it was.
+    """The mean (B, ...) of a step, moved by scale times variance, the diagonal of Sigma, times gradient.
 
     Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
     """
@@ -653,9 +639,9 @@ verify("3.10", tilted, shifted + s**2 / 2 * (g * Sigma * g).sum(), atol=1e-10)
 # #### Exercise 5: the sampler of the slide
 #
 # *Algorithm, medium, 12 minutes.* Write `mean_shifted_chain`, the whole loop from noise to data with the lecture's
-# formula in it. The model's mean and variance come from `moments`, which counts the steps of a schedule that may have been
-# shortened; the classifier was trained on the original steps, and `steps` says which they are. The noise of a step is
-# `noise_at(index)`; the last step adds none. The gradient is taken at $x_t$.
+# formula in it. The model's mean and variance come from `moments`, which counts the steps of a schedule that may have
+# been shortened; the classifier was trained on the original steps, and `steps` says which they are. The noise of a step
+# is `noise_at(index)`; the last step adds none. The gradient is taken at $x_t$.
 
 
 # %% tags=["export", "exercise"]
@@ -722,8 +708,8 @@ def sample_mean_shifted(diffusion, denoiser, classifier, y, scale, x_T, generato
 
 
 # %% [markdown]
-# This form needs the step's $\Sigma$, which a denoiser does not know. So it cannot be a wrapper. In chapter 01's
-# sampler it is a hook, which `ddpm_step` calls once it has mean and variance; there it goes with all that `sample` can do.
+# This form needs the step's $\Sigma$, which a denoiser does not know. So it cannot be a wrapper; for chapter 01's
+# sampler it is a hook, which `ddpm_step` calls once it has mean and variance.
 
 
 # %% tags=["export"]
@@ -764,10 +750,10 @@ print(f"as the hook draws: {torch.allclose(by_hook, by_chain, atol=1e-10)}")
 # %% [markdown] tags=["optional"]
 # ### What is neglected *(at a second reading)*
 #
-# Two things: the gradient is taken at another point and level than (3.9) asks for; and the Taylor step itself has dropped
-# all curvature. In the laboratory each can be measured, because the right answer is known: the true mean of $x_{t-1}$
-# given $x_t$ and $y$. One forward step, $x_t=\sqrt{\alpha_t}\,x_{t-1}+\sqrt{\beta_t}\,\epsilon$,
-# is a noising like any other, so (1.17) holds for it with $\alpha_t$ in the place of $\bar\alpha_t$:
+# Two things: the gradient is taken at another point and level than (3.9) asks for; and the Taylor step itself has
+# dropped all curvature. In the laboratory each can be measured, because the right answer is known: the true mean of
+# $x_{t-1}$ given $x_t$ and $y$. One forward step, $x_t=\sqrt{\alpha_t}\,x_{t-1}+\sqrt{\beta_t}\,\epsilon$, is a noising
+# like any other, so (1.17) holds for it with $\alpha_t$ in the place of $\bar\alpha_t$:
 # $\mathbb E[x_{t-1}\mid x_t]=\bigl(x_t+\beta_t\nabla\log q(x_t)\bigr)/\sqrt{\alpha_t}$, and the same given $y$. The
 # difference of the two is, by (3.1),
 #
@@ -826,20 +812,18 @@ assert all(errors[50, 5][1][i] > 3 * errors[200, 20][1][i] > 9 * errors[1000, 10
 # %% [markdown]
 # At $t=600$, where hardly any signal is left, $\log q(y\mid\cdot)$ is nearly linear and nothing matters much. The less
 # noise, the larger the error: some per cent where the data come out, even with 1000 steps. Taking $x_t$ for $\mu$ costs
-# hardly anything; half of the error or more is the level, and the rest is Taylor's. The last two rows are about the place
-# of the third with fewer steps: the error falls about as fast as $1/T$, so in the limit of many steps the two forms of
-# guidance are one.
+# hardly anything; half of the error or more is the level, and the rest is Taylor's. The last two rows are about the
+# place of the third with fewer steps: the error falls about as fast as $1/T$, so in the limit of many steps the two
+# forms of guidance are one.
 #
 # The wrapped denoiser does what (3.11) says, in ancestral sampling: it moves the predicted noise by (3.4), and with
 # it the mean, by exactly
 #
 # $$\mu_{\text{guided}}-\mu=s\,\frac{\beta_t}{\sqrt{\alpha_t}}\,\nabla_{x_t}\log q(y\mid x_t) \tag{3.12}$$
 #
-# at any $s$, as long as nothing is clipped. (Where $\hat x_0$ is clipped to $[-1,1]$, this course does so after the
-# guidance, in `p_mean_variance`; the code that Dhariwal and Nichol have published clips it before, and in DDIM not
-# again. What that does is shown below, on images.) To see it, insert the shift of the noise into (1.15) by way of
-# (1.22): the weight of $x_0$ in the mean, $\sqrt{\bar\alpha_{t-1}}\,\beta_t/(1-\bar\alpha_t)$, times the shift of
-# $x_0$, which is $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\cdot g$.
+# at any $s$, as long as nothing is clipped. To see it, insert the shift of the noise into (1.15) by way of (1.22): the
+# weight of $x_0$ in the mean, $\sqrt{\bar\alpha_{t-1}}\,\beta_t/(1-\bar\alpha_t)$, times the shift of $x_0$, which is
+# $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\cdot g$.
 
 # %%
 noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(9), **exact)
@@ -854,9 +838,9 @@ verify("3.12", moved, 3.0 * beta / (1 - beta).sqrt() * gradient_at_t, atol=1e-9)
 # %% [markdown] tags=["core"]
 # ## More than Bayes' rule: scales above 1
 #
-# On images, $s=1$ turns out to be weak: the samples often show the class, but far from always. Scales of 3 or 10 give
-# clearer ones. What does a scale do? Since $s\,\nabla\log q(y\mid x_t)=\nabla\log q(y\mid x_t)^s$, one is tempted to
-# say that it samples from the data, **tilted** by a sharper classifier:
+# On images, $s=1$ turns out to be weak: the samples often show the class, but far from always. What does a larger scale
+# do? Since $s\,\nabla\log q(y\mid x_t)=\nabla\log q(y\mid x_t)^s$, one is tempted to say that it samples from the data,
+# **tilted** by a sharper classifier:
 #
 # $$\tilde q(x_0)\propto q(x_0)\,q(y\mid x_0)^s \tag{3.13, definition}$$
 #
@@ -934,9 +918,9 @@ for s in (1.0, 3.0, 10.0):
 # %% [markdown]
 # #### Exercise 6: which sampler goes farther?
 #
-# *Question, easy, 3 minutes.* The right class has its mean at 0.4, and nearly all data lie below 1.2. Guided with $s=10$, by
-# the same field and in the same 400 steps: whose samples have the larger mean, `"DDPM"`'s, `"DDIM"`'s, or are both
-# the `"same"` to 0.1? Think of what fresh noise does to a sample that has gone too far.
+# *Question, easy, 3 minutes.* The right class has its mean at 0.4, and nearly all data lie below 1.2. Guided with
+# $s=10$, by the same field and in the same 400 steps: whose samples have the larger mean, `"DDPM"`'s, `"DDIM"`'s, or
+# are both the `"same"` to 0.1? Think of what fresh noise does to a sample that has gone too far.
 
 # %% tags=["question"]
 ### BEGIN SOLUTION
@@ -983,30 +967,27 @@ show_table(
 assert drawn_on_line[3.0, "DDIM"].mean() > drawn_on_line[3.0, "DDPM"].mean() + 0.05 > 0.6
 
 # %% [markdown]
-# A caricature of what a large scale does to images: more typical of the class than the class itself. The difference
-# between the samplers does not come from coarse steps: it stays as they get finer. ([Chapter
-# 05](05_classifier_free_guidance.ipynb) has a case in which what each of the two draws is known in closed form.) For $s=1$
-# the field *is* a score, and both agree.
-#
-# So two warnings. The tilted density is a way of thinking about $s>1$, not what is sampled; and a scale that was
-# tuned for one sampler is not the right one for another.
+# More typical of the class than the class itself. The difference between the samplers stays as steps get finer; for
+# $s=1$ the field *is* a score, and both agree. ([Chapter 05](05_classifier_free_guidance.ipynb) has a case in which
+# what each draws is known in closed form.) So the tilted density is a way of thinking about $s>1$, not what is sampled;
+# and a scale that was tuned for one sampler is not the right one for another.
 #
 # #### Exercise 7: how far the first step aims
 #
 # *Question on paper, medium, 12 minutes.* By (3.4) and (1.22) guidance moves the predicted $\hat x_0$ by
-# $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;\nabla\log q(y\mid x_t)$. (a) What is that, for an exact classifier, in terms of
-# $\mathbb E[x_0\mid x_t]$ and $\mathbb E[x_0\mid x_t,y]$? (b) And where $x_t$ is nothing but noise? (c) To which $\hat x_0$
-# does the first step aim on the line above, for $s=1$, 3 and 10? (d) The classifier is a trained one, and its gradient
-# at pure noise is small but not as small as it should be. What happens to the push?
+# $s\,(1-\bar\alpha_t)/\sqrt{\bar\alpha_t}\;\nabla\log q(y\mid x_t)$. (a) What is that, for an exact classifier, in
+# terms of $\mathbb E[x_0\mid x_t]$ and $\mathbb E[x_0\mid x_t,y]$? (b) And where $x_t$ is nothing but noise? (c) To
+# which $\hat x_0$ does the first step aim on the line above, for $s=1$, 3 and 10? (d) The classifier is a trained one,
+# and its gradient at pure noise is small but not as small as it should be. What happens to the push?
 #
 # <details>
 # <summary>Answer, and what to look for in yours</summary>
 #
-# (a) By (1.17), $\sqrt{\bar\alpha_t}\,\mathbb E[x_0\mid x_t]=x_t+(1-\bar\alpha_t)\nabla\log q(x_t)$, and the same given $y$.
-# Subtract, and use (3.1): the push is $s\,\bigl(\mathbb E[x_0\mid x_t,y]-\mathbb E[x_0\mid x_t]\bigr)$. (b) Pure noise says
-# nothing: $s\,\bigl(\mathbb E[x_0\mid y]-\mathbb E[x_0]\bigr)$. (c) $0.4\,s$: at 0.4, 1.2 and 4. (d) The exact gradient
-# falls like $\sqrt{\bar\alpha_t}$, which cancels the growing factor. An error that does not fall is multiplied by
-# $1/\sqrt{\bar\alpha_t}$, thousands at the first step, and the push is mostly error.
+# (a) By (1.17), $\sqrt{\bar\alpha_t}\,\mathbb E[x_0\mid x_t]=x_t+(1-\bar\alpha_t)\nabla\log q(x_t)$, and the same given
+# $y$. Subtract, and use (3.1): the push is $s\,\bigl(\mathbb E[x_0\mid x_t,y]-\mathbb E[x_0\mid x_t]\bigr)$. (b) Pure
+# noise says nothing: $s\,\bigl(\mathbb E[x_0\mid y]-\mathbb E[x_0]\bigr)$. (c) $0.4\,s$: at 0.4, 1.2 and 4. (d) The
+# exact gradient falls like $\sqrt{\bar\alpha_t}$, which cancels the growing factor. An error that does not fall is
+# multiplied by $1/\sqrt{\bar\alpha_t}$, thousands at the first step, and the push is mostly error.
 #
 # - The difference of the two expectations, derived from (1.17) and (3.1): 1 point.
 # - At pure noise the expectations are those of the data and of the class: 1 point.
@@ -1035,8 +1016,8 @@ assert drawn_on_line[3.0, "DDIM"].mean() > drawn_on_line[3.0, "DDPM"].mean() + 0
 #
 # #### Exercise 8: ask the picture
 #
-# *Formula, medium, 6 minutes.* Write `attention_pool`, (3.15), with the help of chapter 02's `attention`. All samples are
-# asked the same questions.
+# *Formula, medium, 6 minutes.* Write `attention_pool`, (3.15), with the help of chapter 02's `attention`. All samples
+# are asked the same questions.
 
 
 # %% tags=["export", "exercise"]
@@ -1335,8 +1316,8 @@ show(figure, "The training loss falls from that of guessing, quickly first, then
 # *In the first two hundred steps it learns to read the colour. It can never fall to zero: at the last steps of the
 # diffusion there is nothing left to read.*
 #
-# The shape takes longer. The classifier at the head of this chapter had 8,000 steps of training; for comparison, the course
-# ships a smaller one that was trained on clean images only. How well do the three read, at each level of noise?
+# The shape takes longer. The classifier at the head of this chapter had 8,000 steps; a smaller one, for comparison, was
+# trained on clean images only. How well do the three read, at each level of noise?
 
 # %%
 clean_classifier = load_model("clean_classifier_shapes32")
@@ -1376,9 +1357,8 @@ show(
 )
 
 # %% [markdown]
-# *Which share of 256 unseen images is read right, at ten levels of noise; the grey line is guessing. After 200 steps
-# only the colour is there. The network trained on clean images is perfect on these, and loses the shapes long before
-# the other one does.*
+# *Which share of 256 unseen images is read right; the grey line is guessing. After 200 steps only the colour is there.
+# The network trained on clean images is perfect on these, and loses the shapes long before the other one does.*
 
 # %%
 show_table(
@@ -1425,12 +1405,10 @@ show(
 # *For each level the noisy image, then the gradient towards 'red star' of the noisy classifier and of the clean one
 # (each divided by its largest entry; grey is zero).*
 #
-# The gradients of the noisy classifier are made of patches, and they are where the object is: red where the star
-# wants to be, the opposite where it wants to end. Even to the red star it says how to become more of one. It has
-# learned to look past noise, so noise-like changes do not impress it. Those of the clean classifier are streaks all
-# over the picture, much the same at every level and wherever the object is. They are **adversarial**: changes that
-# nobody would see as a step towards a red star, but that move the logits. It was never shown that such streaks mean
-# nothing.
+# The gradients of the noisy classifier are patches where the object is: red where the star wants to be, the opposite
+# where it wants to end. It has learned to look past noise. Those of the clean classifier are streaks all over the
+# picture, much the same at every level and wherever the object is. They are **adversarial**: changes that nobody would
+# see as a step towards a red star, but that move the logits. It was never shown that such streaks mean nothing.
 
 # %% [markdown] tags=["core"]
 # ## Guiding the U-Net
@@ -1492,8 +1470,9 @@ pushed = 3.0 * (1 - alpha_bar) / alpha_bar.sqrt() * gradient
 verify("3.18", pushed, 3.0 * (expected_x_0(alone) - expected_x_0(mixture)), atol=1e-8)
 
 # %% [markdown]
-# So the exact gradient falls like $\sqrt{\bar\alpha_t}$ where $x_t$ is all but noise. That of a network has no reason to.
-# Here is the push on $\hat x_0$ at some of the fifty steps, for eight images and $s=8$, while pixels lie in $[-1,1]$:
+# So the exact gradient falls like $\sqrt{\bar\alpha_t}$ where $x_t$ is all but noise. That of a network has no reason
+# to. Here is the push on $\hat x_0$ at some of the fifty steps, for eight images and $s=8$, while pixels lie in
+# $[-1,1]$:
 
 # %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[output]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
 pushes = []
@@ -1513,8 +1492,7 @@ show_table(
 
 # %% [markdown]
 # So it matters whether $\hat x_0$ is clipped *after* the guidance, as in this course, *before* it, as in the published
-# code of Dhariwal and Nichol for DDIM, or *never*. Clipping before is one more wrapper: a denoiser whose $\hat x_0$
-# stays within $[-1,1]$, guided as any other, and sampled by a diffusion that does not clip.
+# code of Dhariwal and Nichol for DDIM, or *never*. Clipping before is one more wrapper:
 
 
 # %%
@@ -1556,12 +1534,10 @@ show_stars(
 )
 
 # %% [markdown]
-# *The same noise everywhere, $s=8$.* Here everything depends on it. Clipped after the guidance, a push is never larger
-# than the range of the pixels. Otherwise the first step throws the whole picture far out, to one large red area; DDPM's
-# fresh noise covers most of that on the way, DDIM keeps it. Clipping before does not help, since the huge term is the
-# gradient's and not the denoiser's.
-#
-# Is it that first step alone? Never clip, and leave the guidance out there, in one step of fifty:
+# *The same noise everywhere, $s=8$.* Clipped after the guidance, a push is never larger than the range of the pixels.
+# Otherwise the picture is thrown far out, to one large red area; DDPM's fresh noise covers most of that on the way,
+# DDIM keeps it. Clipping before does not help, since the huge term is the gradient's. Is it the first step alone? Never
+# clip, and leave the guidance out there, in one step of fifty:
 
 # %%
 star_denoiser = classifier_guided(unconditional, trained_classifier, stars_wanted, 8.0, diffusion)
@@ -1577,18 +1553,16 @@ show_stars(later, "Two rows of eight pictures, never clipped, most of them red s
 assert all(drawn.abs().max() < 1.5 for drawn in later.values())
 
 # %% [markdown]
-# *Never clipped, and unguided at the first step: the same noise, $s=8$.* It is. How much the first step spoils where all is
-# clipped, as usual, is measured in *How strong?*. With the linear schedule of Dhariwal and Nichol the factor
-# is large at the start as well (157, where $\bar\alpha_T=4\cdot10^{-5}$); what clipping does for their models was not
-# measured here.
+# *Never clipped, and unguided at the first step: the same noise, $s=8$.* It is. How much it spoils where all is
+# clipped, as usual, is measured in *How strong?*. (With the linear schedule of Dhariwal and Nichol the factor at the
+# start is 157; what clipping does for their models was not measured here.)
 
 # %% [markdown] tags=["optional"]
 # ### What is neglected, on images *(at a second reading)*
 #
-# In the laboratory, point and level cost a few per cent with 1000 steps. Here the classifier is a
-# network, and the schedule a cosine. Take noisy images at several steps, and compare the gradient that the hook uses
-# with the one that the derivation asks for, at $(\mu,t-1)$; then the Taylor step itself: for draws of $x_{t-1}$, how
-# much of the change of $\log p(y\mid x_{t-1})$ is not linear?
+# Now with a network for the classifier, and a cosine schedule: the gradient that the hook uses against the one that the
+# derivation asks for, at $(\mu,t-1)$; then the Taylor step itself: for draws of $x_{t-1}$, how much of the change of
+# $\log p(y\mid x_{t-1})$ is not linear?
 
 
 # %%
@@ -1630,26 +1604,25 @@ fine_errors, coarse_errors = [
 assert all(fine < coarse for fine, coarse in zip(fine_errors, coarse_errors))
 
 # %% [markdown]
-# With all 1000 steps the hook's gradient is off by a few per cent, and here neither point nor level is most of it at every
-# step. With 50 steps the error is several times as large, and at the early steps the straight line misses most of the
-# change: a step that long is no short distance. Guidance still works there. What one step gets wrong the next one sees, at its
-# own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
+# With all 1000 steps the hook's gradient is off by a few per cent, and here neither point nor level is most of it at
+# every step. With 50 steps the error is several times as large, and at the early steps the straight line misses most of
+# the change: a step that long is no short distance. Guidance still works there. What one step gets wrong the next one
+# sees, at its own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
 
 # %% [markdown] tags=["core"]
 # ## How strong?
 #
-# The scale trades one thing for another. Stored measurements draw 512 images for each of several scales, each with a
-# shape and a colour of its own, and ask a *reader*, a third network that has taken no part in any of this: are
-# shape and colour as asked for? How far are the images from real ones (Fréchet distance)? How much of the *variety* of
-# real images is there? For variety they take the **recall** of Kynkäänniemi et al.: draw a ball around the features of
-# each sample, out to its third-nearest other sample; recall is the share of real images whose features fall into one of
-# the balls.
+# Stored measurements draw 512 images for each of several scales, each with a shape and a colour of its own, and ask a
+# *reader*, a third network: are shape and colour as asked for? How far are the images from real ones (Fréchet
+# distance)? How much of the *variety* of real images is there? That is the **recall** of Kynkäänniemi et al.: draw a
+# ball around the features of each sample, out to its third-nearest other sample; recall is the share of real images
+# whose features fall into one of the balls.
 #
 # #### Exercise 11: what nobody asked for
 #
-# *Question, easy, 3 minutes.* Half of all real images show a large shape, the others a small one. The classifier is asked for
-# a shape and a colour; nobody says a word about size. At $s=9$, which share of the drawn shapes is large: `"fewer than
-# half"`, `"about half"`, or `"many more than half"`? Think of what the classifier reads at high noise.
+# *Question, easy, 3 minutes.* Half of all real images show a large shape, the others a small one. The classifier is
+# asked for a shape and a colour; nobody says a word about size. At $s=9$, which share of the drawn shapes is large:
+# `"fewer than half"`, `"about half"`, or `"many more than half"`? Think of what the classifier reads at high noise.
 
 # %% tags=["question"]
 ### BEGIN SOLUTION
@@ -1664,22 +1637,21 @@ by_strength = {
     for run in on_axis["runs"]
     if (run["guidance"], run["denoiser"]) == ("classifier", "unconditional")
 }
-measured_share = by_strength[9.0]["share_large"]
+measured_share, choices = (
+    by_strength[9.0]["share_large"],
+    ("fewer than half", "about half", "many more than half"),
+)
 check_answer(
     "classifier_guidance.share_of_large",
     share_of_large,
-    "about half"
-    if 0.4 < measured_share < 0.6
-    else "many more than half"
-    if measured_share > 0.6
-    else "fewer than half",
-    among=("fewer than half", "about half", "many more than half"),
+    choices[(measured_share > 0.4) + (measured_share > 0.6)],
+    among=choices,
     hint="Which of two stars can the classifier still read at t = 600?",
 )
 
 # %% [markdown]
-# This and the distances, by ancestral sampling in 50 steps. Behind ± stands the standard error; two numbers that are less
-# than two standard errors of their difference apart are a tie.
+# This and the distances, by ancestral sampling in 50 steps. Behind ± stands the standard error; two numbers that are
+# less than two standard errors of their difference apart are a tie.
 
 
 # %% slide=["# What a scale buys, and what comes with it", "? Nobody asks for a size. Which share of the drawn shapes is large?", "[output]", "Accuracy rises and levels off. So does the share of large shapes, and the distance with it."]
@@ -1720,8 +1692,8 @@ show_table(
 )
 
 # %% [markdown]
-# Obedience has its price, it seems: at $s=9$ the distance is several times that without guidance. But look at the column
-# *large*. How far would *real* images be, if as many of them were large? That is the control:
+# Obedience has its price, it seems: the distance at $s=9$. But look at the column *large*. How far would *real* images
+# be, if as many of them were large? That is the control:
 
 # %% slide=["# The distance is mostly the share of large shapes", "[picture]", "Grey: real images, of which chosen shares are large. Guided images lie where real ones of their sizes lie."] tags=["draw"]
 sweep = load_results("classifier_guidance_sweep")
@@ -1791,18 +1763,34 @@ show(
 # *Left: both right, with two standard errors. Middle and right: real images of which a chosen share is large (grey), and
 # guided ones at the share that they have.*
 #
-# The guided points lie near the grey curve or below: what the distance shows here is mostly which *sizes* are drawn. Within
-# large shapes it is, at every scale, near that of real against real. Why large ones? A small shape is lost in noise
-# sooner, so making it larger makes the classifier surer. Nobody asked for it, and the classifier cannot tell. And recall
-# notices little: real images lose none of theirs until nearly all small ones are gone, since a few of
-# them span wide balls.
+# Above $s=1$ the guided points lie on the grey curve, within their errors: what the distance shows here is mostly which
+# *sizes* are drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
+# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$ it
+# is lower than sizes alone would make it.)
 #
-# So there is no one best scale: 1 for the distribution, some 8 for obedience; beyond that nothing is gained, and the sizes
-# go on shifting. And a distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb)
-# puts all three guidances on this axis.
+# Why large ones? A small shape is lost in noise sooner, so making it larger makes the classifier surer:
+
+# %%
+is_large = unseen["size"] == images.labels["size"].index("large")
+legible = []
+for step in (555, 666, 777):
+    at_step = torch.full((256,), step)
+    with torch.no_grad():
+        shape, _ = trained_classifier.label_logits(
+            diffusion.q_sample(unseen["image"], at_step, reading_noise), at_step
+        )
+    right = (shape.argmax(dim=1) == unseen["shape"]).float()
+    legible.append([str(step), f"{right[is_large].mean():.2f}", f"{right[~is_large].mean():.2f}"])
+show_table(legible, columns=["$t$", "large shapes read right", "small ones"])
+assert all(float(large) > float(small) for _, large, small in legible)
+
+# %% [markdown]
+# So there is no one best scale: 1 for the distribution, some 8 for obedience; beyond that nothing is gained. And a
+# distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb) puts all three guidances
+# on this axis.
 #
-# And DDIM? In the left picture it is far behind. One cause is in *Where to clip*: at the first
-# step the push is mostly error, and DDIM has no noise that would cover what it does. So leave the guidance out there, once:
+# And DDIM, which is far behind in the left picture? At the first step the push is mostly error (*Where to clip*), and
+# DDIM has no noise that would cover what it does. So leave the guidance out there, once:
 
 # %% slide=["# Why is DDIM behind? One step of fifty is part of it", "[output]", "Without guidance at the very first step, where the push is mostly error."]
 show_table(
@@ -1819,9 +1807,10 @@ show_table(
 )
 
 # %% [markdown]
-# For DDPM nothing has changed: its noise covers what the first step does. DDIM's distance falls by far more than its error, and
-# its sizes come near to DDPM's: so much was one step of fifty. Its obedience stays where it was, within the error, so that lag
-# has another cause. On the line above DDIM adds up every push and cannot take one back; whether that is it was not measured.
+# For DDPM nothing has changed: its noise covers what the first step does. DDIM's distance falls by far more than its
+# error, and its share of large shapes with it: so much was one step of fifty. Its obedience stays where it was, within
+# the error, so that lag has another cause. On the line above DDIM adds up every push and cannot take one back; whether
+# that is it was not measured.
 #
 # What does guidance cost? One gradient of the classifier for each step, beside one evaluation of the U-Net:
 
@@ -1851,8 +1840,9 @@ assert difference < 0.08
 # %% [markdown] tags=["optional"]
 # ### Other ways to the same place *(at a second reading)*
 #
-# At $s=8$ the measurements also hold the lecture's form; the exact shift (3.12) applied to the mean in its place; and the
-# classes that were held out: pairs of shape and colour that neither the denoiser nor the classifier has ever seen together.
+# At $s=8$ the measurements also hold the lecture's form; the exact shift (3.12) applied to the mean in its place; and
+# the classes that were held out: pairs of shape and colour that neither the denoiser nor the classifier has ever seen
+# together.
 
 # %%
 (unseen_pairs,) = (run for run in sweep["runs"] if run["split"] == "held_out")
@@ -1873,7 +1863,12 @@ show_table(
 )
 
 # %% [markdown]
-# TODO And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
+# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift of
+# the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing holds
+# it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the clipping, the
+# lecture's form by its $\Sigma$, which is far smaller there.
+#
+# And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
 
 # %% [markdown] tags=["core"]
@@ -1923,15 +1918,14 @@ show(
 
 # %% [markdown]
 # The clean classifier has not even convinced itself. Its streaks look like noise to the denoiser, which takes them
-# out again, step by step; what is left in the end is some object or other. Nothing in the formula has changed; only
-# the noise is missing from the classifier's training.
+# out again, step by step. Nothing in the formula has changed; only the noise is missing from the classifier's training.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
 #
-# Save this notebook, call `make mine` in a terminal, and run the next cell: it runs on your functions, as at the
-# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your training step teaches a small classifier of
-# pictures; your gradient of the course's trained one steers the network of chapter 02, in both forms.
+# Save this notebook, call `make mine` in a terminal, and run the next cell, as at the [end of chapter
+# 01](01_ddpm.ipynb). Your training step teaches a small classifier; your gradient of the trained one steers chapter
+# 02's network, in both forms.
 
 # %% tags=["milestone", "nbval-ignore-output"]
 from lecture26.kit.own_package import show_milestone
@@ -1945,7 +1939,7 @@ show_milestone(
 # ## What the lecture's slide says
 #
 # The slide gives $x_{t-1}\sim\mathcal N(\mu+s\Sigma\nabla_{x_t}\log p_\phi(y\mid x_t),\Sigma)$, an implementation
-# 'with autograd', and one sentence on $s$: higher values enforce the class more strongly. Held against this chapter:
+# 'with autograd', and one sentence on $s$: higher values enforce the class more strongly.
 #
 # - The formula is right, with two things unsaid: it is a first-order approximation (3.9), and the classifier must
 #   know the noise. A clean one, which the slide does not exclude, fails. The step $t$, which the slide leaves out of
@@ -1972,8 +1966,9 @@ show_milestone(
 # - Accuracy rises with $s$ and levels off. What else a classifier likes comes along unasked, here large shapes, and most
 #   of the distance from real images is that.
 #
-# What if the wish is a sentence? [Chapter 04](04_clip_guidance.ipynb) replaces the classifier by CLIP. What if there is no
-# classifier at all? That is [chapter 05](05_classifier_free_guidance.ipynb). What you have solved so far, in all chapters:
+# What if the wish is a sentence? [Chapter 04](04_clip_guidance.ipynb) replaces the classifier by CLIP. What if there is
+# no classifier at all? That is [chapter 05](05_classifier_free_guidance.ipynb). What you have solved so far, in all
+# chapters:
 
 # %% slide=["# What to remember", "- The class's score is the unconditional one plus a noisy classifier's gradient.", "- For a denoiser: move the noise by $-s\\sqrt{1-\\bar\\alpha_t}\\,g$.", "- Exact at $s=1$; above it, neither a class nor a tilted density.", "- A guided denoiser is a denoiser: every sampler takes it."] tags=["nbval-ignore-output"]
 progress()
