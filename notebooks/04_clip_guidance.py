@@ -1156,17 +1156,9 @@ show(
 
 # %% tags=["export"]
 def zero_shot_probabilities(image_features, text_features, logit_scale):
-    """Probabilities of classes that are given by a text each.
+    """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    Args:
-        image_features: (N, D), of any length.
-        text_features: (K, D), of any length, one row per class.
-        logit_scale: tau, the logarithm of the factor kappa at the similarities; a number or scalar tensor.
-
-    Returns:
-        (N, K), each row with sum 1.
-
-    Source: Radford et al. 2021, section 3.1.2.
+    image_features: (N, D); text_features: (K, D); both of any length. logit_scale: tau, a number or scalar tensor.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
     # p(k|x) = softmax_k(kappa S(x, c_k))
