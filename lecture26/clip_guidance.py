@@ -381,9 +381,17 @@ def contrastive_step(optimizer, encode_image, encode_text, x, tokens, logit_scal
 
 
 def zero_shot_probabilities(image_features, text_features, logit_scale):
-    """Probabilities (N, K) of K classes given by a text each, (4.21).
+    """Probabilities of classes that are given by a text each.
 
-    image_features: (N, D); text_features: (K, D); both of any length. logit_scale: tau, a number or scalar tensor.
+    Args:
+        image_features: (N, D), of any length.
+        text_features: (K, D), of any length, one row per class.
+        logit_scale: tau, the logarithm of the factor kappa at the similarities; a number or scalar tensor.
+
+    Returns:
+        (N, K), each row with sum 1.
+
+    Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
     # p(k|x) = softmax_k(kappa S(x, c_k))
