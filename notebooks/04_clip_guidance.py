@@ -1156,16 +1156,9 @@ show(
 
 # %% tags=["export"]
 def zero_shot_probabilities(image_features, text_features, logit_scale):
-    """Probabilities of classes that are given by a text each.
+    """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    Args:
-        image_features: (N, D), of any length.
-        text_features: (K, D), of any length, one row per class.
-        logit_scale: tau, the logarithm of the factor kappa at the similarities; a number or scalar tensor.
-
-    Returns:
-        (N, K), each row with sum 1.
-
+    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or a scalar tensor.
     Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
@@ -1636,7 +1629,7 @@ axes[1].set(xlabel="step t", ylabel="length of the gradient")
 axes[1].legend()
 show(
     figure,
-    "Left, two curves near 0.3 that fall to nearly 0 from t = 600 on; right, lengths: the detached one grows nearly a hundredfold.",
+    "Left, two curves between 0.2 and 0.3 that fall towards 0 from t = 600 on; right, lengths: the detached one grows nearly a hundredfold.",
 )
 
 # %% [markdown]
@@ -1660,7 +1653,7 @@ show(
 #
 # - The covariance has one direction, $aa^\top$, and the variance $V$ with a reason: 1 point.
 # - The gradient is projected onto the line: 1 point.
-# - Detached, the part across the line stays, and both grow as $1/\sqrt{\bar\alpha_t}$: 1 point.
+# - Detached, the part across the line stays, and grows as $1/\sqrt{\bar\alpha_t}$: 1 point.
 # - Clean: $V\approx(1-\bar\alpha_t)/\bar\alpha_t$, so the factor tends to 1; noisy: $V\to\sigma^2$, and it falls as
 #   $\sqrt{\bar\alpha_t}$: 1 point.
 #
@@ -2051,8 +2044,8 @@ assert all(abs(float(difference)) < 2 for row in rows for difference in row[1:])
 # (4.23), costs nothing that these numbers could show.*
 #
 # Both are more often right the harder they push, far beyond Bayes' rule, as in chapter 03. And with both the distance to the
-# test images grows, since they draw more and more *large* shapes, though nobody has asked for a size. Real images with as many
-# large ones are as far away:
+# test images grows, since they draw more and more *large* shapes, though nobody has asked for a size. Real images with about as many
+# large ones are about as far away:
 
 # %%
 real = min(one_axis["real"], key=lambda real: abs(real["share_large"] - by_clip[5.0]["share_large"]))
