@@ -184,7 +184,7 @@ def cosine_similarity_matrix(image_features, text_features):
 # %% slide=["# How well do they go together? The angle", "(4.1)", "? Why must lengths not count?", "A picture could go with everything, by being bright.", "[code cosine_similarity_matrix]"]
 check("clip_guidance.cosine_similarity_matrix", cosine_similarity_matrix)
 
-# %% slide=["# Each picture goes best with its own caption", "[output]", "Half as well with those that share a word. Training is to bring this about, and nobody tells it what to count."]
+# %% slide=["# Each picture goes best with its own caption", "[table]", "Half as well with those that share a word. Training is to bring this about, and nobody tells it what to count."]
 cosines = cosine_similarity_matrix(image_features, text_features)  # (4 images, 4 captions)
 rows = [
     [f"of {caption}", *(f"{cosine:.2f}" for cosine in row.tolist())]
@@ -212,7 +212,7 @@ verify("4.2", distance**2, 2 - 2 * cosines, atol=1e-12)
 #
 # ($1/\kappa$ is called the temperature.) What $\kappa$ does, for the first picture:
 
-# %% slide=["# A riddle: which of these captions is it?", "$$p(j\\mid i)=\\frac{e^{\\kappa S_{ij}}}{\\sum_k e^{\\kappa S_{ik}}},\\qquad\\kappa=e^\\tau \\tag{4.3}$$", "A cosine is at most 1, so it is multiplied by a learned $\\kappa$. For the first picture:", "[output]"]
+# %% slide=["# A riddle: which of these captions is it?", "$$p(j\\mid i)=\\frac{e^{\\kappa S_{ij}}}{\\sum_k e^{\\kappa S_{ik}}},\\qquad\\kappa=e^\\tau \\tag{4.3}$$", "A cosine is at most 1, so it is multiplied by a learned $\\kappa$. For the first picture:", "[table]"]
 rows = [
     [factor, *(f"{probability:.2f}" for probability in (factor * cosines[0]).softmax(dim=0).tolist())]
     for factor in (1, 5, 20, 100)
@@ -974,7 +974,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale
 
 
-# %% slide=["# CLIP: two towers, and a temperature", "- text: a transformer, read at the end token", "- image: the U-Net's way down, and a mean over all places", "- a linear layer each, to a common space", "- one learned number, $\\tau=\\ln\\kappa$", "[output]"]
+# %% slide=["# CLIP: two towers, and a temperature", "- text: a transformer, read at the end token", "- image: the U-Net's way down, and a mean over all places", "- a linear layer each, to a common space", "- one learned number, $\\tau=\\ln\\kappa$", "[table]"]
 torch.manual_seed(0)
 fresh_clip = CLIP(tokenizer)
 parts = {"image tower": fresh_clip.image_tower, "text tower": fresh_clip.text_tower, "all": fresh_clip}
