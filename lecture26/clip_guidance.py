@@ -381,16 +381,9 @@ def contrastive_step(optimizer, encode_image, encode_text, x, tokens, logit_scal
 
 
 def zero_shot_probabilities(image_features, text_features, logit_scale):
-    """Probabilities of classes that are given by a text each.
+    """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    Args:
-        image_features: (N, D), of any length.
-        text_features: (K, D), of any length, one row per class.
-        logit_scale: tau, the logarithm of the factor kappa at the similarities; a number or scalar tensor.
-
-    Returns:
-        (N, K), each row with sum 1.
-
+    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or a scalar tensor.
     Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)

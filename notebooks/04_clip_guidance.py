@@ -184,7 +184,7 @@ def cosine_similarity_matrix(image_features, text_features):
 # %% slide=["# How well do they go together? The angle", "(4.1)", "? Why must lengths not count?", "A picture could go with everything, by being bright.", "[code cosine_similarity_matrix]"]
 check("clip_guidance.cosine_similarity_matrix", cosine_similarity_matrix)
 
-# %% slide=["# Each picture goes best with its own caption", "[output]", "Half as well with those that share a word. Training is to bring this about, and nobody tells it what to count."]
+# %% slide=["# Each picture goes best with its own caption", "[table]", "Half as well with those that share a word. Training is to bring this about, and nobody tells it what to count."]
 cosines = cosine_similarity_matrix(image_features, text_features)  # (4 images, 4 captions)
 rows = [
     [f"of {caption}", *(f"{cosine:.2f}" for cosine in row.tolist())]
@@ -212,7 +212,7 @@ verify("4.2", distance**2, 2 - 2 * cosines, atol=1e-12)
 #
 # ($1/\kappa$ is called the temperature.) What $\kappa$ does, for the first picture:
 
-# %% slide=["# A riddle: which of these captions is it?", "$$p(j\\mid i)=\\frac{e^{\\kappa S_{ij}}}{\\sum_k e^{\\kappa S_{ik}}},\\qquad\\kappa=e^\\tau \\tag{4.3}$$", "A cosine is at most 1, so it is multiplied by a learned $\\kappa$. For the first picture:", "[output]"]
+# %% slide=["# A riddle: which of these captions is it?", "$$p(j\\mid i)=\\frac{e^{\\kappa S_{ij}}}{\\sum_k e^{\\kappa S_{ik}}},\\qquad\\kappa=e^\\tau \\tag{4.3}$$", "A cosine is at most 1, so it is multiplied by a learned $\\kappa$. For the first picture:", "[table]"]
 rows = [
     [factor, *(f"{probability:.2f}" for probability in (factor * cosines[0]).softmax(dim=0).tolist())]
     for factor in (1, 5, 20, 100)
@@ -367,7 +367,7 @@ show(figure, "Four matrices of four by four numbers: similarities, both softmaxe
 # *The four pictures and captions at $\kappa=5$. In the gradient (right), blue raises a similarity and red lowers it.
 # The captions that share a word with the picture are pushed; the opposite ones hardly.*
 
-# %% [markdown] tags=["core"] slide=["# Why should riddles teach anything?", "How much more often do picture and caption come together than by chance?", "$$r(x,c)=\\frac{q(c\\mid x)}{q(c)} \\tag{4.9}$$", "Who knows $q$ answers the riddle by Bayes' rule:", "$$\\pi(j)=\\frac{r(x,c_j)}{\\sum_kr(x,c_k)} \\tag{4.10}$$", "# The best critic is Bayes' rule in logarithms", "$$F^*(x,c)=\\log\\frac{q(c\\mid x)}{q(c)}+\\text{const} \\tag{4.12}$$", "Whatever is added for all captions alike cancels in one riddle, for all pictures alike in the other.", "This line will say what guidance by CLIP means."]
+# %% [markdown] slide=["# Why should riddles teach anything?", "How much more often do picture and caption come together than by chance?", "$$r(x,c)=\\frac{q(c\\mid x)}{q(c)} \\tag{4.9}$$", "Who knows $q$ answers the riddle by Bayes' rule:", "$$\\pi(j)=\\frac{r(x,c_j)}{\\sum_kr(x,c_k)} \\tag{4.10}$$", "# The best critic is Bayes' rule in logarithms", "$$F^*(x,c)=\\log\\frac{q(c\\mid x)}{q(c)}+\\text{const} \\tag{4.12}$$", "Whatever is added for all captions alike cancels in one riddle, for all pictures alike in the other.", "This line will say what guidance by CLIP means."] tags=["core"]
 # ## What the best critic is
 #
 # Why should winning riddles teach anything about pictures? Because of what it takes to win. Let $q(x,c)$ be the
@@ -974,7 +974,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale
 
 
-# %% slide=["# CLIP: two towers, and a temperature", "- text: a transformer, read at the end token", "- image: the U-Net's way down, and a mean over all places", "- a linear layer each, to a common space", "- one learned number, $\\tau=\\ln\\kappa$", "[output]"]
+# %% slide=["# CLIP: two towers, and a temperature", "- text: a transformer, read at the end token", "- image: the U-Net's way down, and a mean over all places", "- a linear layer each, to a common space", "- one learned number, $\\tau=\\ln\\kappa$", "[table]"]
 torch.manual_seed(0)
 fresh_clip = CLIP(tokenizer)
 parts = {"image tower": fresh_clip.image_tower, "text tower": fresh_clip.text_tower, "all": fresh_clip}
@@ -1156,16 +1156,9 @@ show(
 
 # %% tags=["export"]
 def zero_shot_probabilities(image_features, text_features, logit_scale):
-    """Probabilities of classes that are given by a text each.
+    """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    Args:
-        image_features: (N, D), of any length.
-        text_features: (K, D), of any length, one row per class.
-        logit_scale: tau, the logarithm of the factor kappa at the similarities; a number or scalar tensor.
-
-    Returns:
-        (N, K), each row with sum 1.
-
+    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or a scalar tensor.
     Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
