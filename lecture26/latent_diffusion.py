@@ -35,17 +35,10 @@ from lecture26.vae import KLVAE, reparameterize
 
 
 def to_latents(mean, log_variance, noise, latent_scale):
-    """Draw latents from what a VAE's encoder says, on the scale that the diffusion works on.
+    """Draw latents, on the diffusion's scale, from an encoder's mean and log_variance, (B, c, h, w) each.
 
-    Args:
-        mean, log_variance: of each latent number, (B, c, h, w), as the encoder gives them.
-        noise: standard normal, like mean; zeros take the mean itself.
-        latent_scale: one over the standard deviation of the VAE's latents, a number above 0.
-
-    Returns:
-        Latents of a standard deviation near 1, like mean.
-
-    Source: Rombach et al. 2022, appendix G.
+    noise: standard normal, like mean; zeros take the mean itself. latent_scale: one over the standard
+    deviation of the VAE's latents. Source: Rombach et al. 2022, appendix G.
     """
     # z = s (mu + sigma eps)
     return latent_scale * reparameterize(mean, log_variance, noise)
