@@ -95,18 +95,22 @@ from lecture26.kit.validation import check_int, check_positive_int, check_shape
 # The backbone `vit_photos32` names small photographs of ten kinds. Shown digits, it says what it knows. Then eight prompts
 # at each block, and a new head, learn from 200 batches of 16 digits; its own weights stay as they are:
 
-# %% slide=["# A network that names photographs reads digits", "[picture]", "Below each digit the frozen network's own word for it, and what it says with eight learned prompts at each block."]
+# %%
 vit = load_model("vit_photos32")
 digits, unseen_digits = downstream("digits"), downstream("digits", "test")
-prompted = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
-losses_of_prompts = fit(prompted, digits, 0.03, SHORT_BUDGET, progress=False).losses
-prompted.eval().cpu()  # wherever it was trained
-photo_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 first_digits = unseen_digits.batch(range(12))["image"]
+
+# %%
+prompted = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
+fit(prompted, digits, 0.03, SHORT_BUDGET, progress=False)
+prompted = prompted.eval().cpu()  # wherever it was trained
+
+# %% slide=["# A network that names photographs reads digits", "[picture]", "Below each digit the frozen network's own word for it, and what it says with eight learned prompts at each block."]
+photo_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 with torch.no_grad():
     words = [photo_names[k] for k in vit(first_digits).argmax(dim=1)]
-    numbers = prompted(first_digits).argmax(dim=1).tolist()
-titles = [f"{word}\nnow: {number}" for word, number in zip(words, numbers)]
+    named_now = prompted(first_digits).argmax(dim=1).tolist()
+titles = [f"{word}\nnow: {digit}" for word, digit in zip(words, named_now)]
 show(
     show_grid(first_digits, columns=6, titles=titles, inches_per_image=1.2),
     "Twelve handwritten digits, each with the kind of photograph the frozen network takes it for, and the digit it "
