@@ -95,18 +95,22 @@ from lecture26.kit.validation import check_int, check_positive_int, check_shape
 # The backbone `vit_photos32` names small photographs of ten kinds. Shown digits, it says what it knows. Then eight prompts
 # at each block, and a new head, learn from 200 batches of 16 digits; its own weights stay as they are:
 
-# %% slide=["# A network that names photographs reads digits", "[picture]", "Below each digit the frozen network's own word for it, and what it says with eight learned prompts at each block."]
+# %%
 vit = load_model("vit_photos32")
 digits, unseen_digits = downstream("digits"), downstream("digits", "test")
-prompted = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
-losses_of_prompts = fit(prompted, digits, 0.03, SHORT_BUDGET, progress=False).losses
-prompted.eval().cpu()  # wherever it was trained
-photo_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 first_digits = unseen_digits.batch(range(12))["image"]
+
+# %%
+prompted = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
+fit(prompted, digits, 0.03, SHORT_BUDGET, progress=False)
+prompted = prompted.eval().cpu()  # wherever it was trained
+
+# %% slide=["# A network that names photographs reads digits", "[picture]", "Below each digit the frozen network's own word for it, and what it says with eight learned prompts at each block."]
+photo_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 with torch.no_grad():
     words = [photo_names[k] for k in vit(first_digits).argmax(dim=1)]
-    numbers = prompted(first_digits).argmax(dim=1).tolist()
-titles = [f"{word}\nnow: {number}" for word, number in zip(words, numbers)]
+    named_now = prompted(first_digits).argmax(dim=1).tolist()
+titles = [f"{word}\nnow: {digit}" for word, digit in zip(words, named_now)]
 show(
     show_grid(first_digits, columns=6, titles=titles, inches_per_image=1.2),
     "Twelve handwritten digits, each with the kind of photograph the frozen network takes it for, and the digit it "
@@ -396,15 +400,7 @@ show(
 
 # %% tags=["export"]
 def replace_prompts(tokens, prompts, num_prefix):
-    """Put fresh prompts into the places of those that a block has let out.
-
-    Args:
-        tokens: what a block returns, (B, N, d): num_prefix tokens, n prompts, then patches.
-        prompts: the fresh ones, (n, d) or (B, n, d).
-        num_prefix: the number of tokens before the first prompt.
-
-    Returns:
-        (B, N, d), a new tensor.
+    """A block's tokens (B, N, d) with fresh prompts, (n, d) or (B, n, d), in the places behind num_prefix tokens.
 
     Source: Jia et al. 2022, section 3.2 (VPT-deep).
     """
@@ -474,14 +470,7 @@ for kind, sets in (("shallow", both_sets[:1]), ("deep", both_sets)):
 
 # %% tags=["export"]
 def initial_prompts(u, patch_values):
-    """Stretch uniform draws to the range in which prompts begin.
-
-    Args:
-        u: uniform on [0, 1), (..., d).
-        patch_values: how many numbers a patch has: 3 p^2 for p x p pixels of three channels.
-
-    Returns:
-        Like u, uniform on [-v, v).
+    """Uniform draws u on [0, 1), (..., d), stretched to [-v, v) for patches of patch_values = 3 p^2 numbers.
 
     Source: the code of Jia et al. 2022; Glorot and Bengio 2010, equation 16.
     """
@@ -1064,9 +1053,13 @@ check("visual_prompt_tuning.lora_merged", lora_merged)
 
 # %% tags=["export"]
 class LoRALinear(nn.Module):
-    """A linear layer with a low-rank change that begins at zero: x (B, N, d_in) -> (B, N, d_out).
+    """A linear layer with a low-rank change that begins at zero.
 
-    linear: an nn.Linear with a bias; rank: r; scale: s.
+    Args:
+        linear: an nn.Linear.
+        rank: r.
+        scale: s.
+
     Source: Hu et al. 2022, section 4.1.
     """
 
@@ -1078,7 +1071,9 @@ class LoRALinear(nn.Module):
         self.up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))  # B
 
     def forward(self, x):
-        return lora_linear(x, self.linear.weight, self.linear.bias, self.down, self.up, self.scale)
+        """Tokens x (B, N, d_in) -> (B, N, d_out)."""
+        bias = 0.0 if self.linear.bias is None else self.linear.bias
+        return lora_linear(x, self.linear.weight, bias, self.down, self.up, self.scale)
 
     @torch.no_grad()
     def merged(self):
@@ -1089,9 +1084,13 @@ class LoRALinear(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A bottleneck beside the identity, which begins as the identity: h (B, N, d) -> (B, N, d).
+    """A bottleneck beside the identity, which begins as the identity.
 
-    dim: d; width: m; like: a tensor whose dtype and device to take.
+    Args:
+        dim: d.
+        width: m.
+        like: a tensor whose dtype and device to take.
+
     Source: Houlsby et al. 2019, section 2.1.
     """
 
@@ -1103,6 +1102,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, h):
+        """Tokens h (B, N, d) -> (B, N, d)."""
         # h' = h + W_up GELU(W_down h + b_down) + b_up
         return h + self.up(nn.functional.gelu(self.down(h)))
 
@@ -1144,9 +1144,9 @@ def full_fine_tune(vit, num_classes):
 
 
 def bias_tuning(vit, num_classes):
-    """A copy of a backbone with a new head, of which the biases and the head train; as `full_fine_tune`.
+    """A copy of vit with a new head for num_classes classes, of which the biases and the head train.
 
-    Source: Zaken, Goldberg and Ravfogel 2022, section 3.
+    Raises TypeError or ValueError as `full_fine_tune` does. Source: Zaken et al. 2022, section 3.
     """
     model = full_fine_tune(vit, num_classes)
     freeze_all_but(dict(model.named_parameters()), (".bias", *HEAD))
@@ -1154,7 +1154,10 @@ def bias_tuning(vit, num_classes):
 
 
 def lora_tuning(vit, num_classes, rank=2):
-    """A copy of a backbone with a new head, a `LoRALinear` of a rank in each block; as `full_fine_tune`."""
+    """A copy of vit with a new head for num_classes classes, and a `LoRALinear` of that rank in each block.
+
+    Raises TypeError or ValueError as `full_fine_tune` does.
+    """
     model = full_fine_tune(vit, num_classes)
     for block in model.blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank)
@@ -1163,11 +1166,14 @@ def lora_tuning(vit, num_classes, rank=2):
 
 
 def adapter_tuning(vit, num_classes, width=2):
-    """A copy of a backbone with a new head, two `Adapter`s of a width in each block; as `full_fine_tune`."""
+    """A copy of vit with a new head for num_classes classes, and two `Adapter`s of that width in each block.
+
+    Raises TypeError or ValueError as `full_fine_tune` does.
+    """
     model = full_fine_tune(vit, num_classes)
     for block in model.blocks:
         for branch in ("ls1", "ls2"):  # timm's layer scale, or the identity: what comes last in a branch
-            adapter = Adapter(vit.embed_dim, width, like=vit.pos_embed)
+            adapter = Adapter(vit.embed_dim, width, like=next(vit.parameters()))
             setattr(block, branch, nn.Sequential(getattr(block, branch), adapter))
     trained = tuple(f".{layer}.{kind}" for layer in ("down", "up") for kind in ("weight", "bias"))
     freeze_all_but(dict(model.named_parameters()), (*trained, *HEAD))
@@ -1373,9 +1379,12 @@ show_table(
 for method in INSIDE:
     over_deep = verdict(of_largest[method]["accuracy"], of_largest["vpt-deep"]["accuracy"], 1000)
     print(f"{method:8} over deep prompts, points: {over_deep}")
+    assert over_deep.endswith("ahead")
 
 # %% [markdown]
-# INSIDE_TEXT
+# With the numbers of eight deep prompts LoRA learns nearly what full fine-tuning does; biases and adapters lie between. So it
+# is not the *number* of trained numbers that holds prompts back here; (8.16), below, says what may. It is one task, with heads
+# that were trained and not solved.
 #
 # Live, the model of the beginning, against the stored run of 200 steps with the same seed:
 
@@ -1470,7 +1479,7 @@ show_table(
 # $$\frac{a_{ij}}{a_{im}}=\frac{a^{0}_{ij}}{a^{0}_{im}}\qquad\text{for all }j,m\notin\Pi \tag{8.16}$$
 #
 # Only from afar can prompts change that: what they mix in at one block changes queries and keys of the next. LoRA at queries
-# and keys changes the ratio at once.
+# and keys changes the ratio at once, and learned the largest disc.
 #
 # #### Exercise 10: the share of the prompts
 #
@@ -1632,19 +1641,9 @@ verify("8.17", numbers_trained, by_formula, atol=0)
 
 # %% tags=["export"]
 def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
-    """How many times less a task stores as prompts and a head than as a copy of the backbone.
+    """How many times less prompts and a head are than a backbone of so many parameters, for several: (M,).
 
-    Args:
-        backbone: the backbone's number of parameters without its head, floating point, (M,).
-        depth: the number of blocks that get prompts: 1 for VPT-shallow, all for VPT-deep; (M,).
-        num_prompts: n, for each of them; (M,) or a number.
-        dim: d, the width; (M,).
-        num_classes: K, a number; 0 leaves the head out of the count.
-
-    Returns:
-        (M,), in the dtype of `backbone`.
-
-    Source: Jia et al. 2022, section 3.2.
+    backbone, depth (L': 1 or L), num_prompts (n), dim (d): (M,) or numbers; num_classes: K, 0 without a head.
     """
     # M / (L' n d + (d + 1) K)
     return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
