@@ -63,6 +63,7 @@ class Milestone(StrEnum):
     ddpm = "ddpm"
     vae = "vae"
     visual_prompt_tuning = "visual_prompt_tuning"
+    the_slides_checked = "the_slides_checked"
 
 
 @contextmanager

@@ -866,8 +866,8 @@ rows = [
 show_table(rows, ["tasks", "MB, bank / networks", "requests a second, bank / networks", "time of networks over bank"])
 
 # %% [markdown]
-# With two tasks the networks are a little faster, since prompts are tokens that each image pays for. With many, each network
-# sees but a few images of a batch at a time, and the bank is ahead. A GPU, which wants large batches, should widen that; it
+# With few tasks the networks are a little faster, since prompts are tokens that each image pays for. With fifty, each network
+# sees an image or two of a batch at a time, and the bank is level or ahead. A GPU, which wants large batches, should widen that; it
 # was not tried here.
 
 # %% [markdown] tags=["optional"]
