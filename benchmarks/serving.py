@@ -1,7 +1,7 @@
 """What serving many tasks takes: python benchmarks/serving.py
 
-Writes data/results/benchmark_serving.json. A server of chapter 09 answers the same requests, in random order, from a
-PromptBank and from a network for each task, in turn.
+Writes data/results/benchmark_serving.json. A server of chapter 09 answers the same requests, in random order,
+from a PromptBank and from a network for each task, in turn.
 """
 
 import threading

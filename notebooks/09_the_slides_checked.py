@@ -288,6 +288,7 @@ drawn = {name: draw(changed, prompts, seeded()) for name, changed in exchanged.i
 
 # %% slide=["# Three parts are free; the text encoder is not", "[picture]", "With an untrained text encoder there are pictures still, of anything: the denoiser has learned to listen to one voice."] tags=["draw"]
 figure = show_grid(torch.cat(list(drawn.values())), columns=4, row_titles=list(drawn), inches_per_image=1.35)
+figure.set_size_inches(6.5, 6.8)  # room for the names
 show(
     figure,
     "Five rows of four pictures: as asked for in the first four rows, in the fourth in coarse squares; "
@@ -295,9 +296,9 @@ show(
 )
 
 # %% [markdown]
-# *Each row differs from the first by one line.* More guidance, another sampler or a coarser first stage, and what is shown
-# stays as asked for. The text encoder is another matter: the denoiser has learned to listen to one voice, so the two are
-# exchanged together, or not at all.
+# *Each row differs from the first by one line; none is left out.* More guidance, another sampler or a coarser first stage, and
+# nearly all is shown as asked for (one row has a heart too many). The text encoder is another matter: the denoiser has
+# learned to listen to one voice, so the two are exchanged together, or not at all.
 #
 # ### All of it exchanged
 #
@@ -362,7 +363,8 @@ figure.set_size_inches(8.6, 3.9)
 show(figure, "Three rows of six small pictures: a red star, a yellow crescent and so on, by three guidances.")
 
 # %% [markdown]
-# *Six wishes, three guidances, one line apart.*
+# *Six wishes, three guidances, one line apart.* Where a gradient guides, now and then a shape is another one; the ledger
+# says how often.
 #
 # ### With the parts of diffusers
 #
@@ -899,7 +901,7 @@ from lecture26.kit.own_package import show_milestone
 
 show_milestone(
     "milestone the_slides_checked",
-    alt="Three rows of four pictures of shapes as captions ask for, by a latent model, with another sampler, and in coarse squares.",
+    alt="Three rows of four pictures of shapes as captions ask for: by DDIM, by DDPM, and with more guidance.",
 )
 
 # %% [markdown] tags=["core"]
@@ -933,7 +935,7 @@ progress()
 # ## References
 #
 # - Dhariwal, Nichol 2021, *Diffusion Models Beat GANs on Image Synthesis*: section 4, table 4.
-# - Nichol, Dhariwal, Ramesh et al. 2022, *GLIDE*: section 2.3.
+# - Nichol, Dhariwal, Ramesh et al. 2022, *GLIDE*: section 2.4.
 # - Ho, Salimans 2022, *Classifier-Free Diffusion Guidance*: section 3.2, tables 1 and 2.
 # - Rombach, Blattmann, Lorenz, Esser, Ommer 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*: section 3,
 #   tables 6 and 18.

@@ -197,14 +197,14 @@ def text_encoder(table: Tensor, tokens: Tensor) -> Tensor:
 def told_denoiser(
     inward: Tensor, speed: Tensor, outward: Tensor, told: Tensor, x_t: Tensor, t: Tensor, cond: Tensor
 ) -> Tensor:
-    """A denoiser (x_t, t, cond) -> output like x_t, made like noisy_denoiser; told: (E, H), for cond (B, E)."""
+    """A denoiser (x_t, t, cond) -> like x_t, made like noisy_denoiser; told: (E, H), for cond (B, E)."""
     phase = x_t.flatten(1) @ inward + t[:, None] * speed + cond @ told  # (B, H)
     return (phase.sin() @ outward).view_as(x_t)
 
 
 @_kind
 def guidance(weights: Tensor, denoiser: Callable, said: Tensor, unsaid: Tensor) -> Callable:
-    """A guidance (denoiser, said, unsaid) -> denoiser (x_t, t): a mixture of its two answers, weights (2,)."""
+    """A guidance (denoiser, said, unsaid) -> denoiser (x_t, t): a mixture of two answers, weights (2,)."""
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         return weights[0] * denoiser(x_t, t, said) + weights[1] * denoiser(x_t, t, unsaid)

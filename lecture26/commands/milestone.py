@@ -249,6 +249,7 @@ def assembled() -> tuple["Figure", str]:
     }
     images = [draw(changed, CAPTIONS, torch.Generator().manual_seed(0)) for changed in rows.values()]
     figure = show_grid(torch.cat(images), len(CAPTIONS), row_titles=list(rows), inches_per_image=1.6)
+    figure.set_figwidth(figure.get_figwidth() + 1.2)  # room for the names
     return figure, f"{len(CAPTIONS)} captions drawn in {len(rows)} ways by {STEPS} steps"
 
 

@@ -1,7 +1,7 @@
 """The lecture's quantitative and comparative statements, each beside papers and this course's measurements.
 
-Chapter 09 shows them, and docs/results.md. The papers' numbers were established as far as they could be; those
-marked (s) are quoted after a secondary source.
+Chapter 09 shows them, and docs/results.md. The papers' numbers were established as far as they could be;
+those marked (s) are quoted after a secondary source.
 """
 
 import statistics
@@ -169,18 +169,18 @@ GUIDANCE = (
     Claim(
         "guidance",
         "A larger gradient scale s enforces the class more strongly",
-        "Dhariwal and Nichol 2021, table 4, ImageNet at 256 pixels, FID and IS. Unconditional model: 26.21 and "
-        "39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = 10. Conditional model: 10.94 and "
-        "100.98; 4.59 and 186.70; 9.11 and 283.92",
+        "Dhariwal and Nichol 2021, table 4, ImageNet at 256 pixels, FID and IS. Unconditional model: 26.21 "
+        "and 39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = 10. Conditional model: 10.94 "
+        "and 100.98; 4.59 and 186.70; 9.11 and 283.92",
         Verdict.HOLDS,
-        "Obedience rises with s, but so does the distance from the data, in the paper from some s on, here at "
-        "once: it is a trade, with a best s.",
+        "Obedience rises with s, but so does the distance from the data, in the paper from some s on, here "
+        "at once: it is a trade, with a best s.",
         Measurement(
             (ONE_AXIS,),
             _strength,
             "{low:.0%} as asked for at s = {low_s:g}, {high:.0%} at s = {high_s:g}; Fréchet distance "
-            "{low_distance:.0f} and {high_distance:.0f} (real images {real:.0f}), most shapes being large then "
-            "({large:.0%}); {samples} samples each",
+            "{low_distance:.0f} and {high_distance:.0f} (real images {real:.0f}), most shapes being large "
+            "then ({large:.0%}); {samples} samples each",
             lambda n: (
                 is_above(n["high"], n["low"], n["samples"]) and n["high_distance"] > 2 * n["low_distance"]
             ),
@@ -189,8 +189,8 @@ GUIDANCE = (
     Claim(
         "guidance",
         "CLIP guidance works like classifier guidance",
-        "Nichol et al. 2022 (GLIDE), section 2.3: the classifier's gradient is replaced by that of the "
-        "similarity; people there prefer guidance without either (abstract)",
+        "Nichol et al. 2022 (GLIDE), section 2.4: the classifier's gradient is replaced by that of the "
+        "similarity; people there prefer classifier-free guidance to it (abstract)",
         Verdict.HOLDS,
         "At equal strengths the two are a tie: both are gradients of a log-probability, and the similarity "
         "only wants to be divided by its temperature first.",
@@ -211,8 +211,8 @@ GUIDANCE = (
         Measurement(
             (CARD + CLASSIFIER, CARD + CLEAN),
             _noisy_and_clean,
-            "{minutes:.0f} minutes of training; at step {step} it reads {noisy:.0%} of the shapes, one trained "
-            "on clean images {clean:.0%}",
+            "{minutes:.0f} minutes of training; at step {step} it reads {noisy:.0%} of the shapes, one "
+            "trained on clean images {clean:.0%}",
             lambda n: n["noisy"] > 0.9 and n["clean"] < 0.5,
         ),
     ),
@@ -230,22 +230,23 @@ GUIDANCE = (
                 CARD + "conditional_ddpm_shapes32",
             ),
             _two_networks,
-            "{one:.2f} million parameters instead of {denoiser:.2f} and {classifier:.2f}; a guided step takes "
-            "{free_time:.1f} times an unguided one, with a classifier {classifier_time:.1f} times",
+            "{one:.2f} million parameters instead of {denoiser:.2f} and {classifier:.2f}; a guided step "
+            "takes {free_time:.1f} times an unguided one, with a classifier {classifier_time:.1f} times",
             lambda n: n["one"] < n["denoiser"] + n["classifier"] and n["free_time"] > n["classifier_time"],
         ),
     ),
     Claim(
         "guidance",
         "w controls how strongly the condition acts",
-        "Ho and Salimans 2022, table 1, ImageNet at 64 pixels: IS 53.71 at w = 0, 170.1 at w = 1, 260.2 at w = 4",
+        "Ho and Salimans 2022, table 1, ImageNet at 64 pixels: IS 53.71 at w = 0, 170.1 at w = 1, 260.2 at "
+        "w = 4",
         Verdict.HOLDS,
         "Up to where there is nothing more to be granted: beyond that w moves other things than obedience.",
         Measurement(
             ("text_to_image_evaluation",),
             _weight_of_words,
-            "scenes drawn as asked for: {without:.0%} without guidance, {some:.0%} at w = {some_w:g}, {most:.0%} "
-            "at w = {most_w:g}; {samples} captions",
+            "scenes drawn as asked for: {without:.0%} without guidance, {some:.0%} at w = {some_w:g}, "
+            "{most:.0%} at w = {most_w:g}; {samples} captions",
             lambda n: (
                 is_above(n["some"], n["without"], n["samples"])
                 and not is_above(n["most"], n["some"], n["samples"])
@@ -271,9 +272,9 @@ GUIDANCE = (
         Measurement(
             (ONE_AXIS,),
             _delicate_weight,
-            "Fréchet distance {bayes:.0f} ± {bayes_error:.0f} at w = {bayes_w:g}, {twice:.0f} ± {twice_error:.0f} "
-            "at w = {twice_w:g}; with the noisiest steps left unguided {kept:.0f} ± {kept_error:.0f} even at "
-            "w = {kept_w:g} (real images {real:.0f}; {samples} samples)",
+            "Fréchet distance {bayes:.0f} ± {bayes_error:.0f} at w = {bayes_w:g}, {twice:.0f} ± "
+            "{twice_error:.0f} at w = {twice_w:g}; with the noisiest steps left unguided {kept:.0f} ± "
+            "{kept_error:.0f} even at w = {kept_w:g} (real images {real:.0f}; {samples} samples)",
             lambda n: (
                 n["twice"] - n["bayes"] > 2 * (n["twice_error"] ** 2 + n["bayes_error"] ** 2) ** 0.5
                 and n["kept"] - n["bayes"] < 2 * (n["kept_error"] ** 2 + n["bayes_error"] ** 2) ** 0.5
@@ -321,18 +322,19 @@ LATENT_DIFFUSION = (
         Measurement(
             (LATENT,),
             _operations,
-            "a training step takes {plain:.1f} times the operations with plain pixels, {folded:.1f} times with "
-            "pixels folded two by two; sampling {sampling:.1f} times the time of the plain ones",
+            "a training step takes {plain:.1f} times the operations with plain pixels, {folded:.1f} times "
+            "with pixels folded two by two; sampling {sampling:.1f} times the time of the plain ones",
             lambda n: n["plain"] > 3 and n["folded"] < 3,
         ),
     ),
     Claim(
         "latent diffusion",
         "It saves 75 % of the training costs",
-        "Rombach et al. 2022, table 6 (s): 0.32 against 0.11 training images a second, inpainting, at least 2.7 "
-        "times; the abstract and section 1 speak of computing, in words",
+        "Rombach et al. 2022, table 6 (s): 0.32 against 0.11 training images a second, inpainting, at "
+        "least 2.7 times; the abstract and section 1 speak of computing, in words",
         Verdict.HERE_ONLY,
-        "The same claim once more, since 75 % less is four times less; and somebody has to train the autoencoder.",
+        "The same claim once more, since 75 % less is four times less; and somebody has to train the "
+        "autoencoder.",
         Measurement(
             (LATENT,),
             _saved,
@@ -467,8 +469,8 @@ PROMPT_TUNING = (
         "Many tasks need 100 to 1000 times less storage",
         "by the same count",
         Verdict.HERE_ONLY,
-        "That is a further task's factor, and the head is left out; a server of T tasks saves at most T times, "
-        "since it keeps the backbone.",
+        "That is a further task's factor, and the head is left out; a server of T tasks saves at most T "
+        "times, since it keeps the backbone.",
         Measurement(
             ("prompt_storage", "benchmark_adaptation"),
             _less_storage,
@@ -483,12 +485,13 @@ PROMPT_TUNING = (
         "It prevents catastrophic forgetting",
         "Jia et al. 2022, section 3: the backbone is not touched",
         Verdict.HOLDS,
-        "True by construction, with the prompts taken out; with a task's prompts left in, the old task suffers.",
+        "True by construction, with the prompts taken out; with a task's prompts left in, the old task "
+        "suffers.",
         Measurement(
             ADAPTED,
             _forgotten,
-            "photographs named: {before:.0%} before and after on {tasks} tasks; down to {prompted:.0%} with a "
-            "task's prompts left in; {full:.0%} on average after full fine-tuning",
+            "photographs named: {before:.0%} before and after on {tasks} tasks; down to {prompted:.0%} "
+            "with a task's prompts left in; {full:.0%} on average after full fine-tuning",
             lambda n: n["moved"] == 0 and n["prompted"] < n["before"] and n["full"] < n["before"] / 2,
         ),
     ),
@@ -503,8 +506,8 @@ PROMPT_TUNING = (
             (*ADAPTED, "adaptation_solved"),
             _against_probe,
             "deep prompts are ahead on {ahead} of {tasks} tasks, and tie on {ties} ({smallest:+.0%} to "
-            "{largest:+.0%}); with solved heads on both sides on {solved_ahead}, and a solved head on patches or "
-            "quarters is ahead of them on {patches_ahead}",
+            "{largest:+.0%}); with solved heads on both sides on {solved_ahead}, and a solved head on "
+            "patches or quarters is ahead of them on {patches_ahead}",
             lambda n: n["behind"] == 0 and n["ahead"] > n["tasks"] / 2 and n["solved_ahead"] < n["ahead"],
         ),
     ),
@@ -514,13 +517,13 @@ PROMPT_TUNING = (
         "Jia et al. 2022, table 1 (s): means of 89.11 against 88.54 on five fine-grained tasks, Cars 83.6 "
         "against 84.5 among them; ahead on 20 of 24 tasks in all",
         Verdict.HERE_ONLY,
-        "There, with a backbone trained on 14 million images and tasks of photographs; not here, with a small "
-        "backbone and tasks far from its photographs.",
+        "There, with a backbone trained on 14 million images and tasks of photographs; not here, with a "
+        "small backbone and tasks far from its photographs.",
         Measurement(
             ADAPTED,
             _against_full,
-            "deep prompts are ahead on {ahead} of {tasks} tasks, tie on {ties}, and are {least:.0%} to {most:.0%} "
-            "behind",
+            "deep prompts are ahead on {ahead} of {tasks} tasks, tie on {ties}, and are {least:.0%} to "
+            "{most:.0%} behind",
             lambda n: n["ahead"] == 0 and n["behind"] > n["tasks"] / 2,
         ),
     ),
@@ -542,8 +545,8 @@ PROMPT_TUNING = (
         "VPT-Deep reaches 72.3 % on FGVC-Aircraft, full fine-tuning 68.1 %",
         "no source found: the paper's fine-grained tasks are CUB, NABirds, Flowers, Dogs and Cars",
         Verdict.NOT_SUPPORTED,
-        "Aircraft are neither there nor in its other collection of tasks; chapter 08 has the command that puts "
-        "it to the test.",
+        "Aircraft are neither there nor in its other collection of tasks; chapter 08 has the command that "
+        "puts it to the test.",
     ),
     Claim(
         "prompt tuning",

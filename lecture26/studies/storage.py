@@ -1,4 +1,4 @@
-"""What prompts for a large backbone take beside a copy of it: counts, for the sizes that the lecture names."""
+"""What prompts for a large backbone take beside a copy of it: counts, for the sizes that it names."""
 
 from collections.abc import Mapping, Sequence
 

@@ -111,25 +111,26 @@ WORDS_TO_IMAGES = Exercise(
         Misconception(
             "scale forgotten",
             _assembled(image=lambda decode, z_0, scale: decode(z_0)),
-            "The first stage gets latents on the diffusion's scale. On the way out they are brought back to its "
-            "own (chapter 07, equation (7.4)).",
+            "The first stage gets latents on the diffusion's scale. On the way out they are brought back "
+            "to its own (chapter 07, equation (7.4)).",
         ),
         Misconception(
             "multiplied by the scale on the way out",
             _assembled(image=lambda decode, z_0, scale: decode(z_0 * scale)),
-            "The latents are multiplied by the scale on the way out, too. They were multiplied on the way in.",
+            "The latents are multiplied by the scale on the way out, too. They were multiplied on the way "
+            "in.",
         ),
         Misconception(
             "the image is divided",
             _assembled(image=lambda decode, z_0, scale: decode(z_0) / scale),
-            "The decoded image is divided by the scale. The scale belongs to the latents, and a decoder is no "
-            "linear map.",
+            "The decoded image is divided by the scale. The scale belongs to the latents, and a decoder is "
+            "no linear map.",
         ),
         Misconception(
             "the noise is scaled",
             _changed(z_T=lambda z_T, latent_scale, **others: z_T * latent_scale),
-            "The noise that it begins with is multiplied by the scale. It is on the diffusion's scale already: "
-            "standard normal, whatever the first stage.",
+            "The noise that it begins with is multiplied by the scale. It is on the diffusion's scale "
+            "already: standard normal, whatever the first stage.",
         ),
         Misconception(
             "the noise is brought to the first stage's scale",
