@@ -88,7 +88,7 @@ prompts = [
     "a small purple cross above a large orange circle on a light background",
 ]
 
-# %% slide=["# A miniature Stable Diffusion, in a dozen lines", "[code: text_encoder .. images]", "Words in, guided noise down, code out, picture. Each line is a chapter."]
+# %% slide=["# A miniature Stable Diffusion, in a dozen lines", "[code: with torch .. images]", "Words in, guided noise down, code out, picture. Each line is a chapter."]
 text_encoder, tokenizer = trained.text_encoder, trained.text_encoder.tokenizer  # chapters 04 and 07
 denoiser, vae = trained.denoiser, trained.vae  # chapters 02 with 07, and 06
 few_steps = trained.diffusion.respace(25)  # chapter 01

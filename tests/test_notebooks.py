@@ -256,7 +256,8 @@ def test_every_question_gives_its_answer_a_name_that_the_cell_below_checks(sourc
             ), f"another cell uses {name}, which a learner may leave open"
 
 
-WITH_KINDS = ["01_ddpm"]  # the chapters whose exercises have been brought to this form so far
+# the chapters whose exercises have been brought to this form so far
+WITH_KINDS = ["01_ddpm", "09_the_slides_checked"]
 KIND = r"\*(Formula|Algorithm|Question|Question on paper), (easy|medium|hard), \d+ minutes\.\* \S"
 
 

@@ -22,7 +22,7 @@ SOLUTION_MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
 SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
 # The chapters brought to their new form so far: their sections run again after the rest, in any order, and
 # head and foot link the neighbours. The others join one by one.
-IN_NEW_FORM = ("00_start_here", "01_ddpm", "02_unet")
+IN_NEW_FORM = ("00_start_here", "01_ddpm", "02_unet", "09_the_slides_checked")
 
 
 class CourseError(Exception):
