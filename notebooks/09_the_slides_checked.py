@@ -119,7 +119,7 @@ show(
 # [chapter 01](01_ddpm.ipynb) and `from_latents` of [chapter 07](07_latent_diffusion.ipynb) are at hand.
 
 
-# %% slide=["# The same, with every part handed in", "[code words_to_images]", "? What must the parts agree on, and what not?"] tags=["export", "exercise"]
+# %% slide=["# The same, with every part handed in", "[code words_to_images: said .. return]", "? What must the parts agree on, and what not?"] tags=["export", "exercise"]
 def words_to_images(
     tokens,
     empty_tokens,
@@ -260,11 +260,12 @@ print("the tuple draws what the dozen lines drew")
 # there is: one linear map from the four numbers of a place to a colour, fitted to 128 images by least squares. (Programs
 # for Stable Diffusion show their previews so.) And for the text encoder, one of the same form that has learned nothing.
 
-# %% slide=["# The cheapest first stage: one linear map", "[code: places .. def]", "From the four numbers of a place to one colour, by least squares. Previews are made so."]
+# %% slide=["# The cheapest first stage: one linear map", "[code: places .. weights =]", "From the four numbers of a place to one colour, by least squares. Previews are made so."]
 pictures = load("shapes_and_scenes", "train", 64).batch(range(128))["image"]
 places = (trained.encode(pictures) / trained.latent_scale).movedim(1, 3).reshape(-1, 4)  # (128 * 16 * 16, 4)
 seen = nn.functional.avg_pool2d(pictures, 4).movedim(1, 3).reshape(-1, 3)  # the colour of each place
-weights = torch.linalg.lstsq(torch.cat([places, torch.ones(len(places), 1)], dim=1), seen).solution  # (5, 3)
+with_one = torch.cat([places, torch.ones(len(places), 1)], dim=1)  # for the constant
+weights = torch.linalg.lstsq(with_one, seen).solution  # (5, 3)
 
 
 def preview(latents):
@@ -422,7 +423,7 @@ with torch.no_grad():
 assert torch.allclose(ours, by_them, atol=1e-3)
 print("their loop and our function draw the same:", torch.allclose(ours, by_them, atol=1e-3))
 
-# %% [markdown] tags=["core"]
+# %% [markdown] slide=["# Four verdicts", "- **holds**: as it was said", "- **holds here only**: under conditions that the slide leaves out", "- **not supported**: no source found, nothing measured speaks for it", "- **wrong**", "? '72.3 % against 68.1 %', 'four times less', '0.1 % of the parameters': which verdict do you expect?"] tags=["core"]
 # ## The ledger
 #
 # Now the lecture itself. Each of its statements that is a number or a comparison has a row: what it says (in our words),
@@ -709,7 +710,7 @@ print("adapted:", adapted_lines[0].startswith("vpt-deep"), "· named:", len(name
 # Accuracy hides what matters where one class is rare. Of the ill, how many were found (**sensitivity**), and of the healthy,
 # how many were left alone (**specificity**)?
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# Look at sensitivity and specificity", "[table]", "Whoever calls everybody ill is right four times out of five, and has a specificity of zero."] tags=["nbval-ignore-output"]
 is_ill = torch.tensor([file.parent.name == "NODULE" for file in tests])
 is_called_ill = torch.tensor([line.split(": ")[1].startswith("NODULE") for line in named])
 rates = {

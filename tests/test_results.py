@@ -1,4 +1,4 @@
-"""README, chapter 00, docs/results.md and chapter 09 show what is stored; the gallery is drawn by commands."""
+"""README, chapters 00 and 09 and docs/results.md show what is stored; the gallery is drawn by commands."""
 
 import json
 
