@@ -172,7 +172,7 @@ show(
 # ![Map of the course: 00, 01 and 02 in a row; 02 leads to guidance (03, then 04 and 05) and to visual prompt
 # tuning (08); 02 leads to the VAE (06); 04, 05 and 06 lead to latent diffusion (07); all lead to 09](../docs/map.png)
 #
-# *What builds on what. Filled boxes are here; dashed ones are planned.*
+# *What builds on what.*
 #
 # Each chapter explains the words of its row. Time and memory are those of a run on one core, the milestone included:
 #
