@@ -396,7 +396,7 @@ schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 theirs = DDIMScheduler(num_train_timesteps=20, set_alpha_to_one=True, **schedule)
 their_diffusion = Diffusion(theirs.betas.double())  # 20 steps, all of them taken
 
-# %% slide=["# The same lines, with the parts of diffusers", "[code: of_diffusers .. )]", "[code: guided = .. loop]", "Their loop and ours agree: `guidance_scale` 7.5 is w = 6.5."]
+# %% slide=["# The same lines, with the parts of diffusers", "[code: of_diffusers .. )]", "[code: without .. loop =]", "Their loop and ours agree: `guidance_scale` 7.5 is w = 6.5."]
 of_diffusers = parts._replace(
     denoiser=DiffusersDenoiser(their_unet),
     decode=DiffusersVAE(their_vae).decode,
@@ -733,7 +733,7 @@ temporary.cleanup()
 # lines, and they do not know whether a bank answers or a network for each task.
 
 
-# %% slide=["# A server is a loop", "[code serve]", "Wait for one request, take what else is waiting, answer in one pass, hand back."] tags=["export"]
+# %% slide=["# A server is a loop", "[code serve: is_open = True .. is_open = batch]", "Wait for one request, take what else is waiting, answer in one pass, hand back."] tags=["export"]
 class Request(NamedTuple):
     """What a server is asked: an image (C, H, W), the name of its task, and where the answer goes."""
 
