@@ -19,7 +19,7 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser course package notebooks benchmark playground kernel clean
+.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser course package notebooks results benchmark playground kernel clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
@@ -39,6 +39,7 @@ help:
 	@echo "make package    make lecture26/NAME.py from the notebooks"
 	@echo "make notebooks  run the notebooks and store them with their outputs"
 	@echo "make check      do sources, stored notebooks and modules agree?"
+	@echo "make results    the tables of measured numbers, and the gallery, from stored results: docs/results.md"
 	@echo "make benchmark  speed and memory side by side with peers"
 	@echo "make playground the course's models in the browser: build/playground/index.html"
 	@echo "make kernel     the playground's kernel from web/engine/kernel.wat, where that was changed"
@@ -122,6 +123,9 @@ package: $(INSTALLED)
 
 notebooks: package
 	@$(RUN) tools/notebooks.py build $(NAMES)
+
+results: $(INSTALLED)
+	@$(RUN) tools/results.py
 
 benchmark: $(INSTALLED)
 	@for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done

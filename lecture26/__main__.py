@@ -68,6 +68,7 @@ class Milestone(StrEnum):
     vae = "vae"
     latent_diffusion = "latent_diffusion"
     visual_prompt_tuning = "visual_prompt_tuning"
+    the_slides_checked = "the_slides_checked"
 
 
 @contextmanager

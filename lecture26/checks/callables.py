@@ -344,3 +344,37 @@ def up_level(weights: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor,
 def token_block(weight: Tensor, tokens: Tensor) -> Tensor:
     """A block of a transformer on tokens (B, N, d), in which each token minds all of them; weight: (d, d)."""
     return tokens + ((tokens + tokens.mean(dim=1, keepdim=True)) @ weight).sin()
+
+
+@_kind
+def text_encoder(table: Tensor, tokens: Tensor) -> Tensor:
+    """Features (B, E) of tokens (B, L), of which each counts, and where it stands; table: (words, E)."""
+    places = torch.arange(1, tokens.shape[1] + 1, dtype=table.dtype, device=table.device)
+    return torch.einsum("ble,l->be", table[tokens], places.sin())
+
+
+@_kind
+def told_denoiser(
+    inward: Tensor, speed: Tensor, outward: Tensor, told: Tensor, x_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (x_t, t, cond) -> like x_t, made like noisy_denoiser; told: (E, H), for cond (B, E)."""
+    phase = x_t.flatten(1) @ inward + t[:, None] * speed + cond @ told  # (B, H)
+    return (phase.sin() @ outward).view_as(x_t)
+
+
+@_kind
+def guidance(weights: Tensor, denoiser: Callable, said: Tensor, unsaid: Tensor) -> Callable:
+    """A guidance (denoiser, said, unsaid) -> denoiser (x_t, t): a mixture of two answers, weights (2,)."""
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        return weights[0] * denoiser(x_t, t, said) + weights[1] * denoiser(x_t, t, unsaid)
+
+    return guided
+
+
+@_kind
+def denoising_step(
+    mixing: Tensor, speed: Tensor, denoiser: Callable, x_t: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """A step (denoiser, x_t, t, noise) -> x_{t-1}: sampler_step from where the denoiser leads."""
+    return sampler_step(mixing, speed, x_t + denoiser(x_t, t), t, noise)

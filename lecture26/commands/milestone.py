@@ -48,10 +48,11 @@ from lecture26.latent_diffusion import (
 )
 from lecture26.recipes import Trained, load_diffusion, load_model
 from lecture26.recipes.adaptation import Budget, build, fit, open_task
-from lecture26.recipes.latent import pipeline_of
+from lecture26.recipes.latent import load_pipeline, pipeline_of
 from lecture26.recipes.recipe import Recipe
 from lecture26.recipes.vae import round_trips
 from lecture26.vae import SmallVAE, bound_on_grid, latent_scale, vae_loss, vae_training_step
+from lecture26.the_slides_checked import draw, parts_of
 from lecture26.visual_prompt_tuning import (
     VPT,
     PromptBank,
@@ -516,6 +517,32 @@ def stored_less(model: VPT, num_classes: int) -> float:
     return storage_ratio(*sizes, num_classes).item()
 
 
+# --- Chapter 09: all parts together ---
+
+CAPTIONS = (
+    "a large yellow star on a striped background",
+    "a small red heart to the left of a large blue ring on a dark background",
+    "a large green crescent on a checkered background",
+    "a small purple cross above a large orange circle on a light background",
+)
+STEPS = 25
+
+
+def assembled() -> tuple["Figure", str]:
+    """What the trained parts draw of four captions, and again with another sampler and with more guidance."""
+    pipeline = load_pipeline("text_to_image_shapes64")
+    parts = parts_of(pipeline, steps=STEPS)
+    rows = {
+        "DDIM, $w=2$": parts,
+        "DDPM, $w=2$": parts._replace(step=partial(ddpm_step, pipeline.respaced(STEPS))),
+        "DDIM, $w=8$": parts_of(pipeline, w=8.0, steps=STEPS),
+    }
+    images = [draw(changed, CAPTIONS, torch.Generator().manual_seed(0)) for changed in rows.values()]
+    figure = show_grid(torch.cat(images), len(CAPTIONS), row_titles=list(rows), inches_per_image=1.6)
+    figure.set_figwidth(figure.get_figwidth() + 1.2)  # room for the names
+    return figure, f"{len(CAPTIONS)} captions drawn in {len(rows)} ways by {STEPS} steps"
+
+
 MILESTONES: dict[str, Callable[[], tuple["Figure", str]]] = {
     "ddpm": points,
     "classifier_guidance": stars,
@@ -523,4 +550,5 @@ MILESTONES: dict[str, Callable[[], tuple["Figure", str]]] = {
     "vae": codes,
     "latent_diffusion": pictures_from_words,
     "visual_prompt_tuning": prompts,
+    "the_slides_checked": assembled,
 }

@@ -121,11 +121,12 @@ def show_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> N
     """
     from IPython.display import display
 
-    table = _markdown_table(rows, columns)
+    table = markdown_table(rows, columns)
     display({"text/markdown": table, "text/plain": table}, raw=True)
 
 
-def _markdown_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> str:
+def markdown_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> str:
+    """The Markdown of a table as `show_table` shows it, which says what cells may be and what it raises."""
     if not rows:
         raise ValueError("rows must be at least one; got none")
     for row in rows:

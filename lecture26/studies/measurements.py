@@ -14,6 +14,7 @@ from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
 from lecture26.studies.steering_ways import classifier_guidance_ways
+from lecture26.studies.storage import prompt_storage
 from lecture26.studies.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -123,6 +124,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         methods=("linear", "vpt-deep", "full"),
         state="adaptation_widths",
     ),
+    "prompt_storage": prompt_storage,
     "adaptation_solved": partial(
         solved_heads,
         "vit_photos32",
