@@ -62,17 +62,17 @@ def chapters_page(chapters: list[ChapterPage], readme: str) -> str:
 def gallery_page(chapters: list[ChapterPage], folder: Path) -> str:
     """All figures on one page, each a link to where it stands; writes the small pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "---\nhide-toc: true\n---\n\n# Gallery\n\nEvery picture of the course; a click leads to where it stands.\n"
-    ]
+    parts = ["---\nhide-toc: true\n---\n"]
+    parts.append("# Gallery\n\nEvery picture of the course; a click leads to where it stands.\n")
     for chapter in chapters:
         items = []
         for number, figure in enumerate(chapter.figures, start=1):
             name = f"{chapter.name}-{number}.webp"
             width, height = write_thumbnail(figure.png, folder / name)
+            alt = html.escape(figure.description)
             items.append(
                 f'<li><a href="{chapter.docname}.html#figure-{number}"><img src="gallery/{name}"'
-                f' loading="lazy" width="{width}" height="{height}" alt="{html.escape(figure.description)}"></a></li>'
+                f' loading="lazy" width="{width}" height="{height}" alt="{alt}"></a></li>'
             )
         if items:
             parts.append(f'## {chapter.title}\n\n<ul class="gallery">{"".join(items)}</ul>\n')
@@ -117,8 +117,8 @@ def slides_page(chapters: list[ChapterPage]) -> str:
         for chapter in chapters
     )
     return (
-        "# Slides\n\nA deck for each chapter, from its equations, figures and notes. Space goes on, *D* is light"
-        " or dark, *S* shows what the speaker says, *Esc* shows all slides.\n\n"
+        "# Slides\n\nA deck for each chapter, from its equations, figures and notes. Space goes on, *D* is"
+        " light or dark, *S* shows what the speaker says, *Esc* shows all slides.\n\n"
         f'<ul class="decks">\n{items}\n</ul>\n'
     )
 
@@ -130,7 +130,8 @@ def results_page(root: Path) -> str:
     """What was measured, by which command and on which machine; and the checkpoints."""
     parts = [
         "# Results\n\nWhat takes longer than a cell of a notebook is measured by a command, stored with its"
-        " numbers, and plotted by the chapters. Numbers are rounded to three digits; the files have all of them.\n",
+        " numbers, and plotted by the chapters. Numbers are rounded to three digits; the files have all"
+        " of them.\n",
         "## Checkpoints\n",
         table(["name", "data", "steps", "minutes", "machine", "measured"], checkpoint_rows(root)),
         "## Measurements\n",
