@@ -1,4 +1,4 @@
-"""Chapter 01's copy for a learner in JupyterLab: it runs, names a mistake, is saved, and nothing else changes."""
+"""Chapter 01's copy for a learner in JupyterLab: it runs, names a mistake, is saved, and no more."""
 
 import hashlib
 
