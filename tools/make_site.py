@@ -3,6 +3,7 @@
     python tools/make_site.py
     python tools/make_site.py --repository https://github.com/NAME/lecture26
     python tools/make_site.py --serve
+    python tools/make_site.py --picture     docs/playground.png anew; needs the site, and Chromium
 
 The site is plain files with relative links: open site/index.html, or put the folder on any web server.
 """
@@ -18,14 +19,18 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from PIL import Image
+
 import npm
 import slides
 import web
+from chromium import chromium
 from course import ROOT, CourseError, notebook_sources
 from website import pages
 from website.sources import chapter_page, write_downloads, write_repository_pages
 
 OWN = ROOT / "web" / "site"  # the settings, and the pages that are written by hand
+DRAWING_TIMEOUT = 300_000  # milliseconds
 BRANCH = "site"  # of the repository: where .github/workflows/site.yml publishes
 NEEDED = ("furo", "myst_nb", "sphinx", "sphinx_copybutton")
 CHAPTERS_HERE = "<!-- chapters -->"
@@ -145,6 +150,19 @@ def run_sphinx(source: Path, extra: Path, folder: Path, doctrees: Path, figures:
     return warnings.getvalue().splitlines()
 
 
+def take_picture(folder: Path, file: Path) -> None:
+    """Let the playground draw, and keep what is seen of it for the README."""
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1120, "height": 1000}, color_scheme="light")
+        page.goto((folder / "playground.html").as_uri())
+        element = page.locator("class-playground")
+        element.get_by_role("button", name="w from \u22121 to 8").click()
+        element.get_by_role("button", name="Draw", exact=True).click(timeout=DRAWING_TIMEOUT)
+        page.wait_for_function("document.querySelector('class-playground').isDone", timeout=DRAWING_TIMEOUT)
+        taken = Image.open(io.BytesIO(element.screenshot()))
+    taken.convert("RGB").quantize(128).save(file, optimize=True)
+
+
 def serve(folder: Path, port: int) -> None:
     """Serve the site on this machine until it is interrupted."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -160,14 +178,17 @@ def main() -> None:
         "--repository", default="", help="the repository's address, such as https://github.com/NAME/lecture26"
     )
     parser.add_argument("--serve", action="store_true", help="serve the site that is there, on this machine")
+    parser.add_argument("--picture", action="store_true", help="take the README's picture anew")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     folder = ROOT / "site"
+    if (arguments.serve or arguments.picture) and not (folder / "index.html").exists():
+        sys.exit("there is no site yet: run `make site`")
     if arguments.serve:
-        if not (folder / "index.html").exists():
-            sys.exit("there is no site yet: run `make site`")
         return serve(folder, arguments.port)
     try:
+        if arguments.picture:
+            return take_picture(folder, ROOT / "docs" / "playground.png")
         warnings = build(repository=arguments.repository.rstrip("/") or None)
     except CourseError as error:
         sys.exit(str(error))

@@ -231,6 +231,19 @@ def add_elements(app: Sphinx, pagename: str, templatename: str, context: dict, d
         app.add_js_file("play/playground.js", loading_method="defer")
 
 
+REPAIRED = {  # HTML of furo and of myst-nb that a screen reader stumbles over
+    'class="caption" role="heading"': 'class="caption" role="heading" aria-level="2"',
+    '<summary aria-label="Toggle hidden content">': "<summary>",
+}
+
+
+def repair(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Mend what other packages have written into a page."""
+    for part in ("body", "furo_navigation_tree"):
+        for wrong, right in REPAIRED.items():
+            context[part] = context.get(part, "").replace(wrong, right)
+
+
 def plain_docstring(app: Sphinx, what: str, name: str, item, options, lines: list[str]) -> None:
     """Our docstrings are plain text with `code` in it: no sign of it means anything to reStructuredText."""
     for number, line in enumerate(lines):
@@ -249,5 +262,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("env-merge-info", merge)
     app.connect("env-purge-doc", forget)
     app.connect("html-page-context", add_elements)
+    app.connect("html-page-context", repair, priority=900)  # when furo has made its navigation
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

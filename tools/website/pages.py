@@ -256,14 +256,15 @@ def modules_of(root: Path, package: str) -> list[str]:
         files = sorted(
             (file for file in files if file.stem in order), key=lambda file: order.index(file.stem)
         )
-    elif has_own_names(root / package / "__init__.py"):
+    elif defines_something(root / package / "__init__.py"):
         files.insert(0, root / package / "__init__.py")
     return [module_path(file, root) for file in files]
 
 
-def has_own_names(file: Path) -> bool:
-    """Whether a module does more than describe itself."""
-    return len(ast.parse(file.read_text(encoding="utf-8")).body) > 1
+def defines_something(file: Path) -> bool:
+    """Whether a package's `__init__` has functions or classes of its own, besides what it imports."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body)
 
 
 def module_path(file: Path, root: Path) -> str:
@@ -276,5 +277,5 @@ def module_page(name: str) -> str:
     """The page of a module."""
     return (
         f"# `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :member-order: bysource\n"
-        "   :show-inheritance:\n```\n"
+        "   :ignore-module-all:\n   :show-inheritance:\n```\n"
     )

@@ -17,8 +17,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from course import Cell, notebook_sources, own_metadata
 from editions import answer, is_to_solve, learners_copy, to_fill_in, unpaired
 
+SITE = re.compile(r"^\[site\]: (?!https?:).*$", re.MULTILINE)  # where the README's links to the site lead
 PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/instructors.md", "docs/students.md")
-INSTEAD = {"notebooks": "notebooks/index.md"}
+INSTEAD = {"notebooks": "notebooks/index.md", "web/site/publish.md": "publish.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 
 EMBEDDED = {  # what a chapter's page lets one try: after its first cell
@@ -149,7 +150,7 @@ def with_site_links(text: str, page: str, repository: str | None) -> str:
             return found[0]
         return f"[{words}]({repository}/blob/HEAD/{whole})" if repository else words
 
-    return LINK.sub(link, text)
+    return LINK.sub(link, SITE.sub("[site]: publish.md", text))
 
 
 def normal(path: PurePosixPath) -> str:
