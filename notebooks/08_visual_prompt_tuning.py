@@ -400,7 +400,7 @@ show(
 
 # %% tags=["export"]
 def replace_prompts(tokens, prompts, num_prefix):
-    """A block's tokens (B, N, d) with fresh prompts, (n, d) or (B, n, d), in the places behind num_prefix tokens.
+    """A block's tokens (B, N, d), those behind num_prefix replaced by prompts, (n, d) or (B, n, d).
 
     Source: Jia et al. 2022, section 3.2 (VPT-deep).
     """

@@ -18,6 +18,8 @@ os.environ.pop("LECTURE26_MINE", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_METADATA = "lecture26"  # a stored notebook's: the digest of the source it was built from
+# an equation's number; perhaps ", definition" or ", step" stands behind it
+EQUATION_TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
 SOLUTION_MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
 SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
 

@@ -75,15 +75,16 @@ class Exercise:
 class Outcome:
     """What one call did.
 
-    outputs: the tuple returned, or the one object returned (then `single`); tensors without their graph.
-    attached: for each output, whether it carried gradient.
-    gradients: for each argument, the derivative of a fixed linear function of the outputs, or None where the
-        argument asks for no gradient or none arrived.
-    changed: the positions of the arguments that the call modified.
-    marked: the positions of the arguments in which the call left a .grad.
-    weights: of the optimizers among the arguments, as the call left them, and of parameters by name, after a
-        step of what it left; these may be changed and marked.
-    error: the type of the exception raised, if any; error_text: what it says, and where.
+    Attributes:
+        outputs: the tuple returned, or the one object returned (then `single`); tensors without their graph.
+        attached: for each output, whether it carried gradient.
+        gradients: for each argument, the derivative of a fixed linear function of the outputs, or None where
+            the argument asks for no gradient or none arrived.
+        changed: the positions of the arguments that the call modified.
+        marked: the positions of the arguments in which the call left a .grad.
+        weights: of the optimizers among the arguments, as the call left them, and of parameters by name,
+            after a step of what it left; these may be changed and marked.
+        error: the type of the exception raised, if any; error_text: what it says, and where.
     """
 
     outputs: tuple = ()

@@ -51,8 +51,8 @@ from lecture26.recipes.adaptation import Budget, build, fit, open_task
 from lecture26.recipes.latent import load_pipeline, pipeline_of
 from lecture26.recipes.recipe import Recipe
 from lecture26.recipes.vae import round_trips
-from lecture26.vae import SmallVAE, bound_on_grid, latent_scale, vae_loss, vae_training_step
 from lecture26.the_slides_checked import draw, parts_of
+from lecture26.vae import SmallVAE, bound_on_grid, latent_scale, vae_loss, vae_training_step
 from lecture26.visual_prompt_tuning import (
     VPT,
     PromptBank,
