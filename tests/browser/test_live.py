@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import nbformat
 import pytest
-from lab import PATIENCE, SAID, is_own, jupyterlab, run_all_above, type_body, wait_until_said
+from lab import PATIENCE, SAID, is_own, jupyterlab, open_notebook, run_all_above, type_body, wait_until_said
 
 import live
 from course import ROOT, notebook_sources
