@@ -200,15 +200,18 @@ def test_a_clip_sweep_prompts_by_shape_and_colour(clip_sweep):
 
 @pytest.fixture(scope="module")
 def ways_of_steering():
-    names = "drawer", "guide", "judge"
+    names, ways = (
+        ("drawer", "guide", "judge"),
+        steering_ways.WAYS[:-1],
+    )  # the exact shift has a test of its own
     return steering_ways.classifier_guidance_ways(
-        *names, scale=3.0, num_samples=24, num_within=6, batch_size=8, steps=3
+        *names, scale=3.0, ways=ways, num_samples=24, num_within=6, batch_size=8, steps=3
     )
 
 
 def test_all_ways_of_steering_are_run_and_no_two_are_one(ways_of_steering):
     runs = ways_of_steering["runs"]
-    assert [(run["form"], run["sampler"]) for run in runs] == list(steering_ways.WAYS)
+    assert [(run["form"], run["sampler"]) for run in runs] == list(steering_ways.WAYS[:-1])
     distances = [run["frechet_distance"] for run in runs]
     assert len(set(distances)) == len(distances)
     assert all(run["frechet_distance_error"] > 0 and 0 <= run["share_large"] <= 1 for run in runs)
