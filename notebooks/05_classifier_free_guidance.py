@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown] slide=["# One network, asked twice", "? What is the noise in this image, given that it shows a red star? And given nothing?", "The difference of the two answers is a classifier's gradient.", "It can be made longer: **classifier-free guidance**.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both ways to count", "- train one network that answers with a label and without", "- write the doubled pass that any sampler takes", "- say what a weight above 0 draws", "- see what a Fréchet distance has measured"]
+# %% [markdown] slide=["# One network, asked twice", "? What is the noise in this image, given that it shows a red star? And given nothing?", "The difference of the two answers is a classifier's gradient.", "It can be made longer: **classifier-free guidance**.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both ways to count", "- train one network that answers with a label and without", "- write the doubled pass that any sampler takes", "- say what a weight above 0 draws", "- see what a Fr\u00e9chet distance has measured"]
 # # 05 Classifier-free guidance: two answers of one network
 #
 # [Previous: 04 CLIP guidance](04_clip_guidance.ipynb) · [Next: 06 The variational autoencoder](06_vae.ipynb)
@@ -125,15 +125,10 @@ show(
 
 # %% slide=["# In code it is one line", "[code implicit_gradient]", "On the mixture it agrees with the exact classifier, differentiated by autograd."] tags=["export"]
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
-    """The gradient of the classifier that a conditional and an unconditional denoiser contain.
+    """The gradient of log p(y | x_t) by x_t, of the classifier that two denoisers contain, like eps_cond.
 
-    Args:
-        eps_cond: predicted noise given the class, (B, ...).
-        eps_uncond: predicted noise given nothing, like eps_cond.
-        alpha_bar: at each sample's step, broadcastable to eps_cond, in (0, 1).
-
-    Returns:
-        The gradient of log p(y | x_t) with respect to x_t, like eps_cond.
+    eps_cond and eps_uncond are the predicted noise given the class and given nothing, (B, ...); alpha_bar, in
+    (0, 1), is broadcastable to them.
 
     Source: Ho and Salimans 2022, section 3.2.
     """
@@ -323,14 +318,9 @@ show(figure, "Four arrows from one noisy point, with their tips on a straight li
 
 # %% tags=["export"]
 def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
-    """Mix a conditional and an unconditional prediction, in the convention of most libraries.
+    """Mix predictions with the condition, eps_cond, and without it, eps_uncond, (B, ...), as most libraries do.
 
-    Args:
-        eps_cond, eps_uncond: predictions given the condition and without it, (B, ...).
-        guidance_scale: s = 1 + w, a number: 0 is the unconditional prediction, 1 the conditional one.
-
-    Returns:
-        The guided prediction, like eps_cond.
+    guidance_scale is s = 1 + w: 0 gives the unconditional prediction, 1 the conditional one.
 
     Source: Nichol et al. 2022, section 2.3; Saharia et al. 2022, equation 2.
     """
