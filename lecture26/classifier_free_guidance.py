@@ -12,15 +12,10 @@ from lecture26.ddpm import GaussianMixture, at_least_float32, exact_denoiser
 
 
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
-    """The gradient of the classifier that a conditional and an unconditional denoiser contain.
+    """The gradient of log p(y | x_t) by x_t, of the classifier that two denoisers contain, like eps_cond.
 
-    Args:
-        eps_cond: predicted noise given the class, (B, ...).
-        eps_uncond: predicted noise given nothing, like eps_cond.
-        alpha_bar: at each sample's step, broadcastable to eps_cond, in (0, 1).
-
-    Returns:
-        The gradient of log p(y | x_t) with respect to x_t, like eps_cond.
+    eps_cond and eps_uncond are the predicted noise given the class and given nothing, (B, ...); alpha_bar, in
+    (0, 1), is broadcastable to them.
 
     Source: Ho and Salimans 2022, section 3.2.
     """
@@ -76,14 +71,9 @@ def cfg_combine(eps_cond, eps_uncond, w):
 
 
 def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
-    """Mix a conditional and an unconditional prediction, in the convention of most libraries.
+    """Mix predictions with the condition, eps_cond, and without it, eps_uncond, (B, ...), as most libraries do.
 
-    Args:
-        eps_cond, eps_uncond: predictions given the condition and without it, (B, ...).
-        guidance_scale: s = 1 + w, a number: 0 is the unconditional prediction, 1 the conditional one.
-
-    Returns:
-        The guided prediction, like eps_cond.
+    guidance_scale is s = 1 + w: 0 gives the unconditional prediction, 1 the conditional one.
 
     Source: Nichol et al. 2022, section 2.3; Saharia et al. 2022, equation 2.
     """

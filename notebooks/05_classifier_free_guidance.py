@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown] slide=["# One network, asked twice", "? What is the noise in this image, given that it shows a red star? And given nothing?", "The difference of the two answers is a classifier's gradient.", "It can be made longer: **classifier-free guidance**.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both ways to count", "- train one network that answers with a label and without", "- write the doubled pass that any sampler takes", "- say what a weight above 0 draws", "- see what a Fréchet distance has measured"]
+# %% [markdown] slide=["# One network, asked twice", "? What is the noise in this image, given that it shows a red star? And given nothing?", "The difference of the two answers is a classifier's gradient.", "It can be made longer: **classifier-free guidance**.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both ways to count", "- train one network that answers with a label and without", "- write the doubled pass that any sampler takes", "- say what a weight above 0 draws", "- see what a Fr\u00e9chet distance has measured"]
 # # 05 Classifier-free guidance: two answers of one network
 #
 # [Previous: 04 CLIP guidance](04_clip_guidance.ipynb) · [Next: 06 The variational autoencoder](06_vae.ipynb)
@@ -123,17 +123,12 @@ show(
 # No classifier was trained; two denoisers contain one, the **implicit classifier**.
 
 
-# %% slide=["# In code it is one line", "[code implicit_gradient]", "On the mixture it agrees with the exact classifier, differentiated by autograd."] tags=["export"]
+# %% tags=["export"]
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
-    """The gradient of the classifier that a conditional and an unconditional denoiser contain.
+    """The gradient of log p(y | x_t) by x_t, of the classifier that two denoisers contain, like eps_cond.
 
-    Args:
-        eps_cond: predicted noise given the class, (B, ...).
-        eps_uncond: predicted noise given nothing, like eps_cond.
-        alpha_bar: at each sample's step, broadcastable to eps_cond, in (0, 1).
-
-    Returns:
-        The gradient of log p(y | x_t) with respect to x_t, like eps_cond.
+    eps_cond and eps_uncond are the predicted noise given the class and given nothing, (B, ...); alpha_bar, in
+    (0, 1), is broadcastable to them.
 
     Source: Ho and Salimans 2022, section 3.2.
     """
@@ -323,14 +318,9 @@ show(figure, "Four arrows from one noisy point, with their tips on a straight li
 
 # %% tags=["export"]
 def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
-    """Mix a conditional and an unconditional prediction, in the convention of most libraries.
+    """Mix predictions with the condition, eps_cond, and without it, eps_uncond, (B, ...), as most libraries do.
 
-    Args:
-        eps_cond, eps_uncond: predictions given the condition and without it, (B, ...).
-        guidance_scale: s = 1 + w, a number: 0 is the unconditional prediction, 1 the conditional one.
-
-    Returns:
-        The guided prediction, like eps_cond.
+    guidance_scale is s = 1 + w: 0 gives the unconditional prediction, 1 the conditional one.
 
     Source: Nichol et al. 2022, section 2.3; Saharia et al. 2022, equation 2.
     """
@@ -870,7 +860,7 @@ print(drop_labels(ten_pairs, (8, 8), 0.3, torch.Generator().manual_seed(0)).T.to
 # its graph.
 
 
-# %% slide=["# Training: one line more than in chapter 01", "[code conditional_training_step]"] tags=["export", "exercise"]
+# %% tags=["export", "exercise"]
 def conditional_training_step(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
     """One step of an optimizer along the gradient of the loss on a batch, with label dropout.
 
@@ -950,7 +940,7 @@ right_helps = all(right < none < wrong for t, (right, none, wrong) in told_by_st
 print(f"right labels lower the loss, and wrong ones raise it, from t = 150 on: {right_helps}")
 assert right_helps
 
-# %% slide=["# What is it worth to be told?", "[picture]", "The noisier, the more: at clean steps the picture says itself what it shows."] tags=["draw", "nbval-ignore-output"]
+# %% tags=["draw", "nbval-ignore-output"]
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 for place, name, colour in ((0, "right labels", colours[0]), (2, "wrong labels", colours[1])):
     axis.plot(
@@ -1041,7 +1031,7 @@ digits_table(digits_by_weight)
 # 200 digits each, one seed. Training was short, and some digits are misshapen without guidance. A little guidance mends that;
 # more of it costs variety, by (5.9), and the distance grows.
 
-# %% [markdown] slide=["# A negative prompt takes the place of 'nothing'", "$$-\\frac{(1+w)\\,\\epsilon_y-w\\,\\epsilon_n}{\\sqrt{1-\\bar\\alpha_t}}=\\nabla_{x_t}\\log\\left[q(x_t\\mid y)\\left(\\frac{q(y\\mid x_t)}{q(n\\mid x_t)}\\right)^{w}\\right] \\tag{5.12}$$", "The picture is made likelier to be $y$ *against* $n$: a duel, $w$ times its log-odds.", "# The mean runs away from what is not wanted", "Both of one width, at $\\mu_y$ and $\\mu_n$. Then any sampler draws that normal, with the mean", "$$\\mu_w=\\mu_y+w\\,(\\mu_y-\\mu_n)$$", "Log-odds have no end. $\\log q(y\\mid x_t)$ has one: once $y$ is certain."] tags=["optional"]
+# %% [markdown] slide=["# A negative prompt takes the place of 'nothing'", "$$-\\frac{(1+w)\\,\\epsilon_y-w\\,\\epsilon_n}{\\sqrt{1-\\bar\\alpha_t}}=\\nabla_{x_t}\\log\\left[q(x_t\\mid y)\\left(\\frac{q(y\\mid x_t)}{q(n\\mid x_t)}\\right)^{w}\\right] \\tag{5.12}$$", "The picture is made likelier to be $y$ *against* $n$: a duel, $w$ times its log-odds."] tags=["optional"]
 # ## What is not wanted *(at a second reading)*
 #
 # Nothing in the code asks that the second condition be the null label. Put a **negative prompt** there, a condition $n$ of
@@ -1169,7 +1159,7 @@ show(
 # goes on, to a mean height of 2.0, where the class has 0.6. So a negative prompt is a direction, no logical 'not'; it works as
 # a fine correction between things that are close ('not blurred'), with a small weight.
 
-# %% [markdown] slide=["# Contrast grows with the weight", "With the difference $d=c-u$, over the pixels of one sample:", "(5.15)", "A parabola in $w$: early predictions leave $[-1,1]$ by far, and then recover."] tags=["optional"]
+# %% [markdown] tags=["optional"]
 # ## Too much contrast *(at a second reading)*
 #
 # Pictures at a large weight are known for glaring colours. Where could that come from? Let $c$ be the conditional prediction
@@ -1224,7 +1214,7 @@ show_table(
 # `quantile` of its absolute values lies, but at least 1. Clip the picture to $[-s,s]$ and divide it by $s$.
 
 
-# %% slide=["# Thresholding: each picture by a bound of its own", "[code dynamic_threshold]"] tags=["export", "exercise"]
+# %% tags=["export", "exercise"]
 def dynamic_threshold(x_0, quantile):
     """Bring predicted pictures into [-1, 1], each by a bound of its own.
 
@@ -1637,7 +1627,7 @@ def asymmetry(field, h=0.05):
 asymmetries = {name: asymmetry(field) for name, field in fields.items()}
 assert asymmetries["difference of the answers"] > 5 * max(list(asymmetries.values())[1:])
 
-# %% slide=["# No classifier can be integrated from it", "A gradient field has a symmetric Jacobian: $a^\\top Jb=b^\\top Ja$. How far is each from that?", "[table]", "In the difference the common part cancels, and the errors stay."] tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output"]
 show_table(
     [[name, f"{value:.2f}"] for name, value in asymmetries.items()], columns=["field, t = 500", "asymmetry"]
 )
