@@ -547,8 +547,7 @@ by_path = torch.autograd.grad(integrate(along_path), (mu, log_sigma2))
 verify("6.9", torch.stack(by_path), torch.stack(by_score), atol=1e-9)
 
 # %% [markdown]
-# How far from the truth are averages over a batch of draws? And what if 50 is added to $f$, which changes nothing in the
-# derivative of its expectation?
+# How far from the truth are averages over a batch? And what if 50 is added to $f$, which changes nothing in the truth?
 
 # %%
 draws = torch.randn(500, 64, generator=torch.Generator().manual_seed(1), **exact)  # 500 batches of 64
@@ -640,8 +639,8 @@ show_table(rows, columns=["latent numbers", "error of the path", "error of the s
 # the divergence. So the weight is no trick: it *is* the variance of the decoder's noise, the size of the errors that we
 # declare not to matter.
 #
-# Both terms are *sums*, over the numbers of $x$ and over those of $z$. Averaging one and summing the other changes the
-# weight by the number of terms: for images, a factor of thousands.
+# Both terms are *sums*. Averaging one and summing the other changes the weight by the number of terms: for images, a factor
+# of thousands.
 #
 # #### Exercise 7: the loss
 #
@@ -885,8 +884,8 @@ check_answer(
 )
 
 # %% [markdown]
-# And networks, small and nonlinear, trained by your step at seven weights. A latent number that was switched off has the
-# same mean for every picture. So one is called *active* if its mean moves:
+# And networks, small and nonlinear, trained by your step at seven weights. A latent number is called *active* if its mean
+# moves from picture to picture:
 #
 # $$\operatorname{Var}_x\bigl(\mathbb E_{q(z\mid x)}[z_i]\bigr)>0.01 \tag{6.13, definition}$$
 
@@ -1021,7 +1020,7 @@ show(
 rows = []
 for kl_weight, row in table.items():
     own_error, standard_error = row["error"] / 64, row["bounds"].std() / math.sqrt(len(unseen))
-    rows.append([str(kl_weight), f"{own_error:.3f}", f"{row['bounds'].mean():.0f} ± {standard_error:.0f}"])
+    rows.append([str(kl_weight), f"{own_error:.3f}", f"{row['bounds'].mean():.1f} ± {standard_error:.1f}"])
 show_table(rows, columns=["weight", "squared error per pixel", "bound, nats (304 digits, one draw each)"])
 chosen = max(weights, key=lambda kl_weight: table[kl_weight]["bounds"].mean().item())
 print(f"the likelihood chooses the weight {chosen}")
@@ -1069,7 +1068,7 @@ for axis, (kl_weight, network) in zip(axes, pairs.items()):
     axis.grid(False)
 show(
     figure,
-    "Three grids of nine by nine decoded codes: blots and repeated digits, digits that turn into each other, and one "
+    "Three grids of nine by nine decoded codes: a few of the digits again and again, all of them turning into each other, one "
     "grey blot everywhere.",
 )
 
@@ -1522,7 +1521,7 @@ print(f"mean squared error {((scene_images - scene_copies) ** 2).mean():.4f}")
 # %% slide=["# After long training: the outlines are what is lost", "[picture]", "Below, the error five times as strong; black is none. Readers find everything still there."] tags=["draw"]
 errors = (come_back - eight_images).abs() * 5 - 1
 rows_of_images = torch.cat([eight_images, come_back, errors])
-figure = show_grid(rows_of_images, row_titles=["images", "round trip", "error x 5"])
+figure = show_grid(rows_of_images, row_titles=["images", "round trip", "error x 5"], inches_per_image=1.2)
 show(
     figure, "Eight test images, their reconstructions, which look alike, and thin outlines where they differ."
 )
@@ -1754,8 +1753,8 @@ show(
 )
 
 # %% [markdown]
-# *The same noise on codes of three sizes, divided by $\sqrt{\bar\alpha_t}$ and by the scale, and decoded.* Our own size, 0.8,
-# is near 1: here one could forget $s$ and notice little.
+# *The same noise on codes of three sizes, divided by $\sqrt{\bar\alpha_t}$ and by the scale, and decoded.* Ours, unscaled, are
+# of size 0.8: here one could forget $s$ and notice little.
 
 # %% [markdown] tags=["core"]
 # ## A second stage in miniature
