@@ -957,8 +957,8 @@ def test_solved_heads_see_the_backbone_and_the_trained_prompts(monkeypatch):
 
 def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
     of_tasks = [f"adaptation_{task}" for task in adaptation.SMALL_TASKS]
-    others = ("adaptation_mnist", "adaptation_short", "adaptation_prompts", "adaptation_widths")
-    for name in (*of_tasks, *others):
+    others = ("mnist", "inside", "short", "prompts", "widths")
+    for name in (*of_tasks, *(f"adaptation_{other}" for other in others)):
         options = measurements.MEASUREMENTS[name].keywords
         for backbone in options.get("backbones", ("vit_photos32",)):
             assert recipes.find_recipe(backbone).family == "backbone"
