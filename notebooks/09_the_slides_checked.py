@@ -199,6 +199,13 @@ def parts_of(pipeline, w=2.0, steps=25):
         pipeline: the LatentDiffusion.
         w: weight of classifier-free guidance.
         steps: of DDIM.
+
+    Returns:
+        A Parts, with classifier-free guidance and DDIM.
+
+    Raises:
+        TypeError: if steps is no int.
+        ValueError: if steps is out of the pipeline's range.
     """
     return Parts(
         tokenizer=pipeline.text_encoder.tokenizer,
@@ -333,7 +340,9 @@ def by_classifier(network, said, unsaid):
 
 def by_clip(network, said, unsaid):
     words = [[unseen.labels[label][i] for label, i in zip(labels, row)] for row in said.tolist()]
-    features = noisy_clip.encode_text(noisy_clip.tokenizer([f"a {colour} {shape}" for shape, colour in words]))
+    features = noisy_clip.encode_text(
+        noisy_clip.tokenizer([f"a {colour} {shape}" for shape, colour in words])
+    )
     return clip_guided(partial(network, cond=unsaid), noisy_clip, features, 130.0, pixel_steps)
 
 
@@ -349,7 +358,14 @@ of_pixels = Parts(
     latent_scale=1.0,
     shape=(3, 32, 32),
 )
-wishes = ["a red star", "a yellow crescent", "a blue ring", "a green heart", "an orange cross", "a pink square"]
+wishes = [
+    "a red star",
+    "a yellow crescent",
+    "a blue ring",
+    "a green heart",
+    "an orange cross",
+    "a pink square",
+]
 by_guidance = {
     "classifier-free": draw(of_pixels, wishes, seeded()),
     "classifier": draw(of_pixels._replace(guide=by_classifier), wishes, seeded()),
@@ -477,7 +493,11 @@ show_ledger("guidance")
 
 # %% slide=["# All guidances on one axis", "[picture]", "Obedience is bought; what is paid is the distribution. CLIP and classifier lie on one line."]
 stored = load_results("guidances_on_one_axis")
-three = [Way("classifier", "unconditional"), Way("CLIP", "unconditional"), Way("classifier-free", "with labels")]
+three = [
+    Way("classifier", "unconditional"),
+    Way("CLIP", "unconditional"),
+    Way("classifier-free", "with labels"),
+]
 later = Way("classifier-free", "with labels", (0, 699))
 show(
     draw_guidances(stored, [*three, later]),
@@ -685,7 +705,9 @@ for folder in sorted((root / "chest/train").iterdir()):
         target = root / "chest/validation" / folder.name / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)
-counts = [[split, len(list((root / "chest" / split).rglob("*.png")))] for split in ("train", "validation", "test")]
+counts = [
+    [split, len(list((root / "chest" / split).rglob("*.png")))] for split in ("train", "validation", "test")
+]
 show_table(counts, ["split", "films"])
 
 
@@ -749,6 +771,10 @@ def serve(requests, answer, batch_size):
         requests: a queue.Queue of Request, and of None to end.
         answer: callable (images (B, C, H, W), B names of tasks) -> B answers, such as a PromptBank.
         batch_size: at most so many are answered at once; fewer, where no more are waiting.
+
+    Raises:
+        TypeError: if batch_size is no int.
+        ValueError: if it is below 1.
     """
     check_positive_int("batch_size", batch_size)
     is_open = True
@@ -866,7 +892,9 @@ rows = [
     ]
     for run in serving["runs"]
 ]
-show_table(rows, ["tasks", "MB, bank / networks", "requests a second, bank / networks", "time of networks over bank"])
+show_table(
+    rows, ["tasks", "MB, bank / networks", "requests a second, bank / networks", "time of networks over bank"]
+)
 
 # %% [markdown]
 # With few tasks the networks are a little faster, since prompts are tokens that each image pays for. With fifty, each network

@@ -113,8 +113,12 @@ def is_above(
     """Whether one share lies above another by more than two standard errors of their difference.
 
     Args:
-        share, other: of `count` and of `other_count` samples (None: as many).
+        share, other: the two, in [0, 1].
+        count, other_count: the samples of the one and of the other (None: as many).
         spread: a further standard error of the difference, such as that between seeds.
+
+    Returns:
+        Whether it does; False for a tie.
     """
     errors = share_error(share, count), share_error(other, other_count or count), spread
     return share - other > 2 * math.hypot(*errors)
