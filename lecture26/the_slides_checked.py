@@ -87,6 +87,13 @@ def parts_of(pipeline, w=2.0, steps=25):
         pipeline: the LatentDiffusion.
         w: weight of classifier-free guidance.
         steps: of DDIM.
+
+    Returns:
+        A Parts, with classifier-free guidance and DDIM.
+
+    Raises:
+        TypeError: if steps is no int.
+        ValueError: if steps is out of the pipeline's range.
     """
     return Parts(
         tokenizer=pipeline.text_encoder.tokenizer,
@@ -180,6 +187,10 @@ def serve(requests, answer, batch_size):
         requests: a queue.Queue of Request, and of None to end.
         answer: callable (images (B, C, H, W), B names of tasks) -> B answers, such as a PromptBank.
         batch_size: at most so many are answered at once; fewer, where no more are waiting.
+
+    Raises:
+        TypeError: if batch_size is no int.
+        ValueError: if it is below 1.
     """
     check_positive_int("batch_size", batch_size)
     is_open = True

@@ -811,6 +811,18 @@ def own_head_by_one_hot(features, weights, biases, tasks):
     return torch.einsum("btk,bt->bk", every, chosen)
 
 
+def words_to_images_by_hand(
+    tokens, empty, encode, denoiser, guide, step, z_T, noise_at, num_steps, decode, latent_scale
+):
+    said, unsaid = encode(torch.cat([tokens, empty])).chunk(2)  # both in one call
+    z_t, index = z_T, num_steps
+    while index > 0:
+        index -= 1
+        steps = torch.tensor([index] * len(z_T), dtype=torch.int32)
+        z_t = step(guide(denoiser, said, unsaid), z_t, steps, noise_at(index))
+    return decode(z_t * (1 / latent_scale))
+
+
 def standard_normal_kl_by_torch(mean, log_variance):
     code = torch.distributions.Normal(mean, log_variance.exp() ** 0.5)
     prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
@@ -1106,6 +1118,7 @@ REWRITINGS = [
     ),
     ("visual_prompt_tuning.own_head", own_head_by_loop),
     ("visual_prompt_tuning.own_head", own_head_by_one_hot),
+    ("the_slides_checked.words_to_images", words_to_images_by_hand),
     ("vae.kl_to_standard_normal", standard_normal_kl_by_torch),
     (
         "vae.kl_to_standard_normal",

@@ -107,17 +107,9 @@ def share_error(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / count)
 
 
-def is_above(
-    share: float, other: float, count: int, other_count: int | None = None, *, spread: float = 0.0
-) -> bool:
-    """Whether one share lies above another by more than two standard errors of their difference.
-
-    Args:
-        share, other: of `count` and of `other_count` samples (None: as many).
-        spread: a further standard error of the difference, such as that between seeds.
-    """
-    errors = share_error(share, count), share_error(other, other_count or count), spread
-    return share - other > 2 * math.hypot(*errors)
+def is_above(share: float, other: float, count: int) -> bool:
+    """Whether share lies above other by more than two standard errors, each being of count samples."""
+    return share - other > 2 * math.hypot(share_error(share, count), share_error(other, count))
 
 
 def _content(source: str) -> dict:

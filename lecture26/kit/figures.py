@@ -126,7 +126,11 @@ def show_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> N
 
 
 def markdown_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> str:
-    """The Markdown of a table as `show_table` shows it, which says what cells may be and what it raises."""
+    """The Markdown of rows under columns, as `show_table` shows it.
+
+    Cells are as `show_table` says. Raises TypeError on other cells; ValueError if there is no row, one has
+    another length, or a text has a line break or a `|`.
+    """
     if not rows:
         raise ValueError("rows must be at least one; got none")
     for row in rows:
