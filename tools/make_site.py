@@ -156,11 +156,12 @@ def take_picture(folder: Path, file: Path) -> None:
         page = browser.new_page(viewport={"width": 1120, "height": 1000}, color_scheme="light")
         page.goto((folder / "playground.html").as_uri())
         element = page.locator("class-playground")
-        element.get_by_role("button", name="w from \u22121 to 8").click()
-        element.get_by_role("button", name="Draw", exact=True).click(timeout=DRAWING_TIMEOUT)
-        page.wait_for_function("document.querySelector('class-playground').isDone", timeout=DRAWING_TIMEOUT)
+        for button in ("Draw", "w from \u22121 to 8"):
+            element.get_by_role("button", name=button, exact=True).click()
+            page.wait_for_function("document.querySelector('class-playground').isDone", timeout=DRAWING_TIMEOUT)
+        page.evaluate("document.querySelector('class-playground .shelf').hidden = true")
         taken = Image.open(io.BytesIO(element.screenshot()))
-    taken.convert("RGB").quantize(128).save(file, optimize=True)
+    taken.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(file, optimize=True)
 
 
 def serve(folder: Path, port: int) -> None:

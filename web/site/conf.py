@@ -25,7 +25,7 @@ mathjax_path = "mathjax/tex-svg-full.js"
 mathjax_options = {"defer": "defer"}
 mathjax3_config = {
     "loader": {"load": ["ui/lazy"]},
-    "options": {"enableMenu": False, "lazyMargin": "600px"},
+    "options": {"enableMenu": False, "lazyMargin": "1500px"},
     "svg": {"fontCache": "global"},
     "tex": {"inlineMath": [["\\(", "\\)"]], "displayMath": [["\\[", "\\]"]]},
 }
