@@ -894,17 +894,8 @@ check_answer(
 def active_latents(mean, threshold=0.01):
     """Which latent numbers say anything about the data: those whose mean moves from sample to sample.
 
-    Args:
-        mean: the encoder's means for N >= 2 samples, (N, ...).
-        threshold: the variance over the samples above which a number counts as active.
-
-    Returns:
-        Booleans of the shape of one sample, (...).
-
-    Raises:
-        ValueError: on fewer than two samples, which have no variance.
-
-    Source: Burda et al. 2016, section 5 (threshold 0.01).
+    mean: the encoder's means, (N, ...); threshold: their variance above which a number is active.
+    Returns booleans (...); raises ValueError for N < 2. Source: Burda et al. 2016, section 5.
     """
     if len(mean) < 2:
         raise ValueError(f"mean must be of at least 2 samples; got {len(mean)}")
@@ -1184,17 +1175,7 @@ show(figure, "Bars of the rate by KL weight: at small weights, most of each is a
 def psnr(x, x_hat):
     """The peak signal-to-noise ratio of each image's reconstruction, in decibels.
 
-    Args:
-        x: images in [-1, 1], (B, C, H, W).
-        x_hat: their reconstructions, like x.
-
-    Returns:
-        (B,): 10 log10 of the squared range of the values over the mean squared error of an image; infinite
-        where both are equal.
-
-    Raises:
-        ValueError: if x and x_hat are of different shapes.
-
+    x, (B, C, H, W) in [-1, 1], and x_hat, like x (else ValueError) -> (B,); infinite where both are equal.
     Source: equation 6.16 of the chapter.
     """
     check_shape("x_hat", x_hat, x.shape, of="x")

@@ -158,7 +158,9 @@ def take_picture(folder: Path, file: Path) -> None:
         element = page.locator("class-playground")
         for button in ("Draw", "w from \u22121 to 8"):
             element.get_by_role("button", name=button, exact=True).click()
-            page.wait_for_function("document.querySelector('class-playground').isDone", timeout=DRAWING_TIMEOUT)
+            page.wait_for_function(
+                "document.querySelector('class-playground').isDone", timeout=DRAWING_TIMEOUT
+            )
         page.evaluate("document.querySelector('class-playground .shelf').hidden = true")
         taken = Image.open(io.BytesIO(element.screenshot()))
     taken.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(file, optimize=True)
