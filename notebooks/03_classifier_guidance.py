@@ -774,7 +774,7 @@ verify("3.11", p_class.mean, p_all.mean + beta / (1 - beta).sqrt() * gradient_at
 # error of the shift, relative to the shift itself:
 
 
-# %% slide=["# Both forms meet as steps get finer", "[output]", "The error of $\\Sigma g$, for the point and level at which $g$ is taken. It grows where there is little noise, and falls about as fast as $1/T$."]
+# %% slide=["# Both forms meet as steps get finer", "[table]", "The error of $\\Sigma g$, for the point and level at which $g$ is taken. It grows where there is little noise, and falls about as fast as $1/T$."]
 def shift_errors(num_steps, step):
     """Root-mean-square error of four versions of Sigma g, relative to the exact shift; and alpha_bar there."""
     fine = Diffusion(linear_betas(num_steps))
@@ -1474,7 +1474,7 @@ verify("3.18", pushed, 3.0 * (expected_x_0(alone) - expected_x_0(mixture)), atol
 # to. Here is the push on $\hat x_0$ at some of the fifty steps, for eight images and $s=8$, while pixels lie in
 # $[-1,1]$:
 
-# %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[output]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
+# %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[table]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
 pushes = []
 for index in (49, 48, 45, 40, 25):
     at_step = short.steps[index].expand(8)
@@ -1654,7 +1654,7 @@ check_answer(
 # less than two standard errors of their difference apart are a tie.
 
 
-# %% slide=["# What a scale buys, and what comes with it", "? Nobody asks for a size. Which share of the drawn shapes is large?", "[output]", "Accuracy rises and levels off. So does the share of large shapes, and the distance with it."]
+# %% slide=["# What a scale buys, and what comes with it", "? Nobody asks for a size. Which share of the drawn shapes is large?", "[table]", "Accuracy rises and levels off. So does the share of large shapes, and the distance with it."]
 def counted(run, quantity):
     """A share of a run's samples, with the standard error of counting."""
     share = run[quantity]
@@ -1792,7 +1792,7 @@ assert all(float(large) > float(small) for _, large, small in legible)
 # And DDIM, which is far behind in the left picture? At the first step the push is mostly error (*Where to clip*), and
 # DDIM has no noise that would cover what it does. So leave the guidance out there, once:
 
-# %% slide=["# Why is DDIM behind? One step of fifty is part of it", "[output]", "Without guidance at the very first step, where the push is mostly error."]
+# %% slide=["# Why is DDIM behind? One step of fifty is part of it", "[table]", "Without guidance at the very first step, where the push is mostly error."]
 show_table(
     [
         [sampler.upper(), when, counted(run, "accuracy_all"), counted(run, "share_large"), *distance(run)]
