@@ -576,8 +576,8 @@ for column, axis in enumerate(axes):
 show(figure, "Paths from noise to data. Without guidance they end in all three classes, with it in one.")
 
 # %% [markdown]
-# *The same three points and noise, without guidance and with it: all 30 steps of DDIM, the last 15 of DDPM. Guided paths
-# all end in the upper class.*
+# *The same three points and noise, without guidance and with it: all 30 steps of DDIM, the last 15 of DDPM (dots: where
+# the drawing begins). Guided paths all end in the upper class.*
 
 # %% [markdown] tags=["core"]
 # ## The lecture's form: a shifted mean
@@ -1350,7 +1350,7 @@ for axis, label, column in zip(axes, ("shape", "colour"), (0, 1)):
     axis.axhline(1 / 8, color="grey", linewidth=0.8)
     axis.set(title=label, xlabel="step t")
 axes[0].set_ylabel("share read right")
-axes[1].legend(loc="lower left")
+axes[1].legend(loc=(0.03, 0.22))
 show(
     figure,
     "Accuracy against the step, for shape and colour: the clean classifier falls early, the others late.",
@@ -1765,8 +1765,8 @@ show(
 #
 # Above $s=1$ the guided points lie on the grey curve, within their errors: what the distance shows here is mostly which
 # *sizes* are drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
-# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$ it
-# is lower than sizes alone would make it.)
+# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$
+# it is lower than sizes alone would make it.)
 #
 # Why large ones? A small shape is lost in noise sooner, so making it larger makes the classifier surer:
 
@@ -1863,10 +1863,10 @@ show_table(
 )
 
 # %% [markdown]
-# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift of
-# the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing holds
-# it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the clipping, the
-# lecture's form by its $\Sigma$, which is far smaller there.
+# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift
+# of the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing
+# holds it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the
+# clipping, the lecture's form by its $\Sigma$, which is far smaller there.
 #
 # And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
