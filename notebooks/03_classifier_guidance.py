@@ -576,8 +576,8 @@ for column, axis in enumerate(axes):
 show(figure, "Paths from noise to data. Without guidance they end in all three classes, with it in one.")
 
 # %% [markdown]
-# *The same three points and noise, without guidance and with it: all 30 steps of DDIM, the last 15 of DDPM. Guided paths
-# all end in the upper class.*
+# *The same three points and noise, without guidance and with it: all 30 steps of DDIM, the last 15 of DDPM (dots: where
+# the drawing begins). Guided paths all end in the upper class.*
 
 # %% [markdown] tags=["core"]
 # ## The lecture's form: a shifted mean
@@ -774,7 +774,7 @@ verify("3.11", p_class.mean, p_all.mean + beta / (1 - beta).sqrt() * gradient_at
 # error of the shift, relative to the shift itself:
 
 
-# %% slide=["# Both forms meet as steps get finer", "[output]", "The error of $\\Sigma g$, for the point and level at which $g$ is taken. It grows where there is little noise, and falls about as fast as $1/T$."]
+# %% slide=["# Both forms meet as steps get finer", "[table]", "The error of $\\Sigma g$, for the point and level at which $g$ is taken. It grows where there is little noise, and falls about as fast as $1/T$."]
 def shift_errors(num_steps, step):
     """Root-mean-square error of four versions of Sigma g, relative to the exact shift; and alpha_bar there."""
     fine = Diffusion(linear_betas(num_steps))
@@ -1474,7 +1474,7 @@ verify("3.18", pushed, 3.0 * (expected_x_0(alone) - expected_x_0(mixture)), atol
 # to. Here is the push on $\hat x_0$ at some of the fifty steps, for eight images and $s=8$, while pixels lie in
 # $[-1,1]$:
 
-# %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[output]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
+# %% slide=["# At the first step the push is enormous", "Guidance moves $\\hat x_0$ by $s\\,(1-\\bar\\alpha_t)/\\sqrt{\\bar\\alpha_t}\\;g$.", "[table]", "? Should $\\hat x_0$ be clipped before the guidance, after it, or never?"]
 pushes = []
 for index in (49, 48, 45, 40, 25):
     at_step = short.steps[index].expand(8)
@@ -1654,7 +1654,7 @@ check_answer(
 # less than two standard errors of their difference apart are a tie.
 
 
-# %% slide=["# What a scale buys, and what comes with it", "? Nobody asks for a size. Which share of the drawn shapes is large?", "[output]", "Accuracy rises and levels off. So does the share of large shapes, and the distance with it."]
+# %% slide=["# What a scale buys, and what comes with it", "? Nobody asks for a size. Which share of the drawn shapes is large?", "[table]", "Accuracy rises and levels off. So does the share of large shapes, and the distance with it."]
 def counted(run, quantity):
     """A share of a run's samples, with the standard error of counting."""
     share = run[quantity]
@@ -1765,8 +1765,8 @@ show(
 #
 # Above $s=1$ the guided points lie on the grey curve, within their errors: what the distance shows here is mostly which
 # *sizes* are drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
-# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$ it
-# is lower than sizes alone would make it.)
+# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$
+# it is lower than sizes alone would make it.)
 #
 # Why large ones? A small shape is lost in noise sooner, so making it larger makes the classifier surer:
 
@@ -1792,7 +1792,7 @@ assert all(float(large) > float(small) for _, large, small in legible)
 # And DDIM, which is far behind in the left picture? At the first step the push is mostly error (*Where to clip*), and
 # DDIM has no noise that would cover what it does. So leave the guidance out there, once:
 
-# %% slide=["# Why is DDIM behind? One step of fifty is part of it", "[output]", "Without guidance at the very first step, where the push is mostly error."]
+# %% slide=["# Why is DDIM behind? One step of fifty is part of it", "[table]", "Without guidance at the very first step, where the push is mostly error."]
 show_table(
     [
         [sampler.upper(), when, counted(run, "accuracy_all"), counted(run, "share_large"), *distance(run)]
@@ -1863,10 +1863,10 @@ show_table(
 )
 
 # %% [markdown]
-# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift of
-# the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing holds
-# it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the clipping, the
-# lecture's form by its $\Sigma$, which is far smaller there.
+# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift
+# of the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing
+# holds it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the
+# clipping, the lecture's form by its $\Sigma$, which is far smaller there.
 #
 # And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
