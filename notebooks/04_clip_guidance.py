@@ -445,12 +445,12 @@ node_weights = node_weights / node_weights.sum()  # of the standard normal
 x_grid, c_1, c_2 = torch.meshgrid(nodes, nodes, nodes, indexing="ij")  # (64, 64, 64) each
 grid_weights = node_weights[:, None, None] * node_weights[:, None] * node_weights  # with sum 1
 
-# %% slide=["# The mean of log r is the mutual information", "$$I=\\mathbb E_{q(x,c)}\\bigl[\\log r(x,c)\\bigr]$$", "How much picture and caption say about each other. For two normal numbers:", "(4.14)"]
+# %%
 own_caption = 0.6 * x_grid + math.sqrt(1 - 0.6**2) * c_1  # under P_1 the first caption belongs to x
 information = (grid_weights * log_ratio(x_grid, own_caption, rho=0.6)).sum()
 verify("4.14", information, -0.5 * torch.tensor(1 - 0.6**2, **exact).log(), atol=1e-10)
 
-# %% slide=["# The loss bounds the mutual information", "$$I-(\\ln N-L_f)=\\mathrm{KL}(M\\,\\|\\,Q)+\\mathbb E\\bigl[\\mathrm{KL}(\\pi\\,\\|\\,p_f)\\bigr]\\ \\ge\\ 0 \\tag{4.13}$$", "- how easy it is to see that *any* caption belongs to the picture", "- how far the network is from the best critic", "? How much can a batch of $N$ show at most?"]
+# %% slide=["# The loss bounds the mutual information", "With $I=\\mathbb E[\\log r]$, how much picture and caption say about each other:", "$$I-(\\ln N-L_f)=\\mathrm{KL}(M\\,\\|\\,Q)+\\mathbb E\\bigl[\\mathrm{KL}(\\pi\\,\\|\\,p_f)\\bigr]\\ \\ge\\ 0 \\tag{4.13}$$", "- how easy it is to see that *any* caption belongs to the picture", "- how far the network is from the best critic", "? How much can a batch of $N$ show at most?"]
 critic_logits = torch.stack([wrong_critic(x_grid, c, rho=0.6) for c in (own_caption, c_2)])
 loss_of_critic = (grid_weights * -critic_logits.log_softmax(dim=0)[0]).sum()
 
