@@ -586,9 +586,9 @@ show(
 # $$V_{\text{DDIM}}=a^s\,b^{1-s},\qquad
 # V_{\text{DDPM}}=\frac{ab-a^{2s}\,b^{2-2s}}{(b-a)\,(2s-1)} \tag{5.9}$$
 #
-# The proof of (5.8) adds up a density on a grid. That of (5.9) runs the course's own samplers. For this class a step is linear
-# in $x_t$ and in its noise, so three numbers followed through it say what it does to a variance; and as the steps have a
-# length, the end is taken at two numbers of steps and carried on to infinitely many.
+# The proof of (5.8) adds up a density on a grid, that of (5.9) runs the course's own samplers. Here a step is linear in $x_t$ and in
+# its noise, so three numbers followed through it say what it does to a variance; the end is taken at two numbers of steps and
+# carried on to infinitely many.
 
 
 # %%
@@ -1028,8 +1028,8 @@ digits_distance = frechet_distance(
 digits_table(digits_by_weight)
 
 # %% [markdown]
-# 200 digits each, one seed. Training was short, and some digits are misshapen without guidance. A little guidance mends that;
-# more of it costs variety, by (5.9), and the distance grows.
+# 200 digits each, one seed. A little guidance mends what short training has left misshapen; more costs variety, by (5.9), and
+# the distance grows.
 
 # %% [markdown] slide=["# A negative prompt takes the place of 'nothing'", "$$-\\frac{(1+w)\\,\\epsilon_y-w\\,\\epsilon_n}{\\sqrt{1-\\bar\\alpha_t}}=\\nabla_{x_t}\\log\\left[q(x_t\\mid y)\\left(\\frac{q(y\\mid x_t)}{q(n\\mid x_t)}\\right)^{w}\\right] \\tag{5.12}$$", "The picture is made likelier to be $y$ *against* $n$: a duel, $w$ times its log-odds."] tags=["optional"]
 # ## What is not wanted *(at a second reading)*
@@ -1567,7 +1567,7 @@ print(f"right labels lower the loss by 5 % or more at every step: {min(gains) > 
 assert min(gains) > 0.05 and min(map(min, read_by_itself[:4])) > 0.98
 assert read_by_itself[6][1] > read_by_itself[6][0] + 0.2  # t = 700: the large ones more often
 
-# %% slide=["# A label helps, even where it tells nothing", "[table]", "Below $t=250$ labels tell nothing more. What the loss gains there is the null branch's larger error."] tags=["nbval-ignore-output"]
+# %% slide=["# A label helps, even where it tells nothing", "By how much is the loss lower with the right labels than with none?", "- at noisy steps by about a third: they say what nothing else says", "- at the cleanest, where the picture says all by itself, still by a tenth", "? What can that tenth be?", "The null branch's larger error: it has had an eighth of the training."] tags=["nbval-ignore-output"]
 show_table(
     [
         [f"{step}", *(f"{share:.0%}" for share in by_size), f"{gain:.0%}"]
@@ -1908,8 +1908,8 @@ show(
 # %% [markdown] tags=["optional"]
 # ### Remedies, negatives, pairs never seen *(at a second reading)*
 #
-# A stored sweep by DDIM has the remedies at $w=4$; at $w=1$ a negative condition, the same colour with another shape or the same
-# shape with another colour; and the eight pairs of shape and colour that were held out of every training.
+# A stored sweep by DDIM: remedies at $w=4$; at $w=1$ a negative condition, the wish with another shape or another colour; and
+# pairs of shape and colour that were held out of every training.
 
 # %%
 remedies = {
@@ -1931,10 +1931,10 @@ show_table(
 
 # %% [markdown]
 # - **Rescaling** moves the distance by less than its standard error.
-# - **The interval** without the noisiest 300 steps has the sizes, and the distance, of unguided pictures. Leaving out the cleanest
-#   300 saves answers, and changes nothing.
-# - **Pairs never seen** are told by the sum of two rows, and all 512 are read right. (Their distance is taken to other real
-#   pictures, which are at 12 from each other.)
+# - **The interval** without the noisiest 300 steps has the distance of unguided pictures. Leaving out the cleanest 300 only saves
+#   answers.
+# - **Pairs never seen** are told by the sum of two rows, and all 512 are read right. (Real pictures of these pairs are at 12 from
+#   each other.)
 
 # %% [markdown] tags=["core"]
 # ## Three guidances on one axis
@@ -2047,11 +2047,10 @@ show_table(
 # - **A classifier** steers a finished model by a small network, trained in minutes.
 # - **CLIP** takes any words of its language: the only one that can be asked for 'something on a striped background' without
 #   having been made for it.
-# - **Classifier-free guidance** has to be trained into the denoiser, and each step costs two. It draws what is asked for every
-#   time.
-# - **The conditional model without guidance** is best of all here, at the cost of the unconditional one: training with labels
-#   makes the large difference, not the weight. Shapes are a small world, which this network has learned. Where it has not, as
-#   with the digits above or the sentences of chapter 07, a weight above 0 buys what training could not.
+# - **Classifier-free guidance** is trained into the denoiser, and each step costs two. It draws what is asked for every time.
+# - **The conditional model without guidance** is best of all here: training with labels makes the large difference, not the weight.
+#   Shapes are a small world, which this network has learned. Where it has not, as with the digits above or the sentences of
+#   chapter 07, a weight above 0 buys what training could not.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
