@@ -137,7 +137,7 @@ def with_error(value: float, error: float, factor: float = 1, digits: int = 0) -
 
 
 METRICS = {  # by the family of the recipe: what is told of a model, and the card's names of it
-    "ddpm": [("Fréchet distance {:.0f}", "frechet_distance")],
+    "ddpm": [("Fréchet distance {:.0f}, of real images {:.0f}", "frechet_distance", "frechet_distance_real")],
     "noisy_classifier": [
         ("reads {:.0%} of clean shapes", "accuracy_shape_0"),
         ("{:.0%} at step 400", "accuracy_shape_400"),
@@ -145,7 +145,11 @@ METRICS = {  # by the family of the recipe: what is told of a model, and the car
     "clip": [("finds {:.0%} of captions", "retrieval")],
     "conditional_ddpm": [
         ("{:.0%} as asked for at w = 0", "accuracy_all_w_0"),
-        ("Fréchet distance {:.0f}", "frechet_distance_w_0"),
+        (
+            "Fréchet distance {:.0f}, of real images {:.0f}",
+            "frechet_distance_w_0",
+            "frechet_distance_real_w_0",
+        ),
     ],
     "vae": [("{:.1f} dB", "psnr"), ("scale {:.2f}", "latent_scale")],
     "latent_diffusion": [
@@ -165,7 +169,7 @@ def told_of(card: Mapping) -> str:
         raise CourseError(
             f"METRICS must say what is told of a {card['recipe']!r}, as {card['name']} is"
         ) from None
-    return "; ".join(text.format(card["metrics"][key]) for text, key in chosen)
+    return "; ".join(text.format(*(card["metrics"][key] for key in keys)) for text, *keys in chosen)
 
 
 def models() -> tuple[Rows, list[str]]:
