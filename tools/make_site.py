@@ -30,6 +30,7 @@ from website import pages
 from website.sources import chapter_page, write_downloads, write_repository_pages
 
 OWN = ROOT / "web" / "site"  # the settings, and the pages that are written by hand
+IS_DRAWN = "document.querySelector('class-playground').isDone"
 DRAWING_TIMEOUT = 300_000  # milliseconds
 BRANCH = "site"  # of the repository: where .github/workflows/site.yml publishes
 NEEDED = ("furo", "myst_nb", "sphinx", "sphinx_copybutton")
@@ -158,9 +159,7 @@ def take_picture(folder: Path, file: Path) -> None:
         element = page.locator("class-playground")
         for button in ("Draw", "w from \u22121 to 8"):
             element.get_by_role("button", name=button, exact=True).click()
-            page.wait_for_function(
-                "document.querySelector('class-playground').isDone", timeout=DRAWING_TIMEOUT
-            )
+            page.wait_for_function(IS_DRAWN, timeout=DRAWING_TIMEOUT)
         page.evaluate("document.querySelector('class-playground .shelf').hidden = true")
         taken = Image.open(io.BytesIO(element.screenshot()))
     taken.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(file, optimize=True)

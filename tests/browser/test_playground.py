@@ -90,6 +90,16 @@ def test_a_sentence_a_picture_and_a_part_of_one(open_page, address):
 
 
 @from_files
+def test_guided_strips_begin_with_a_star_that_guidance_makes_one(open_page, address):
+    page = open_page("index.html")
+    page.wait_for_selector("guided-strips img")
+    for kind in ("classifier", "clip"):
+        figures = page.locator(f"guided-strips [data-kind={kind}] figure").all()
+        right = [figure.get_attribute("data-right") for figure in figures]
+        assert right[0] == "false" and right.count("true") > len(right) / 2, kind
+
+
+@from_files
 def test_words_are_offered_and_unknown_ones_named(open_page, address):
     page = open_page("index.html")
     element = page.locator("text-playground")

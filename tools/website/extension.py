@@ -145,7 +145,8 @@ class Verdicts(SphinxTransform):
                 continue
             if PASSED.fullmatch(block.astext()):
                 said = nodes.paragraph("", block.astext().strip("'"))
-                block.replace_self(nodes.container("", said, classes=["passed"]))
+                # not by replace_self, which would keep the classes of an output
+                block.parent.replace(block, nodes.container("", said, classes=["passed"]))
             elif any(map(HOLDS.fullmatch, block.astext().splitlines())):
                 block.parent.replace(block, list(self.parts(block)))
 
