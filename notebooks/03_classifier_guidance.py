@@ -1637,15 +1637,12 @@ by_strength = {
     for run in on_axis["runs"]
     if (run["guidance"], run["denoiser"]) == ("classifier", "unconditional")
 }
-measured_share, choices = (
-    by_strength[9.0]["share_large"],
-    ("fewer than half", "about half", "many more than half"),
-)
+large_share = by_strength[9.0]["share_large"]
 check_answer(
     "classifier_guidance.share_of_large",
     share_of_large,
-    choices[(measured_share > 0.4) + (measured_share > 0.6)],
-    among=choices,
+    "many more than half" if large_share > 0.6 else "about half" if large_share > 0.4 else "fewer than half",
+    among=("fewer than half", "about half", "many more than half"),
     hint="Which of two stars can the classifier still read at t = 600?",
 )
 
