@@ -1280,7 +1280,7 @@ def classifier_training_step(optimizer, classifier, x_0, y, t, noise, alpha_bar)
     ### END SOLUTION
 
 
-# %% slide=["# It is trained on what it will meet", "[code classifier_training_step]", "An image, a step and noise are drawn, and the loss is a cross-entropy.", "? Can it fall to zero?", "Never: at the last steps there is nothing left to read."]
+# %% slide=["# It is trained on what it will meet", "[code classifier_training_step: optimizer.zero_grad .. return]", "An image, a step and noise are drawn, and the loss is a cross-entropy.", "# How far can the loss fall?", "? Can it fall to zero?", "Never: at the last steps there is nothing left to read."]
 check("classifier_guidance.classifier_training_step", classifier_training_step)
 
 # %%
@@ -1637,15 +1637,12 @@ by_strength = {
     for run in on_axis["runs"]
     if (run["guidance"], run["denoiser"]) == ("classifier", "unconditional")
 }
-measured_share, choices = (
-    by_strength[9.0]["share_large"],
-    ("fewer than half", "about half", "many more than half"),
-)
+large_share = by_strength[9.0]["share_large"]
 check_answer(
     "classifier_guidance.share_of_large",
     share_of_large,
-    choices[(measured_share > 0.4) + (measured_share > 0.6)],
-    among=choices,
+    "many more than half" if large_share > 0.6 else "about half" if large_share > 0.4 else "fewer than half",
+    among=("fewer than half", "about half", "many more than half"),
     hint="Which of two stars can the classifier still read at t = 600?",
 )
 
@@ -1654,7 +1651,7 @@ check_answer(
 # less than two standard errors of their difference apart are a tie.
 
 
-# %% slide=["# What a scale buys, and what comes with it", "? Nobody asks for a size. Which share of the drawn shapes is large?", "[table]", "Accuracy rises and levels off. So does the share of large shapes, and the distance with it."]
+# %% slide=["# What nobody asks for", "? Half of all real shapes are large, and nobody asks for a size. Which share of the drawn ones is large?", "A large shape is still legible where a small one is lost in noise."]
 def counted(run, quantity):
     """A share of a run's samples, with the standard error of counting."""
     share = run[quantity]
@@ -1792,7 +1789,7 @@ assert all(float(large) > float(small) for _, large, small in legible)
 # And DDIM, which is far behind in the left picture? At the first step the push is mostly error (*Where to clip*), and
 # DDIM has no noise that would cover what it does. So leave the guidance out there, once:
 
-# %% slide=["# Why is DDIM behind? One step of fifty is part of it", "[table]", "Without guidance at the very first step, where the push is mostly error."]
+# %% slide=["# DDIM's first step spoils its distance", "[table]"]
 show_table(
     [
         [sampler.upper(), when, counted(run, "accuracy_all"), counted(run, "share_large"), *distance(run)]
