@@ -383,7 +383,7 @@ def contrastive_step(optimizer, encode_image, encode_text, x, tokens, logit_scal
 def zero_shot_probabilities(image_features, text_features, logit_scale):
     """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or a scalar.
+    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or tensor.
     Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)

@@ -1158,7 +1158,7 @@ show(
 def zero_shot_probabilities(image_features, text_features, logit_scale):
     """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or a scalar.
+    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or tensor.
     Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
@@ -2285,7 +2285,7 @@ def load_open_clip(name="ViT-B-32", pretrained="laion2b_s34b_b79k"):
 # arrives at the model for a white picture:
 
 
-# %% slide=["# A large CLIP fits in its place", "Nothing in the guidance knows our CLIP: it wants `encode_image` and `encode_text`.", "- resize to 224 pixels, standardise as in its training", "- it knows no noise: guide through $\\hat x_0$", "- it can ask only for what the denoiser can draw", "# What to remember", "- InfoNCE is a riddle; $\\ln N-L$ bounds the mutual information from below.", "- Its best critic is Bayes' rule in logarithms: it classifies and steers by words.", "- Through $\\hat x_0$, the gradient is filtered by what is still open.", "- As a plug-in it is too strong by $1+sV$."]
+# %% slide=["# A large CLIP fits in its place", "Nothing in the guidance knows our CLIP: it wants `encode_image` and `encode_text`.", "- resize to 224 pixels, standardise as in its training", "- it knows no noise: guide through $\\hat x_0$", "- it can ask only for what the denoiser can draw"]
 class StandIn(nn.Module):
     """As much of an open_clip model as the adapter needs: features are the mean of each channel."""
 
@@ -2363,7 +2363,7 @@ show_milestone(
 # Both kinds of guidance so far need a second network, and its gradient at every step.
 # [Chapter 05](05_classifier_free_guidance.ipynb) does without. What you have solved so far, in all chapters:
 
-# %% tags=["nbval-ignore-output"]
+# %% slide=["# What to remember", "- InfoNCE is a riddle; $\\ln N-L$ bounds the mutual information from below.", "- Its best critic is Bayes' rule in logarithms: it classifies and steers by words, as a classifier does.", "- Through $\\hat x_0$, the gradient is filtered by what is still open.", "- For normal data the plug-in is too strong by $1+sV$; on pictures it lacks direction where colours are decided."] tags=["nbval-ignore-output"]
 progress()
 
 # %% [markdown]
