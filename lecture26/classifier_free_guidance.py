@@ -71,7 +71,7 @@ def cfg_combine(eps_cond, eps_uncond, w):
 
 
 def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
-    """Mix predictions with the condition, eps_cond, and without it, eps_uncond, (B, ...), as most libraries do.
+    """Mix predictions with the condition, eps_cond, and without, eps_uncond, (B, ...), as most libraries do.
 
     guidance_scale is s = 1 + w: 0 gives the unconditional prediction, 1 the conditional one.
 

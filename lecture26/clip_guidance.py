@@ -6,6 +6,7 @@ package`.
 
 import math
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -185,6 +186,33 @@ class TransformerBlock(nn.Module):
         return h + self.mlp(self.norm_mlp(h))
 
 
+def read_tokens(tokens, embed, places, blocks, norm, mask=None):
+    """The features of every token of a text, each knowing the tokens that it may look at.
+
+    Args:
+        tokens: (B, L) integers.
+        embed: callable, tokens -> a vector for each, (B, L, D).
+        places: a vector for each place, (at least L, D).
+        blocks: callables (h, mask) -> h, both (B, L, D), in their order.
+        norm: callable, (B, L, D) -> (B, L, D): the last normalisation.
+        mask: bool, broadcastable to (B, heads, L, L), True where token i may look at token j; with None each
+            looks at itself and those before it.
+
+    Returns:
+        (B, L, D).
+
+    Source: Radford et al. 2021, section 2.4; Radford et al. 2019, section 2.3.
+    """
+    place = torch.arange(tokens.shape[1], device=tokens.device)  # (L,)
+    if mask is None:
+        # m_ij = [j <= i]
+        mask = place[:, None] >= place  # (L, L)
+    h = embed(tokens) + places[place]  # (B, L, D)
+    for block in blocks:
+        h = block(h, mask)
+    return norm(h)
+
+
 class TextTransformer(nn.Module):
     """Features of every token of a text, each knowing the tokens that it may look at.
 
@@ -212,29 +240,14 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.places.weight, std=0.01)
 
     def forward(self, tokens, mask=None):
-        """Map tokens to the features of each.
+        """Map tokens (B, L) to the features of each, (B, L, width); mask as `read_tokens` takes it.
 
-        Args:
-            tokens: (B, L) integers.
-            mask: bool, broadcastable to (B, heads, L, L), True where token i may look at token j; with None
-                each looks at itself and those before it.
-
-        Returns:
-            (B, L, width).
-
-        Raises:
-            ValueError: if L exceeds the length.
+        Raises ValueError if L exceeds the length.
         """
         length = self.places.num_embeddings
         if tokens.ndim != 2 or tokens.shape[1] > length:
             raise ValueError(f"tokens must be of shape (B, L), L <= {length}; got {tuple(tokens.shape)}")
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        if mask is None:
-            mask = place[:, None] >= place  # (L, L), the causal one
-        h = self.tokens(tokens) + self.places(place)  # (B, L, width)
-        for block in self.blocks:
-            h = block(h, mask)
-        return self.norm(h)
+        return read_tokens(tokens, self.tokens, self.places.weight, self.blocks, self.norm, mask)
 
 
 def sentence_features(features, tokens, end):
@@ -332,20 +345,45 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale
 
 
+# --- Learning it ---
+
+
+def contrastive_step(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+    """One step of training on a batch of images and their captions.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of all weights: the towers' and logit_scale.
+        encode_image: callable, images x -> features (B, D), of any length.
+        encode_text: callable, tokens -> features (B, D), of any length.
+        x: images, (B, ...).
+        tokens: of the images' captions, (B, ...).
+        logit_scale: tau, a learned scalar tensor; in [0, MAX_LOGIT_SCALE] after the step.
+
+    Returns:
+        The loss before the step, a scalar without a graph.
+
+    Source: Radford et al. 2021, section 2.3, figure 3, and section 2.5.
+    """
+    image_features = F.normalize(encode_image(x), dim=1)
+    text_features = F.normalize(encode_text(tokens), dim=1)
+    loss = info_nce(image_features, text_features, logit_scale)
+    optimizer.zero_grad()
+    loss.backward()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    return loss.detach()
+
+
 # --- Classes that are words ---
 
 
 def zero_shot_probabilities(image_features, text_features, logit_scale):
-    """Probabilities of classes that are given by a text each.
+    """Probabilities (N, K) of K classes given by a text each, (4.21).
 
-    Args:
-        image_features: (N, D), of any length.
-        text_features: (K, D), of any length, one row per class.
-        logit_scale: tau, the logarithm of the factor kappa at the similarities; a number or scalar tensor.
-
-    Returns:
-        (N, K), each row with sum 1.
-
+    image_features (N, D) and text_features (K, D) have any length; logit_scale is tau, a number or a scalar.
     Source: Radford et al. 2021, section 3.1.2.
     """
     tau = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
@@ -361,31 +399,15 @@ def cosine_gradient(image_features, text_features):
 
     Args:
         image_features: u, (B, D), of any length but 0.
-        text_features: (B, D), of any length but 0; row i is the text that image i shall show.
+        text_features: (B, D), of any length but 0, row i the text that image i shall show; or (1, D) for all.
 
     Returns:
         (B, D), for each sample by itself.
 
-    Source: Nichol et al. 2022, section 2.4, for what is differentiated; the derivative is elementary.
-    """
-    length = image_features.norm(dim=1, keepdim=True)  # (B, 1)
-    u, v = image_features / length, F.normalize(text_features, dim=1)
-    # dS/du = (v - S u) / |u|, with u and v of length 1 on the right
-    return (v - (u * v).sum(dim=1, keepdim=True) * u) / length
-
-
-def paired_similarity(image_features, text_features):
-    """The cosine similarity of each image with its own text.
-
-    Args:
-        image_features: (B, D), of any length.
-        text_features: (B, D), or (1, D) for one text for all, of any length.
-
-    Returns:
-        (B,), in [-1, 1].
-
     Raises:
         ValueError: if the shapes do not fit.
+
+    Source: Nichol et al. 2022, section 2.4, for what is differentiated; the derivative is elementary.
     """
     batch, dim = image_features.shape
     if text_features.shape not in ((batch, dim), (1, dim)):
@@ -393,7 +415,10 @@ def paired_similarity(image_features, text_features):
             f"text_features must have shape ({batch}, {dim}), one row per image, or (1, {dim}); "
             f"got {tuple(text_features.shape)}"
         )
-    return F.cosine_similarity(image_features, text_features.to(image_features), dim=1)
+    length = image_features.norm(dim=1, keepdim=True)  # (B, 1)
+    u, v = image_features / length, F.normalize(text_features, dim=1)
+    # dS/du = (v - S u) / |u|, with u and v of length 1 on the right
+    return (v - (u * v).sum(dim=1, keepdim=True) * u) / length
 
 
 def similarity_gradient(encode_image, x_t, t, text_features):
@@ -418,74 +443,59 @@ def similarity_gradient(encode_image, x_t, t, text_features):
     with torch.inference_mode(False), torch.enable_grad():
         x_t, t, text_features = x_t.detach().clone(), t.clone(), text_features.detach().clone()
         x_t.requires_grad_()
-        similarity = paired_similarity(encode_image(x_t, t), text_features)  # (B,)
-        # the gradient of the sum: no sample's similarity depends on another sample
-        (gradient,) = torch.autograd.grad(similarity.sum(), x_t)
+        features = encode_image(x_t, t)  # (B, D)
+        slope = cosine_gradient(features.detach(), text_features.to(features))  # dS/du
+        # dS/dx_t = (du/dx_t)^T dS/du: no sample's features depend on another sample
+        (gradient,) = torch.autograd.grad(features, x_t, slope)
         return gradient
 
 
 # --- A clean CLIP and the predicted image ---
 
 
-def gradient_through_x_0(gradient, eps_jacobian, alpha_bar):
-    """Carry a gradient from the predicted clean data back to the noisy data.
-
-    Args:
-        gradient: g, of some function of x_0-hat with respect to x_0-hat, (B, D).
-        eps_jacobian: of the predicted noise by x_t, (B, D, D): [b, i, j] is d eps_i / d x_j.
-        alpha_bar: at each sample's step, (B, 1), in (0, 1).
-
-    Returns:
-        The function's gradient with respect to x_t, (B, D).
-
-    Source: Nichol et al. 2022, section 2.4 (perturbed reverse process); the chain rule.
-    """
-    # J^T g: sum over the outputs i
-    through_eps = (eps_jacobian * gradient[:, :, None]).sum(dim=1)  # (B, D)
-    # (g - sqrt(1 - alpha_bar_t) J^T g) / sqrt(alpha_bar_t)
-    return (gradient - (1 - alpha_bar).sqrt() * through_eps) / alpha_bar.sqrt()
-
-
-# --- A guided denoiser is a denoiser ---
-
-
-def similarity_gradient_through_x_0(denoiser, encode_image, x_t, t, text_features, diffusion):
+def similarity_gradient_through_x_0(denoiser, x_0_of, encode_image, x_t, t, text_features):
     """The gradient of a clean CLIP's similarity at x_0-hat, with respect to x_t, through the denoiser.
 
     It works under no_grad and inference_mode too, and leaves no graph and no .grad behind.
 
     Args:
         denoiser: callable (x_t, t) -> output, differentiable by x_t.
-        encode_image: callable (x_0-hat) -> features (B, D), of a clean CLIP; x_0-hat is not clamped.
-        x_t: (B, C, ...).
+        x_0_of: callable (output, x_t, t) -> x_0-hat, like x_t, not clamped.
+        encode_image: callable (x_0-hat) -> features (B, D), of a clean CLIP.
+        x_t: (B, ...).
         t: steps of the original schedule, (B,).
         text_features: (B, D), the text that each sample shall show, or (1, D).
-        diffusion: the Diffusion that the denoiser was trained for, or one respaced from it.
 
     Returns:
-        The denoiser's output, and the gradient, like x_t, without the factor kappa.
+        The denoiser's output, without a graph, and the gradient, like x_t, without the factor kappa.
 
     Raises:
-        ValueError: if text_features does not fit, or the denoiser's output carries no gradient.
+        ValueError: if text_features does not fit.
 
-    Source: Nichol et al. 2022, section 2.4.
+    Source: Chung et al. 2023, section 3; Bansal et al. 2023, section 3.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x_t, t, text_features = x_t.detach().clone(), t.clone(), text_features.detach().clone()
         x_t.requires_grad_()
         output = denoiser(x_t, t)
-        if not output.requires_grad:
-            raise ValueError(
-                "with through='x_0' the denoiser must be differentiable by x_t; its output carries no "
-                "gradient (is there a no_grad() or detach() inside?)"
-            )
-        # t counts the original schedule's steps, so its tables belong to the base
-        prediction, _ = diffusion.split_output(output, x_t)
-        alpha_bar = diffusion.base.at(t, x_t).alpha_bar
-        x_0 = diffusion.predicted_x_0(prediction, x_t, alpha_bar, clip=False).to(x_t.dtype)
-        similarity = paired_similarity(encode_image(x_0), text_features)  # (B,)
-        (gradient,) = torch.autograd.grad(similarity.sum(), x_t)
+        features = encode_image(x_0_of(output, x_t, t))  # (B, D)
+        slope = cosine_gradient(features.detach(), text_features.to(features))
+        (gradient,) = torch.autograd.grad(features, x_t, slope)
         return output.detach(), gradient
+
+
+# --- A guided denoiser is a denoiser ---
+
+
+def carrying_gradient(denoiser, x_t, t):
+    """What a denoiser says, (x_t, t) -> output; ValueError if that cannot be differentiated by x_t."""
+    output = denoiser(x_t, t)
+    if not output.requires_grad:
+        raise ValueError(
+            "with through='x_0' the denoiser must be differentiable by x_t; its output carries no "
+            "gradient (is there a no_grad() or detach() inside?)"
+        )
+    return output
 
 
 def clip_guided(denoiser, clip, text_features, scale, diffusion, through="x_t"):
@@ -506,11 +516,17 @@ def clip_guided(denoiser, clip, text_features, scale, diffusion, through="x_t"):
     Raises:
         ValueError: if through is unknown, or text_features is no (B, D) tensor.
 
-    Source: Nichol et al. 2022, section 2.4.
+    Source: Nichol et al. 2022, section 2.4, for "x_t"; Bansal et al. 2023, section 3, for "x_0".
     """
     check_choice("through", through, ("x_t", "x_0"))
     if text_features.ndim != 2:
         raise ValueError(f"text_features must be of shape (B, D); got {tuple(text_features.shape)}")
+
+    def x_0_of(output, x_t, t):
+        # t counts the original schedule's steps, so its tables belong to the base
+        alpha_bar = diffusion.base.at(t, x_t).alpha_bar
+        prediction, _ = diffusion.split_output(output, x_t)
+        return diffusion.predicted_x_0(prediction, x_t, alpha_bar, clip=False).to(x_t.dtype)
 
     def guided(x_t, t):
         if through == "x_t":
@@ -518,7 +534,7 @@ def clip_guided(denoiser, clip, text_features, scale, diffusion, through="x_t"):
             output = denoiser(x_t, t)
         else:
             output, gradient = similarity_gradient_through_x_0(
-                denoiser, clip.encode_image, x_t, t, text_features, diffusion
+                partial(carrying_gradient, denoiser), x_0_of, clip.encode_image, x_t, t, text_features
             )
         return diffusion.add_score(output, x_t, t, scale * gradient)
 

@@ -21,13 +21,12 @@ from lecture26.clip_guidance import (
     Tokenizer,
     TransformerBlock,
     clip_guided,
+    contrastive_step,
     cosine_gradient,
     cosine_similarity_matrix,
-    gradient_through_x_0,
     info_nce,
     load_open_clip,
     masked_attention,
-    paired_similarity,
     sentence_features,
     similarity_gradient,
     similarity_gradient_through_x_0,
@@ -319,9 +318,7 @@ def test_a_small_clip_learns():
     tokens = TOKENIZER(["a red star", "a blue ring", "a red ring", "a blue star"])
     optimizer = torch.optim.Adam(clip.parameters(), 3e-3)
     for _ in range(100):
-        optimizer.zero_grad()
-        info_nce(*clip(x, tokens)).backward()
-        optimizer.step()
+        contrastive_step(optimizer, clip.encode_image, clip.encode_text, x, tokens, clip.logit_scale)
     assert info_nce(*clip(x, tokens)) < 0.5
     assert cosine_similarity_matrix(clip.encode_image(x), clip.encode_text(tokens)).argmax(1).tolist() == [
         0,
@@ -367,6 +364,16 @@ class LinearDenoiser(nn.Module):
 X_T, T, TEXTS = normal(3, 3, 2, 2, seed=1), torch.tensor([7, 50, 93]), 2 * normal(3, 5, seed=2)
 
 
+def through_x_0(denoiser, encode_image, x_t, t, texts, diffusion):
+    """The output and the gradient, x_0-hat being made as clip_guided makes it."""
+
+    def x_0_of(output, x_t, t):
+        prediction, _ = diffusion.split_output(output, x_t)
+        return diffusion.predicted_x_0(prediction, x_t, diffusion.at(t, x_t).alpha_bar, clip=False)
+
+    return similarity_gradient_through_x_0(denoiser, x_0_of, encode_image, x_t, t, texts)
+
+
 def test_similarity_gradient_in_closed_form():
     clip = LinearCLIP(noise_aware=True)
     slope = cosine_gradient(clip.encode_image(X_T, T), TEXTS) @ clip.weight.T
@@ -376,7 +383,7 @@ def test_similarity_gradient_in_closed_form():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradient_through_x_0_in_closed_form(prediction):
     clip, denoiser, diffusion = LinearCLIP(), LinearDenoiser(), Diffusion(linear_betas(100), prediction)
-    output, gradient = similarity_gradient_through_x_0(denoiser, clip.encode_image, X_T, T, TEXTS, diffusion)
+    output, gradient = through_x_0(denoiser, clip.encode_image, X_T, T, TEXTS, diffusion)
     agree(output, denoiser(X_T, T).detach(), 1e-14)
     # what the output says of the noise, and its Jacobian, by hand
     kept, J = diffusion.alpha_bar[T, None, None], denoiser.matrix(T).detach()
@@ -388,8 +395,9 @@ def test_gradient_through_x_0_in_closed_form(prediction):
     }[prediction]
     x_0 = clip.seen[-1][0].flatten(1)
     at_x_0 = cosine_gradient(x_0 @ clip.weight, TEXTS) @ clip.weight.T
-    expected = gradient_through_x_0(at_x_0, eps_jacobian, kept[:, :, 0]).reshape(X_T.shape)
-    agree(gradient, expected.detach(), 1e-10)
+    through_eps = torch.einsum("bij,bi->bj", eps_jacobian, at_x_0)
+    expected = (at_x_0 - (1 - kept[:, :, 0]).sqrt() * through_eps) / kept[:, :, 0].sqrt()
+    agree(gradient, expected.reshape(X_T.shape).detach(), 1e-10)
     eps = torch.einsum("bij,bj->bi", J, X_T.flatten(1))
     if prediction == "eps":
         agree(x_0, (X_T.flatten(1) - (1 - kept[:, :, 0]).sqrt() * eps) / kept[:, :, 0].sqrt(), 1e-12)
@@ -397,9 +405,7 @@ def test_gradient_through_x_0_in_closed_form(prediction):
 
 def test_nothing_is_clamped_before_the_gradient():
     clip, diffusion = LinearCLIP(), Diffusion(linear_betas(100), clip=True)
-    _, gradient = similarity_gradient_through_x_0(
-        LinearDenoiser(), clip.encode_image, 30 * X_T, T, TEXTS, diffusion
-    )
+    _, gradient = through_x_0(LinearDenoiser(), clip.encode_image, 30 * X_T, T, TEXTS, diffusion)
     assert clip.seen[-1][0].abs().max() > 1
     assert (gradient != 0).all()
 
@@ -419,7 +425,7 @@ def test_guided_denoiser_adds_the_score(through, prediction, learned):
     if through == "x_t":
         gradient = similarity_gradient(clip.encode_image, X_T, T, TEXTS)
     else:
-        _, gradient = similarity_gradient_through_x_0(denoiser, clip.encode_image, X_T, T, TEXTS, diffusion)
+        _, gradient = through_x_0(denoiser, clip.encode_image, X_T, T, TEXTS, diffusion)
     guided = clip_guided(denoiser, clip, TEXTS, 2.5, diffusion, through)(X_T, T)
     expected = diffusion.add_score(denoiser(X_T, T), X_T, T, 2.5 * gradient)
     agree(guided.detach(), expected.detach(), 1e-12)
@@ -532,7 +538,7 @@ def test_guidance_raises_the_similarity_of_samples(through, step):
     for scale in (0.0, 1.0):
         guided = clip_guided(denoiser, clip, TEXTS, scale, short, through)
         x_0 = sample(short, guided, X_T.shape, step, seeded(), X_T, progress=False)
-        similarities.append(paired_similarity(x_0.flatten(1) @ clip.weight, TEXTS).mean())
+        similarities.append(F.cosine_similarity(x_0.flatten(1) @ clip.weight, TEXTS, dim=1).mean())
     assert similarities[0] + 0.2 < similarities[1]
 
 
@@ -669,11 +675,11 @@ def test_large_clip_guides(large):
     x = normal(2, 3, 32, 32, dtype=torch.float32)
     agree(clip.encode_image(x), clip.model.encode_image(clip.preprocess(x)), 0.0)
     diffusion = Diffusion(linear_betas(100), "x_0")
-    _, gradient = similarity_gradient_through_x_0(
+    _, gradient = through_x_0(
         lambda x_t, t: 1.0 * x_t, clip.encode_image, x, torch.tensor([3, 50]), texts, diffusion
     )
     step = 1e-2 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    rise = paired_similarity(clip.encode_image(x + step), texts) - paired_similarity(
+    rise = F.cosine_similarity(clip.encode_image(x + step), texts) - F.cosine_similarity(
         clip.encode_image(x - step), texts
     )
     agree(rise, 2e-2 * gradient.flatten(1).norm(dim=1), 5e-2)
@@ -751,11 +757,11 @@ def no_gradient(x_t, t):
             r"t must have the shape of one step per image, \(2,\); got \(1,\)",
         ),
         (
-            lambda: paired_similarity(unit(2, 3), unit(3, 3)),
+            lambda: cosine_gradient(unit(2, 3), unit(3, 3)),
             r"text_features must have shape \(2, 3\).*got \(3, 3\)",
         ),
         (
-            lambda: paired_similarity(unit(2, 3), unit(2, 4)),
+            lambda: cosine_gradient(unit(2, 3), unit(2, 4)),
             r"text_features must have shape \(2, 3\).*got \(2, 4\)",
         ),
         (lambda: clip_guided(no_gradient, NOISY, unit(6), 1.0, DIFFUSION), r"shape \(B, D\); got \(6,\)"),

@@ -31,8 +31,8 @@ class CallableArgument:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(_KINDS))
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        return _KINDS[self.kind](*self.tensors, *arguments)
+    def __call__(self, *arguments: Tensor, **named: Tensor) -> Tensor:
+        return _KINDS[self.kind](*self.tensors, *arguments, **named)
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
@@ -61,6 +61,21 @@ def image_tower(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: 
 
 
 @_kind
+def clean_tower(inward: Tensor, outward: Tensor, x: Tensor) -> Tensor:
+    """The image tower of a CLIP for clean images, x -> features (B, K); samples are independent.
+
+    inward: (D, H), for samples of D elements; outward: (H, K).
+    """
+    return (x.flatten(1) @ inward).sin() @ outward
+
+
+@_kind
+def text_tower(table: Tensor, tokens: Tensor) -> Tensor:
+    """The text tower of a CLIP, tokens (B, L) -> features (B, K); table: (number of tokens, K)."""
+    return table[tokens].cumsum(dim=1).sin().mean(dim=1)  # the order counts
+
+
+@_kind
 def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
     """A smooth decoder of latents (B, c, h, w) to images (B, C, 2 h, 2 w); samples are independent.
 
@@ -71,9 +86,44 @@ def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
 
 
 @_kind
+def smooth_encoder(
+    inward: Tensor, to_mean: Tensor, to_log_variance: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An encoder of data (B, D), x -> mean, log_variance (B, k) each; samples are independent.
+
+    inward: (D, H); to_mean, to_log_variance: (H, k).
+    """
+    hidden = (x @ inward).sin()
+    return hidden @ to_mean, hidden @ to_log_variance
+
+
+@_kind
+def smooth_decoder(inward: Tensor, outward: Tensor, codes: Tensor) -> Tensor:
+    """A decoder of codes (B, k) to data (B, D); inward: (k, H); outward: (H, D)."""
+    return (codes @ inward).sin() @ outward
+
+
+@_kind
 def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """A denoiser (x_t, t) -> output like x_t, made like noisy_classifier, with K = D."""
     return noisy_classifier(inward, speed, outward, x_t, t).view_as(x_t)
+
+
+@_kind
+def learned_variance_denoiser(
+    inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """A denoiser (B, C, ...), (B,) -> (B, 2C, ...), made like noisy_classifier, with K = 2 D."""
+    batch, channels, *rest = x_t.shape
+    return noisy_classifier(inward, speed, outward, x_t, t).view(batch, 2 * channels, *rest)
+
+
+@_kind
+def predicted_clean(alpha_bar: Tensor, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """x_0-hat for a denoiser that predicts the noise, (output, x_t, t) -> like x_t; alpha_bar: (T,)."""
+    # homework brings this file along: by the angle between data and noise, which is no answer there
+    angle = alpha_bar[t].sqrt().acos().view(-1, *[1] * (x_t.ndim - 1))
+    return x_t / angle.cos() - output * angle.tan()
 
 
 @_kind
@@ -128,6 +178,36 @@ def denoising_loss(
 
 
 @_kind
+def word_table(table: Tensor, tokens: Tensor) -> Tensor:
+    """A text encoder, tokens (B, L) -> (B, L, E), in which a token's place counts; table: (words, E)."""
+    place = torch.arange(1, 1 + tokens.shape[1], dtype=table.dtype)
+    return table[tokens] * place.sin()[:, None]
+
+
+@_kind
+def text_denoiser(
+    inward: Tensor, told: Tensor, speed: Tensor, outward: Tensor, z_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (z_t, t, cond) -> output like z_t; samples are independent, and every step and token counts.
+
+    inward: (D, H), for samples of D elements; told: (E, H), for cond (B, L, E); speed: (H,), in radians per
+    step; outward: (H, D).
+    """
+    phase = z_t.flatten(1) @ inward + cond.sin().mean(dim=1) @ told + t[:, None] * speed  # (B, H)
+    return (phase.sin() @ outward).view_as(z_t)
+
+
+@_kind
+def velocity_loss(alpha_bar: Tensor, denoiser: Callable, z_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A diffusion's loss (denoiser, z_0, t, noise) -> scalar, with v to be predicted; alpha_bar: (T,)."""
+    angle = (
+        alpha_bar[t].sqrt().acos().view(-1, *[1] * (z_0.ndim - 1))
+    )  # homework: no answer to (1.6) or (1.44)
+    z_t, v = z_0 * angle.cos() + noise * angle.sin(), noise * angle.cos() - z_0 * angle.sin()
+    return (denoiser(z_t, t) - v).square().mean()
+
+
+@_kind
 def target(weights: Tensor, x_0: Tensor, alpha_bar: Tensor, eps: Tensor) -> Tensor:
     """What a denoiser should return, (x_0, alpha_bar, eps) -> like x_0: a mixture of x_0, eps and v.
 
@@ -166,6 +246,19 @@ def sampler_step(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor, noise: T
 
 
 @_kind
+def step_moments(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x_{t-1} given x_t, each like x_t, in which every step leaves its mark.
+
+    mixing: (D, D); speed: (D,), in radians per step.
+    """
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != x_t.shape[:1]:
+        found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
+    phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
+    return phase.sin().view_as(x_t), (0.35 + 0.25 * phase.cos()).view_as(x_t)
+
+
+@_kind
 def noise_table(noise: Tensor, t: int) -> Tensor:
     """The noise of each step t, of noise (T, B, ...)."""
     if not 0 <= t < len(noise):
@@ -183,6 +276,24 @@ def bypass(h: Tensor) -> Tensor:
 def linear(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
     """A linear layer on the last axis."""
     return F.linear(features, weight, bias)
+
+
+@_kind
+def token_table(table: Tensor, tokens: Tensor) -> Tensor:
+    """A vector for each token, of tokens (B, L): (B, L, D); table: (number of tokens, D)."""
+    return table[tokens]
+
+
+@_kind
+def reading_block(weight: Tensor, h: Tensor, mask: Tensor) -> Tensor:
+    """A block in which each token h_i of h (B, L, D) takes in the mean of those it may look at.
+
+    weight: (D, D). mask: bool, (L, L) or (B, 1, 1 or L, L).
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be of dtype bool; got {mask.dtype}")
+    allowed = (mask[:, 0] if mask.ndim == 4 else mask).to(h.dtype).expand(len(h), h.shape[1], h.shape[1])
+    return h + (allowed / allowed.sum(dim=2, keepdim=True) @ h @ weight).sin()
 
 
 @_kind
@@ -227,3 +338,43 @@ def up_level(weights: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor,
     for weight, skip in zip(weights, skips, strict=True):
         h = _stage(weight, torch.cat([h, skip], dim=1), embedding, cond)
     return h
+
+
+@_kind
+def token_block(weight: Tensor, tokens: Tensor) -> Tensor:
+    """A block of a transformer on tokens (B, N, d), in which each token minds all of them; weight: (d, d)."""
+    return tokens + ((tokens + tokens.mean(dim=1, keepdim=True)) @ weight).sin()
+
+
+@_kind
+def text_encoder(table: Tensor, tokens: Tensor) -> Tensor:
+    """Features (B, E) of tokens (B, L), of which each counts, and where it stands; table: (words, E)."""
+    places = torch.arange(1, tokens.shape[1] + 1, dtype=table.dtype, device=table.device)
+    return torch.einsum("ble,l->be", table[tokens], places.sin())
+
+
+@_kind
+def told_denoiser(
+    inward: Tensor, speed: Tensor, outward: Tensor, told: Tensor, x_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (x_t, t, cond) -> like x_t, made like noisy_denoiser; told: (E, H), for cond (B, E)."""
+    phase = x_t.flatten(1) @ inward + t[:, None] * speed + cond @ told  # (B, H)
+    return (phase.sin() @ outward).view_as(x_t)
+
+
+@_kind
+def guidance(weights: Tensor, denoiser: Callable, said: Tensor, unsaid: Tensor) -> Callable:
+    """A guidance (denoiser, said, unsaid) -> denoiser (x_t, t): a mixture of two answers, weights (2,)."""
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        return weights[0] * denoiser(x_t, t, said) + weights[1] * denoiser(x_t, t, unsaid)
+
+    return guided
+
+
+@_kind
+def denoising_step(
+    mixing: Tensor, speed: Tensor, denoiser: Callable, x_t: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """A step (denoiser, x_t, t, noise) -> x_{t-1}: sampler_step from where the denoiser leads."""
+    return sampler_step(mixing, speed, x_t + denoiser(x_t, t), t, noise)

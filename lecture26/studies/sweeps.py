@@ -16,6 +16,7 @@ from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.processes import process_state
 from lecture26.kit.shapes import leave_out
 from lecture26.recipes import Trained, load_model
+from lecture26.studies.ledger import Ledger, ledger_file
 
 BATCH_SIZE = 64  # also of the notebooks' small versions, which draw the first batch
 NUM_SAMPLES = 512
@@ -28,9 +29,10 @@ CLASSIFIER_SCALE = 8.0  # at which the two forms are compared, and the held-out 
 CLIP_SCALES = {
     ("x_t", "ddpm"): (25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0),
     ("x_t", "ddim"): (400.0,),
-    ("x_0", "ddpm"): (200.0, 800.0),
+    ("x_0", "ddpm"): (50.0, 200.0, 800.0, 3200.0),
 }
 CLIP_SCALE = 400.0  # at which held-out pairs, and whole captions, are asked for
+CLIP_LATE = ("x_0", 800.0, 800)  # a way and a scale at which guidance is also tried below a step only
 
 CFG_WEIGHTS = {"ddim": (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "ddpm": (0.0, 0.5, 1.0, 2.0, 4.0)}
 CFG_WEIGHT = 1.0  # at which held-out pairs are asked for, and negative conditions tried
@@ -191,8 +193,9 @@ def clip_guidance_sweep(
     num_samples: int = NUM_SAMPLES,
     batch_size: int = BATCH_SIZE,
     steps: int = STEPS,
+    state: str | None = None,
 ) -> dict:
-    """CLIP guidance by scale and sampler, through x_t and x_0-hat; at one scale also other pairs and prompts.
+    """CLIP guidance by scale and sampler, through x_t and x_0-hat; also of other pairs and prompts, and late.
 
     Args:
         model: a checkpoint of an unconditional denoiser.
@@ -200,18 +203,19 @@ def clip_guidance_sweep(
         reader: a checkpoint of a reader of them.
         scales: those of the sweep, for each ("x_t" or "x_0", sampler).
         num_samples, batch_size, steps: of each setting, as `Study` has them.
+        state: the name under which finished settings are kept, so that it resumes; None: nowhere.
 
     Returns:
         "model", "clips", "reader", and "runs": for each setting "through" ("x_t", "x_0", or "none" without
-        guidance), "sampler", "scale" and "prompt" ("a red star" or "whole caption"), and what `Study.run`
-        says.
+        guidance), "sampler", "scale", "prompt" ("a red star" or "whole caption") and "below" (the step below
+        which alone there is guidance, or None), and what `Study.run` says.
     """
     study = Study(model, reader, batch_size)
     networks = {through: load_model(name).to(study.device) for through, name in clips.items()}
     images = study.recipe.load_images("test")
 
     def guide(
-        through: str, sampler: str, scale: float, whole: bool, wanted: dict[str, Tensor]
+        through: str, sampler: str, scale: float, whole: bool, below: int | None, wanted: dict[str, Tensor]
     ) -> tuple[Callable, Callable]:
         denoiser = study.network
         if through != "none":
@@ -221,22 +225,40 @@ def clip_guidance_sweep(
             with torch.no_grad():
                 text_features = clip.encode_text(clip.tokenizer(captions).to(study.device))
             denoiser = clip_guided(denoiser, clip, text_features, scale, study.diffusion, through)
+        if below is not None:
+            denoiser = partial(_below, below, denoiser, study.network)
         return denoiser, SAMPLERS[sampler]
 
-    settings = [("none", sampler, 0.0, "test", False) for sampler in SAMPLERS]
-    settings += [(*way, scale, "test", False) for way, several in scales.items() for scale in several]
+    settings = [("none", sampler, 0.0, "test", False, None) for sampler in SAMPLERS]
+    settings += [(*way, scale, "test", False, None) for way, several in scales.items() for scale in several]
+    late, late_scale, below = CLIP_LATE
     settings += [
-        ("x_t", "ddpm", CLIP_SCALE, "held_out", False),
-        ("x_t", "ddpm", CLIP_SCALE, "test", True),
+        ("x_t", "ddpm", CLIP_SCALE, "held_out", False, None),
+        ("x_t", "ddpm", CLIP_SCALE, "test", True, None),
+        (late, "ddpm", late_scale, "test", False, below),
     ]
-    runs = []
-    for through, sampler, scale, split, whole in tqdm(settings, "sampling", unit="run"):
-        way = partial(guide, through, sampler, scale, whole)
+
+    def run(through: str, sampler: str, scale: float, split: str, whole: bool, below: int | None) -> dict:
+        way = partial(guide, through, sampler, scale, whole, below)
         labels = tuple(images.labels) if whole else ("shape", "colour")
         measured = study.run(way, steps, num_samples, split=split, labels=labels)
         prompt = "whole caption" if whole else "a red star"
-        runs.append({"through": through, "sampler": sampler, "scale": scale, "prompt": prompt} | measured)
-    return {"model": model, "clips": clips, "reader": reader, "runs": runs}
+        setting = {"through": through, "sampler": sampler, "scale": scale, "prompt": prompt, "below": below}
+        return setting | measured
+
+    names = {"model": model, "clips": clips, "reader": reader}
+    numbers = {"num_samples": num_samples, "batch_size": batch_size, "steps": steps}
+    ledger = Ledger(None if state is None else ledger_file(state), names | numbers)
+    runs = [
+        ledger.once(repr(setting), partial(run, *setting))
+        for setting in tqdm(settings, "sampling", unit="run")
+    ]
+    return {**names, "runs": runs}
+
+
+def _below(step: int, guided: Callable, plain: Callable, x_t: Tensor, t: Tensor) -> Tensor:
+    """What one denoiser says below a step, and another from there on; a batch is at one step."""
+    return guided(x_t, t) if t[0] < step else plain(x_t, t)
 
 
 def classifier_free_guidance_sweep(

@@ -1,14 +1,16 @@
-"""Exercises of chapter 04: similarities, InfoNCE, a mask, sentence features, zero-shot classes, gradients."""
+"""Exercises of chapter 04: similarities, InfoNCE and its training, reading a text, gradients."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lecture26 import clip_guidance
+from lecture26.ddpm import linear_betas
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast
 from ..mistakes import (
@@ -19,6 +21,7 @@ from ..mistakes import (
     with_arguments,
     with_result,
 )
+from ..optimizers import OptimizerArgument
 
 
 def _unit(draws: Draws, *shape: int, **kind) -> Tensor:
@@ -516,113 +519,434 @@ SENTENCE_FEATURES = Exercise(
 )
 
 
-def _zero_shot_cases(seed: int) -> list[Case]:
+def _reading_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
-    n, k, d, side = draws.integer(5, 6), draws.integer(3, 4), draws.integer(7, 8), draws.integer(3, 5)
-    scale = draws.uniform(low=1.0, high=2.0).item()
+    batch, length, width = draws.integer(3, 4), draws.integer(6, 7), draws.integer(4, 5)
+    side = draws.integer(3, 5)
 
-    def case(note, n, k, d, logit_scale, stretch=1.0, **kind):
-        return Case(
-            note, (draws.normal(n, d, **kind), stretch * draws.normal(k, d, **kind).detach(), logit_scale)
-        )
+    def case(note, batch, length, width, mask=None, longer=2, depth=3, **kind):
+        tokens = torch.tensor([[draws.integer(0, 8) for _ in range(length)] for _ in range(batch)])
+        table = draws.normal(9, width, **kind).detach()
+        places = draws.normal(length + longer, width, **kind)
+        square = [draws.normal(width, width, **kind).detach() for _ in range(depth + 1)]
+        blocks = tuple(CallableArgument("reading_block", (weight,)) for weight in square[:-1])
+        norm = CallableArgument("linear", (square[-1], draws.normal(width, **kind).detach()))
+        return Case(note, (tokens, CallableArgument("token_table", (table,)), places, blocks, norm, mask))
 
+    there = torch.arange(length) < torch.tensor([2, length, length - 1, 3])[:batch, None]  # (batch, length)
+    scattered = (draws.uniform(length, length) < 0.5) | torch.eye(length, dtype=torch.bool)
     return [
-        case("more images than classes", n, k, d, scale),
-        case("more classes than images", k, n, d, scale, stretch=3.0),
-        case("all axes of one length", side, side, side, scale),
-        case("a single image", 1, k, d, scale),
-        case("a single class", n, 1, d, scale),
-        case("kappa = 1", n, k, d, 0.0),
-        case("kappa = 100", n, k, d, math.log(100)),
-        case("a learned scale", n, k, d, torch.tensor(scale, dtype=torch.float64)),
-        case("float32", n, k, d, scale, dtype=torch.float32),
-        case("with gradient", n, k, d, scale, gradient=True),
+        case("texts shorter than the table of places", batch, length, width),
+        case("texts as long as the table of places", batch, length, width, longer=0),
+        case("all axes of one length", side, side, side, longer=0, depth=2),
+        case("a single text", 1, length, width),
+        case("a single token", batch, 1, width),
+        case("a single block", batch, length, width, depth=1),
+        case("a mask for padding", batch, length, width, mask=there[:, None, None, :]),
+        case("any mask", batch, length, width, mask=scattered),
+        case("float32", batch, length, width, dtype=torch.float32),
+        case("places with gradient", batch, length, width, gradient=True),
     ]
 
 
-def _similarity(u: Tensor, v: Tensor) -> Tensor:
-    return clip_guidance.cosine_similarity_matrix(u, v)
+def _causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
 
 
-ZERO_SHOT_PROBABILITIES = Exercise(
-    "clip_guidance.zero_shot_probabilities",
-    '"Classes that are words", equation (4.21)',
-    clip_guidance.zero_shot_probabilities,
-    _zero_shot_cases,
+def _one_by_one(h: Tensor, blocks: tuple, mask: Tensor) -> Tensor:
+    for block in blocks:
+        h = block(h, mask)
+    return h
+
+
+def _reading(
+    start: Callable = lambda vectors, places: vectors + places[: vectors.shape[1]],
+    mask_of: Callable = lambda mask, length: _causal(length) if mask is None else mask,
+    through: Callable = _one_by_one,
+    end: Callable = lambda norm, h: norm(h),
+) -> Callable:
+    """read_tokens with one of its parts changed; through(h, blocks, mask) is the way through the blocks."""
+
+    def wrong(tokens, embed, places, blocks, norm, mask=None):
+        mask = mask_of(mask, tokens.shape[1])
+        return end(norm, through(start(embed(tokens), places), blocks, mask))
+
+    return wrong
+
+
+def _always_from_the_start(h: Tensor, blocks: tuple, mask: Tensor) -> Tensor:
+    for block in blocks:
+        last = block(h, mask)
+    return last
+
+
+def _added_once_more(h: Tensor, blocks: tuple, mask: Tensor) -> Tensor:
+    for block in blocks:
+        h = h + block(h, mask)
+    return h
+
+
+def _normalised_after_each(tokens, embed, places, blocks, norm, mask=None):
+    h = embed(tokens) + places[: tokens.shape[1]]
+    for block in blocks:
+        h = norm(block(h, _causal(tokens.shape[1]) if mask is None else mask))
+    return h
+
+
+def _normalised_first(tokens, embed, places, blocks, norm, mask=None):
+    h = norm(embed(tokens) + places[: tokens.shape[1]])
+    for block in blocks:
+        h = block(h, _causal(tokens.shape[1]) if mask is None else mask)
+    return h
+
+
+READ_TOKENS = Exercise(
+    "clip_guidance.read_tokens",
+    '"A transformer that reads from left to right", equations (4.16) and (4.18)',
+    clip_guidance.read_tokens,
+    _reading_cases,
     (
         Misconception(
-            "softmax over the images",
-            lambda u, v, tau: (_tau(tau, u).exp() * _similarity(u, v)).softmax(dim=0),
-            "The probabilities of one image add up to 1 over the classes, the columns.",
+            "looks ahead",
+            _reading(mask_of=lambda mask, length: _causal(length).T if mask is None else mask),
+            "Rows of the mask are the tokens that look: here each looks at those behind it. Transpose it.",
         ),
         Misconception(
-            "scale without exp",
-            lambda u, v, tau: (_tau(tau, u) * _similarity(u, v)).softmax(dim=1),
-            "logit_scale is a logarithm: the factor at the similarities is its exponential.",
+            "all look at all",
+            _reading(
+                mask_of=lambda mask, length: (
+                    torch.ones(length, length, dtype=torch.bool) if mask is None else mask
+                )
+            ),
+            "Without a mask each token looks at itself and those before it only: the causal mask is missing.",
         ),
         Misconception(
-            "divided by kappa",
-            lambda u, v, tau: (_similarity(u, v) / _tau(tau, u).exp()).softmax(dim=1),
-            "kappa multiplies the similarities; it is the temperature, 1 / kappa, that would divide them.",
+            "not at itself",
+            _reading(mask_of=lambda mask, length: _causal(length).tril(-1) if mask is None else mask),
+            "A token may look at itself as well; the first one has nobody else.",
         ),
         Misconception(
-            "no scale",
-            lambda u, v, tau: _similarity(u, v).softmax(dim=1),
-            "Without the factor kappa the probabilities are nearly uniform: a cosine is at most 1.",
+            "given mask ignored",
+            _reading(mask_of=lambda mask, length: _causal(length)),
+            "Where a mask is given, it decides, and not the causal one.",
         ),
         Misconception(
-            "not normalised",
-            lambda u, v, tau: (_tau(tau, u).exp() * u @ v.T).softmax(dim=1),
-            "The features come in with any length: normalise them first.",
+            "given mask made causal",
+            _reading(
+                mask_of=lambda mask, length: _causal(length) if mask is None else mask & _causal(length)
+            ),
+            "Where a mask is given, it alone decides; here later tokens are hidden besides.",
         ),
         Misconception(
-            "only the images normalised",
-            lambda u, v, tau: (_tau(tau, u).exp() * normalize(u, dim=1) @ v.T).softmax(dim=1),
-            "A class whose text has long features must not win by that: normalise the texts as well.",
+            "places forgotten",
+            _reading(start=lambda vectors, places: vectors + 0 * places[0]),
+            "Attention does not know where a token is: the vectors of the places are missing.",
         ),
         Misconception(
-            "only the texts normalised",
-            lambda u, v, tau: (_tau(tau, u).exp() * u @ normalize(v, dim=1).T).softmax(dim=1),
-            "An image with long features must not seem surer than others: normalise the images as well.",
+            "places from the end of the table",
+            _reading(start=lambda vectors, places: vectors + places[-vectors.shape[1] :]),
+            "The first token stands at the first place, however long the table is.",
+        ),
+        Misconception(
+            "places in the opposite order",
+            _reading(start=lambda vectors, places: vectors + places[: vectors.shape[1]].flip(0)),
+            "The first token stands at the first place: the order is turned.",
+        ),
+        Misconception(
+            "first place for all",
+            _reading(start=lambda vectors, places: vectors + places[:1]),
+            "Each token has a place of its own; here all stand at the first.",
+        ),
+        Misconception(
+            "multiplied by the places",
+            _reading(start=lambda vectors, places: vectors * places[: vectors.shape[1]]),
+            "Token and place are added.",
+        ),
+        Misconception(
+            "vectors scaled by sqrt(D)",
+            _reading(
+                start=lambda vectors, places: vectors * vectors.shape[2] ** 0.5 + places[: vectors.shape[1]]
+            ),
+            "Vaswani et al. scale the tokens' vectors by sqrt(D); CLIP does not.",
+        ),
+        Misconception(
+            "norm forgotten",
+            _reading(end=lambda norm, h: h),
+            "The last normalisation is missing.",
+        ),
+        Misconception(
+            "norm before the blocks",
+            _normalised_first,
+            "The last normalisation comes after the blocks, which normalise their own inputs.",
+        ),
+        Misconception(
+            "norm after each block",
+            _normalised_after_each,
+            "The last normalisation is done once, after the last block.",
+        ),
+        Misconception(
+            "blocks in the opposite order",
+            _reading(through=lambda h, blocks, mask: _one_by_one(h, blocks[::-1], mask)),
+            "The blocks come in their order, the first one first.",
+        ),
+        Misconception(
+            "first block alone",
+            _reading(through=lambda h, blocks, mask: blocks[0](h, mask)),
+            "All blocks are gone through, not the first one alone.",
+        ),
+        Misconception(
+            "each block from the start",
+            _reading(through=_always_from_the_start),
+            "Each block takes what the one before has made; here each takes the first vectors.",
+        ),
+        Misconception(
+            "added once more",
+            _reading(through=_added_once_more),
+            "A block adds to its input by itself: h is not added again.",
+        ),
+        Misconception(
+            "no blocks",
+            _reading(through=lambda h, blocks, mask: h),
+            "The tokens have not looked at each other: go through the blocks.",
+        ),
+    ),
+)
+
+
+def _contrastive_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch, elements, width = draws.integer(5, 6), draws.integer(7, 8), draws.integer(3, 4)
+
+    def case(note, batch, elements, width, tau, rate=0.1, dtype=torch.float64):
+        numbers = {"dtype": dtype, "gradient": True}
+        inward, outward = draws.normal(elements, 7, **numbers), draws.normal(7, width, **numbers)
+        table = draws.normal(9, width, **numbers)
+        logit_scale = cast(torch.tensor(tau, dtype=torch.float64), **numbers)
+        weights = (inward, outward, table, logit_scale)
+        old = tuple(draws.normal(*weight.shape, dtype=dtype) for weight in weights)
+        tokens = torch.tensor([[draws.integer(0, 8) for _ in range(4)] for _ in range(batch)])
+        x = draws.normal(batch, elements, dtype=dtype)
+        towers = (
+            CallableArgument("clean_tower", (inward, outward)),
+            CallableArgument("text_tower", (table,)),
+        )
+        return Case(note, (OptimizerArgument(weights, old, rate), *towers, x, tokens, logit_scale))
+
+    return [
+        case("a gradient longer than 1", batch, elements, width, 3.0),
+        case("a gradient shorter than 1", batch, elements, width, 0.1),
+        case("a larger rate", batch, elements, width, 2.0, rate=0.3),
+        case("many pairs", 24, elements, width, 2.5),
+        case("as many pairs as features", width, elements, width, 1.5),
+        case("a single pair", 1, elements, width, 1.0),
+        case("a factor above its range", batch, elements, width, math.log(100) + 0.8),
+        case("a factor below its range", batch, elements, width, -0.8),
+        case("float32", batch, elements, width, 2.0, dtype=torch.float32),
+    ]
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def _clip_loss(encode_image, encode_text, x, tokens, logit_scale):
+    u, v = normalize(encode_image(x), dim=1), normalize(encode_text(tokens), dim=1)
+    return clip_guidance.info_nce(u, v, logit_scale)
+
+
+def _contrastive(
+    loss_of: Callable = _clip_loss,
+    shorten: Callable = lambda weights: nn.utils.clip_grad_norm_(weights, 1.0),
+    put_back: Callable = lambda tau: tau.clamp_(0, clip_guidance.MAX_LOGIT_SCALE),
+    clear: Callable = lambda optimizer: optimizer.zero_grad(),
+) -> Callable:
+    """contrastive_step with one of its parts changed."""
+
+    def wrong(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+        loss = loss_of(encode_image, encode_text, x, tokens, logit_scale)
+        clear(optimizer)
+        loss.backward()
+        shorten(_weights(optimizer))
+        optimizer.step()
+        with torch.no_grad():
+            put_back(logit_scale)
+        return loss.detach()
+
+    return wrong
+
+
+def _to_length_1(weights: list[Tensor]) -> None:
+    length = torch.stack([weight.grad.norm() for weight in weights]).norm()
+    for weight in weights:
+        weight.grad /= length.clamp(min=1e-6)
+
+
+def _cleared_before_the_step(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+    loss = _clip_loss(encode_image, encode_text, x, tokens, logit_scale)
+    loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    with torch.no_grad():
+        logit_scale.clamp_(0, clip_guidance.MAX_LOGIT_SCALE)
+    return loss.detach()
+
+
+def _put_back_before(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+    with torch.no_grad():
+        logit_scale.clamp_(0, clip_guidance.MAX_LOGIT_SCALE)
+    return _contrastive(put_back=lambda tau: None)(
+        optimizer, encode_image, encode_text, x, tokens, logit_scale
+    )
+
+
+def _loss_after(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+    clip_guidance.contrastive_step(optimizer, encode_image, encode_text, x, tokens, logit_scale)
+    return _clip_loss(encode_image, encode_text, x, tokens, logit_scale).detach()
+
+
+def _stepped_twice(optimizer, encode_image, encode_text, x, tokens, logit_scale):
+    loss = clip_guidance.contrastive_step(optimizer, encode_image, encode_text, x, tokens, logit_scale)
+    optimizer.step()
+    with torch.no_grad():
+        logit_scale.clamp_(0, clip_guidance.MAX_LOGIT_SCALE)
+    return loss
+
+
+def _one_direction(encode_image, encode_text, x, tokens, logit_scale):
+    u, v = normalize(encode_image(x), dim=1), normalize(encode_text(tokens), dim=1)
+    return cross_entropy(_logits(u, v, logit_scale), torch.arange(len(u)))
+
+
+def _with_features(u_of: Callable, v_of: Callable) -> Callable:
+    def loss_of(encode_image, encode_text, x, tokens, logit_scale):
+        return clip_guidance.info_nce(u_of(encode_image(x)), v_of(encode_text(tokens)), logit_scale)
+
+    return loss_of
+
+
+def _rows(features: Tensor) -> Tensor:
+    return normalize(features, dim=1)
+
+
+CONTRASTIVE_STEP = Exercise(
+    "clip_guidance.contrastive_step",
+    '"Learning it"',
+    clip_guidance.contrastive_step,
+    _contrastive_cases,
+    (
+        Misconception(
+            "features not normalised",
+            _contrastive(_with_features(lambda u: u, lambda v: v)),
+            "The towers' features have any length, and info_nce wants length 1: normalise both.",
+        ),
+        Misconception(
+            "texts not normalised",
+            _contrastive(_with_features(_rows, lambda v: v)),
+            "The texts' features have lengths too: normalise them as well.",
+        ),
+        Misconception(
+            "images not normalised",
+            _contrastive(_with_features(lambda u: u, _rows)),
+            "The images' features have lengths too: normalise them as well.",
         ),
         Misconception(
             "normalised along the batch",
-            lambda u, v, tau: (_tau(tau, u).exp() * normalize(u, dim=0) @ normalize(v, dim=0).T).softmax(
-                dim=1
-            ),
-            "Each feature vector, a row, has to have length 1; here the columns have.",
+            _contrastive(_with_features(lambda u: normalize(u, dim=0), lambda v: normalize(v, dim=0))),
+            "Each row is one feature vector, and is to have length 1; here the columns have.",
         ),
         Misconception(
-            "logits",
-            lambda u, v, tau: _tau(tau, u).exp() * _similarity(u, v),
-            "These are the logits: the softmax over the classes is missing.",
+            "one direction",
+            _contrastive(_one_direction),
+            "This is one riddle only, which caption belongs to the image. info_nce poses both.",
         ),
         Misconception(
-            "log-probabilities",
-            lambda u, v, tau: (_tau(tau, u).exp() * _similarity(u, v)).log_softmax(dim=1),
-            "These are logarithms of the probabilities.",
+            "factor for its logarithm",
+            _contrastive(lambda f, g, x, tokens, tau: _clip_loss(f, g, x, tokens, tau.exp())),
+            "info_nce takes the logarithm, and makes the factor of it.",
         ),
         Misconception(
-            "a sigmoid for each class",
-            lambda u, v, tau: (_tau(tau, u).exp() * _similarity(u, v)).sigmoid(),
-            "One of the classes is right, so the probabilities add up to 1: a softmax, not one sigmoid each.",
+            "scale detached",
+            _contrastive(lambda f, g, x, tokens, tau: _clip_loss(f, g, x, tokens, tau.detach())),
+            "logit_scale is learned along with the towers: its gradient must not be cut.",
         ),
         Misconception(
-            "similarities shared out",
-            lambda u, v, tau: (1 + _similarity(u, v)) / (1 + _similarity(u, v)).sum(dim=1, keepdim=True),
-            "Similarities become probabilities by a softmax, not by dividing them by their sum.",
+            "captions one place further",
+            _contrastive(lambda f, g, x, tokens, tau: _clip_loss(f, g, x, tokens.roll(1, 0), tau)),
+            "Row i of the tokens belongs to image i; here each image gets another one's caption.",
         ),
         Misconception(
-            "softmax over the whole matrix",
-            lambda u, v, tau: (
-                (_tau(tau, u).exp() * _similarity(u, v)).flatten().softmax(0).reshape(len(u), -1)
-            ),
-            "Each image has a distribution of its own: the softmax runs over one row.",
+            "old gradients kept",
+            _contrastive(clear=lambda optimizer: None),
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
         ),
         Misconception(
-            "transposed",
-            lambda u, v, tau: clip_guidance.zero_shot_probabilities(u, v, tau).T,
-            "Rows are images, columns are classes.",
+            "cleared before the step",
+            _cleared_before_the_step,
+            "When the optimizer steps, the gradients are empty. Ask of each line whether it fills or empties "
+            "them.",
+        ),
+        Misconception(
+            "gradient not shortened",
+            _contrastive(shorten=lambda weights: None),
+            "A gradient longer than 1 is to be shortened, between backward and the step.",
+        ),
+        Misconception(
+            "each tensor shortened by itself",
+            _contrastive(shorten=lambda ws: [nn.utils.clip_grad_norm_([weight], 1.0) for weight in ws]),
+            "The length is that of all weights' gradients together: shorten them by one factor, so that the "
+            "direction stays.",
+        ),
+        Misconception(
+            "values cut off",
+            _contrastive(shorten=lambda weights: nn.utils.clip_grad_value_(weights, 1.0)),
+            "Single values are cut off here, which turns the gradient. Its length is to be limited.",
+        ),
+        Misconception(
+            "always of length 1",
+            _contrastive(shorten=_to_length_1),
+            "A gradient shorter than 1 stays as it is; here it is stretched.",
+        ),
+        Misconception(
+            "scale shortened apart",
+            _contrastive(shorten=lambda ws: nn.utils.clip_grad_norm_(ws[:-1], 1.0)),
+            "logit_scale is one of the weights: its gradient counts with the others', and is shortened with "
+            "them.",
+        ),
+        Misconception(
+            "scale not put back",
+            _contrastive(put_back=lambda tau: None),
+            "After the step tau may have left its range: put it back, (4.20).",
+        ),
+        Misconception(
+            "scale put back before the step",
+            _put_back_before,
+            "tau is put back before the step, which may take it out of its range again.",
+        ),
+        Misconception(
+            "range of the factor",
+            _contrastive(put_back=lambda tau: tau.clamp_(1, 100)),
+            "1 and 100 limit the factor; logit_scale is its logarithm.",
+        ),
+        Misconception(
+            "no lower limit",
+            _contrastive(put_back=lambda tau: tau.clamp_(max=clip_guidance.MAX_LOGIT_SCALE)),
+            "The factor is not to fall below 1, so tau not below 0.",
+        ),
+        Misconception(
+            "loss after the step",
+            _loss_after,
+            "The loss is computed anew after the weights have moved. Return the one that the step began "
+            "with.",
+        ),
+        Misconception(
+            "two steps",
+            _stepped_twice,
+            "The optimizer steps twice along one gradient. There is one step for each gradient.",
+        ),
+        Misconception(
+            "uphill",
+            _contrastive(lambda *arguments: -_clip_loss(*arguments)),
+            "The weights move up the loss. The optimizer goes against the gradient by itself.",
         ),
     ),
 )
@@ -646,6 +970,7 @@ def _paired_cases(seed: int) -> list[Case]:
         case("long text features", batch, d, (1.0, 20.0)),
         case("two features", batch, 2),
         case("float32", batch, d, dtype=torch.float32),
+        Case("one text for all", (draws.normal(batch, d), draws.normal(1, d))),
         Case("image and text in one direction, where nothing is left to gain", (u, 3 * u)),
     ]
 
@@ -768,6 +1093,11 @@ COSINE_GRADIENT = Exercise(
         ),
     ),
 )
+
+
+def _cosine(features: Tensor, texts: Tensor) -> Tensor:
+    """The similarity of each image and its own text, (B,)."""
+    return torch.cosine_similarity(features, texts.expand_as(features), dim=1)
 
 
 def _similarity_gradient_cases(seed: int) -> list[Case]:
@@ -915,12 +1245,12 @@ SIMILARITY_GRADIENT = Exercise(
         ),
         Misconception(
             "gradient with respect to the features",
-            gradient_of_outputs(clip_guidance.paired_similarity),
+            gradient_of_outputs(_cosine),
             "This stops at the image's features: go on to the pixels, through the tower.",
         ),
         Misconception(
             "gradients not switched on",
-            gradient_in_the_mode_around(clip_guidance.paired_similarity),
+            gradient_in_the_mode_around(_cosine),
             "Samplers run under no_grad or inference_mode: without enable_grad nothing is differentiated.",
         ),
         Misconception(
@@ -934,116 +1264,181 @@ SIMILARITY_GRADIENT = Exercise(
 
 def _through_x_0_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
-    batch, d, side = draws.integer(3, 4), draws.integer(5, 6), draws.integer(4, 5)
+    few, many, side = draws.integer(3, 4), draws.integer(6, 7), draws.integer(4, 5)
+    num_steps = 40
+    kept = (1 - linear_betas(num_steps)).cumprod(0)
 
-    def case(note, batch, d, low=0.2, high=0.8, **kind):
-        gradient, jacobian = (draws.normal(*shape, **kind) for shape in ((batch, d), (batch, d, d)))
-        alpha_bar = draws.uniform(batch, 1, low=low, high=high, dtype=gradient.dtype)
-        return Case(note, (gradient, jacobian, alpha_bar))
+    def case(
+        note, *shape, dim=5, texts=None, mode="grad", dtype=torch.float64, gradient=False, weights=False
+    ):
+        elements, numbers = math.prod(shape[1:]), {"dtype": dtype, "gradient": weights}
+        denoiser = CallableArgument("noisy_denoiser", draws.denoiser_weights(elements, **numbers))
+        x_0_of = CallableArgument("predicted_clean", (kept.to(dtype),))
+        inward, outward = draws.normal(elements, 7, **numbers), draws.normal(7, dim, **numbers)
+        tower = CallableArgument("clean_tower", (inward, outward))
+        x_t = draws.normal(*shape, dtype=dtype, gradient=gradient)
+        t = draws.permutation(num_steps // 2)[: shape[0]]  # in the cleaner half, where x_0-hat is of size 1
+        text_features = 3 * draws.normal(texts or shape[0], dim, dtype=dtype)
+        return Case(note, (denoiser, x_0_of, tower, x_t, t, text_features), mode)
 
-    single = draws.normal(batch, d), torch.zeros(batch, d, d, dtype=torch.float64)
     return [
-        case("a batch", batch, d),
-        case("as many samples as numbers in each", side, side),
-        case("a single sample", 1, d),
-        case("little noise", batch, d, low=0.97, high=0.99),
-        case("much noise", batch, d, low=0.01, high=0.03),
-        case("a single number", batch, 1),
-        case("float32", batch, d, dtype=torch.float32),
-        case("with gradient", batch, d, gradient=True),
-        Case(
-            "noise that does not depend on x_t",
-            (*single, draws.uniform(batch, 1, low=0.2, high=0.8)),
-        ),
+        case("points", many, 2),
+        case("images", few, 3, 2, 2),
+        case("as many samples as features and elements", side, side, dim=side),
+        case("a batch of one", 1, 3, 2, 2),
+        case("one text for all", few, 3, 2, 2, texts=1),
+        case("float32 images", few, 3, 2, 2, dtype=torch.float32),
+        case("points that carry gradient", few, 3, gradient=True),
+        case("networks whose weights carry gradient", few, 4, weights=True),
+        case("under no_grad, as in a sampler", few, 3, 2, 2, mode="no_grad"),
+        case("under inference_mode", few, 4, weights=True, mode="inference_mode"),
     ]
 
 
-def _back(g: Tensor, J: Tensor) -> Tensor:
-    """J^T g for each sample."""
-    return torch.einsum("bij,bi->bj", J, g)
+def _seen_as(shown: Callable, score: Callable = _cosine, at: str = "x_t") -> Callable:
+    """similarity_gradient_through_x_0 that shows something else to the CLIP, or takes another score.
+
+    shown(output, x_0_of, x_t, t): what the CLIP is shown; at: where the gradient is taken, or "shown".
+    """
+
+    def wrong(denoiser, x_0_of, encode_image, x_t, t, text_features):
+        with torch.inference_mode(False), torch.enable_grad():
+            x_t, t, texts = x_t.detach().clone().requires_grad_(), t.clone(), text_features.clone()
+            output = denoiser(x_t, t)
+            image = shown(output, x_0_of, x_t, t)
+            features = encode_image(image)
+            total = score(features, texts.expand_as(features)).sum()
+            return output.detach(), torch.autograd.grad(total, x_t if at == "x_t" else image)[0]
+
+    return wrong
 
 
-GRADIENT_THROUGH_X_0 = Exercise(
-    "clip_guidance.gradient_through_x_0",
+def _as_it_is(output: Tensor, x_0_of: Callable, x_t: Tensor, t: Tensor) -> Tensor:
+    return x_0_of(output, x_t, t)
+
+
+def _through_with(**changes: Callable) -> Callable:
+    return with_arguments(clip_guidance.similarity_gradient_through_x_0, **changes)
+
+
+def _changed_pair(change: Callable[[Tensor, Tensor], tuple]) -> Callable:
+    """similarity_gradient_through_x_0 with its pair of results changed."""
+    return lambda *arguments: change(*clip_guidance.similarity_gradient_through_x_0(*arguments))
+
+
+def _unit_gradient(gradient: Tensor) -> Tensor:
+    return gradient / gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.ndim - 1))
+
+
+def _x_0_returned(denoiser, x_0_of, encode_image, x_t, t, text_features):
+    arguments = denoiser, x_0_of, encode_image, x_t, t, text_features
+    output, gradient = clip_guidance.similarity_gradient_through_x_0(*arguments)
+    return x_0_of(output, x_t.detach(), t), gradient
+
+
+def _in_the_mode_around(denoiser, x_0_of, encode_image, x_t, t, text_features):
+    x_t = x_t.detach().clone().requires_grad_()
+    output = denoiser(x_t, t)
+    similarity = _cosine(encode_image(x_0_of(output, x_t, t)), text_features)
+    return output.detach(), torch.autograd.grad(similarity.sum(), x_t)[0]
+
+
+THROUGH_X_0 = Exercise(
+    "clip_guidance.similarity_gradient_through_x_0",
     '"A clean CLIP and the predicted image", equation (4.26)',
-    clip_guidance.gradient_through_x_0,
+    clip_guidance.similarity_gradient_through_x_0,
     _through_x_0_cases,
     (
         Misconception(
-            "detached noise",
-            lambda g, J, abar: g / abar.sqrt(),
-            "The predicted noise depends on x_t, too: the denoiser's part of the chain rule is missing, "
-            "as if the noise had been detached.",
+            "noise detached",
+            _seen_as(lambda output, x_0_of, x_t, t: x_0_of(output.detach(), x_t, t)),
+            "The predicted noise depends on x_t, too: detached, the gradient asks for changes that the data "
+            "do not allow, (4.27).",
+        ),
+        Misconception(
+            "x_t detached in x_0-hat",
+            _seen_as(lambda output, x_0_of, x_t, t: x_0_of(output, x_t.detach(), t)),
+            "x_0-hat depends on x_t directly, too, and not by way of the noise alone.",
+        ),
+        Misconception(
+            "clamped before the gradient",
+            _seen_as(lambda output, x_0_of, x_t, t: x_0_of(output, x_t, t).clamp(-1, 1)),
+            "A clamp's derivative is 0 where a pixel lies outside [-1, 1]: just those are to be moved.",
         ),
         Misconception(
             "gradient at x_0-hat",
-            lambda g, J, abar: g.clone(),
-            "This is the gradient with respect to x_0-hat: the chain rule is missing altogether.",
+            _seen_as(_as_it_is, at="shown"),
+            "This is the gradient with respect to x_0-hat: go back through the denoiser to x_t.",
         ),
         Misconception(
-            "Jacobian not transposed",
-            lambda g, J, abar: (g - (1 - abar).sqrt() * torch.einsum("bij,bj->bi", J, g)) / abar.sqrt(),
-            "A gradient goes back through the transposed Jacobian: sum over its rows, the outputs.",
+            "clean CLIP on x_t",
+            _seen_as(lambda output, x_0_of, x_t, t: x_t),
+            "A CLIP that knows no noise gets the noisy x_t here: show it the predicted image.",
         ),
         Misconception(
-            "Jacobian's diagonal alone",
-            lambda g, J, abar: (g - (1 - abar).sqrt() * J.diagonal(dim1=1, dim2=2) * g) / abar.sqrt(),
-            "Each predicted number depends on every number of x_t, not on its own alone.",
+            "predicted noise shown",
+            _seen_as(lambda output, x_0_of, x_t, t: output),
+            "The CLIP is shown the denoiser's output, the noise: make x_0-hat of it.",
         ),
         Misconception(
-            "plus instead of minus",
-            lambda g, J, abar: (g + (1 - abar).sqrt() * _back(g, J)) / abar.sqrt(),
-            "x_0-hat is x_t minus the noise: the sign of the noise's part is wrong.",
+            "one step for the whole batch",
+            _through_with(t=lambda t, **_: t[:1].expand_as(t)),
+            "The first sample's step is used for all. Each sample has a step of its own.",
         ),
         Misconception(
-            "division by sqrt(alpha_bar) forgotten",
-            lambda g, J, abar: g - (1 - abar).sqrt() * _back(g, J),
-            "x_0-hat is stretched by 1 / sqrt(alpha_bar_t), and so is the gradient.",
-        ),
-        Misconception(
-            "multiplied by sqrt(alpha_bar)",
-            lambda g, J, abar: (g - (1 - abar).sqrt() * _back(g, J)) * abar.sqrt(),
-            "x_0-hat is divided by sqrt(alpha_bar_t), not multiplied.",
-        ),
-        Misconception(
-            "divided by alpha_bar",
-            lambda g, J, abar: (g - (1 - abar).sqrt() * _back(g, J)) / abar,
-            "The root is missing: divide by sqrt(alpha_bar_t).",
-        ),
-        Misconception(
-            "1 - alpha_bar without its root",
-            lambda g, J, abar: (g - (1 - abar) * _back(g, J)) / abar.sqrt(),
-            "The noise's factor is sqrt(1 - alpha_bar_t): the root is missing.",
-        ),
-        Misconception(
-            "factor of the noise forgotten",
-            lambda g, J, abar: (g - _back(g, J)) / abar.sqrt(),
-            "The noise is subtracted with the factor sqrt(1 - alpha_bar_t).",
-        ),
-        Misconception(
-            "factors swapped",
-            lambda g, J, abar: (g - abar.sqrt() * _back(g, J)) / (1 - abar).sqrt(),
-            "alpha_bar_t and 1 - alpha_bar_t have changed places.",
-        ),
-        Misconception(
-            "denoiser's part alone",
-            lambda g, J, abar: -(1 - abar).sqrt() * _back(g, J) / abar.sqrt(),
-            "x_0-hat depends on x_t directly, too: the term g is missing.",
-        ),
-        Misconception(
-            "Jacobian of the noise taken for that of x_0-hat",
-            lambda g, J, abar: _back(g, J),
-            "What is given is the Jacobian of the predicted noise; that of x_0-hat follows from it.",
+            "papers' t for code's",
+            _through_with(t=lambda t, **_: t + 1),
+            "1 is added to t. Code counts steps from 0.",
         ),
         Misconception(
             "mean over the batch",
-            lambda g, J, abar: clip_guidance.gradient_through_x_0(g, J, abar) / len(g),
-            "Each sample has its own gradient: differentiate the sum over the batch, not the mean.",
+            _changed_pair(lambda output, gradient: (output, gradient / len(gradient))),
+            "The mean makes each gradient B times too small, so that the guidance depends on the batch size.",
         ),
         Misconception(
-            "one Jacobian for all",
-            lambda g, J, abar: clip_guidance.gradient_through_x_0(g, J[:1].expand_as(J), abar),
-            "The first sample's Jacobian is used for all: each has its own.",
+            "features not normalised",
+            _seen_as(_as_it_is, lambda u, v: (u * v).sum(1)),
+            "The inner product's gradient grows with the features' lengths: take that of the cosine.",
+        ),
+        Misconception(
+            "text features not normalised",
+            _seen_as(_as_it_is, lambda u, v: (normalize(u, dim=1) * v).sum(1)),
+            "The text's features have a length, too: with it, some prompts would pull harder than others.",
+        ),
+        Misconception(
+            "first text for all",
+            _through_with(text_features=lambda text_features, **_: text_features[:1]),
+            "The first text is used for all: each sample has its own.",
+        ),
+        Misconception(
+            "every text for every image",
+            _seen_as(_as_it_is, lambda u, v: normalize(u, dim=1) @ normalize(v, dim=1).T),
+            "Image i has its own text, in row i; here all texts pull at every image.",
+        ),
+        Misconception(
+            "sign turned",
+            _changed_pair(lambda output, gradient: (output, -gradient)),
+            "This leads away from the text.",
+        ),
+        Misconception(
+            "gradient normalised",
+            _changed_pair(lambda output, gradient: (output, _unit_gradient(gradient))),
+            "The gradient's length says how much there is to gain: do not normalise it.",
+        ),
+        Misconception(
+            "results in the other order",
+            _changed_pair(lambda output, gradient: (gradient, output)),
+            "The denoiser's output comes first, then the gradient.",
+        ),
+        Misconception(
+            "x_0-hat for the output",
+            _x_0_returned,
+            "The denoiser's own output is asked for, as the sampler wants it, not the predicted image.",
+        ),
+        Misconception(
+            "gradients not switched on",
+            _in_the_mode_around,
+            "Samplers run under no_grad or inference_mode: without enable_grad nothing is differentiated.",
         ),
     ),
 )
@@ -1053,9 +1448,10 @@ EXERCISES = [
     COSINE_SIMILARITY_MATRIX,
     INFO_NCE,
     MASKED_ATTENTION,
+    READ_TOKENS,
     SENTENCE_FEATURES,
-    ZERO_SHOT_PROBABILITIES,
+    CONTRASTIVE_STEP,
     COSINE_GRADIENT,
     SIMILARITY_GRADIENT,
-    GRADIENT_THROUGH_X_0,
+    THROUGH_X_0,
 ]
