@@ -37,8 +37,8 @@ from lecture26.vae import KLVAE, reparameterize
 def to_latents(mean, log_variance, noise, latent_scale):
     """Draw latents, on the diffusion's scale, from an encoder's mean and log_variance, (B, c, h, w) each.
 
-    noise: standard normal, like mean; zeros take the mean itself. latent_scale: one over the standard deviation
-    of the VAE's latents. Source: Rombach et al. 2022, appendix G.
+    noise: standard normal, like mean; zeros take the mean itself. latent_scale: one over the standard
+    deviation of the VAE's latents. Source: Rombach et al. 2022, appendix G.
     """
     # z = s (mu + sigma eps)
     return latent_scale * reparameterize(mean, log_variance, noise)
