@@ -1322,18 +1322,16 @@ show(figure, "The loss falls within 100 steps of training.")
 #
 # Neither fact alone says anything: it is an *exclusive or*. In trainings of this course's model that were not recorded,
 # colours, shapes and the axis of a relation had been learned when which object goes where was still a toss of a coin.
-# That, and not a controlled comparison, is why the long training got two aids: the coordinates above, and a lesson.
-# **Whether either is needed is not known**: no run without them, with steps drawn alike, has been stored.
+# That is why the long training got two aids: the coordinates above, and a lesson. **Whether either is needed is not
+# known**: no run without them, with steps drawn alike, has been stored.
 #
 # The lesson needs no picture, since it is a question of words. The noun's own vector is asked for its side, by a linear
 # layer whose only use this is, and the cross entropy of the answers joins the loss,
 #
 # $$L_\text{both}=L_\text{diffusion}+\lambda\,\frac1{BM}\sum_{\text{nouns}}-\log p(\text{side of the noun}\mid c_m),$$
 #
-# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with $\lambda=3$ (a weight, and no
-# signal-to-noise ratio). The grammar of 32 words fits into ten lines, `noun_sides`.
-#
-# How long does it take to learn, if it is asked for? Text encoder and linear layer alone, without any picture:
+# a mean over all $BM$ tokens of a batch in which only the nouns of scenes count, with the weight $\lambda=3$. How long does
+# it take to learn, if it is asked for? Text encoder and linear layer alone, without any picture:
 
 # %%
 print(noun_sides("a red star to the left of a blue ring"), "for", SIDES)
@@ -2096,7 +2094,7 @@ show(
         columns=7,
         titles=["original", *(f"strength {s:g}" for s in strengths)],
         row_titles=labelled,
-        inches_per_image=1.75,
+        inches_per_image=1.4,
     ),
     "A picture and six versions of it by image to image, of growing strength: towards another prompt with and without "
     "guidance, and towards its own caption.",
@@ -2215,7 +2213,7 @@ show(
         torch.cat([a_scene, covered, *halves]),
         columns=7,
         titles=["original", "given", *["drawn"] * 5],
-        inches_per_image=1.7,
+        inches_per_image=1.4,
     ),
     "A scene, the same with its right half hidden, and five pictures whose right half is drawn anew.",
 )
