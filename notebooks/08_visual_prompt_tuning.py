@@ -1290,7 +1290,7 @@ def verdict(one, other, images):
     return f"{points:+.1f}, " + ("a tie" if abs(points) < 2 * error else "ahead" if points > 0 else "behind")
 
 
-# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[table]", "Means of three seeds, ± one standard error; solved heads: one seed."]
+# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[table]", "Means of three seeds, \u00b1 one standard error; solved heads: one seed."]
 accuracies = {
     task: {method: result(task, method)["accuracy"] for method in COMPARED}
     | {"linear, solved": [solved[task]["class token"]], "vpt-deep, solved": [solved[task]["vpt-deep"]]}
@@ -1365,7 +1365,7 @@ show_table(
 # LoRA of rank 2 trains exactly as many numbers as eight deep prompts, adapters and biases slightly more. One task, by the same
 # rules: the corner of the largest disc.
 
-# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, ± one standard error."]
+# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, \u00b1 one standard error."]
 inside = load_results("adaptation_inside")
 print(inside["command"])
 of_largest = {run["method"]: run for run in [*stored["largest"]["runs"], *inside["runs"]]}
@@ -2198,7 +2198,7 @@ show_milestone(
     alt="Twenty-four digits, each below the name that the network gives it; where that is wrong, the right one is added.",
 )
 
-# %% [markdown] tags=["core"] slide=["# What the slide says", "- its code: the faults of our wrapper, found by experiment", "- 72.3 against 68.1 % on FGVC-Aircraft: no source was found", "- 'matches full fine-tuning': in the paper's regime, not in ours", "- '100 to 1000 times less': shallow, or short deep prompts", "- 'no forgetting': by construction"]
+# %% [markdown] slide=["# What the slide says", "- its code: the faults of our wrapper, found by experiment", "- 72.3 against 68.1 % on FGVC-Aircraft: no source was found", "- 'matches full fine-tuning': in the paper's regime, not in ours", "- '100 to 1000 times less': shallow, or short deep prompts", "- 'no forgetting': by construction"] tags=["core"]
 # ## What the lecture's slide says
 #
 # - *Its code* has the faults of our wrapper: it does not run as printed, takes one image at a time, forgets positions and the
