@@ -613,9 +613,8 @@ optimizer = torch.optim.AdamW((p for p in second.parameters() if p.requires_grad
 cross_entropy(second(pictures), torch.arange(8)).backward()
 optimizer.step()
 still = [name for name, tensor in second.backbone.state_dict().items() if tensor.equal(before[name])]
-print(
-    f"5: {len(before) - len(still)} of {len(before)} tensors of the backbone moved, all but {', '.join(still)}"
-)
+parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in still))
+print(f"5: {len(before) - len(still)} of {len(before)} tensors moved, all but those of {parts}")
 deviations = vit.patch_embed(pictures).std(), torch.randn(1000, 160).std(), (2 / (48 + 160)) ** 0.5
 print(
     "6: standard deviation of tokens {:.1f}, of these prompts {:.1f}, of the paper's {:.1f}".format(
