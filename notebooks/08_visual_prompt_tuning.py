@@ -9,7 +9,7 @@
 # %% [markdown] slide=["# What you can do afterwards", "- compute a Vision Transformer's answer by hand", "- build shallow and deep prompts, and prove the backbone untouched", "- find by experiment what is wrong with a wrapper that runs", "- write LoRA and adapters in ten lines each", "- compare methods fairly, and serve many tasks from one backbone"]
 # # 08 Visual prompt tuning: many tasks, one backbone
 #
-# [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides checked](09_the_slides_checked.ipynb)
+# [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides, checked](09_the_slides_checked.ipynb)
 #
 # A Vision Transformer names photographs, and shall read digits. One could train all of its weights anew, and keep a second
 # network. Or one could leave every weight as it is, and hand it a few learned tokens beside the image: *prompts*.
@@ -613,9 +613,8 @@ optimizer = torch.optim.AdamW((p for p in second.parameters() if p.requires_grad
 cross_entropy(second(pictures), torch.arange(8)).backward()
 optimizer.step()
 still = [name for name, tensor in second.backbone.state_dict().items() if tensor.equal(before[name])]
-print(
-    f"5: {len(before) - len(still)} of {len(before)} tensors of the backbone moved, all but {', '.join(still)}"
-)
+parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in still))
+print(f"5: {len(before) - len(still)} of {len(before)} tensors moved, all but those of {parts}")
 deviations = vit.patch_embed(pictures).std(), torch.randn(1000, 160).std(), (2 / (48 + 160)) ** 0.5
 print(
     "6: standard deviation of tokens {:.1f}, of these prompts {:.1f}, of the paper's {:.1f}".format(
@@ -1290,7 +1289,7 @@ def verdict(one, other, images):
     return f"{points:+.1f}, " + ("a tie" if abs(points) < 2 * error else "ahead" if points > 0 else "behind")
 
 
-# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[table]", "Means of three seeds, ± one standard error; solved heads: one seed."]
+# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[table]", "Means of three seeds, \u00b1 one standard error; solved heads: one seed."]
 accuracies = {
     task: {method: result(task, method)["accuracy"] for method in COMPARED}
     | {"linear, solved": [solved[task]["class token"]], "vpt-deep, solved": [solved[task]["vpt-deep"]]}
@@ -1365,7 +1364,7 @@ show_table(
 # LoRA of rank 2 trains exactly as many numbers as eight deep prompts, adapters and biases slightly more. One task, by the same
 # rules: the corner of the largest disc.
 
-# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, ± one standard error."]
+# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, \u00b1 one standard error."]
 inside = load_results("adaptation_inside")
 print(inside["command"])
 of_largest = {run["method"]: run for run in [*stored["largest"]["runs"], *inside["runs"]]}
@@ -2198,7 +2197,7 @@ show_milestone(
     alt="Twenty-four digits, each below the name that the network gives it; where that is wrong, the right one is added.",
 )
 
-# %% [markdown] tags=["core"] slide=["# What the slide says", "- its code: the faults of our wrapper, found by experiment", "- 72.3 against 68.1 % on FGVC-Aircraft: no source was found", "- 'matches full fine-tuning': in the paper's regime, not in ours", "- '100 to 1000 times less': shallow, or short deep prompts", "- 'no forgetting': by construction"]
+# %% [markdown] slide=["# What the slide says", "- its code: the faults of our wrapper, found by experiment", "- 72.3 against 68.1 % on FGVC-Aircraft: no source was found", "- 'matches full fine-tuning': in the paper's regime, not in ours", "- '100 to 1000 times less': shallow, or short deep prompts", "- 'no forgetting': by construction"] tags=["core"]
 # ## What the lecture's slide says
 #
 # - *Its code* has the faults of our wrapper: it does not run as printed, takes one image at a time, forgets positions and the
@@ -2229,7 +2228,7 @@ show_milestone(
 progress()
 
 # %% [markdown]
-# [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides checked](09_the_slides_checked.ipynb)
+# [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides, checked](09_the_slides_checked.ipynb)
 #
 # ## References
 #
