@@ -412,7 +412,7 @@ schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 theirs = DDIMScheduler(num_train_timesteps=20, set_alpha_to_one=True, **schedule)
 their_diffusion = Diffusion(theirs.betas.double())  # 20 steps, all of them taken
 
-# %% slide=["# The same lines, with the parts of diffusers", "[code: of_diffusers .. )]", "[code: without .. loop =]", "Their loop and ours agree: `guidance_scale` 7.5 is w = 6.5."]
+# %% slide=["# The same lines, with the parts of diffusers", "[code: of_diffusers .. )]", "Their loop and ours agree: `guidance_scale` 7.5 is w = 6.5."]
 of_diffusers = parts._replace(
     denoiser=DiffusersDenoiser(their_unet),
     decode=DiffusersVAE(their_vae).decode,
@@ -879,7 +879,8 @@ check_answer(
 
 # %% [markdown]
 # The lecture's 100 to 1000 times is what *one more* task saves. A server keeps the backbone, so $T$ tasks save at most $T$
-# times. Measured by `benchmarks/serving.py`, on one thread, with up to 64 requests in a batch:
+# times. Measured by `benchmarks/serving.py`, on one thread, with up to 64 requests in a batch; each cell says bank /
+# networks:
 
 # %% slide=["# Memory is what a bank saves", "[table]", "Each further task is some kilobytes. Time is saved where batches would be small."]
 serving = load_results("benchmark_serving")
@@ -892,9 +893,7 @@ rows = [
     ]
     for run in serving["runs"]
 ]
-show_table(
-    rows, ["tasks", "MB, bank / networks", "requests a second, bank / networks", "time of networks over bank"]
-)
+show_table(rows, ["tasks", "MB", "requests a second", "networks' time / bank's"])
 
 # %% [markdown]
 # With few tasks the networks are a little faster, since prompts are tokens that each image pays for. With fifty, each network
@@ -906,7 +905,7 @@ show_table(
 #
 # Each of these changes one line of the miniature, and most of them need its denoiser trained anew.
 
-# %% slide=["# Where to go next", "[table]", "Each exchanges one part of the miniature."]
+# %% slide=["# Where to go next: each exchanges one part", "- **flow matching**: straight lines from noise to data", "- **solvers**: more from each step", "- **distillation**: a student takes many steps in a few", "- **transformers** in the place of the U-Net", "- **preference tuning**: what people like better", "The chapter has a paper for each."]
 signposts = [
     ["flow matching", "the forward process and the target: straight lines from noise to data", "denoiser, trained anew", "Lipman et al. 2023, *Flow Matching for Generative Modeling*"],
     ["faster solvers", "more than one evaluation's worth from each step", "step", "Lu et al. 2022, *DPM-Solver*; Karras et al. 2022, *Elucidating the Design Space* (EDM)"],
