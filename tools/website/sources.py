@@ -119,10 +119,10 @@ def links(name: str, cloud: str | None) -> str:
         "Open in the cloud": cloud or "../publish.html#open-in-the-cloud",
         "Slides": f"../slides/{name}.html",
     }
-    items = "".join(
-        f'<li><a href="{html.escape(target)}"{" download" * target.endswith(".ipynb")}>{text}</a></li>'
-        for text, target in targets.items()
-    ).replace(f'href="{cloud}" download', f'href="{cloud}"')
+    items = ""
+    for text, target in targets.items():
+        attribute = " download" * target.startswith("../downloads/")
+        items += f'<li><a href="{html.escape(target)}"{attribute}>{text}</a></li>'
     return f'<ul class="chapter-links">{items}</ul>\n'
 
 
