@@ -665,7 +665,7 @@ def mean_shifted_chain(moments, classifier, y, scale, x_T, steps, noise_at):
     ### BEGIN SOLUTION
     x_t = x_T
     for index in reversed(range(len(steps))):
-        own = torch.full((len(x_t),), index, device=x_t.device)
+        own = torch.full_like(y, index)
         mean, variance = moments(x_t, own)
         gradient = log_prob_gradient(classifier, x_t, steps[own], y)
         x_t = guided_mean(mean, variance, gradient, scale)
@@ -1271,9 +1271,9 @@ def classifier_training_step(optimizer, classifier, x_0, y, t, noise, alpha_bar)
     """
     ### BEGIN SOLUTION
     optimizer.zero_grad()
-    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-    x_t = q_sample(x_0, alpha_bar, noise)
-    loss = -selected_log_probs(classifier(x_t, t), y).mean()
+    # it reads noisy data, (1.6)
+    logits = classifier(q_sample(x_0, alpha_bar, noise), t)
+    loss = -selected_log_probs(logits, y).mean()
     loss.backward()
     optimizer.step()
     return loss.detach()

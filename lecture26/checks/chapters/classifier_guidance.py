@@ -952,7 +952,7 @@ def _mean_shifted_chain_cases(seed: int) -> list[Case]:
 
 
 def _chain(
-    order: Callable = lambda num_steps: reversed(range(num_steps)),
+    order: Callable = lambda num_steps: range(num_steps - 1, -1, -1),
     own: Callable = lambda index, steps: index,
     told: Callable = lambda index, steps: int(steps[index]),
     mean: Callable = lambda mean, variance, gradient, scale: mean + scale * variance * gradient,
