@@ -3,6 +3,7 @@
 #   COHORT=autumn         of graded homework: the course as it is held once, with a variant of its own
 #   ASSIGNMENT=ddpm SUBMISSIONS=folder JOBS=2 UNGUARDED=1      what `make grade` grades, and how
 #   PRIVATE=folder        of graded homework: exercises of your own (see homework/private_example)
+#   REPOSITORY=https://github.com/NAME/lecture26          to which the site's files and cloud links lead (site)
 #   PDF=1                 print the slides as well (slides)
 #   TORCH=cpu             install PyTorch without CUDA (some 5 GB less to download)
 #   PYTHON=/path/python   the Python to make .venv with; 3.11 to 3.13, found by itself if not given
@@ -19,7 +20,7 @@ REHEARSALS := build/rehearsals
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser course package notebooks benchmark playground kernel clean
+.PHONY: help lab mine milestones update homework grade formgrader live live-reset slides test quick lint tests nbval check browser course package notebooks results benchmark playground kernel site site-serve clean
 
 help:
 	@echo "make lab        your copies of the notebooks in work/, opened in JupyterLab"
@@ -39,8 +40,11 @@ help:
 	@echo "make package    make lecture26/NAME.py from the notebooks"
 	@echo "make notebooks  run the notebooks and store them with their outputs"
 	@echo "make check      do sources, stored notebooks and modules agree?"
+	@echo "make results    the tables of measured numbers, and the gallery, from stored results: docs/results.md"
 	@echo "make benchmark  speed and memory side by side with peers"
 	@echo "make playground the course's models in the browser: build/playground/index.html"
+	@echo "make site       the web site, from the stored notebooks: site/index.html"
+	@echo "make site-serve the same, made anew and served on this machine"
 	@echo "make kernel     the playground's kernel from web/engine/kernel.wat, where that was changed"
 	@echo "make clean      remove .venv and caches; work/, live/ and data/ stay"
 	@echo "Add COHORT=name and PRIVATE=folder for homework (homework/assignments.toml has its settings)."
@@ -123,11 +127,20 @@ package: $(INSTALLED)
 notebooks: package
 	@$(RUN) tools/notebooks.py build $(NAMES)
 
+results: $(INSTALLED)
+	@$(RUN) tools/results.py
+
 benchmark: $(INSTALLED)
 	@for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done
 
 playground: $(INSTALLED)
 	@$(RUN) tools/web.py playground
+
+site: $(INSTALLED)
+	@$(RUN) tools/make_site.py $(if $(REPOSITORY),--repository "$(REPOSITORY)")
+
+site-serve: site
+	@$(RUN) tools/make_site.py --serve
 
 # after a change of web/engine/kernel.wat; needs npm
 kernel: $(INSTALLED)
@@ -135,5 +148,5 @@ kernel: $(INSTALLED)
 	@$(RUN) tools/web.py kernel
 
 clean:
-	rm -rf $(VENV) build dist web/node_modules *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site web/node_modules *.egg-info .pytest_cache .ruff_cache
 	find lecture26 tests tools benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +

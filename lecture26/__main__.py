@@ -46,6 +46,8 @@ class AdaptationMethod(StrEnum):
     vpt_shallow = "vpt-shallow"
     vpt_deep = "vpt-deep"
     bias = "bias"
+    adapter = "adapter"
+    lora = "lora"
     full = "full"
     compare = "compare"
 
@@ -61,9 +63,12 @@ class Milestone(StrEnum):
     """The chapters whose milestone no other command draws."""
 
     ddpm = "ddpm"
+    classifier_guidance = "classifier_guidance"
     clip_guidance = "clip_guidance"
     vae = "vae"
+    latent_diffusion = "latent_diffusion"
     visual_prompt_tuning = "visual_prompt_tuning"
+    the_slides_checked = "the_slides_checked"
 
 
 @contextmanager

@@ -12,15 +12,10 @@ from lecture26.ddpm import GaussianMixture, at_least_float32, exact_denoiser
 
 
 def implicit_gradient(eps_cond, eps_uncond, alpha_bar):
-    """The gradient of the classifier that a conditional and an unconditional denoiser contain.
+    """The gradient of log p(y | x_t) by x_t, of the classifier that two denoisers contain, like eps_cond.
 
-    Args:
-        eps_cond: predicted noise given the class, (B, ...).
-        eps_uncond: predicted noise given nothing, like eps_cond.
-        alpha_bar: at each sample's step, broadcastable to eps_cond, in (0, 1).
-
-    Returns:
-        The gradient of log p(y | x_t) with respect to x_t, like eps_cond.
+    eps_cond and eps_uncond are the predicted noise given the class and given nothing, (B, ...); alpha_bar, in
+    (0, 1), is broadcastable to them.
 
     Source: Ho and Salimans 2022, section 3.2.
     """
@@ -76,14 +71,9 @@ def cfg_combine(eps_cond, eps_uncond, w):
 
 
 def combine_by_guidance_scale(eps_cond, eps_uncond, guidance_scale):
-    """Mix a conditional and an unconditional prediction, in the convention of most libraries.
+    """Mix predictions with the condition, eps_cond, and without, eps_uncond, (B, ...), as most libraries do.
 
-    Args:
-        eps_cond, eps_uncond: predictions given the condition and without it, (B, ...).
-        guidance_scale: s = 1 + w, a number: 0 is the unconditional prediction, 1 the conditional one.
-
-    Returns:
-        The guided prediction, like eps_cond.
+    guidance_scale is s = 1 + w: 0 gives the unconditional prediction, 1 the conditional one.
 
     Source: Nichol et al. 2022, section 2.3; Saharia et al. 2022, equation 2.
     """
@@ -128,6 +118,29 @@ def stacked_conditions(cond, null_cond, batch):
     return torch.cat([cond, null_cond])
 
 
+def doubled_pass(denoiser, x_t, t, both_conds, mix):
+    """Ask a denoiser for both answers in one pass, and mix its predictions.
+
+    Args:
+        denoiser: callable (x_t, t, cond) -> output, (B, C, ...), or (B, 2 C, ...) with variance channels
+            last.
+        x_t: noisy samples, (B, C, ...).
+        t: the step of each, (B,) integers.
+        both_conds: the conditions of all samples, followed by those that say nothing; 2 B long.
+        mix: callable (prediction given the condition, prediction given nothing) -> like them, (B, C, ...).
+
+    Returns:
+        The mixed prediction, followed by the variance channels, if there are any; like denoiser's output.
+
+    Source: Ho and Salimans 2022, algorithm 2; for the variance channels Nichol et al. 2022.
+    """
+    outputs = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both_conds)  # (2 B, C or 2 C, ...)
+    output_cond, output_null = outputs.chunk(2)
+    channels = x_t.shape[1]
+    mixed = mix(output_cond[:, :channels], output_null[:, :channels])
+    return torch.cat([mixed, output_cond[:, channels:]], dim=1)
+
+
 def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=None):
     """A denoiser that mixes a conditional network's answers with a condition and without it.
 
@@ -164,19 +177,19 @@ def classifier_free_guided(denoiser, cond, null_cond, w, rescale=0.0, interval=N
         is_idle = interval is not None and not ((steps >= interval[0]) & (steps <= interval[1])).any()
         if w == 0 or is_idle:
             return denoiser(x_t, t, cond)
-        outputs = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both_conds)  # (2 B, C or 2 C, ...)
-        output_cond, output_null = outputs.chunk(2)
-        channels = x_t.shape[1]
-        # the difference is multiplied, and so would be what half precision rounds
-        cond_part, null_part = (
-            output[:, :channels].to(at_least_float32(output.dtype)) for output in (output_cond, output_null)
-        )
-        mixed = cfg_combine(cond_part, null_part, w)
-        if rescale:
-            mixed = rescaled(mixed, cond_part, rescale)
-        if interval is not None:
-            mixed = within_interval(mixed, cond_part, steps, *interval)
-        return torch.cat([mixed.to(outputs.dtype), output_cond[:, channels:]], dim=1)
+
+        def mix(cond_part, null_part):
+            # the difference is multiplied, and so would be what half precision rounds
+            dtype = cond_part.dtype
+            cond_part, null_part = (part.to(at_least_float32(dtype)) for part in (cond_part, null_part))
+            mixed = cfg_combine(cond_part, null_part, w)
+            if rescale:
+                mixed = rescaled(mixed, cond_part, rescale)
+            if interval is not None:
+                mixed = within_interval(mixed, cond_part, steps, *interval)
+            return mixed.to(dtype)
+
+        return doubled_pass(denoiser, x_t, t, both_conds, mix)
 
     return guided
 
@@ -241,7 +254,47 @@ def drop_labels(y, null_label, p, generator=None):
     return labels_after_dropout(y, null_label.to(y.dtype), u, p)
 
 
+def conditional_training_step(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
+    """One step of an optimizer along the gradient of the loss on a batch, with label dropout.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of the network's weights.
+        loss_of: callable (x_0, t, noise, cond) -> the loss of the network that is told cond, a scalar.
+        x_0, t, noise: the batch, as loss_of takes it.
+        y: its labels, (B,) or (B, L) integers.
+        null_label, u, p: as labels_after_dropout takes them.
+
+    Returns:
+        The loss before the step, a scalar that carries no gradient.
+
+    Source: Ho and Salimans 2022, algorithm 1.
+    """
+    cond = labels_after_dropout(y, null_label, u, p)
+    optimizer.zero_grad()
+    loss = loss_of(x_0, t, noise, cond)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
 # --- Too much contrast ---
+
+
+def dynamic_threshold(x_0, quantile):
+    """Bring predicted pictures into [-1, 1], each by a bound of its own.
+
+    Args:
+        x_0: predictions of clean pictures, (B, ...).
+        quantile: the share of a picture's absolute values that the bound must hold, in [0, 1].
+
+    Returns:
+        Like x_0, within [-1, 1]. A picture that lies within [-1, 1] already stays as it is.
+
+    Source: Saharia et al. 2022, section 2.3.
+    """
+    bound = x_0.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1)  # (B,)
+    bound = bound.view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, ...)
+    return x_0.clamp(-bound, bound) / bound
 
 
 def rescaled(guided, cond, phi):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lecture26.ddpm import noise_like, q_sample
 from lecture26.kit.validation import check_positive_int, check_shape
 from lecture26.unet import (
     DownLevels,
@@ -128,6 +129,41 @@ def exact_classifier(mixture, diffusion):
 # --- A guided denoiser is a denoiser ---
 
 
+def guided_output(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+    """What a denoiser that is guided by a classifier returns, whatever it predicts.
+
+    Args:
+        denoiser: callable (x_t, t) -> (B, C, ...), or (B, 2C, ...) with the channels of a variance behind.
+        classifier: callable (x_t, t) -> logits (B, K), for noisy data and the same steps.
+        x_t: (B, C, ...).
+        t: steps of the original schedule, (B,).
+        y: the class that each sample shall have, (B,) integers in [0, K).
+        scale: s, a number; 1 is Bayes' rule, 0 no guidance.
+        alpha_bar: at these steps, broadcastable to x_t, in (0, 1).
+        target: callable (x_0, alpha_bar, eps) -> what the first C channels stand for; linear in x_0 and eps.
+
+    Returns:
+        Like the denoiser's output.
+
+    Raises:
+        ValueError: if the denoiser's output has another shape.
+
+    Source: Dhariwal and Nichol 2021, algorithm 2, for a denoiser that predicts eps.
+    """
+    output, (batch, channels, *rest) = denoiser(x_t, t), x_t.shape
+    if tuple(output.shape) not in ((batch, channels, *rest), (batch, 2 * channels, *rest)):
+        raise ValueError(
+            f"output must have the shape {tuple(x_t.shape)} of x_t, or twice its channels; "
+            f"got {tuple(output.shape)}"
+        )
+    gradient = log_prob_gradient(classifier, x_t, t, y)
+    # by how much the noise moves (3.4), and the clean data with it, since x_t stays (1.22)
+    eps = guided_eps(torch.zeros_like(x_t), gradient, alpha_bar, scale)
+    x_0 = -((1 - alpha_bar) / alpha_bar).sqrt() * eps
+    moved = output[:, :channels] + target(x_0, alpha_bar, eps)
+    return torch.cat([moved.to(output.dtype), output[:, channels:]], dim=1)
+
+
 def classifier_guided(denoiser, classifier, y, scale, diffusion):
     """A denoiser whose score is moved along the gradient of a classifier's log-probability.
 
@@ -143,10 +179,11 @@ def classifier_guided(denoiser, classifier, y, scale, diffusion):
 
     Source: Dhariwal and Nichol 2021, algorithm 2.
     """
+    base = diffusion.base
 
     def guided(x_t, t):
-        gradient = log_prob_gradient(classifier, x_t, t, y)
-        return diffusion.add_score(denoiser(x_t, t), x_t, t, scale * gradient)
+        alpha_bar = base.at(t, x_t).alpha_bar
+        return guided_output(denoiser, classifier, x_t, t, y, scale, alpha_bar, base.target)
 
     return guided
 
@@ -155,21 +192,67 @@ def classifier_guided(denoiser, classifier, y, scale, diffusion):
 
 
 def guided_mean(mean, variance, gradient, scale):
-    """Move the mean of an ancestral step along the gradient of a log-probability.
-
-    Args:
-        mean: mu of p(x_{t-1} | x_t), (B, ...).
-        variance: the diagonal of Sigma, broadcastable to mean.
-        gradient: of log p(y | x), like mean.
-        scale: s, a number.
-
-    Returns:
-        The mean of the guided step, like mean. Its variance stays as it was.
+    """The mean (B, ...) of a step, moved by scale times variance, the diagonal of Sigma, times gradient.
 
     Source: Dhariwal and Nichol 2021, algorithm 1 and equations 5 to 10.
     """
     # mu + s Sigma g
     return mean + scale * variance * gradient
+
+
+def mean_shifted_chain(moments, classifier, y, scale, x_T, steps, noise_at):
+    """Sample by ancestral steps whose means are moved along a classifier's gradient.
+
+    Args:
+        moments: callable (x_t, t) -> (mean, variance) of p(x_{t-1} | x_t), with own steps t (B,), integers.
+        classifier: callable (x_t, t) -> logits (B, K), with original steps t (B,).
+        y: the class that each sample shall have, (B,) integers in [0, K).
+        scale: s, a number.
+        x_T: noise to start from, (B, ...).
+        steps: the original step that each own step 0, ..., T - 1 stands for, (T,) integers.
+        noise_at: callable (index) -> the noise of the own step of that number, like x_T.
+
+    Returns:
+        x_0, like x_T.
+
+    Source: Dhariwal and Nichol 2021, algorithm 1.
+    """
+    x_t = x_T
+    for index in reversed(range(len(steps))):
+        own = torch.full((len(x_t),), index, device=x_t.device)
+        mean, variance = moments(x_t, own)
+        gradient = log_prob_gradient(classifier, x_t, steps[own], y)
+        x_t = guided_mean(mean, variance, gradient, scale)
+        if index > 0:
+            x_t = x_t + variance.sqrt() * noise_at(index)
+    return x_t
+
+
+@torch.no_grad()
+def sample_mean_shifted(diffusion, denoiser, classifier, y, scale, x_T, generator=None):
+    """Draw samples in the lecture's form of guidance, from x_T down to x_0.
+
+    Args:
+        diffusion: a Diffusion, respaced or not.
+        denoiser: callable (x_t, t) -> output, unconditional.
+        classifier, y, scale: as in mean_shifted_chain.
+        x_T: noise to start from, (B, C, ...).
+        generator: source of the noise on the way.
+
+    Returns:
+        x_0, like x_T.
+
+    Source: Dhariwal and Nichol 2021, algorithm 1.
+    """
+
+    def moments(x_t, t):
+        p = diffusion.p_mean_variance(denoiser, x_t, t)
+        return p.mean, p.variance
+
+    steps = diffusion.steps.to(x_T.device)
+    return mean_shifted_chain(
+        moments, classifier, y, scale, x_T, steps, lambda index: noise_like(x_T, generator)
+    )
 
 
 def classifier_mean_shift(classifier, y, scale):
@@ -354,3 +437,32 @@ class NoisyClassifier(DownPath):
     def forward(self, x_t, t):
         """Map x_t (B, C, H, W) and steps t (B,) to the logits of the classes, (B, K)."""
         return reduce(joint_logits, self.label_logits(x_t, t))
+
+
+# --- Training it ---
+
+
+def classifier_training_step(optimizer, classifier, x_0, y, t, noise, alpha_bar):
+    """One step of an optimizer that teaches a classifier to read noisy data.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of the classifier's weights.
+        classifier: callable (x_t, t) -> logits (B, K).
+        x_0: clean data, (B, ...).
+        y: their classes, (B,) integers in [0, K).
+        t: steps, (B,).
+        noise: standard normal, like x_0.
+        alpha_bar: at these steps, broadcastable to x_0.
+
+    Returns:
+        The cross-entropy before the step, the mean over the batch in nats, a scalar that carries no gradient.
+
+    Source: Dhariwal and Nichol 2021, section 4.
+    """
+    optimizer.zero_grad()
+    # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    x_t = q_sample(x_0, alpha_bar, noise)
+    loss = -selected_log_probs(classifier(x_t, t), y).mean()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from lecture26.classifier_free_guidance import classifier_free_guided
-from lecture26.clip_guidance import TextTransformer, Tokenizer, masked_attention
+from lecture26.classifier_free_guidance import classifier_free_guided, labels_after_dropout
+from lecture26.clip_guidance import TextTransformer, Tokenizer
 from lecture26.ddpm import (
     SCHEDULES,
     Diffusion,
@@ -24,6 +24,7 @@ from lecture26.ddpm import (
     noise_like,
     q_sample,
     sample,
+    training_step,
 )
 from lecture26.kit.tensor_files import read_parts, write_parts
 from lecture26.kit.validation import check_choice, check_positive_int, check_shape
@@ -34,17 +35,10 @@ from lecture26.vae import KLVAE, reparameterize
 
 
 def to_latents(mean, log_variance, noise, latent_scale):
-    """Draw latents from what a VAE's encoder says, on the scale that the diffusion works on.
+    """Draw latents, on the diffusion's scale, from an encoder's mean and log_variance, (B, c, h, w) each.
 
-    Args:
-        mean, log_variance: of each latent number, (B, c, h, w), as the encoder gives them.
-        noise: standard normal, like mean; zeros take the mean itself.
-        latent_scale: one over the standard deviation of the VAE's latents, a number above 0.
-
-    Returns:
-        Latents of a standard deviation near 1, like mean.
-
-    Source: Rombach et al. 2022, appendix G.
+    noise: standard normal, like mean; zeros take the mean itself. latent_scale: one over the standard
+    deviation of the VAE's latents. Source: Rombach et al. 2022, appendix G.
     """
     # z = s (mu + sigma eps)
     return latent_scale * reparameterize(mean, log_variance, noise)
@@ -114,9 +108,9 @@ def word_weights(q, k, mask):
 
     Source: Vaswani et al. 2017, section 3.2.1; Rombach et al. 2022, section 3.3.
     """
-    # a = softmax over the tokens of q k^T / sqrt(d), which are there; a mixture of unit vectors is a itself
-    unit_vectors = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)  # (M, M), one for each token
-    return masked_attention(q, k, unit_vectors, mask[:, None, None, :])
+    # S = q k^T / sqrt(d) where a token is there, else -infinity; a = softmax over the tokens
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, heads, N, M)
+    return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(dim=-1)
 
 
 # --- Queries from the image, keys and values from the words ---
@@ -127,26 +121,14 @@ def split_heads(features, heads):
     return features.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def attention_in_heads(q, k, v, heads, mask):
-    """Let queries q (B, N, heads * d) mix values v by keys k (B, M, heads * d): (B, N, heads * d).
-
-    mask, (B, M) bool, is True for the tokens to be looked at.
-
-    Source: Vaswani et al. 2017, section 3.2.2.
-    """
-    q, k, v = (split_heads(features, heads) for features in (q, k, v))  # (B, heads, N or M, d)
-    mixed = masked_attention(q, k, v, mask[:, None, None, :])  # a V in each head, (B, heads, N, d)
-    return mixed.transpose(1, 2).flatten(2)
-
-
-def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
+def cross_attention(x, context, to_q, to_k, to_v, heads, mask):
     """Give each place of an image a mixture of what the words have to say, in several heads.
 
     Args:
         x: features of the N places, (B, N, C).
         context: features of the M tokens, (B, M, E).
-        w_q: matrix of the queries, (heads * d, C), as nn.Linear keeps it.
-        w_k, w_v: matrices of the keys and of the values, (heads * d, E).
+        to_q: the layer of the queries, callable (B, N, C) -> (B, N, heads * d).
+        to_k, to_v: those of the keys and of the values, callable (B, M, E) -> (B, M, heads * d).
         heads: the number of heads.
         mask: (B, M) bool, True for the tokens to be looked at.
 
@@ -155,8 +137,10 @@ def cross_attention(x, context, w_q, w_k, w_v, heads, mask):
 
     Source: Rombach et al. 2022, section 3.3; Vaswani et al. 2017, section 3.2.2.
     """
-    # Q = x W_q^T, K = c W_k^T, V = c W_v^T
-    return attention_in_heads(x @ w_q.T, context @ w_k.T, context @ w_v.T, heads, mask)
+    # the image asks, the words answer: Q = x W_Q^T, K = c W_K^T, V = c W_V^T
+    q, k, v = (split_heads(given, heads) for given in (to_q(x), to_k(context), to_v(context)))
+    mixed = word_weights(q, k, mask) @ v  # a V in each head, (B, heads, N, d)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 # --- As a layer ---
@@ -200,8 +184,8 @@ class CrossAttention(nn.Module):
         not bool, ValueError if shapes do not fit, or a row of it leaves no token.
         """
         mask = self.checked_mask(x, context, mask)
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(attention_in_heads(q, k, v, self.heads, mask))
+        mixed = cross_attention(x, context, self.to_q, self.to_k, self.to_v, self.heads, mask)
+        return self.to_out(mixed)
 
     def weights(self, x, context, mask=None):
         """How much each place looks at each token, (B, heads, N, M); x, context and mask as in forward."""
@@ -488,36 +472,6 @@ class LatentDiffusion(nn.Module):
         # channels last in memory: convolutions are up to a quarter faster that way
         return pipeline.to(memory_format=torch.channels_last)
 
-    def save(self, folder):
-        """Write the pipeline into a folder: a safetensors file for each part, and pipeline.json.
-
-        Args:
-            folder: made if need be; files of these names are replaced.
-
-        Raises:
-            ValueError: if the pipeline was not made by `from_settings` or `load`.
-        """
-        if self.settings is None:
-            raise ValueError(
-                "only a pipeline made by from_settings or load can be saved; this has no settings"
-            )
-        states = {name: getattr(self, name).state_dict() for name in PARTS}
-        write_parts(Path(folder, "pipeline.json"), self.settings, states)
-
-    @classmethod
-    def load(cls, folder):
-        """Read a pipeline that `save` has written into a folder: frozen, in evaluation mode, on the CPU.
-
-        Raises:
-            ValueError: if a file is missing, or is not what was saved.
-        """
-        settings, states = read_parts(Path(folder, "pipeline.json"), PARTS)
-        with torch.device("cpu"):
-            pipeline = cls.from_settings(settings)
-        for name, state in states.items():
-            getattr(pipeline, name).load_state_dict(state)
-        return pipeline.eval().requires_grad_(False)
-
     # --- From a picture to a picture ---
 
     @torch.no_grad()
@@ -551,11 +505,11 @@ class LatentDiffusion(nn.Module):
         denoiser = self.guided(prompts, w, negative_prompt)
         z_0 = self.encode(images.to(self.example()))
         noise = initial_noise(z_0.shape, generator, z_0)
-        start = round(strength * steps) - 1  # the first of the steps that are taken
-        if start < 0:
-            return self.decode(z_0)
-        z_t = diffusion.q_sample(z_0, torch.full((len(z_0),), start, device=z_0.device), noise)
-        return self.decode(sample(diffusion, denoiser, z_t.shape, ddim_step, x_T=z_t, start=start))
+
+        def step(z_t, t):
+            return ddim_step(diffusion, denoiser, z_t, t, None)  # DDIM adds no noise
+
+        return self.decode(image_to_image(step, z_0, noise, diffusion.alpha_bar.to(z_0), strength))
 
     # --- Inpainting ---
 
@@ -600,6 +554,38 @@ class LatentDiffusion(nn.Module):
         # DDIM adds no noise; what is drawn for its steps all the same leaves the global generator alone
         z_0 = sample(diffusion, denoiser, z_T.shape, step, torch.Generator(), z_T)
         return torch.where(is_unknown, self.decode(z_0), images)
+
+    # --- Saved, loaded, exchanged ---
+
+    def save(self, folder):
+        """Write the pipeline into a folder: a safetensors file for each part, and pipeline.json.
+
+        Args:
+            folder: made if need be; files of these names are replaced.
+
+        Raises:
+            ValueError: if the pipeline was not made by `from_settings` or `load`.
+        """
+        if self.settings is None:
+            raise ValueError(
+                "only a pipeline made by from_settings or load can be saved; this has no settings"
+            )
+        states = {name: getattr(self, name).state_dict() for name in PARTS}
+        write_parts(Path(folder, "pipeline.json"), self.settings, states)
+
+    @classmethod
+    def load(cls, folder):
+        """Read a pipeline that `save` has written into a folder: frozen, in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: if a file is missing, or is not what was saved.
+        """
+        settings, states = read_parts(Path(folder, "pipeline.json"), PARTS)
+        with torch.device("cpu"):
+            pipeline = cls.from_settings(settings)
+        for name, state in states.items():
+            getattr(pipeline, name).load_state_dict(state)
+        return pipeline.eval().requires_grad_(False)
 
 
 def checked_prompts(prompts):
@@ -652,7 +638,40 @@ def to_pil(images):
     return [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in levels]
 
 
-PARTS = ("vae", "denoiser", "text_encoder")
+# --- Learning it ---
+
+
+def captioned_training_step(
+    optimizer, diffusion_loss, denoiser, text_encoder, z_0, tokens, empty, u, drop, t, noise
+):
+    """Train a denoiser and its text encoder for one step, some captions replaced by the empty one.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of the weights of both networks.
+        diffusion_loss: callable (denoiser, z_0, t, noise) -> scalar, for denoisers (z_t, t) -> output, as
+            `Diffusion.loss` is.
+        denoiser: callable (z_t, t, cond) -> output.
+        text_encoder: callable, tokens (B, L) -> cond.
+        z_0: scaled latents, (B, c, h, w).
+        tokens: of the captions, (B, L).
+        empty: of the empty caption, (L,).
+        u: uniform on [0, 1), one for each caption, (B,): below drop, the caption is replaced.
+        drop: the probability with which a caption is replaced.
+        t: steps, (B,).
+        noise: standard normal, like z_0.
+
+    Returns:
+        The loss before the step, a scalar without a graph.
+
+    Source: Rombach et al. 2022, section 3.3; Ho and Salimans 2022, algorithm 1.
+    """
+    told = labels_after_dropout(tokens, empty, u, drop)  # (B, L)
+
+    def loss_of(z_0, t, noise):
+        cond = text_encoder(told)  # within the graph: the text encoder learns, too
+        return diffusion_loss(lambda z_t, t: denoiser(z_t, t, cond), z_0, t, noise)
+
+    return training_step(optimizer, loss_of, z_0, t, noise)
 
 
 # --- Which one goes where ---
@@ -733,6 +752,31 @@ def recorded_weights(network):
 # --- From a picture to a picture ---
 
 
+def image_to_image(step, z_0, noise, alpha_bar, strength):
+    """Make latents noisy up to a step, and denoise them from there.
+
+    Args:
+        step: of a sampler, callable (z_t, t) -> z_{t-1}, with t (B,) integers.
+        z_0: scaled latents of the pictures to begin with, (B, c, h, w).
+        noise: standard normal, like z_0.
+        alpha_bar: of all S steps of the sampler, from the least noisy on, (S,).
+        strength: the share of the steps that are taken, in [0, 1], rounded to whole steps (by `round`).
+
+    Returns:
+        Latents of the new pictures, like z_0; z_0 itself if no step is taken.
+
+    Source: Meng et al. 2022, section 3 (SDEdit).
+    """
+    num_taken = round(strength * len(alpha_bar))
+    if num_taken == 0:
+        return z_0
+    # as noisy as the first step expects it: z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps
+    z_t = q_sample(z_0, alpha_bar[num_taken - 1], noise)
+    for index in reversed(range(num_taken)):
+        z_t = step(z_t, torch.full((len(z_t),), index, device=z_t.device))
+    return z_t
+
+
 def check_images(images, prompts):
     """Raise unless images (B, C, H, W) are as many as prompts, a list, and hold numbers in [-1, 1].
 
@@ -771,6 +815,11 @@ def keep_known(z_t, known, is_known, alpha_bar, noise):
     """
     # z_t where nothing is known, sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps where it is
     return torch.where(is_known, q_sample(known, alpha_bar, noise), z_t)
+
+
+# --- Saved, loaded, exchanged ---
+
+PARTS = ("vae", "denoiser", "text_encoder")
 
 
 # --- Other people's networks ---

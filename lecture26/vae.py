@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributions import Normal
 from torch.nn import functional as F
 
 from lecture26.kit.validation import check_positive_int, check_shape
@@ -23,7 +24,7 @@ def kl_to_standard_normal(mean, log_variance):
         log_variance: the logarithm of each variance, like mean.
 
     Returns:
-        (B,), in nats: the sum over all latent numbers of a sample, at least 0.
+        (B,), in nats: one number for each sample, at least 0.
 
     Source: Kingma and Welling 2014, appendix B.
     """
@@ -44,7 +45,7 @@ def negative_log_likelihood(x, x_hat, decoder_std):
         decoder_std: the standard deviation of each number of x around x_hat; a number above 0.
 
     Returns:
-        (B,), in nats, the constant included: the sum over all numbers of a sample.
+        (B,), in nats, one number for each sample.
 
     Raises:
         ValueError: if x and x_hat are of different shapes.
@@ -56,6 +57,39 @@ def negative_log_likelihood(x, x_hat, decoder_std):
     squares = ((x - x_hat) ** 2).flatten(1)  # (B, D)
     constant = squares.shape[1] / 2 * math.log(2 * math.pi * decoder_std**2)
     return squares.sum(dim=1) / (2 * decoder_std**2) + constant
+
+
+# --- The bound on a grid ---
+
+
+def bound_on_grid(x, decode, decoder_std, mean, log_variance, codes, volume):
+    """The evidence and the bound of each sample, by sums over a grid of codes.
+
+    Args:
+        x: data, (B, D).
+        decode: callable, codes (G, k) -> the decoder's outputs (G, D).
+        decoder_std: the standard deviation of each number of x around an output; a number above 0.
+        mean, log_variance: of each sample's guess q(z | x), (B, k).
+        codes: a grid, (G, k), even, fine and wide enough for prior, posteriors and guesses.
+        volume: of a cell of the grid: its spacing to the power of k.
+
+    Returns:
+        log_evidence, elbo: log p(x) and the bound, (B,) each, in nats. Both carry gradient.
+
+    Source: equations 6.1 and 6.2 of the chapter.
+    """
+    x_hat = decode(codes)  # (G, D)
+    # log p(x, z) = log p(z) + log p(x | z)
+    log_prior = -negative_log_likelihood(codes, torch.zeros_like(codes), 1.0)  # (G,)
+    log_likelihoods = [-negative_log_likelihood(one.expand_as(x_hat), x_hat, decoder_std) for one in x]
+    log_joint = log_prior + torch.stack(log_likelihoods)  # (B, G)
+    guess = Normal(mean[:, None], (log_variance[:, None] / 2).exp())
+    log_q = guess.log_prob(codes).sum(dim=2)  # (B, G)
+    # p(x) = integral of p(x, z) over z
+    log_evidence = log_joint.logsumexp(dim=1) + math.log(volume)
+    # L = E_q[log p(x, z) - log q(z | x)]
+    elbo = (log_q.exp() * (log_joint - log_q)).sum(dim=1) * volume
+    return log_evidence, elbo
 
 
 # --- A gradient through a random draw ---
@@ -105,23 +139,70 @@ def vae_loss(x, x_hat, mean, log_variance, kl_weight):
     return (squared_error / 2 + kl_weight * kl_to_standard_normal(mean, log_variance)).mean()
 
 
+class SmallVAE(nn.Module):
+    """A variational autoencoder of flat data, with three linear layers each way.
+
+    Args:
+        numbers: D, the numbers of a sample.
+        latents: k, the numbers of a code.
+        hidden: width of the layers.
+    """
+
+    def __init__(self, numbers, latents, hidden=192):
+        super().__init__()
+        self.encoder, self.decoder = (
+            nn.Sequential(
+                nn.Linear(first, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, last),
+            )
+            for first, last in ((numbers, 2 * latents), (latents, numbers))
+        )
+
+    def encode(self, x):
+        """Map data x (B, D) to the mean and the log-variance of their codes, (B, k) each."""
+        return self.encoder(x).chunk(2, dim=1)
+
+    def decode(self, z):
+        """Map codes z (B, k) to data (B, D)."""
+        return self.decoder(z)
+
+
+def vae_training_step(optimizer, encode, decode, x, noise, kl_weight):
+    """One step of an optimizer along the gradient of a VAE's loss on a batch.
+
+    Args:
+        optimizer: a torch.optim.Optimizer of the weights of encoder and decoder.
+        encode: callable, data -> mean, log_variance of their codes.
+        decode: callable, codes -> data.
+        x: data, (B, ...).
+        noise: standard normal, one number for each latent number of the batch.
+        kl_weight: as vae_loss takes it.
+
+    Returns:
+        The loss before the step, a scalar that carries no gradient.
+
+    Source: Kingma and Welling 2014, algorithm 1.
+    """
+    optimizer.zero_grad()
+    mean, log_variance = encode(x)
+    x_hat = decode(reparameterize(mean, log_variance, noise))
+    loss = vae_loss(x, x_hat, mean, log_variance, kl_weight)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
 # --- On handwritten digits ---
 
 
 def active_latents(mean, threshold=0.01):
     """Which latent numbers say anything about the data: those whose mean moves from sample to sample.
 
-    Args:
-        mean: the encoder's means for N >= 2 samples, (N, ...).
-        threshold: the variance over the samples above which a number counts as active.
-
-    Returns:
-        Booleans of the shape of one sample, (...).
-
-    Raises:
-        ValueError: on fewer than two samples, which have no variance.
-
-    Source: Burda et al. 2016, section 5 (threshold 0.01).
+    mean: the encoder's means, (N, ...); threshold: their variance above which a number is active.
+    Returns booleans (...); raises ValueError for N < 2. Source: Burda et al. 2016, section 5.
     """
     if len(mean) < 2:
         raise ValueError(f"mean must be of at least 2 samples; got {len(mean)}")
@@ -135,17 +216,7 @@ def active_latents(mean, threshold=0.01):
 def psnr(x, x_hat):
     """The peak signal-to-noise ratio of each image's reconstruction, in decibels.
 
-    Args:
-        x: images in [-1, 1], (B, C, H, W).
-        x_hat: their reconstructions, like x.
-
-    Returns:
-        (B,): 10 log10 of the squared range of the values over the mean squared error of an image; infinite
-        where both are equal.
-
-    Raises:
-        ValueError: if x and x_hat are of different shapes.
-
+    x, (B, C, H, W) in [-1, 1], and x_hat, like x (else ValueError) -> (B,); infinite where both are equal.
     Source: equation 6.16 of the chapter.
     """
     check_shape("x_hat", x_hat, x.shape, of="x")
@@ -341,8 +412,8 @@ def latent_scale(latents):
         latents: a batch of latents, (B, C, H, W).
 
     Returns:
-        A scalar tensor, above 0: one over the standard deviation (with N - 1, as torch's std has it) of all
-        numbers of the batch together. Infinite for latents that are all the same.
+        A scalar tensor, above 0, from the standard deviation with N - 1, as torch's std has it. Infinite for
+        latents that are all the same.
 
     Source: Rombach et al. 2022, appendix G (there with N, from the first batch).
     """

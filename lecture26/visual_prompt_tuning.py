@@ -4,8 +4,6 @@ Generated from notebooks/08_visual_prompt_tuning.py, which derives and checks it
 package`.
 """
 
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -13,7 +11,13 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from lecture26.kit.tensor_files import read_tensors, tensor_bytes, write_tensors
+from lecture26.kit.task_files import (
+    TASK_TENSORS,
+    backbone_fingerprint,
+    check_task_state,
+    load_task,
+    save_task,
+)
 from lecture26.kit.validation import check_int, check_positive_int, check_shape
 
 # --- A picture as a sequence ---
@@ -87,39 +91,8 @@ def insert_prompts(tokens, prompts, num_prefix):
     return torch.cat([tokens[:, :num_prefix], prompts, tokens[:, num_prefix:]], dim=1)
 
 
-# --- How large a prompt begins ---
-
-
-def initial_prompts(u, patch_values):
-    """Stretch uniform draws to the range in which prompts begin.
-
-    Args:
-        u: uniform on [0, 1), (..., d).
-        patch_values: how many numbers a patch has: 3 p^2 for p x p pixels of three channels.
-
-    Returns:
-        Like u, uniform on [-v, v).
-
-    Source: the code of Jia et al. 2022; Glorot and Bengio 2010, equation 16.
-    """
-    # v = sqrt(6 / (3 p^2 + d))
-    v = (6 / (patch_values + u.shape[-1])) ** 0.5
-    return v * (2 * u - 1)
-
-
-# --- Deep prompts ---
-
-
 def replace_prompts(tokens, prompts, num_prefix):
-    """Put fresh prompts into the places of those that a block has let out.
-
-    Args:
-        tokens: what a block returns, (B, N, d): num_prefix tokens, n prompts, then patches.
-        prompts: the fresh ones, (n, d) or (B, n, d).
-        num_prefix: the number of tokens before the first prompt.
-
-    Returns:
-        (B, N, d), a new tensor.
+    """A block's tokens (B, N, d), those behind num_prefix replaced by prompts, (n, d) or (B, n, d).
 
     Source: Jia et al. 2022, section 3.2 (VPT-deep).
     """
@@ -128,24 +101,40 @@ def replace_prompts(tokens, prompts, num_prefix):
     return insert_prompts(rest, prompts, num_prefix)
 
 
-# --- What a prompt can do ---
-
-
-def attention_to_prompts(weights, num_prefix, num_prompts):
-    """The share of each token's attention that goes to the prompts.
+def prompted_blocks(blocks, tokens, prompts, num_prefix):
+    """Send tokens through a transformer's blocks with prompts among them.
 
     Args:
-        weights: (B, heads, N, N) as `attention_weights` gives them; each row (last axis) has sum 1.
-        num_prefix: the number of tokens before the first prompt.
-        num_prompts: n.
+        blocks: L callables, each from (B, N, d) to the same; prompts count as tokens for them.
+        tokens: what goes in without prompts, (B, N, d): num_prefix tokens, then patches.
+        prompts: sets of n: one, for the first block only, or L: (1 or L, n, d), or (1 or L, B, n, d) with
+            prompts of its own for each image.
+        num_prefix: the number of tokens before the first patch.
 
     Returns:
-        lambda, (B, heads, N) in [0, 1].
+        What leaves the last block, (B, N + n, d).
 
-    Source: this course, equation 8.10.
+    Source: Jia et al. 2022, section 3.2.
     """
-    # lambda_i = sum over prompts j of a_ij
-    return weights[..., num_prefix : num_prefix + num_prompts].sum(dim=-1)
+    tokens = insert_prompts(tokens, prompts[0], num_prefix)
+    for number, block in enumerate(blocks):
+        if 0 < number < len(prompts):
+            tokens = replace_prompts(tokens, prompts[number], num_prefix)
+        tokens = block(tokens)
+    return tokens
+
+
+# --- How large a prompt begins ---
+
+
+def initial_prompts(u, patch_values):
+    """Uniform draws u on [0, 1), (..., d), stretched to [-v, v) for patches of patch_values = 3 p^2 numbers.
+
+    Source: the code of Jia et al. 2022; Glorot and Bengio 2010, equation 16.
+    """
+    # v = sqrt(6 / (3 p^2 + d))
+    v = (6 / (patch_values + u.shape[-1])) ** 0.5
+    return v * (2 * u - 1)
 
 
 # --- The network with prompts ---
@@ -199,12 +188,17 @@ def prompted_tokens(vit, x, prompts):
     _check_images(x, vit)
     vit.eval()  # whatever somebody has set it to since
     tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, d)
-    tokens = insert_prompts(tokens, prompts[0], vit.num_prefix_tokens)  # (B, N + n, d)
-    for number, block in enumerate(vit.blocks):
-        if 0 < number < len(prompts):
-            tokens = replace_prompts(tokens, prompts[number], vit.num_prefix_tokens)
-        tokens = block(tokens)
-    return vit.norm(tokens)
+    return vit.norm(prompted_blocks(vit.blocks, tokens, prompts, vit.num_prefix_tokens))
+
+
+def pooled(vit, tokens, num_prompts):
+    """What a backbone's own head would read, (B, d): the class token, or as it pools, without prompts.
+
+    tokens, (B, N + n, d) with n = num_prompts, are what `prompted_tokens` returns for vit.
+    """
+    first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
+    tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
+    return vit.forward_head(tokens, pre_logits=True)
 
 
 def _check_images(x, vit):
@@ -220,17 +214,27 @@ def _check_images(x, vit):
         raise ValueError(f"x must be images of shape {shape}; got {tuple(x.shape)}")
 
 
-def pooled(vit, tokens, num_prompts):
-    """What a backbone's own head would read, (B, d): the class token, or as it pools, without prompts.
-
-    tokens, (B, N + n, d) with n = num_prompts, are what `prompted_tokens` returns for vit.
-    """
-    first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
-    tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
-    return vit.forward_head(tokens, pre_logits=True)
-
-
 # --- Frozen ---
+
+
+def freeze_all_but(parameters, endings):
+    """Let those parameters train whose names end in one of some texts, and freeze the others.
+
+    Args:
+        parameters: by name, as `dict(model.named_parameters())` gives them; changed in place: afterwards each
+            either asks for gradients, or asks for none and has none left over.
+        endings: a tuple of texts, such as (".bias", "head.weight"); () freezes everything.
+
+    Returns:
+        The list of those that train, in their order: what an optimiser is to be given.
+
+    Source: this course.
+    """
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name.endswith(endings))
+        if not parameter.requires_grad:
+            parameter.grad = None
+    return [parameter for parameter in parameters.values() if parameter.requires_grad]
 
 
 class VPT(nn.Module):
@@ -269,7 +273,8 @@ class VPT(nn.Module):
             raise ValueError(f"prompt_dropout must be in [0, 1); got {prompt_dropout}")
         weight = next(vit.parameters())
         like = {"dtype": weight.dtype, "device": weight.device}
-        self.vit = vit.requires_grad_(False).eval()
+        freeze_all_but(dict(vit.named_parameters()), ())
+        self.vit = vit.eval()
         self.num_prompts, self.deep = num_prompts, bool(deep)
         u = torch.rand(len(vit.blocks) if deep else 1, num_prompts, vit.embed_dim, **like)
         height, width = vit.patch_embed.patch_size
@@ -294,7 +299,7 @@ class VPT(nn.Module):
         """Logits (B, K) of images x (B, C, H, W)."""
         return self.head(pooled(self.vit, self.forward_features(x), self.num_prompts))
 
-    # --- A file for a task ---
+    # --- Many tasks, one backbone ---
 
     def task_state_dict(self):
         """What this task has learned: copies on the CPU of the trained tensors, by parameter's name.
@@ -326,135 +331,102 @@ class VPT(nn.Module):
                 tensor.copy_(state[name])
 
 
-# --- The count ---
+# --- LoRA ---
 
 
-def trainable_parameters(model):
-    """The parameters of a model that train, as a list: what an optimiser is to be given."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
-    """How many times less a task stores as prompts and a head than as a copy of the backbone.
+def lora_linear(x, weight, bias, down, up, scale):
+    """A linear layer with a low-rank change beside it.
 
     Args:
-        backbone: the backbone's number of parameters without its head, floating point, (M,).
-        depth: the number of blocks that get prompts: 1 for VPT-shallow, all for VPT-deep; (M,).
-        num_prompts: n, for each of them; (M,) or a number.
-        dim: d, the width; (M,).
-        num_classes: K, a number; 0 leaves the head out of the count.
+        x: tokens, (B, N, d_in).
+        weight, bias: W, (d_out, d_in), and b, (d_out,).
+        down: A, (r, d_in), the same for all images, or (B, r, d_in), one for each.
+        up: B, (d_out, r), or (B, d_out, r).
+        scale: s, a number.
 
     Returns:
-        (M,), in the dtype of `backbone`.
+        (B, N, d_out).
 
-    Source: Jia et al. 2022, section 3.2.
+    Source: Hu et al. 2022, section 4.1, equation 3.
     """
-    # M / (L' n d + (d + 1) K)
-    return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
+    # z = W x + b + s B (A x)
+    hidden = x @ down.mT  # (B, N, r)
+    return x @ weight.mT + bias + scale * hidden @ up.mT
 
 
-# --- A file for a task ---
-
-
-def backbone_fingerprint(vit):
-    """A text that tells backbones apart: a hash of all weights but those of the heads.
+def lora_merged(weight, down, up, scale):
+    """The one matrix that does what a linear layer does with its low-rank change.
 
     Args:
-        vit: a timm VisionTransformer, on any device. A copy in float64 of weights in float32 has the same
-            fingerprint, one that was rounded to half precision another. Settings that are no weights do not
-            count.
+        weight: W, (d_out, d_in).
+        down, up: A, (r, d_in), and B, (d_out, r).
+        scale: s, a number.
 
     Returns:
-        64 hexadecimal digits (SHA-256).
+        (d_out, d_in), a new tensor.
+
+    Source: Hu et al. 2022, section 4.1.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vit.state_dict().items()):
-        if not name.startswith(("head.", "head_dist.")):
-            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor_bytes(tensor.float()))
-    return digest.hexdigest()
+    # W' = W + s B A
+    return weight + scale * up @ down
 
 
-TASK_TENSORS = ("prompts", "head.weight", "head.bias")  # all that is trained and stored
-
-
-def check_task_state(state, vit, fingerprint):
-    """Raise unless a task's state is whole and belongs to a backbone.
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank change that begins at zero.
 
     Args:
-        state: what `VPT.task_state_dict` returns.
-        vit: a timm VisionTransformer.
-        fingerprint: its `backbone_fingerprint`.
+        linear: an nn.Linear.
+        rank: r.
+        scale: s.
 
-    Raises:
-        ValueError: if tensors are missing or too many, or do not fit each other or the backbone.
+    Source: Hu et al. 2022, section 4.1.
     """
-    if set(state) != set(TASK_TENSORS):
-        raise ValueError(f"state must have the tensors {', '.join(TASK_TENSORS)}; got {', '.join(state)}")
-    prompts, weight, bias = (state[name] for name in TASK_TENSORS)
-    if prompts.ndim != 3 or weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        raise ValueError(
-            f"state must have prompts (1 or L, n, d), weights (K, d) and biases (K,); got {shapes}"
-        )
-    if {prompts.shape[2], weight.shape[1]} != {vit.embed_dim} or prompts.shape[0] not in (1, len(vit.blocks)):
-        raise ValueError(
-            f"state must belong to a backbone of {len(vit.blocks)} blocks of width {vit.embed_dim}; its "
-            f"prompts have shape {tuple(prompts.shape)}, its head {tuple(weight.shape)}"
-        )
-    backbone = getattr(state, "backbone", None)
-    if backbone not in (None, fingerprint):
-        raise ValueError(
-            "state must belong to this backbone; it was learned on another one of the same depth and width, "
-            f"or before the weights were rounded (fingerprint {backbone[:12]}, here {fingerprint[:12]})"
-        )
+
+    def __init__(self, linear, rank, scale=1.0):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        down = linear.weight.new_empty(rank, linear.in_features)
+        self.down = nn.Parameter(down.normal_(std=linear.in_features**-0.5))  # A
+        self.up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))  # B
+
+    def forward(self, x):
+        """Tokens x (B, N, d_in) -> (B, N, d_out)."""
+        bias = 0.0 if self.linear.bias is None else self.linear.bias
+        return lora_linear(x, self.linear.weight, bias, self.down, self.up, self.scale)
+
+    @torch.no_grad()
+    def merged(self):
+        """The nn.Linear that does the same."""
+        linear = deepcopy(self.linear)
+        linear.weight.copy_(lora_merged(linear.weight, self.down, self.up, self.scale))
+        return linear
 
 
-TASK_FORMAT = "lecture26 task"
-
-
-def save_task(file, state):
-    """Write what a task has learned into a safetensors file.
+class Adapter(nn.Module):
+    """A bottleneck beside the identity, which begins as the identity.
 
     Args:
-        file: the path; a file that is there is replaced as a whole.
-        state: what `VPT.task_state_dict` returns. Its attribute `about`, if it has one, is a dict of plain
-            values (JSON) to keep beside the numbers, such as the names of the classes.
+        dim: d.
+        width: m.
+        like: a tensor whose dtype and device to take.
 
-    Raises:
-        ValueError: if the state does not say what backbone it belongs to.
+    Source: Houlsby et al. 2019, section 2.1.
     """
-    if getattr(state, "backbone", None) is None:
-        raise ValueError(
-            "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
-        )
-    about = getattr(state, "about", {})
-    told = {"format": TASK_FORMAT, "backbone": state.backbone}
-    write_tensors(file, state, told | ({"about": json.dumps(about)} if about else {}))
+
+    def __init__(self, dim, width, like):
+        super().__init__()
+        self.down = nn.Linear(dim, width, dtype=like.dtype, device=like.device)
+        self.up = nn.Linear(width, dim, dtype=like.dtype, device=like.device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h):
+        """Tokens h (B, N, d) -> (B, N, d)."""
+        # h' = h + W_up GELU(W_down h + b_down) + b_up
+        return h + self.up(nn.functional.gelu(self.down(h)))
 
 
-def load_task(file):
-    """Read what `save_task` has written.
-
-    Args:
-        file: the path.
-
-    Returns:
-        An OrderedDict like that of `VPT.task_state_dict`; its attribute `about` is {} if nothing was told.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or no task's file.
-    """
-    tensors, metadata = read_tensors(file, format=TASK_FORMAT)
-    if "backbone" not in metadata:
-        raise ValueError(f"{file} is damaged: it does not say what backbone it belongs to")
-    state = OrderedDict(tensors)
-    state.backbone, state.about = metadata["backbone"], json.loads(metadata.get("about", "{}"))
-    return state
-
-
-# --- The alternatives ---
+HEAD = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")  # endings of a head's parameters
 
 
 def linear_probe(vit, num_classes):
@@ -485,43 +457,78 @@ def full_fine_tune(vit, num_classes):
     return model
 
 
-# --- Only the biases ---
-
-
-def bias_gradient(grad_output):
-    """The gradient of a bias that has been added to every token of every image.
-
-    Args:
-        grad_output: the gradient with respect to what the layer returned, (..., d).
-
-    Returns:
-        The gradient with respect to its bias, (d,).
-
-    Source: this course, equation 8.16.
-    """
-    # dL/db = sum over images and tokens of dL/dz
-    return grad_output.flatten(end_dim=-2).sum(dim=0)
-
-
 def bias_tuning(vit, num_classes):
-    """A copy of a backbone with a new head, of which the biases and the head train.
+    """A copy of vit with a new head for num_classes classes, of which the biases and the head train.
 
-    Args:
-        vit: a VisionTransformer of timm; it stays as it is, frozen or not.
-        num_classes: K.
-
-    Returns:
-        A VisionTransformer: model(x (B, C, H, W)) -> logits (B, K).
-
-    Raises:
-        TypeError, ValueError: as `VPT` does.
-
-    Source: Zaken, Goldberg and Ravfogel 2022, section 3.
+    Raises TypeError or ValueError as `full_fine_tune` does. Source: Zaken et al. 2022, section 3.
     """
     model = full_fine_tune(vit, num_classes)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(".bias") or name.startswith(("head.", "head_dist.")))
+    freeze_all_but(dict(model.named_parameters()), (".bias", *HEAD))
     return model
+
+
+def lora_tuning(vit, num_classes, rank=2):
+    """A copy of vit with a new head for num_classes classes, and a `LoRALinear` of that rank in each block.
+
+    Raises TypeError or ValueError as `full_fine_tune` does.
+    """
+    model = full_fine_tune(vit, num_classes)
+    for block in model.blocks:
+        block.attn.qkv = LoRALinear(block.attn.qkv, rank)
+    freeze_all_but(dict(model.named_parameters()), (".down", ".up", *HEAD))
+    return model
+
+
+def adapter_tuning(vit, num_classes, width=2):
+    """A copy of vit with a new head for num_classes classes, and two `Adapter`s of that width in each block.
+
+    Raises TypeError or ValueError as `full_fine_tune` does.
+    """
+    model = full_fine_tune(vit, num_classes)
+    for block in model.blocks:
+        for branch in ("ls1", "ls2"):  # timm's layer scale, or the identity: what comes last in a branch
+            adapter = Adapter(vit.embed_dim, width, like=next(vit.parameters()))
+            setattr(block, branch, nn.Sequential(getattr(block, branch), adapter))
+    trained = tuple(f".{layer}.{kind}" for layer in ("down", "up") for kind in ("weight", "bias"))
+    freeze_all_but(dict(model.named_parameters()), (*trained, *HEAD))
+    return model
+
+
+def trainable_parameters(model):
+    """The parameters of a model that train, as a list: what an optimiser is to be given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# --- What a prompt can do ---
+
+
+def attention_to_prompts(weights, num_prefix, num_prompts):
+    """The share of each token's attention that goes to the prompts.
+
+    Args:
+        weights: (B, heads, N, N) as `attention_weights` gives them; each row (last axis) has sum 1.
+        num_prefix: the number of tokens before the first prompt.
+        num_prompts: n.
+
+    Returns:
+        lambda, (B, heads, N) in [0, 1].
+
+    Source: this course, equation 8.14.
+    """
+    # lambda_i = sum over prompts j of a_ij
+    return weights[..., num_prefix : num_prefix + num_prompts].sum(dim=-1)
+
+
+# --- What is stored, and what it costs ---
+
+
+def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
+    """How many times less prompts and a head are than a backbone of so many parameters, for several: (M,).
+
+    backbone, depth (L': 1 or L), num_prompts (n), dim (d): (M,) or numbers; num_classes: K, 0 without a head.
+    """
+    # M / (L' n d + (d + 1) K)
+    return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
 
 
 # --- Many tasks, one backbone ---
@@ -539,7 +546,7 @@ def own_head(features, weights, biases, tasks):
     Returns:
         (B, K).
 
-    Source: this course, equation 8.17.
+    Source: this course, equation 8.20.
     """
     # y_b = W^(tau_b) f_b + c^(tau_b)
     return torch.einsum("bd,bkd->bk", features, weights[tasks]) + biases[tasks]
@@ -562,7 +569,8 @@ class PromptBank(nn.Module):
     def __init__(self, vit):
         super().__init__()
         check_backbone(vit)
-        self.vit = vit.requires_grad_(False).eval()
+        freeze_all_but(dict(vit.named_parameters()), ())
+        self.vit = vit.eval()
         self._fingerprint = backbone_fingerprint(vit)
         self._states = {}  # by name, each as VPT.task_state_dict gives it
 

@@ -172,7 +172,7 @@ show(
 # ![Map of the course: 00, 01 and 02 in a row; 02 leads to guidance (03, then 04 and 05) and to visual prompt
 # tuning (08); 02 leads to the VAE (06); 04, 05 and 06 lead to latent diffusion (07); all lead to 09](../docs/map.png)
 #
-# *What builds on what. Filled boxes are here; dashed ones are planned.*
+# *What builds on what.*
 #
 # Each chapter explains the words of its row. Time and memory are those of a run on one core, the milestone included:
 #
@@ -187,7 +187,7 @@ show(
 # | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 64 s | 1.9 GB |
 # | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 73 s | 2.0 GB |
 # | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 108 s | 2.5 GB |
-# | 09 The slides, checked | a miniature Stable Diffusion; the lecture's numbers beside the papers' and our own | all | planned | |
+# | [09 The slides, checked](09_the_slides_checked.ipynb) | a miniature Stable Diffusion; the lecture's numbers beside the papers' and our own; a real Stable Diffusion, medical images, a server of many tasks | all | 60 s | 2.1 GB |
 #
 # Chapters import what they need of earlier ones: begin anywhere.
 

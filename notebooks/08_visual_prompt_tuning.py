@@ -6,27 +6,26 @@
 #     name: python3
 # ---
 
-# %% [markdown] slide=["# A network that names photographs shall read digits", "? What could be done without training its weights anew?", "Leave every weight as it is, and hand it a few learned tokens beside the image: **prompts**.", "# What you can do afterwards", "- compute a Vision Transformer's answer by hand", "- find by experiment what is wrong with a wrapper that runs", "- build shallow and deep prompts, and prove the backbone untouched", "- say what a prompt adds to attention, and what it cannot change", "- compare methods fairly, and serve many tasks from one backbone"]
+# %% [markdown] slide=["# What you can do afterwards", "- compute a Vision Transformer's answer by hand", "- build shallow and deep prompts, and prove the backbone untouched", "- find by experiment what is wrong with a wrapper that runs", "- write LoRA and adapters in ten lines each", "- compare methods fairly, and serve many tasks from one backbone"]
 # # 08 Visual prompt tuning: many tasks, one backbone
 #
-# A Vision Transformer has learned to name photographs, and we want it to read digits. One could train all of its
-# weights anew, and keep a second network of the same size. Or one could leave every weight as it is, and hand the
-# network a few extra tokens beside the image, learned so that it does the new task: *prompts*. The lecture's slide
-# gives a wrapper of a dozen lines for this. This chapter takes the network apart, finds out what is wrong with such a
-# wrapper, mends it, and measures what prompts can do and what they cannot.
+# [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides checked](09_the_slides_checked.ipynb)
+#
+# A Vision Transformer names photographs, and shall read digits. One could train all of its weights anew, and keep a second
+# network. Or one could leave every weight as it is, and hand it a few learned tokens beside the image: *prompts*.
 #
 # **What you will be able to do**
 #
-# - name every part of a timm Vision Transformer, and compute its answer by hand;
-# - find by experiment, not by reading, what is wrong with a wrapper that runs without complaint;
-# - build VPT-shallow and VPT-deep on top of any timm `VisionTransformer`, and prove that the backbone is not touched;
-# - say exactly what a prompt adds to an attention layer, and what it cannot change;
-# - compare the linear probe, prompts and full fine-tuning fairly: accuracy, storage, cost, forgetting;
-# - serve many tasks from one backbone, even within one batch;
-# - adapt a real pretrained backbone to your own images by one command.
+# - compute the answer of a timm Vision Transformer by hand;
+# - build VPT-shallow and VPT-deep on any of them, and find by experiment what is wrong with a wrapper that runs;
+# - write LoRA and adapters in ten lines each, and say what each method can change, stores and costs;
+# - compare such methods fairly, and doubt the comparison;
+# - serve many tasks from one backbone, and adapt one to your own images.
 #
-# **What it needs**: chapter 02 (attention). **What it takes**: under three minutes on two cores. All data are
-# embedded, or made by code. Sections marked *(at a second reading)* can wait.
+# **What it needs**: attention, from [chapter 02](02_unet.ipynb). **What it takes**: under three minutes to run on two
+# cores. To study: some 90 minutes for the core, three hours with everything. Sections marked *(at a second reading)* can
+# wait; no later chapter needs them. After a restart of the kernel nothing is defined any more: choose *Run All Above
+# Selected Cell* where you want to go on.
 
 # %%
 import copy
@@ -41,16 +40,17 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import TqdmWarning
 
-from lecture26.checks import check
+from lecture26.checks import check, check_answer, progress
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.data import load
-from lecture26.kit.downstream import TASKS, downstream
-from lecture26.kit.figures import PALETTE, show, show_grid, use_style
+from lecture26.kit.downstream import downstream
+from lecture26.kit.figures import PALETTE, show, show_grid, show_table, use_style
 from lecture26.kit.proof import verify
 from lecture26.kit.results import load_results
 from lecture26.recipes import load_model
 from lecture26.recipes.adaptation import (
     COMPARED,
+    INSIDE,
     NUM_PROMPTS,
     SHORT_BUDGET,
     build,
@@ -63,14 +63,9 @@ from lecture26.studies.probes import solved_by_reading
 
 use_style()
 colours = list(PALETTE.values())
-
-# %% [markdown]
-# The Vision Transformer is that of timm (*PyTorch Image Models*), the library from which most people take theirs.
-
-# %%
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TqdmWarning)  # that bars will be plain text: there are none here
-    import timm
+    import timm  # PyTorch Image Models, the library from which most people take their Vision Transformers
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 
@@ -78,8 +73,6 @@ with warnings.catch_warnings():
 # Cells like the next one become the module `lecture26.visual_prompt_tuning`; the others stay in the notebook.
 
 # %% tags=["export"]
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -87,28 +80,62 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from lecture26.kit.tensor_files import read_tensors, tensor_bytes, write_tensors
+from lecture26.kit.task_files import (
+    TASK_TENSORS,
+    backbone_fingerprint,
+    check_task_state,
+    load_task,
+    save_task,
+)
 from lecture26.kit.validation import check_int, check_positive_int, check_shape
 
-# %% [markdown]
-# Up to the comparison of methods everything is in double precision. The backbone is one that the course has trained:
-# `vit_photos32` names small photographs of ten kinds (airplane, automobile, bird and so on).
+# %% [markdown] tags=["core"]
+# ## What this chapter reaches
+#
+# The backbone `vit_photos32` names small photographs of ten kinds. Shown digits, it says what it knows. Then eight prompts
+# at each block, and a new head, learn from 200 batches of 16 digits; its own weights stay as they are:
 
 # %%
-torch.set_default_dtype(torch.float64)
-vit = load_model("vit_photos32").double()
-print(type(vit).__module__, type(vit).__name__)
-print(f"{sum(p.numel() for p in vit.parameters()):,} parameters, {len(vit.blocks)} blocks")
+vit = load_model("vit_photos32")
+digits, unseen_digits = downstream("digits"), downstream("digits", "test")
+first_digits = unseen_digits.batch(range(12))["image"]
+
+# %%
+prompted = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
+fit(prompted, digits, 0.03, SHORT_BUDGET, progress=False)
+prompted = prompted.eval().cpu()  # wherever it was trained
+
+# %% slide=["# A network that names photographs reads digits", "[picture]", "Below each digit the frozen network's own word for it, and what it says with eight learned prompts at each block."]
+photo_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+with torch.no_grad():
+    words = [photo_names[k] for k in vit(first_digits).argmax(dim=1)]
+    named_now = prompted(first_digits).argmax(dim=1).tolist()
+titles = [f"{word}\nnow: {digit}" for word, digit in zip(words, named_now)]
+show(
+    show_grid(first_digits, columns=6, titles=titles, inches_per_image=1.2),
+    "Twelve handwritten digits, each with the kind of photograph the frozen network takes it for, and the digit it "
+    "names with prompts.",
+)
+
+# %%
+share = accuracy(prompted, unseen_digits, 100)
+print(f"of {len(unseen_digits)} unseen digits more than 85 % are named right: {share > 0.85}")
+assert share > 0.85
+
+# %% [markdown]
+# Some 9,000 numbers were learned, and 1.9 million left alone. How do a few tokens bring this about? Are they better than a
+# new head alone, or than training everything?
 
 # %% [markdown] tags=["core"]
 # ## A picture as a sequence
 #
-# A transformer takes a sequence of vectors. An image of $32\times32$ pixels is cut into squares of $p=4$ pixels on
-# each side, 64 of them, and each square with its three channels is written as a vector of $3p^2=48$ numbers. These
-# are the **patches**. Call their number $N_p$.
+# An image of $32\times32$ pixels is cut into $N_p=64$ squares of $p=4$ pixels on each side, the **patches**, and each is
+# written as a vector of $3p^2=48$ numbers.
 #
-# **Exercise 1.** Fill in `patches`. The order matters: patches from left to right and from top to bottom; within one
-# patch first the channel, then the row, then the column.
+# #### Exercise 1: patches
+#
+# *Formula, medium, 6 minutes.* Write `patches`: from left to right and from top to bottom; within a patch first the channel,
+# then the row, then the column.
 
 
 # %% tags=["export", "exercise"]
@@ -146,13 +173,13 @@ check("visual_prompt_tuning.patches", patches)
 
 # %%
 shapes = load("shapes", "test")
-x = shapes.batch(range(8))["image"].double()  # (8, 3, 32, 32)
-cut = patches(x, 4)
-print(f"images {tuple(x.shape)}, patches {tuple(cut.shape)}")
+pictures = shapes.batch(range(8))["image"]  # (8, 3, 32, 32)
+cut = patches(pictures, 4)
+print(f"images {tuple(pictures.shape)}, patches {tuple(cut.shape)}")
 
-# %% slide=["# A picture becomes a list of patches", "[picture]", "64 small squares. Nothing in the list says which one lies beside which."]
+# %% slide=["# A picture becomes a list of patches", "[picture]", "64 small squares. Nothing in the list says which one lies beside which."] tags=["draw"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
-left.imshow((x[0].permute(1, 2, 0) + 1) / 2)
+left.imshow((pictures[0].permute(1, 2, 0) + 1) / 2)
 left.set(title="an image, 32 x 32 pixels")
 gap = torch.ones(8 * 5 - 1, 8 * 5 - 1, 3)
 for number, patch in enumerate(cut[0].view(64, 3, 4, 4)):
@@ -166,41 +193,42 @@ for axis in (left, right):
 show(figure, "An image of a coloured shape, and the same image cut into eight times eight patches.")
 
 # %% [markdown]
-# *What the transformer is given: a list of 64 small squares. Nothing in the list says which one lies beside which.*
-#
-# A linear map makes of each patch $c_i$ a vector of the network's width $d$, its **token**. timm writes the same map
-# as a convolution whose kernel is as large as its step, `patch_embed.proj`; the rows of its kernel, written out, are
-# the rows of the matrix:
+# A linear map makes of each patch $c_i$ a vector of the network's width $d$, its **token**. timm writes it as a convolution
+# whose kernel is as large as its step, `patch_embed.proj`:
 #
 # $$e_i=W_e\,c_i+b_e,\qquad W_e\in\mathbb R^{d\times3p^2} \tag{8.1}$$
+#
+# (Proofs are in double precision.)
 
 # %% slide=["# Patches become tokens, and a class token gathers the answer", "(8.1)", "$$z_0=\\bigl[e_\\text{cls},\\,e_1,\\dots,e_{N_p}\\bigr]+E_\\text{pos} \\tag{8.2}$$", "In each block tokens look at one another, then each is worked on by itself:", "$$z'=z_{\\ell-1}+\\operatorname{Attn}(\\operatorname{LN}(z_{\\ell-1})),\\qquad z_{\\ell}=z'+\\operatorname{MLP}(\\operatorname{LN}(z')) \\tag{8.3}$$"]
-kernel, bias = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias
-print(f"kernel {tuple(kernel.shape)}: d = {kernel.shape[0]} numbers from {kernel[0].numel()}")
-verify("8.1", cut @ kernel.flatten(1).T + bias, vit.patch_embed(x), atol=1e-10)
+exact = load_model("vit_photos32").double()
+x = pictures.double()
+kernel, shift = exact.patch_embed.proj.weight, exact.patch_embed.proj.bias
+e = patches(x, 4) @ kernel.flatten(1).T + shift  # (8, 64, d)
+verify("8.1", e, exact.patch_embed(x), atol=1e-10)
+print(
+    f"d = {kernel.shape[0]}, {len(exact.blocks)} blocks, {sum(p.numel() for p in exact.parameters()):,} parameters"
+)
 
 # %% [markdown]
 # One token more is put in front, the same for every image, in which the answer is to be gathered: the **class token**
-# $e_\text{cls}$ (`cls_token`). And since the tokens are to know where they come from, a learned vector is added to
-# each place of the sequence, the **position embedding** (`pos_embed`):
+# (`cls_token`). And a learned vector is added at each place of the sequence, the **position embedding** (`pos_embed`):
 #
 # $$z_0=\bigl[e_\text{cls},\,e_1,\dots,e_{N_p}\bigr]+E_\text{pos},\qquad E_\text{pos}\in\mathbb R^{(1+N_p)\times d} \tag{8.2, definition}$$
 #
-# $L$ **blocks** (`blocks`) follow. Each lets the tokens look at one another and then works on each by itself, both
-# times as a correction to what is there, and of a normalised copy (LN is layer normalisation):
+# $L$ **blocks** follow. Each lets the tokens look at one another and then works on each by itself, both times as a
+# correction made from a normalised copy:
 #
 # $$z'=z_{\ell-1}+\operatorname{Attn}(\operatorname{LN}(z_{\ell-1})),\qquad
 # z_{\ell}=z'+\operatorname{MLP}(\operatorname{LN}(z')) \tag{8.3, definition}$$
 #
-# The MLP is a linear map from $d$ to $4d$ numbers, GELU, and one back to $d$. Attention is that of chapter 02. In
-# each of the heads, token $i$ makes a query $q_i$, and every token $j$ a key $k_j$ and a value $v_j$, of $d_h$
-# numbers each; token $i$ collects the values, weighted by how well its query goes with the keys:
+# The MLP is a linear map to $4d$ numbers, GELU, and one back. Attention is that of (2.11): in each head a token has a
+# query, a key and a value, of $d_h$ numbers:
 #
 # $$a_{ij}=\frac{e^{q_i\cdot k_j/\sqrt{d_h}}}{\sum_{m}e^{q_i\cdot k_m/\sqrt{d_h}}},\qquad
 # o_i=\sum_ja_{ij}\,v_j \tag{8.4, definition}$$
 #
-# What the heads have collected is put side by side, $d$ numbers again, and goes through one more linear map (`proj`).
-# The weights $a$ will be wanted often, and timm does not hand them out. So compute them from its parts.
+# timm does not hand the weights $a$ out:
 
 
 # %% tags=["export"]
@@ -225,12 +253,12 @@ def attention_weights(attn, tokens):
 
 
 # %% [markdown]
-# After the last block comes one more normalisation (`norm`), and the class token alone goes through a linear layer
-# (`head`), which gives the **logits** of $K$ classes:
+# After the last block the class token alone, normalised once more (`norm`), goes through a linear layer (`head`), which
+# gives the **logits** of $K$ classes:
 #
 # $$y=W\,\operatorname{LN}(z_L)_\text{cls}+b \tag{8.5}$$
 #
-# The whole network by hand: timm's linear layers, and nothing else of its code:
+# The whole network by hand, with timm's linear layers and nothing else of its code:
 
 
 # %%
@@ -250,299 +278,53 @@ def normalised(norm, tokens):
 
 
 # %% slide=["# The whole network by hand", "[code: z = torch .. y = normalised]", "It agrees with timm's to nine digits."]
-e = patches(x, 4) @ kernel.flatten(1).T + bias  # (8, 64, d)
-z = torch.cat([vit.cls_token.expand(len(x), 1, -1), e], dim=1) + vit.pos_embed  # (8, 65, d)
-for block in vit.blocks:
+z = torch.cat([exact.cls_token.expand(len(x), 1, -1), e], dim=1) + exact.pos_embed  # (8, 65, d)
+for block in exact.blocks:
     z = z + attention_by_hand(block.attn, normalised(block.norm1, z))
     hidden = block.mlp.fc1(normalised(block.norm2, z))
     z = z + block.mlp.fc2(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)  # GELU
-y = normalised(vit.norm, z)[:, 0] @ vit.head.weight.T + vit.head.bias  # (8, 10)
-verify("8.5", y, vit(x), atol=1e-9)
-assert all(block.attn.scale == block.attn.head_dim**-0.5 for block in vit.blocks)  # 1 / sqrt(d_h)
+y = normalised(exact.norm, z)[:, 0] @ exact.head.weight.T + exact.head.bias  # (8, 10)
+verify("8.5", y, exact(x), atol=1e-9)
 
 # %% [markdown]
-# So this is all of it:
-#
-# | part | in timm | shape or number |
-# |---|---|---|
-# | patches to tokens | `patch_embed` | 64 patches of 48 numbers to $d$ |
-# | class token | `cls_token` | $1\times1\times d$ |
-# | position embedding | `pos_embed` | $1\times65\times d$ |
-# | normalisation before the blocks | `norm_pre` | nothing here; CLIP's ViTs have one |
-# | blocks | `blocks` | $L$ of them, each `norm1`, `attn`, `norm2`, `mlp` |
-# | final normalisation | `norm` | $d$ factors, $d$ shifts |
-# | head | `head` | $K\times d$, and $K$ biases |
-#
-# Other models of timm differ in details: some have **register tokens** (`reg_token`) or a distillation token beside
-# the class token, some have no class token at all and average the patches (`global_pool='avg'`). All tokens that
-# stand before the patches are the *prefix*, `num_prefix_tokens` of them.
+# Other models of timm have **registers** or a distillation token beside the class token, or no class token at all; CLIP's
+# have a norm before the blocks. All tokens before the patches are the *prefix*, `num_prefix_tokens` of them.
 #
 # ### What the position embedding is for
 #
-# Leave $E_\text{pos}$ out, and shuffle the patches. Attention (8.4) sums over all tokens, in whatever order; all else
-# acts on each token alone. So with a permutation $\pi$ of the patches,
+# Attention (8.4) sums over all tokens, in whatever order; all else acts on each token alone. So without $E_\text{pos}$, and
+# with a permutation $\pi$ of the patches,
 #
 # $$y\bigl([e_\text{cls},e_{\pi(1)},\dots,e_{\pi(N_p)}]\bigr)=y\bigl([e_\text{cls},e_1,\dots,e_{N_p}]\bigr) \tag{8.6}$$
 #
-# A transformer without positions sees a bag of patches. Keep this in mind as a symptom.
+# A transformer without positions sees a bag of patches.
 
 
 # %% slide=["# Without positions it sees a bag of patches", "? Leave out the position embedding, and shuffle the patches. What changes?", "$$y\\bigl([e_\\text{cls},e_{\\pi(1)},\\dots,e_{\\pi(N_p)}]\\bigr)=y\\bigl([e_\\text{cls},e_1,\\dots,e_{N_p}]\\bigr) \\tag{8.6}$$", "Nothing. Keep this in mind as a symptom."]
 def answer(tokens):
     """The logits that follow from tokens that go into the first block."""
-    return vit.head(vit.norm(vit.blocks(tokens))[:, 0])
+    return exact.head(exact.norm(exact.blocks(tokens))[:, 0])
 
 
-cls = vit.cls_token.expand(len(x), 1, -1)
+cls = exact.cls_token.expand(len(x), 1, -1)
 shuffled = e[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
 verify("8.6", answer(torch.cat([cls, shuffled], 1)), answer(torch.cat([cls, e], 1)), atol=1e-9)
-with_positions = [answer(torch.cat([cls, tokens], 1) + vit.pos_embed) for tokens in (e, shuffled)]
-is_changed = not torch.allclose(*with_positions)
-assert is_changed
-print("with positions, shuffling changes the answer:", is_changed)
-
-# %% [markdown] tags=["core"]
-# ## A wrapper with nine faults
-#
-# The idea of visual prompt tuning fits into a sentence: freeze the network, put a few learned tokens beside those of
-# the image, train these and a new head. Here it is as one writes it down on a first evening. It reads well, and it
-# has nine faults. Do not look for them; let experiments find them.
-
-
-# %% slide=["# A wrapper as one writes it on a first evening", "[code FirstEvening.forward]", "? It reads well, and has nine faults. How would you find them, without reading?"]
-class FirstEvening(nn.Module):
-    def __init__(self, backbone, num_prompts, num_classes):
-        super().__init__()
-        self.backbone = backbone  # this stays frozen
-        self.prompts = nn.Parameter(torch.randn(1, num_prompts, width))
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x):
-        image_tokens = self.backbone.patch_embed(x)
-        prompts = self.prompts.expand(len(x), -1, -1)
-        z = torch.cat((self.backbone.cls_token, prompts, image_tokens), dim=1)
-        for block in self.backbone.blocks:
-            z = block(z)
-        return self.head(z[:, 0])
-
-
-# %% [markdown]
-# **Experiment 1: make one.**
-
-# %%
-try:
-    FirstEvening(vit, num_prompts=5, num_classes=8)
-except NameError as error:
-    print("NameError:", error)
-else:
-    raise AssertionError("not refused")
-
-# %% [markdown]
-# Nobody said what `width` is; it is the backbone's `embed_dim`. Say so, and go on. (The copy's weights can train, as
-# those of `timm.create_model` can; the loader of this course freezes what it loads.)
-#
-# **Experiment 2: a single image, then two.**
-
-# %%
-width = vit.embed_dim
-first = FirstEvening(copy.deepcopy(vit).requires_grad_(True), num_prompts=5, num_classes=8)
-print("one image: logits", tuple(first(x[:1]).shape))
-try:
-    first(x[:2])
-except RuntimeError as error:
-    print("two images:", type(error).__name__)
-else:
-    raise AssertionError("not refused")
-
-# %% [markdown]
-# There is one class token, and there are two images: it has to be expanded, like the prompts. A test with one image
-# would never have told. From here on with both mended:
-
-
-# %%
-class SecondEvening(nn.Module):
-    def __init__(self, backbone, num_prompts, num_classes):
-        super().__init__()
-        self.backbone = backbone
-        self.prompts = nn.Parameter(torch.randn(1, num_prompts, backbone.embed_dim))
-        self.head = nn.Linear(backbone.embed_dim, num_classes)
-
-    def forward(self, x):
-        image_tokens = self.backbone.patch_embed(x)
-        prompts = self.prompts.expand(len(x), -1, -1)
-        z = torch.cat((self.backbone.cls_token.expand(len(x), -1, -1), prompts, image_tokens), dim=1)
-        for block in self.backbone.blocks:
-            z = block(z)
-        return self.head(z[:, 0])
-
-
-second = SecondEvening(first.backbone, num_prompts=5, num_classes=8)
-
-# %% [markdown]
-# **Experiment 3: shuffle the image.** Cut it into its patches and lay them down in another order. A network that sees
-# must say something else.
-
-# %% slide=["# Shuffle the image: the same answer", "[picture]", "The wrapper gives both rows the same logits: the position embedding is missing."]
-order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-puzzle = patches(x, 4)[:, order].view(8, 8, 8, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(8, 3, 32, 32)
-with torch.no_grad():
-    is_same = torch.allclose(second(puzzle), second(x), atol=1e-9)
-assert is_same
-print("the same logits, to 1e-9:", is_same)
-figure = show_grid(torch.cat([x[:4], puzzle[:4]]), columns=4, row_titles=["images", "shuffled"])
-show(figure, "Four images, and the same images with their patches in another order.")
-
-# %% [markdown]
-# *The wrapper gives both rows the same logits.* It is the symptom of (8.6): the position embedding is missing. The
-# wrapper calls `patch_embed` and `blocks`, and what the backbone does in between it leaves out.
-#
-# **Experiment 4: no prompts.** With $n=0$ nothing is added, and what reaches the head must be what the backbone
-# itself computes. Hand the head's input out, and compare, the position embedding mended:
-
-
-# %% slide=["# Add nothing, and compare", "With no prompts, what reaches the head must be what the backbone computes.", "[output]", "Positions and the final norm are both missing. A test of shapes would never have told."]
-def head_input(positions, final_norm):
-    """What reaches the head of a wrapper without prompts, (8, d)."""
-    z = torch.cat([cls, vit.patch_embed(x)], dim=1)
-    z = vit.blocks(z + vit.pos_embed if positions else z)
-    return (vit.norm(z) if final_norm else z)[:, 0]
-
-
-own = vit.forward_features(x)[:, 0]
-for settings in ((False, False), (False, True), (True, False), (True, True)):
-    error = (head_input(*settings) - own).norm() / own.norm()
-    assert (error < 1e-9) == all(settings)
-    print("positions {!s:5}  final norm {!s:5}".format(*settings), f" relative error {error:.2f}")
-
-# %% [markdown]
-# The final normalisation was missing as well. *Add nothing and compare* is the strongest test in this chapter: it
-# needs no training, and no eye for code.
-#
-# **Experiment 5: train one step.** The comment says that the backbone is frozen.
-
-# %% slide=["# A comment freezes nothing", "? The wrapper says 'this stays frozen'. One step of AdamW. What has moved?", "[output]", "What stays put is what the wrapper never calls."]
-before = copy.deepcopy(second.backbone.state_dict())
-optimizer = torch.optim.AdamW((p for p in second.parameters() if p.requires_grad), lr=1e-3)
-cross_entropy(second(x), torch.arange(8)).backward()
-optimizer.step()
-changed = [name for name, tensor in second.backbone.state_dict().items() if not tensor.equal(before[name])]
-trained = sum(p.numel() for p in second.parameters() if p.requires_grad)
-print(
-    f"parameters that train: {trained:,}; tensors of the backbone that moved: {len(changed)} of {len(before)}"
-)
-assert before.keys() - set(changed) == {"pos_embed", "norm.weight", "norm.bias", "head.weight", "head.bias"}
-
-# %% [markdown]
-# A comment freezes nothing. What stays put after all is what the wrapper never calls: the position embedding, the
-# final norm and the old head.
-#
-# **Experiment 6: look at the sizes.** How long are the tokens of an image, these prompts, and those of the paper's
-# code?
-
-# %%
-in_block_1 = torch.cat([cls, e], 1) + vit.pos_embed
-drawn = torch.randn(1000, vit.embed_dim, generator=torch.Generator().manual_seed(3))
-print(f"tokens of an image:  standard deviation {in_block_1[:, 1:].std():.2f}")
-print(f"randn prompts:       standard deviation {drawn.std():.2f}")
-print(f"published prompts:   standard deviation {(2 / (48 + vit.embed_dim)) ** 0.5:.2f}")
-
-# %% [markdown]
-# Ten times as long as the published ones. This is no fault that the logits show, but a learning rate from the paper
-# does not suit such prompts: 'How large a prompt begins', below, says why.
-#
-# **Experiment 7: call `.train()`.** Every training loop does. On a backbone that was built with stochastic depth and
-# dropout (in timm both are 0 unless one asks for them):
-
-# %%
-torch.manual_seed(0)
-restless = VisionTransformer(
-    img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, drop_path_rate=0.3, proj_drop_rate=0.1
-)
-wrapped = SecondEvening(restless, num_prompts=5, num_classes=8).train()
-is_same = torch.equal(wrapped(x), wrapped(x))
-assert not is_same
-print("twice the same images, the same logits:", is_same)
-
-# %% [markdown]
-# The features that the prompts are to learn from now change at every call, for the sake of weights that are not
-# trained. A frozen backbone belongs in evaluation mode, whatever the wrapper's `.train()` says.
-#
-# **Experiment 8: save it.** What was learned are five prompts and a head.
-
-# %% slide=["# Nine faults, and the experiments that find them", "| fault | found by |\n|---|---|\n| class token not expanded | two images in the place of one |\n| no position embedding | shuffling the patches |\n| no final norm; only one kind of ViT | no prompts, and comparing |\n| backbone not frozen | one step, and counting |\n| dropout in the backbone | calling twice after `.train()` |\n| whole backbone stored | counting what is saved |", "Two more: an undefined name, and prompts ten times as long as published ones."]
-stored = sum(tensor.numel() for tensor in second.state_dict().values())
-learned = second.prompts.numel() + sum(p.numel() for p in second.head.parameters())
-print(f"numbers learned: {learned:,}; numbers in state_dict(): {stored:,}")
-
-# %% [markdown]
-# **Experiment 9: other backbones.** The *add nothing and compare* test, on timm models that are built a little
-# differently:
-
-
-# %%
-def small_vit(seed=0, kind=VisionTransformer, **settings):
-    """A ViT of timm, small enough to try things on, none of whose weights is zero."""
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = kind(**size | settings).eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-    return model.requires_grad_(False)
-
-
-variants = {
-    "class token": small_vit(),
-    "registers": small_vit(reg_tokens=2),
-    "norm_pre, as in CLIP": small_vit(pre_norm=True),
-    "no class token": small_vit(class_token=False, global_pool="avg"),
-}
-found = {}
-for name, model in variants.items():
-    try:
-        z = model.patch_embed(x)
-        z = torch.cat([model.cls_token.expand(len(x), -1, -1), z], dim=1) + model.pos_embed
-        z = model.norm(model.blocks(z))
-        found[name] = "equal" if torch.allclose(z, model.forward_features(x)) else "another answer"
-    except (RuntimeError, AttributeError) as error:
-        found[name] = type(error).__name__
-    print(f"{name:22} {found[name]}")
-assert list(found.values()) == ["equal", "RuntimeError", "another answer", "AttributeError"]
-
-# %% [markdown]
-# Even with everything mended that we found, the wrapper fits one kind of backbone only, and on another it may compute
-# something else without a word. The list, with what each experiment was:
-#
-# | fault | found by |
-# |---|---|
-# | a name that is not defined | making one |
-# | the class token is not expanded | two images; one image passes |
-# | no position embedding | shuffling the patches |
-# | no final normalisation | no prompts, and comparing |
-# | the backbone is not frozen | counting; one step |
-# | prompts ten times as long as published ones: they turn a tenth as far in a step, or less | standard deviations |
-# | `.train()` switches dropout on in the backbone | calling twice |
-# | the whole backbone is stored with each task | counting |
-# | only one kind of ViT | no prompts, and comparing, on others |
-#
-# The rest of the chapter builds it without them. (The lecture also names a deep variant. The wrapper has none; that
-# is another method, and no fault.)
+placed, misplaced = (answer(torch.cat([cls, tokens], 1) + exact.pos_embed) for tokens in (e, shuffled))
+print(f"with positions, shuffling moves the logits by up to {(placed - misplaced).abs().max():.1f}")
 
 # %% [markdown] tags=["core"]
 # ## Prompts
 #
-# A **prompt** is a vector of width $d$, trained by gradient descent, and treated like a token. $n$ of them, the rows
-# of $P\in\mathbb R^{n\times d}$, go between the prefix and the patches. Write
-# $z_{0,\text{cls}},z_{0,1},\dots,z_{0,N_p}$ for the rows of (8.2), the class token and the patches:
+# A **prompt** is a vector of width $d$, trained by gradient descent, and treated like a token. $n$ of them, the rows of
+# $P\in\mathbb R^{n\times d}$, go between prefix and patches. With $z_{0,\text{cls}},z_{0,1},\dots$ for the rows of (8.2),
 #
 # $$\tilde z_0=\bigl[z_{0,\text{cls}},\,P,\,z_{0,1},\dots,z_{0,N_p}\bigr] \tag{8.7, definition}$$
 #
-# They are put in *after* the position embedding has been added, so that they have none: a prompt has no place in the
-# image. (Its place in the sequence is of no importance either, since the blocks know no order; but whoever reads the
-# result wants to find the class token where it was.) With prompts at the first block only, this is **VPT-shallow**.
+# They come *after* the position embedding has been added: a prompt has no place in the image.
 #
-# **Exercise 2.** Fill in `insert_prompts`. Prompts may be the same for all images, $(n,d)$, or different ones for
-# each, $(B,n,d)$.
+# #### Exercise 2: prompts among tokens
+#
+# *Formula, easy, 4 minutes.* Write `insert_prompts`. Prompts may be the same for all images, or each image's own.
 
 
 # %% tags=["export", "exercise"]
@@ -569,213 +351,343 @@ def insert_prompts(tokens, prompts, num_prefix):
 # %% slide=["# Prompts go between prefix and patches", "$$\\tilde z_0=\\bigl[z_{0,\\text{cls}},\\,P,\\,z_{0,1},\\dots,z_{0,N_p}\\bigr] \\tag{8.7}$$", "[code insert_prompts]", "After the position embedding: a prompt has no place in the image."]
 check("visual_prompt_tuning.insert_prompts", insert_prompts)
 
-# %% [markdown] tags=["optional"]
-# ### How large a prompt begins *(at a second reading)*
-#
-# Jia et al. draw the prompts uniform on $[-v,v]$ with Glorot and Bengio's $v$ for a map from $3p^2$ to $d$ numbers,
-#
-# $$P_{kj}\sim\mathcal U(-v,v),\qquad v=\sqrt{\frac6{3p^2+d}},\qquad
-# \operatorname{Var}[P_{kj}]=\frac{v^2}3=\frac2{3p^2+d} \tag{8.8}$$
-#
-# For ViT-B/16 with $d=768=3\cdot16^2$ that is a standard deviation of 0.036; for our backbone, whose patches and
-# width are smaller, of 0.10, well below that of the tokens.
-#
-# What does the length matter? To attention in the block that they enter, nothing: for $c>0$ is
-# $\operatorname{LN}(cP)=\operatorname{LN}(P)$, up to the small number that LN adds to the variance. So by the chain
-# rule the gradient at $cP$ is $1/c$ of that at $P$. A step of Adam, whose size hardly depends on that of the
-# gradient, turns a prompt that is ten times as long a tenth as far, and a step of SGD a hundredth. In VPT-shallow
-# the length also decides how much of the prompt survives in the residual stream.
-#
-# **Exercise 3.** Fill in `initial_prompts`. It gets the draws, uniform on $[0,1)$, so that it can be checked.
-
-
-# %% tags=["export", "exercise"]
-def initial_prompts(u, patch_values):
-    """Stretch uniform draws to the range in which prompts begin.
-
-    Args:
-        u: uniform on [0, 1), (..., d).
-        patch_values: how many numbers a patch has: 3 p^2 for p x p pixels of three channels.
-
-    Returns:
-        Like u, uniform on [-v, v).
-
-    Source: the code of Jia et al. 2022; Glorot and Bengio 2010, equation 16.
-    """
-    ### BEGIN SOLUTION
-    # v = sqrt(6 / (3 p^2 + d))
-    v = (6 / (patch_values + u.shape[-1])) ** 0.5
-    return v * (2 * u - 1)
-    ### END SOLUTION
-
-
-# %% slide=["# How long should a prompt begin?", "$$P_{kj}\\sim\\mathcal U(-v,v),\\qquad v=\\sqrt{\\frac6{3p^2+d}} \\tag{8.8}$$", "? To attention, what is the difference between $P$ and $10P$?", "None: it is normalised first. But its gradient is a tenth, so a step turns it a tenth as far."]
-check("visual_prompt_tuning.initial_prompts", initial_prompts)
-
-# %%
-grid = (torch.arange(10_000) + 0.5) / 10_000  # stands for the uniform distribution
-drawn = torch.stack(
-    [initial_prompts(grid[:, None].expand(-1, d), f)[:, 0] for d, f in ((160, 48), (768, 768))]
-)
-verify("8.8", drawn.var(dim=1, unbiased=False), torch.tensor([2 / (48 + 160), 2 / (768 + 768)]), atol=1e-8)
-print("standard deviations:", [round(value, 3) for value in drawn.std(dim=1).tolist()])
-
-# %% [markdown] tags=["core"]
-# ### Deep prompts
-#
-# In VPT-shallow the prompts pass through the blocks like other tokens, and what comes out of block 1 at their places
-# has already changed with the image. **VPT-deep** throws it away, and puts fresh prompts of its own into every block.
-# Write $z_{\ell,\text{cls}},z_{\ell,1},\dots,z_{\ell,N_p}$ for what leaves block $\ell$ at the places of the class
-# token and of the patches. Into block $\ell+1$ goes
+# %% [markdown]
+# With prompts at the first block only this is **VPT-shallow**: they pass through the blocks like other tokens, changed by
+# each image. **VPT-deep** throws away what block $\ell$ has made of them, and puts prompts of its own into block $\ell+1$:
 #
 # $$\tilde z_{\ell}=\bigl[z_{\ell,\text{cls}},\,P_{\ell},\,z_{\ell,1},\dots,z_{\ell,N_p}\bigr],
-# \qquad\ell=0,\dots,L-1 \tag{8.9, definition}$$
+# \qquad\ell=0,\dots,L-1 \tag{8.8, definition}$$
 #
-# So the number of tokens is $1+n+N_p$ at each block: the prompts are *replaced*, not added to the old ones, and the
-# sequence does not grow. There are $L\,n$ prompts in all.
-#
-# **Exercise 4.** Fill in `replace_prompts`, without changing `tokens` in place.
+# They are *replaced*, so the sequence does not grow.
+
+# %% slide=["# Shallow and deep: what is frozen, what is learned", "[picture]", "Green is learned, all else frozen. Deep prompts are thrown away behind each block, and fresh ones come in."] tags=["draw"]
+grey, green, blue = "0.82", colours[2], colours[0]
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+for axis, is_deep in zip(axes, (False, True)):
+    for level, label in enumerate(("block 1", "block 2", "block L")):
+        height = 1.6 * level
+        axis.add_patch(plt.Rectangle((0.4, height + 0.75), 7.2, 0.55, facecolor=grey, edgecolor="none"))
+        axis.text(4, height + 1.02, f"{label}, frozen", ha="center", va="center", fontsize=11, color="black")
+        for place in range(8):
+            colour = blue if place == 0 else green if place in (1, 2) else grey
+            is_learned = place in (1, 2) and (level == 0 or is_deep)
+            face = colour if is_learned or place not in (1, 2) else "none"
+            corner = (0.55 + 0.9 * place, height + 0.1)
+            axis.add_patch(plt.Rectangle(corner, 0.6, 0.45, facecolor=face, edgecolor=colour, linewidth=2))
+            axis.annotate("", (corner[0] + 0.3, height + 0.75), (corner[0] + 0.3, height + 0.55),
+                          arrowprops={"arrowstyle": "->", "color": "grey"})  # fmt: skip
+            if level < 2 and not (is_deep and place in (1, 2)):
+                axis.annotate("", (corner[0] + 0.3, height + 1.7), (corner[0] + 0.3, height + 1.3),
+                              arrowprops={"arrowstyle": "->", "color": "grey"})  # fmt: skip
+    axis.text(0.85, -0.25, "class", ha="center", color=blue, fontsize=11)
+    axis.text(2.2, -0.25, "prompts", ha="center", color=green, fontsize=11)
+    axis.text(5.4, -0.25, "patches, with positions", ha="center", color="grey", fontsize=11)
+    axis.annotate("", (0.85, 4.95), (0.85, 4.5), arrowprops={"arrowstyle": "->", "color": "grey"})
+    axis.text(
+        0.85, 5.05, "norm, frozen, and a learned head", color=green, fontsize=11, ha="left", va="bottom"
+    )
+    axis.set(xlim=(0, 8), ylim=(-0.5, 5.6), title="VPT-deep" if is_deep else "VPT-shallow")
+    axis.axis("off")
+show(
+    figure,
+    "Two towers of three frozen blocks. Left, learned prompts enter the first block only and pass through; right, "
+    "every block gets learned prompts of its own. A learned head reads the class token.",
+)
+
+# %% [markdown]
+# *Filled green: learned, all else is frozen. Outlined: what the blocks have made of the first prompts.*
 
 
-# %% tags=["export", "exercise"]
+# %% tags=["export"]
 def replace_prompts(tokens, prompts, num_prefix):
-    """Put fresh prompts into the places of those that a block has let out.
-
-    Args:
-        tokens: what a block returns, (B, N, d): num_prefix tokens, n prompts, then patches.
-        prompts: the fresh ones, (n, d) or (B, n, d).
-        num_prefix: the number of tokens before the first prompt.
-
-    Returns:
-        (B, N, d), a new tensor.
+    """A block's tokens (B, N, d), those behind num_prefix replaced by prompts, (n, d) or (B, n, d).
 
     Source: Jia et al. 2022, section 3.2 (VPT-deep).
     """
-    ### BEGIN SOLUTION
     num_prompts = prompts.shape[-2]
     rest = torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + num_prompts :]], dim=1)
     return insert_prompts(rest, prompts, num_prefix)
-    ### END SOLUTION
 
-
-# %%
-check("visual_prompt_tuning.replace_prompts", replace_prompts)
 
 # %% [markdown]
-# With numbers: width 2, a class token of ones, prompts of tens, patches 3, 4, 5.
-
-# %% slide=["# Deep prompts: replaced at every block", "$$\\tilde z_{\\ell}=\\bigl[z_{\\ell,\\text{cls}},\\,P_{\\ell},\\,z_{\\ell,1},\\dots,z_{\\ell,N_p}\\bigr] \\tag{8.9}$$", "A class token of 1, prompts of tens, patches 3, 4, 5:", "[output]", "The sequence does not grow."]
-tokens = torch.tensor([1.0, 3, 4, 5])[None, :, None].expand(1, 4, 2)
-entering = insert_prompts(tokens, torch.full((2, 2), 10.0), num_prefix=1)
-print("into block 1:  ", entering[0, :, 0].tolist())
-leaving = entering + 0.5  # as if this were what the block does
-print("out of block 1:", leaving[0, :, 0].tolist())
-print("into block 2:  ", replace_prompts(leaving, torch.full((2, 2), 20.0), num_prefix=1)[0, :, 0].tolist())
-
-# %% [markdown] tags=["core"]
-# ## What a prompt can do
+# #### Exercise 3: through the blocks, shallow and deep
 #
-# Only attention mixes tokens, so only there can a prompt act on the others. How? In each head, split the sum (8.4)
-# into prompts $\Pi$ and the other tokens, and call $\lambda_i$ the share of its attention that token $i$ pays to
-# prompts:
-#
-# $$\lambda_i=\sum_{j\in\Pi}a_{ij} \tag{8.10, definition}$$
-#
-# (Elsewhere in the course $\lambda$ is a log signal-to-noise ratio; in this chapter it is not.)
-#
-# Let $a^0$ be the weights without prompts, for the same inputs of this layer. The numerators of (8.4) are the same in
-# both, and of the softmax over all tokens the others keep the share $1-\lambda_i$. So
-# $a_{ij}=(1-\lambda_i)\,a^0_{ij}$ for $i,j\notin\Pi$, and
-#
-# $$o_i=(1-\lambda_i)\,o_i^{\,0}+\lambda_i\,\bar p_i,\qquad
-# \bar p_i=\frac1{\lambda_i}\sum_{j\in\Pi}a_{ij}\,v_j \tag{8.11}$$
-#
-# where $o_i^{\,0}=\sum_{j\notin\Pi}a^0_{ij}v_j$ is what the head would give *without* any prompts, and $\bar p_i$ an
-# average of the prompts' own values. A prompt mixes in something, and fades the rest. What it cannot do is turn the
-# head's view of the image:
-#
-# $$\frac{a_{ij}}{a_{im}}=\frac{a^{0}_{ij}}{a^{0}_{im}}\qquad\text{for all }j,m\notin\Pi \tag{8.12}$$
-#
-# Whichever of two patches was looked at more by token $i$, for given queries and keys, still is, and by the same
-# factor. Full fine-tuning is free to change queries and keys, and with them this ratio. Prompts can only do so from
-# afar: what they mix in at one block changes the queries and keys of the next.
-#
-# In VPT-shallow, too, every block looks at the prompts' places, but what stands there after block 1 is what the
-# frozen weights have made of them. VPT-deep chooses it anew at each block, with $L$ times as many numbers. Neither
-# contains the other; which does better is measured below.
-#
-# **Exercise 5.** Fill in `attention_to_prompts`, which computes $\lambda$ for all tokens.
+# *Algorithm, medium, 10 minutes.* Write `prompted_blocks`, with one set of prompts for the first block, or one for each.
+# `insert_prompts` and `replace_prompts` are there.
 
 
 # %% tags=["export", "exercise"]
-def attention_to_prompts(weights, num_prefix, num_prompts):
-    """The share of each token's attention that goes to the prompts.
+def prompted_blocks(blocks, tokens, prompts, num_prefix):
+    """Send tokens through a transformer's blocks with prompts among them.
 
     Args:
-        weights: (B, heads, N, N) as `attention_weights` gives them; each row (last axis) has sum 1.
-        num_prefix: the number of tokens before the first prompt.
-        num_prompts: n.
+        blocks: L callables, each from (B, N, d) to the same; prompts count as tokens for them.
+        tokens: what goes in without prompts, (B, N, d): num_prefix tokens, then patches.
+        prompts: sets of n: one, for the first block only, or L: (1 or L, n, d), or (1 or L, B, n, d) with
+            prompts of its own for each image.
+        num_prefix: the number of tokens before the first patch.
 
     Returns:
-        lambda, (B, heads, N) in [0, 1].
+        What leaves the last block, (B, N + n, d).
 
-    Source: this course, equation 8.10.
+    Source: Jia et al. 2022, section 3.2.
     """
     ### BEGIN SOLUTION
-    # lambda_i = sum over prompts j of a_ij
-    return weights[..., num_prefix : num_prefix + num_prompts].sum(dim=-1)
+    tokens = insert_prompts(tokens, prompts[0], num_prefix)
+    for number, block in enumerate(blocks):
+        if 0 < number < len(prompts):
+            tokens = replace_prompts(tokens, prompts[number], num_prefix)
+        tokens = block(tokens)
+    return tokens
     ### END SOLUTION
 
 
-# %% slide=["# What a prompt can do: mix in, and fade the rest", "With $\\lambda_i$ the share of attention that token $i$ pays to prompts,", "$$o_i=(1-\\lambda_i)\\,o_i^{\\,0}+\\lambda_i\\,\\bar p_i \\tag{8.11}$$", "$o_i^{\\,0}$ is what the head would give without any prompt, $\\bar p_i$ an average of the prompts' values."]
-check("visual_prompt_tuning.attention_to_prompts", attention_to_prompts)
-
 # %%
-n, block = 5, vit.blocks[0]
-prompts = initial_prompts(torch.rand(n, vit.embed_dim, generator=torch.Generator().manual_seed(2)), 48)
-z_0 = vit.pos_drop(torch.cat([cls, e], 1) + vit.pos_embed)
-prompted = block.norm1(insert_prompts(z_0, prompts, num_prefix=1))  # (8, 70, d)
-a, a_0 = attention_weights(block.attn, prompted), attention_weights(block.attn, block.norm1(z_0))
-share = attention_to_prompts(a, 1, n)  # (8, heads, 70)
-print(f"attention of the class token to {n} prompts among {a.shape[-1]} tokens, by head:")
-print([round(value, 3) for value in share[:, :, 0].mean(dim=0).tolist()], f"by chance {n / a.shape[-1]:.3f}")
+check("visual_prompt_tuning.prompted_blocks", prompted_blocks)
 
 # %% [markdown]
-# With prompts ten times as long the weights are the same, and the gradient is a tenth:
+# With numbers: a class token of 1, patches 3, 4, 5, prompts of 10, then 20, and blocks that add one half:
+
+# %% slide=["# Deep prompts: replaced at every block", "$$\\tilde z_{\\ell}=\\bigl[z_{\\ell,\\text{cls}},\\,P_{\\ell},\\,z_{\\ell,1},\\dots,z_{\\ell,N_p}\\bigr] \\tag{8.8}$$", "A class token of 1, patches 3, 4, 5, prompts of 10, then 20, and blocks that add one half:", "[output]", "The sequence does not grow."]
+small = torch.tensor([1.0, 3, 4, 5])[None, :, None]  # (1, 4, 1)
+both_sets = torch.tensor([[[10.0], [10]], [[20], [20]]])  # (2, 2, 1)
+for kind, sets in (("shallow", both_sets[:1]), ("deep", both_sets)):
+    result = prompted_blocks([lambda z: z + 0.5] * 2, small, sets, num_prefix=1)
+    print(f"{kind:8} out of block 2: {result.flatten().tolist()}")
+
+# %% [markdown] tags=["optional"]
+# ### How large a prompt begins *(at a second reading)*
+#
+# Jia et al. draw prompts uniform on $[-v,v]$, with Glorot and Bengio's $v$ for a map from $3p^2$ to $d$ numbers:
+#
+# $$P_{kj}\sim\mathcal U(-v,v),\qquad v=\sqrt{\frac6{3p^2+d}},\qquad
+# \operatorname{Var}[P_{kj}]=\frac{v^2}3=\frac2{3p^2+d} \tag{8.9}$$
+#
+# To attention the length does not matter: $\operatorname{LN}(cP)=\operatorname{LN}(P)$ for $c>0$, up to the small number that
+# LN adds to the variance. So by the chain rule the gradient at $cP$ is $1/c$ of that at $P$: a step of Adam, whose size
+# hardly depends on the gradient's, turns a prompt that is ten times as long a tenth as far, and a step of SGD a hundredth.
+
+
+# %% tags=["export"]
+def initial_prompts(u, patch_values):
+    """Uniform draws u on [0, 1), (..., d), stretched to [-v, v) for patches of patch_values = 3 p^2 numbers.
+
+    Source: the code of Jia et al. 2022; Glorot and Bengio 2010, equation 16.
+    """
+    # v = sqrt(6 / (3 p^2 + d))
+    v = (6 / (patch_values + u.shape[-1])) ** 0.5
+    return v * (2 * u - 1)
+
+
+# %% slide=["# How long should a prompt begin?", "$$P_{kj}\\sim\\mathcal U(-v,v),\\qquad v=\\sqrt{\\frac6{3p^2+d}} \\tag{8.9}$$", "? To attention, what is the difference between $P$ and $10P$?", "None: it is normalised first. But its gradient is a tenth, so a step turns it a tenth as far."]
+evenly = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000  # stands for the uniform distribution
+spread_out = torch.stack(
+    [initial_prompts(evenly[:, None].expand(-1, d), f)[:, 0] for d, f in ((160, 48), (768, 768))]
+)
+expected = torch.tensor([2 / (48 + 160), 2 / (768 + 768)], dtype=torch.float64)
+verify("8.9", spread_out.var(dim=1, unbiased=False), expected, atol=1e-8)
 
 # %%
-gradients = []
-for scale in (1, 10):
-    scaled = (scale * prompts).requires_grad_()
-    weights = attention_weights(block.attn, block.norm1(insert_prompts(z_0, scaled, num_prefix=1)))
-    gradients += torch.autograd.grad(weights[:, :, 0, 1 : 1 + n].sum(), scaled)
-    print("the same weights, to 0.001:", torch.allclose(weights, a, atol=1e-3))
-    assert torch.allclose(weights, a, atol=1e-3)
-is_a_tenth = (gradients[0] - 10 * gradients[1]).norm() < 0.01 * gradients[0].norm()
-assert is_a_tenth
-print("a tenth of the gradient, to 1%:", bool(is_a_tenth))
-
-# %% slide=["# What it cannot do: turn the head's view", "(8.12)", "Whichever of two patches was looked at more still is, by the same factor.", "? How can prompts change it after all?", "From afar: what they mix in at one block changes queries and keys of the next."]
-others = [0, *range(1 + n, a.shape[-1])]  # the class token and the patches
-values = (
-    block.attn.qkv(prompted)[..., 2 * vit.embed_dim :].view(8, 70, block.attn.num_heads, -1).transpose(1, 2)
+u = torch.rand(5, exact.embed_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+five_prompts = initial_prompts(u, 48)
+into_block_1 = torch.cat([exact.cls_token.expand(len(x), 1, -1), exact.patch_embed(x)], 1) + exact.pos_embed
+at_length = {}
+for length in (1, 10):
+    scaled = (length * five_prompts).requires_grad_()
+    weights = attention_weights(
+        exact.blocks[0].attn, exact.blocks[0].norm1(insert_prompts(into_block_1, scaled, num_prefix=1))
+    )
+    gradient = torch.autograd.grad(weights[:, :, 0, 1:6].sum(), scaled)[0]
+    at_length[length] = weights.detach(), gradient.norm().item()
+moved = (at_length[1][0] - at_length[10][0]).abs().max()
+print(
+    f"ten times as long: weights move by {moved:.0e}, the gradient is {at_length[10][1] / at_length[1][1]:.3f} of it"
 )
-without = a_0 @ values[:, :, others]  # o^0, (8, heads, 65, d_h)
-mixed_in = a[:, :, others, 1 : 1 + n] @ values[:, :, 1 : 1 + n] / share[:, :, others, None]
-rest = 1 - share[:, :, others, None]
-verify("8.11", rest * without + (1 - rest) * mixed_in, (a @ values)[:, :, others], atol=1e-12)
-ratios = [w / w[..., [5]] for w in (a[:, :, others][..., others], a_0)]  # to the sixth token
-verify("8.12", ratios[0].log(), ratios[1].log(), atol=1e-9)
+
+# %% [markdown] tags=["core"]
+# ## A wrapper with nine faults
+#
+# Freeze the network, add prompts, train these and a new head, as one writes it down on a first evening. It reads well, and
+# has nine faults. Do not look for them; let experiments find them.
+
+
+# %% slide=["# A wrapper as one writes it on a first evening", "[code FirstEvening.forward]", "? It reads well, and has nine faults. How would you find them, without reading?"]
+class FirstEvening(nn.Module):
+    def __init__(self, backbone, num_prompts, num_classes):
+        super().__init__()
+        self.backbone = backbone  # this stays frozen
+        self.prompts = nn.Parameter(torch.randn(1, num_prompts, width))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        image_tokens = self.backbone.patch_embed(x)
+        prompts = self.prompts.expand(len(x), -1, -1)
+        z = torch.cat((self.backbone.cls_token, prompts, image_tokens), dim=1)
+        for block in self.backbone.blocks:
+            z = block(z)
+        return self.head(z[:, 0])
+
+
+# %% [markdown]
+# **1: make one. 2: give it one image, then two.** (What the course loads is frozen; the copy trains, as timm's models do.)
+
+# %%
+torch.manual_seed(0)
+globals().pop("width", None)  # as in a fresh kernel, should this cell be run again
+try:
+    FirstEvening(vit, num_prompts=5, num_classes=8)
+except NameError as error:
+    print("making one: NameError:", error)
+width = vit.embed_dim  # what was meant
+first = FirstEvening(copy.deepcopy(vit).requires_grad_(True), num_prompts=5, num_classes=8)
+print("one image: logits", tuple(first(pictures[:1]).shape))
+try:
+    first(pictures[:2])
+except RuntimeError as error:
+    print("two images:", type(error).__name__)
+else:
+    raise AssertionError("not refused")
+
+# %% [markdown]
+# The class token has to be expanded, like the prompts. With both mended:
+
+
+# %%
+class SecondEvening(FirstEvening):
+    def forward(self, x):
+        image_tokens = self.backbone.patch_embed(x)
+        prompts = self.prompts.expand(len(x), -1, -1)
+        z = torch.cat((self.backbone.cls_token.expand(len(x), -1, -1), prompts, image_tokens), dim=1)
+        for block in self.backbone.blocks:
+            z = block(z)
+        return self.head(z[:, 0])
+
+
+second = SecondEvening(first.backbone, num_prompts=5, num_classes=8)
+
+# %% [markdown]
+# **3: shuffle the patches.** A network that sees must say something else.
+
+# %% slide=["# Shuffle the image: the same answer", "[picture]", "The wrapper gives both rows the same logits: the position embedding is missing."]
+new_places = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+puzzle = patches(pictures, 4)[:, new_places].view(8, 8, 8, 3, 4, 4)
+puzzle = puzzle.permute(0, 3, 1, 4, 2, 5).reshape(8, 3, 32, 32)
+with torch.no_grad():
+    moved_by = (second(puzzle) - second(pictures)).abs().max()
+assert moved_by < 1e-4
+print(f"the logits move by less than 1e-4: {moved_by < 1e-4}")
+show(
+    show_grid(torch.cat([pictures[:4], puzzle[:4]]), columns=4, row_titles=["images", "shuffled"]),
+    "Four images, and the same images with their patches in another order.",
+)
+
+# %% [markdown]
+# The symptom of (8.6): positions are missing.
+#
+# **4: add nothing, and compare.** Without prompts, what reaches the head must be what the backbone itself computes.
+
+
+# %% slide=["# Add nothing, and compare", "With no prompts, what reaches the head must be what the backbone computes.", "[output]", "Positions and the final norm are both missing. A test of shapes would never have told."]
+def head_input(positions, final_norm):
+    """What reaches the head of a wrapper without prompts, (8, d)."""
+    tokens = torch.cat([vit.cls_token.expand(8, -1, -1), vit.patch_embed(pictures)], dim=1)
+    tokens = vit.blocks(tokens + vit.pos_embed if positions else tokens)
+    return (vit.norm(tokens) if final_norm else tokens)[:, 0]
+
+
+own_features = vit.forward_features(pictures)[:, 0]
+for settings in ((False, False), (False, True), (True, False), (True, True)):
+    deviation = (head_input(*settings) - own_features).norm() / own_features.norm()
+    assert (deviation < 1e-5) == all(settings)
+    print("positions {!s:5}  final norm {!s:5}".format(*settings), f" relative error {deviation:.2f}")
+
+# %% [markdown]
+# The final norm, too. This is the strongest test of the chapter: it needs no training, and no eye for code.
+#
+# **5: train one step**, and count what has moved. **6: look at the sizes. 7: call `.train()`**, as every training loop does,
+# on a backbone with dropout. **8: save it.**
+
+# %% slide=["# A comment freezes nothing", "? The wrapper says 'this stays frozen'. One step of AdamW. What has moved?", "[output 1-1]", "What stays put is what the wrapper never calls."]
+before = copy.deepcopy(second.backbone.state_dict())
+optimizer = torch.optim.AdamW((p for p in second.parameters() if p.requires_grad), lr=1e-3)
+cross_entropy(second(pictures), torch.arange(8)).backward()
+optimizer.step()
+still = [name for name, tensor in second.backbone.state_dict().items() if tensor.equal(before[name])]
+print(
+    f"5: {len(before) - len(still)} of {len(before)} tensors of the backbone moved, all but {', '.join(still)}"
+)
+deviations = vit.patch_embed(pictures).std(), torch.randn(1000, 160).std(), (2 / (48 + 160)) ** 0.5
+print(
+    "6: standard deviation of tokens {:.1f}, of these prompts {:.1f}, of the paper's {:.1f}".format(
+        *deviations
+    )
+)
+restless = VisionTransformer(
+    img_size=32, patch_size=4, embed_dim=160, depth=3, num_heads=5, drop_path_rate=0.3, proj_drop_rate=0.1
+)
+restless_wrapper = SecondEvening(restless, num_prompts=5, num_classes=8).train()
+difference = (restless_wrapper(pictures) - restless_wrapper(pictures)).abs().max()
+print(f"7: the same images twice, logits that differ by more than 0.01: {difference > 0.01}")
+learned = second.prompts.numel() + sum(p.numel() for p in second.head.parameters())
+kept = sum(tensor.numel() for tensor in second.state_dict().values())
+print(f"8: numbers learned {learned:,}; numbers in state_dict() {kept:,}")
+assert len(still) == 5 and difference > 0.01
+
+# %% [markdown]
+# **9: other backbones.** *Add nothing and compare*, all found so far mended:
+
+
+# %%
+def small_vit(seed=0, kind=VisionTransformer, **settings):
+    """A ViT of timm, small enough to try things on, none of whose weights is zero."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        built = kind(**size | settings).eval()
+        for parameter in built.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return built.requires_grad_(False)
+
+
+variants = {
+    "class token": small_vit(),
+    "registers": small_vit(reg_tokens=2),
+    "norm_pre, as in CLIP": small_vit(pre_norm=True),
+    "no class token": small_vit(class_token=False, global_pool="avg"),
+}
+found = {}
+for name, other in variants.items():
+    try:
+        tokens = other.patch_embed(pictures)
+        tokens = torch.cat([other.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + other.pos_embed
+        tokens = other.norm(other.blocks(tokens))
+        found[name] = (
+            "equal" if torch.allclose(tokens, other.forward_features(pictures)) else "another answer"
+        )
+    except (RuntimeError, AttributeError) as error:
+        found[name] = type(error).__name__
+    print(f"{name:22} {found[name]}")
+assert list(found.values()) == ["equal", "RuntimeError", "another answer", "AttributeError"]
+
+# %% [markdown] slide=["# Nine faults, and the experiments that find them", "[table]"]
+# | fault | found by |
+# |---|---|
+# | a name that is not defined | making one |
+# | the class token is not expanded | two images; one passes |
+# | no position embedding | shuffling the patches |
+# | no final normalisation | no prompts, and comparing |
+# | the backbone is not frozen | one step, and counting |
+# | prompts ten times too long | standard deviations |
+# | `.train()` wakes the backbone's dropout | calling twice |
+# | the whole backbone is stored with each task | counting |
+# | only one kind of ViT | comparing, on others |
 
 # %% [markdown] tags=["core"]
 # ## The network with prompts
 #
-# Now put it together, and let timm do what it can do itself: `_pos_embed` knows about class tokens, registers and
-# positions of every variant, `norm_pre` is there or is the identity, and `forward_head` with `pre_logits=True` pools
-# as the model was made to (class token, mean over patches, attention) and normalises. Two places remain ours: prompts
-# go in after the prefix, and come out again before pooling, so that a mean over the patches is one over patches only.
-#
-# What does not fit is refused, with a word why.
+# Now without the faults. timm does what it can itself: `_pos_embed` knows prefix and positions of every variant, and
+# `forward_head` with `pre_logits=True` pools as the model was made to. Two places are ours: prompts go in behind the prefix,
+# and come out again before pooling. What does not fit is refused.
 
 
 # %% tags=["export"]
@@ -827,14 +739,20 @@ def prompted_tokens(vit, x, prompts):
     _check_images(x, vit)
     vit.eval()  # whatever somebody has set it to since
     tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, d)
-    tokens = insert_prompts(tokens, prompts[0], vit.num_prefix_tokens)  # (B, N + n, d)
-    for number, block in enumerate(vit.blocks):
-        if 0 < number < len(prompts):
-            tokens = replace_prompts(tokens, prompts[number], vit.num_prefix_tokens)
-        tokens = block(tokens)
-    return vit.norm(tokens)
+    return vit.norm(prompted_blocks(vit.blocks, tokens, prompts, vit.num_prefix_tokens))
 
 
+def pooled(vit, tokens, num_prompts):
+    """What a backbone's own head would read, (B, d): the class token, or as it pools, without prompts.
+
+    tokens, (B, N + n, d) with n = num_prompts, are what `prompted_tokens` returns for vit.
+    """
+    first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
+    tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
+    return vit.forward_head(tokens, pre_logits=True)
+
+
+# %% tags=["export", "draw"]
 def _check_images(x, vit):
     height, width = vit.patch_embed.patch_size if vit.dynamic_img_size else vit.patch_embed.img_size
     fits = x.ndim == 4 and x.shape[1] == vit.in_chans
@@ -848,64 +766,93 @@ def _check_images(x, vit):
         raise ValueError(f"x must be images of shape {shape}; got {tuple(x.shape)}")
 
 
-def pooled(vit, tokens, num_prompts):
-    """What a backbone's own head would read, (B, d): the class token, or as it pools, without prompts.
-
-    tokens, (B, N + n, d) with n = num_prompts, are what `prompted_tokens` returns for vit.
-    """
-    first, last = vit.num_prefix_tokens, vit.num_prefix_tokens + num_prompts
-    tokens = torch.cat([tokens[:, :first], tokens[:, last:]], dim=1)  # (B, N, d)
-    return vit.forward_head(tokens, pre_logits=True)
-
-
 # %% [markdown]
 # Nothing added, nothing changed, on all the variants, and on a DeiT with its distillation token:
 
 # %%
-variants |= {
+all_variants = variants | {
     "distillation token": small_vit(kind=VisionTransformerDistilled),
     "layer scale, dynamic size": small_vit(init_values=0.1, dynamic_img_size=True),
-    "no position for the class": small_vit(no_embed_class=True, reg_tokens=4),
     "attention pooling": small_vit(class_token=False, global_pool="map"),
     "our backbone": vit,
 }
-nothing = {name: torch.zeros(1, 0, model.embed_dim) for name, model in variants.items()}
-for name, model in variants.items():
-    tokens = prompted_tokens(model, x, nothing[name])
-    features = pooled(model, tokens, 0)
-    assert torch.equal(tokens, model.forward_features(x))
-    assert torch.allclose(features, model.forward_head(model.forward_features(x), pre_logits=True))
-    with_five = insert_prompts(tokens, torch.randn(5, model.embed_dim), model.num_prefix_tokens)
-    assert torch.equal(pooled(model, with_five, 5), features)
-    print(f"{name:26} tokens {tuple(tokens.shape)}, features {tuple(features.shape)}: equal")
+for name, other in all_variants.items():
+    tokens = prompted_tokens(other, pictures, torch.zeros(1, 0, other.embed_dim))
+    assert torch.equal(tokens, other.forward_features(pictures))
+    with_five = insert_prompts(tokens, torch.randn(5, other.embed_dim), other.num_prefix_tokens)
+    assert torch.equal(pooled(other, with_five, 5), pooled(other, tokens, 0))
+    print(f"{name:26} tokens {tuple(tokens.shape)}: the same, bit for bit")
 
 # %% [markdown]
 # ### Frozen
 #
-# A weight is frozen if its `requires_grad` is False: no gradient is computed for it, it stays `None`, and an
-# optimiser passes over it. A gradient of *zero* would not do. AdamW's weight decay acts on every weight that has a
-# gradient, whatever its value; so a backbone whose gradients are set to zero, or multiplied by zero, shrinks step by
-# step without anybody noticing:
+# A weight is frozen if its `requires_grad` is False and its `.grad` is None. A gradient of *zero* would not do:
+#
+# #### Exercise 4: the gradient of zero
+#
+# *Question, medium, 4 minutes.* A weight of 1, whose gradient is zero in a thousand steps of AdamW with learning rate 0.01
+# and weight decay 0.05. Where is it then? Within 0.02 will do.
 
-# %% slide=["# Frozen means no gradient, not a gradient of zero", "[output]", "AdamW's weight decay acts on every weight that has a gradient, whatever its value.", "? And the frozen network in `torch.no_grad()`?", "That cuts the prompts off: they lie before it."]
-for name, gradient in (("None", None), ("zero", torch.zeros(1))):
+# %% tags=["question"]
+### BEGIN SOLUTION
+# AdamW multiplies every weight that has a gradient by 1 - 0.01 * 0.05, whatever its gradient: 0.9995^1000, about e^-0.5
+weight_after = 0.607
+### END SOLUTION
+
+# %% slide=["# Frozen means no gradient, not a gradient of zero", "? A weight of 1, its gradient zero, AdamW with rate 0.01 and decay 0.05: where is it after 1,000 steps?", "[output]", "Weight decay acts on every weight that has a gradient, whatever its value.", "? And the frozen network in `torch.no_grad()`?", "That cuts the prompts off: they lie before it."]
+ends = {}
+for gradient in (None, torch.zeros(1)):
     weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.05)
+    decaying = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.05)
     for _ in range(1000):
         weight.grad = gradient
-        optimizer.step()
-    print(f"gradient {name}: after 1,000 steps the weight is {weight.item():.3f}")
+        decaying.step()
+    ends["None" if gradient is None else "zero"] = weight.item()
+check_answer(
+    "visual_prompt_tuning.weight_after",
+    weight_after,
+    ends["zero"],
+    within=0.02,
+    hint="Each step multiplies the weight by 1 - rate * decay, if it has a gradient at all.",
+)
+print(", ".join(f"gradient {name}: {value:.3f}" for name, value in ends.items()))
 
 # %% [markdown]
-# Each step multiplies by $1-0.01\cdot0.05$, and $0.9995^{1000}=0.606$: the decay, and nothing else.
+# #### Exercise 5: freezing, and what trains
 #
-# The blocks themselves must be *differentiated through*, since the prompts lie before them. Whoever wraps the frozen
-# network in `torch.no_grad()` cuts the prompts off, and trains a linear probe with a decoration.
-#
-# The class below holds the backbone, does not copy it (many tasks are to share it), freezes it in place, and keeps it
-# in evaluation mode. `prompt_dropout` sets single numbers of the prompts to zero while training, each with that
-# probability, and enlarges the others accordingly, separately for each image; the code of Jia et al. has it as
-# well.
+# *Algorithm, medium, 8 minutes.* Write `freeze_all_but`, which all methods below call. The check lets AdamW make a step
+# afterwards, and looks at what has moved.
+
+
+# %% tags=["export", "exercise"]
+def freeze_all_but(parameters, endings):
+    """Let those parameters train whose names end in one of some texts, and freeze the others.
+
+    Args:
+        parameters: by name, as `dict(model.named_parameters())` gives them; changed in place: afterwards each
+            either asks for gradients, or asks for none and has none left over.
+        endings: a tuple of texts, such as (".bias", "head.weight"); () freezes everything.
+
+    Returns:
+        The list of those that train, in their order: what an optimiser is to be given.
+
+    Source: this course.
+    """
+    ### BEGIN SOLUTION
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name.endswith(endings))
+        if not parameter.requires_grad:
+            parameter.grad = None
+    return [parameter for parameter in parameters.values() if parameter.requires_grad]
+    ### END SOLUTION
+
+
+# %%
+check("visual_prompt_tuning.freeze_all_but", freeze_all_but)
+
+# %% [markdown]
+# The blocks are *differentiated through* all the same: in `torch.no_grad()` the head alone would learn. The class shares the
+# backbone, freezes it, and keeps it in evaluation mode. Without prompts it is a **linear probe**.
 
 
 # %% tags=["export"]
@@ -945,7 +892,8 @@ class VPT(nn.Module):
             raise ValueError(f"prompt_dropout must be in [0, 1); got {prompt_dropout}")
         weight = next(vit.parameters())
         like = {"dtype": weight.dtype, "device": weight.device}
-        self.vit = vit.requires_grad_(False).eval()
+        freeze_all_but(dict(vit.named_parameters()), ())
+        self.vit = vit.eval()
         self.num_prompts, self.deep = num_prompts, bool(deep)
         u = torch.rand(len(vit.blocks) if deep else 1, num_prompts, vit.embed_dim, **like)
         height, width = vit.patch_embed.patch_size
@@ -972,220 +920,935 @@ class VPT(nn.Module):
 
 
 # %% [markdown]
-# The experiments again, where they apply. At every block there are $1+n+N_p$ tokens, and each block's prompts have a
-# gradient; a batch of one and of many give the same, and a shuffled image something else; nothing added gives the
-# backbone's features. After ten steps with weight decay the backbone is what it was, bit for bit, even if it has
-# stochastic depth.
+# The experiments again, now as tests, ten steps of training on the restless backbone among them:
 
 # %% slide=["# The experiments again, as tests", "- the same number of tokens at each block, and gradients for each block's prompts", "- a batch of one as in a batch; a shuffled image gives something else", "- nothing added, nothing changed", "- after ten steps the backbone is what it was, bit for bit"]
 counts = []
 hooks = [block.register_forward_hook(lambda *call: counts.append(call[-1].shape[1])) for block in vit.blocks]
 model = VPT(vit, num_classes=8, num_prompts=5, deep=True)
-logits = model(x)
+logits = model(pictures)
 for hook in hooks:
     hook.remove()
-assert counts == [1 + 5 + 64] * len(vit.blocks)
 print("tokens after each block:", counts)
 cross_entropy(logits, torch.arange(8)).backward()
+assert counts == [1 + 5 + 64] * len(vit.blocks)
 assert (model.prompts.grad.flatten(1).norm(dim=1) > 0).all()
-assert not torch.allclose(model(puzzle), logits)
-is_same = torch.allclose(model(x[:1]), logits[:1])
-assert is_same
-print("batch of one as in a batch:", is_same)
-is_same = torch.equal(VPT(vit, 8, 0).forward_features(x), vit.forward_features(x))
-assert is_same
-print("with no prompt the backbone's own:", is_same)
+assert not torch.allclose(model(puzzle), logits, atol=1e-3)
+assert torch.allclose(model(pictures[:1]), logits[:1], atol=1e-5)
+assert torch.equal(VPT(vit, 8, 0).forward_features(pictures), vit.forward_features(pictures))
 
-# %%
 model = VPT(restless, num_classes=8, num_prompts=5, deep=True).train()
-is_same = torch.equal(model(x), model(x))
-assert is_same
-print("twice the same images, the same logits:", is_same)
-before = copy.deepcopy(restless.state_dict())
+assert torch.equal(model(pictures), model(pictures))
+before_training = copy.deepcopy(restless.state_dict())
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-losses = []
+ten_losses = []
 for _ in range(10):
     optimizer.zero_grad()
-    loss = cross_entropy(model(x), torch.arange(8))
+    loss = cross_entropy(model(pictures), torch.arange(8))
     loss.backward()
     optimizer.step()
-    losses.append(loss.item())
-has_fallen = losses[-1] < losses[0]
-is_same = all(tensor.equal(before[name]) for name, tensor in restless.state_dict().items())
-assert has_fallen and is_same
-print("the loss fell:", has_fallen)
-print("bit for bit the same backbone:", is_same)
+    ten_losses.append(loss.item())
+unchanged = [tensor.equal(before_training[name]) for name, tensor in restless.state_dict().items()]
+print(
+    f"the loss fell: {ten_losses[-1] < ten_losses[0]}; tensors as they were: {sum(unchanged)} of {len(unchanged)}"
+)
+assert ten_losses[-1] < ten_losses[0] and all(unchanged)
 
 # %% [markdown] tags=["core"]
-# ## What is stored
+# ## The alternatives
 #
-# ### The count
+# **Full fine-tuning** trains everything, on a copy. **BitFit** (Zaken et al. 2022) trains the biases. Two further methods put
+# small layers into the network, and train these.
 #
-# Trained are the prompts and the head, which has $d$ weights and a bias for each class:
+# ### Bottleneck adapters
 #
-# $$\text{shallow: }\;n\,d+(d+1)K,\qquad\text{deep: }\;L\,n\,d+(d+1)K \tag{8.13}$$
+# Houlsby et al. (2019) let what comes out of a branch, $h$, pass a layer of only $m$ numbers, with a path around it:
+#
+# $$h'=h+W_\text{up}\,\operatorname{GELU}(W_\text{down}\,h+b_\text{down})+b_\text{up} \tag{8.10, definition}$$
+#
+# With $W_\text{up}$ and $b_\text{up}$ zero it begins as the identity. Not being linear, it stays a layer of its own.
+#
+# ### LoRA
+#
+# Hu et al. (2022) suppose that the change of a matrix which a task asks for has a low rank $r$: the product of two thin
+# matrices beside a frozen layer.
+#
+# $$z=Wx+b+s\,B\,(A\,x),\qquad A\in\mathbb R^{r\times d_\text{in}},\;B\in\mathbb R^{d_\text{out}\times r} \tag{8.11, definition}$$
+#
+# ($s$ is $\alpha/r$ in the paper.) $A$ begins random and $B$ at zero, so nothing is changed at first. Why not both at zero?
+# With $g=\partial\mathcal L/\partial z$, summed over all tokens, by the chain rule
+#
+# $$\frac{\partial\mathcal L}{\partial B}=s\sum g\,(A\,x)^\top,\qquad
+# \frac{\partial\mathcal L}{\partial A}=s\sum B^\top g\,x^\top \tag{8.12}$$
+#
+# so each begins with a gradient only if the other is not zero. After training the change can be *merged*, and costs no layer,
+# no token and no time:
+#
+# $$W'=W+s\,BA \tag{8.13}$$
+#
+# #### Exercise 6: LoRA's layer
+#
+# *Algorithm, medium, 8 minutes.* Write `lora_linear`, without ever forming $BA$, which is as large as $W$. A batch may mix
+# tasks, each image with $A$ and $B$ of its own.
+
+
+# %% tags=["export", "exercise"]
+def lora_linear(x, weight, bias, down, up, scale):
+    """A linear layer with a low-rank change beside it.
+
+    Args:
+        x: tokens, (B, N, d_in).
+        weight, bias: W, (d_out, d_in), and b, (d_out,).
+        down: A, (r, d_in), the same for all images, or (B, r, d_in), one for each.
+        up: B, (d_out, r), or (B, d_out, r).
+        scale: s, a number.
+
+    Returns:
+        (B, N, d_out).
+
+    Source: Hu et al. 2022, section 4.1, equation 3.
+    """
+    ### BEGIN SOLUTION
+    # z = W x + b + s B (A x)
+    hidden = x @ down.mT  # (B, N, r)
+    return x @ weight.mT + bias + scale * hidden @ up.mT
+    ### END SOLUTION
+
+
+# %% slide=["# LoRA: a change of low rank beside each matrix", "(8.11)", "[code lora_linear]", "Two thin matrices, never their product; each image may bring its own."]
+check("visual_prompt_tuning.lora_linear", lora_linear)
+
+# %% [markdown]
+# #### Exercise 7: its merge
+#
+# *Formula, easy, 3 minutes.* Write `lora_merged`, (8.13).
+
+
+# %% tags=["export", "exercise"]
+def lora_merged(weight, down, up, scale):
+    """The one matrix that does what a linear layer does with its low-rank change.
+
+    Args:
+        weight: W, (d_out, d_in).
+        down, up: A, (r, d_in), and B, (d_out, r).
+        scale: s, a number.
+
+    Returns:
+        (d_out, d_in), a new tensor.
+
+    Source: Hu et al. 2022, section 4.1.
+    """
+    ### BEGIN SOLUTION
+    # W' = W + s B A
+    return weight + scale * up @ down
+    ### END SOLUTION
+
+
+# %%
+check("visual_prompt_tuning.lora_merged", lora_merged)
+
+# %% [markdown]
+# Both as layers:
 
 
 # %% tags=["export"]
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank change that begins at zero.
+
+    Args:
+        linear: an nn.Linear.
+        rank: r.
+        scale: s.
+
+    Source: Hu et al. 2022, section 4.1.
+    """
+
+    def __init__(self, linear, rank, scale=1.0):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        down = linear.weight.new_empty(rank, linear.in_features)
+        self.down = nn.Parameter(down.normal_(std=linear.in_features**-0.5))  # A
+        self.up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))  # B
+
+    def forward(self, x):
+        """Tokens x (B, N, d_in) -> (B, N, d_out)."""
+        bias = 0.0 if self.linear.bias is None else self.linear.bias
+        return lora_linear(x, self.linear.weight, bias, self.down, self.up, self.scale)
+
+    @torch.no_grad()
+    def merged(self):
+        """The nn.Linear that does the same."""
+        linear = deepcopy(self.linear)
+        linear.weight.copy_(lora_merged(linear.weight, self.down, self.up, self.scale))
+        return linear
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside the identity, which begins as the identity.
+
+    Args:
+        dim: d.
+        width: m.
+        like: a tensor whose dtype and device to take.
+
+    Source: Houlsby et al. 2019, section 2.1.
+    """
+
+    def __init__(self, dim, width, like):
+        super().__init__()
+        self.down = nn.Linear(dim, width, dtype=like.dtype, device=like.device)
+        self.up = nn.Linear(width, dim, dtype=like.dtype, device=like.device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h):
+        """Tokens h (B, N, d) -> (B, N, d)."""
+        # h' = h + W_up GELU(W_down h + b_down) + b_up
+        return h + self.up(nn.functional.gelu(self.down(h)))
+
+
+# %% [markdown]
+# And in a network: adapters at the end of each branch, LoRA at the joined matrix of queries, keys and values.
+
+
+# %% tags=["export"]
+HEAD = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")  # endings of a head's parameters
+
+
+def linear_probe(vit, num_classes):
+    """A frozen backbone vit with a new linear head for num_classes classes: a `VPT` without prompts.
+
+    The backbone is shared, and frozen in place. Raises TypeError or ValueError as `VPT` does.
+    """
+    return VPT(vit, num_classes, num_prompts=0)
+
+
+def full_fine_tune(vit, num_classes):
+    """A copy of a backbone with a new head, all of which trains.
+
+    Args:
+        vit: a VisionTransformer of timm; it stays as it is, frozen or not.
+        num_classes: K.
+
+    Returns:
+        A VisionTransformer: model(x (B, C, H, W)) -> logits (B, K).
+
+    Raises:
+        TypeError, ValueError: as `VPT` does.
+    """
+    check_backbone(vit)
+    check_positive_int("num_classes", num_classes)
+    model = deepcopy(vit).requires_grad_(True)
+    model.reset_classifier(num_classes)
+    return model
+
+
+def bias_tuning(vit, num_classes):
+    """A copy of vit with a new head for num_classes classes, of which the biases and the head train.
+
+    Raises TypeError or ValueError as `full_fine_tune` does. Source: Zaken et al. 2022, section 3.
+    """
+    model = full_fine_tune(vit, num_classes)
+    freeze_all_but(dict(model.named_parameters()), (".bias", *HEAD))
+    return model
+
+
+def lora_tuning(vit, num_classes, rank=2):
+    """A copy of vit with a new head for num_classes classes, and a `LoRALinear` of that rank in each block.
+
+    Raises TypeError or ValueError as `full_fine_tune` does.
+    """
+    model = full_fine_tune(vit, num_classes)
+    for block in model.blocks:
+        block.attn.qkv = LoRALinear(block.attn.qkv, rank)
+    freeze_all_but(dict(model.named_parameters()), (".down", ".up", *HEAD))
+    return model
+
+
+def adapter_tuning(vit, num_classes, width=2):
+    """A copy of vit with a new head for num_classes classes, and two `Adapter`s of that width in each block.
+
+    Raises TypeError or ValueError as `full_fine_tune` does.
+    """
+    model = full_fine_tune(vit, num_classes)
+    for block in model.blocks:
+        for branch in ("ls1", "ls2"):  # timm's layer scale, or the identity: what comes last in a branch
+            adapter = Adapter(vit.embed_dim, width, like=next(vit.parameters()))
+            setattr(block, branch, nn.Sequential(getattr(block, branch), adapter))
+    trained = tuple(f".{layer}.{kind}" for layer in ("down", "up") for kind in ("weight", "bias"))
+    freeze_all_but(dict(model.named_parameters()), (*trained, *HEAD))
+    return model
+
+
 def trainable_parameters(model):
     """The parameters of a model that train, as a list: what an optimiser is to be given."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# %% slide=["# What is stored: prompts and a head", "(8.13)", "$$r=\\frac{M}{L'\\,n\\,d+(d+1)K} \\tag{8.14}$$", "? 'A hundred to a thousand times less', says the lecture. On what does that depend?"]
-L, d, K, n = len(vit.blocks), vit.embed_dim, 10, 8
-counted = [sum(p.numel() for p in trainable_parameters(VPT(vit, K, n, deep=deep))) for deep in (False, True)]
-print("trained, shallow and deep:", counted)
-verify("8.13", counted, [n * d + (d + 1) * K, L * n * d + (d + 1) * K], atol=0)
+# %%
+with_lora = lora_tuning(exact, num_classes=8).double()
+layer = with_lora.blocks[2].attn.qkv
+seen = {}
+hook = layer.register_forward_hook(lambda module, given, output: seen.update(x=given[0], z=output))
+loss = cross_entropy(with_lora(x), torch.arange(8))
+hook.remove()
+g, at_start = torch.autograd.grad(loss, [seen["z"], layer.up], retain_graph=True)
+at_zero = torch.autograd.grad(loss, layer.down)[0]
+by_hand = torch.einsum("bno,bnr->or", g, seen["x"] @ layer.down.T)  # s = 1
+verify("8.12", torch.cat([at_start.flatten(), at_zero.flatten()]),
+       torch.cat([by_hand.flatten(), torch.zeros_like(at_zero).flatten()]), atol=1e-12)  # fmt: skip
+
+# %% slide=["# After training, LoRA disappears into the weights", "(8.13)", "[code lora_merged]", "No layer more, no token more, no time more. Adapters and prompts stay."]
+with torch.no_grad():
+    for block in with_lora.blocks:  # as if it had been trained
+        block.attn.qkv.up.normal_(std=0.1, generator=torch.Generator().manual_seed(7))
+merged = copy.deepcopy(with_lora)
+for block in merged.blocks:
+    block.attn.qkv = block.attn.qkv.merged()
+verify("8.13", merged(x), with_lora(x), atol=1e-10)
+change = (with_lora(x) - lora_tuning(exact, num_classes=8).double()(x)).abs().max()
+print(f"what LoRA changes is more than rounding: {change > 1e-3}")
 
 # %% [markdown]
-# Against the backbone's $M$ parameters, which a fine-tuned copy would store anew for each task, that is a factor of
+# #### Exercise 8: which method?
 #
-# $$r=\frac{M}{L'\,n\,d+(d+1)K},\qquad L'=1\text{ (shallow) or }L\text{ (deep)} \tag{8.14, definition}$$
+# *Question on paper, medium, 12 minutes.* A hospital runs a ViT-B/16 for 200 tasks; a batch mixes images of many. Compare
+# prompts, LoRA, adapters and fine-tuned copies: what is kept in memory, what costs time at each image, what can be done for
+# LoRA alone, and when it must not be.
 #
-# The copy has a head, too; it is left out above the line, since it hardly changes the ratio.
+# <details>
+# <summary>Answer, and what to look for in yours</summary>
 #
-# The lecture says that VPT reduces storage by 100 to 1000 times, and that prompts are 0.1% of the parameters. Let us
-# compute it for the three sizes of the paper, not for one.
+# Copies: 200 times 86 million numbers, and each batch falls apart into one for each task. The others: one backbone, and few
+# numbers a task. Prompts add tokens to every block, adapters layers, LoRA two thin products to each matrix, unless they are
+# merged. Merging makes it free, but ties the weights to one task: a mixed batch wants it unmerged, as in exercise 6.
 #
-# **Exercise 6.** Fill in `storage_ratio`, for many models at once. `depth` is $L'$, and $K=0$ leaves the head out.
+# - Copies are told from the other three by memory and by the split batch: 1 point.
+# - Each of the three has its cost at each image named (tokens, layers, thin products): 1 point.
+# - Only LoRA can be merged, because its change is linear: 1 point.
+# - Merged weights serve one task, so a mixed batch wants it unmerged: 1 point.
+#
+# </details>
+
+# %% [markdown] tags=["core"]
+# ## A fair comparison
+#
+# The rules: the same images, steps and batches; a learning rate of each method's own, chosen on *validation* images by
+# shorter runs, going on by factors of three until the best lies between two others; *test* images choose nothing; three
+# seeds. And since on frozen features a linear probe's loss is convex, it is *solved* to its end besides, and so is the head
+# behind trained deep prompts. Six small tasks, of at most 800 training images each, and MNIST, which is not embedded:
+
+# %% slide=["# A fair comparison begins with its rules", "[picture]", "Tasks far from photographs: the same images and steps for all, each method at a learning rate of its own."]
+compared = ("digits", "mnist", "line_drawings", "textures", "counting", "largest", "xray")
+sets = {task: downstream(task) for task in compared if task != "mnist"}
+ten_of_each = torch.cat([images.batch(range(10))["image"] for images in sets.values()])
+show(
+    show_grid(ten_of_each, columns=10, row_titles=[task.removeprefix("line_") for task in sets]),
+    "Ten images of each of six tasks.",
+)
+
+# %% [markdown]
+# *Digits; outlines; textures; how many discs; in which corner is the largest disc; in which is a bright nodule, if anywhere.*
+#
+# All is stored (`data/README.md` says how MNIST came):
+
+# %%
+stored = {task: load_results(f"adaptation_{task}") for task in compared}
+solved_results = load_results("adaptation_solved")
+print(stored["counting"]["command"], "and so on;", solved_results["command"])
+solved = {run["task"].removeprefix("./"): run["accuracy"] for run in solved_results["runs"]}
+tested = {task: stored[task]["runs"][0]["tested"] for task in compared}
+
+
+def result(task, method):
+    """The run of the stored comparison for a task and a method."""
+    (run,) = (run for run in stored[task]["runs"] if run["method"] == method)
+    return run
+
+
+def mean(values):
+    """The mean of some numbers."""
+    return sum(values) / len(values)
+
+
+def standard_error(accuracies, images):
+    """Of a mean accuracy: the spread over seeds, if there are several, and the draw of the test images."""
+    p = mean(accuracies)
+    over_seeds = statistics.stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
+    return math.hypot(over_seeds, math.sqrt(p * (1 - p) / images))
+
+
+def told(accuracies, images):
+    """A mean accuracy in percent, with its standard error."""
+    return f"{100 * mean(accuracies):.1f} ± {100 * standard_error(accuracies, images):.1f}"
+
+
+def verdict(one, other, images):
+    """By how many points one mean accuracy is above another, and whether that is two standard errors."""
+    points = 100 * (mean(one) - mean(other))
+    error = 100 * math.hypot(standard_error(one, images), standard_error(other, images))
+    return f"{points:+.1f}, " + ("a tie" if abs(points) < 2 * error else "ahead" if points > 0 else "behind")
+
+
+# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[table]", "Means of three seeds, ± one standard error; solved heads: one seed."]
+accuracies = {
+    task: {method: result(task, method)["accuracy"] for method in COMPARED}
+    | {"linear, solved": [solved[task]["class token"]], "vpt-deep, solved": [solved[task]["vpt-deep"]]}
+    for task in compared
+}
+columns = ("linear", "linear, solved", "vpt-shallow", "vpt-deep", "vpt-deep, solved", "full")
+show_table(
+    [[task, *(told(accuracies[task][column], tested[task]) for column in columns)] for task in compared],
+    ["test accuracy, %", *columns],
+)
+
+# %% slide=["# Probe, prompts, full fine-tuning", "[picture]", "Bars are means of three seeds, dots the seeds, black lines the solved heads: six hundred steps of sixteen images."] tags=["draw"]
+figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+for k, (method, colour) in enumerate(zip(COMPARED, colours)):
+    places = [t + 0.2 * (k - 1.5) for t in range(len(compared))]
+    of_method = [accuracies[task][method] for task in compared]
+    axis.bar(places, [mean(values) for values in of_method], width=0.18, color=colour, label=method)
+    for place, values in zip(places, of_method):
+        axis.plot([place] * len(values), values, ".", color="black", markersize=4)
+    if method in ("linear", "vpt-deep"):
+        ends_solved = [accuracies[task][f"{method}, solved"][0] for task in compared]
+        label = "its head solved" if method == "linear" else None
+        axis.hlines(
+            ends_solved, [p - 0.1 for p in places], [p + 0.1 for p in places], color="black", label=label
+        )
+axis.set(ylabel="test accuracy", ylim=(0, 1.02))
+axis.set_xticks(range(len(compared)), compared)
+axis.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+show(
+    figure,
+    "Bars of test accuracy for seven tasks and four methods, with a dot for each seed and solved heads.",
+)
+
+# %% [markdown]
+# A difference below two standard errors is a tie. (All share the test images, so it can be surer than this says.)
+
+# %%
+show_table(
+    [
+        [
+            task,
+            verdict(of_task["vpt-deep"], of_task["linear"], tested[task]),
+            verdict(of_task["vpt-deep"], of_task["linear, solved"], tested[task]),
+            verdict(of_task["vpt-deep, solved"], of_task["linear, solved"], tested[task]),
+            verdict(of_task["full"], of_task["vpt-deep"], tested[task]),
+        ]
+        for task, of_task in accuracies.items()
+    ],
+    ["points", "deep over the trained probe", "over the solved one", "both solved", "full over deep"],
+)
+is_ahead = {
+    task: "ahead" in verdict(of_task["vpt-deep, solved"], of_task["linear, solved"], tested[task])
+    for task, of_task in accuracies.items()
+}
+assert [task for task in compared if is_ahead[task]] == ["mnist", "counting", "largest", "xray"]
+rates = {method: [result(task, method)["learning_rate"] for task in compared] for method in COMPARED}
+show_table(
+    [[method, *(f"{rate:g}" for rate in of_method)] for method, of_method in rates.items()],
+    ["learning rate", *compared],
+)
+
+# %% [markdown]
+# The usual comparison, with the trained probe, flatters prompts: six hundred steps were too few for it. With both heads solved
+# deep prompts are ahead on four tasks of seven, and level on the others. Full fine-tuning is ahead of them on nearly all, and
+# far ahead on textures, discs and X-rays. One learning rate for all would have decided the matter by itself.
+#
+# All this in *one regime*: a backbone of 1.9 million parameters, tasks far from its photographs, 600 steps of 16, the class
+# token read by all.
+#
+# ### What changes the layers themselves
+#
+# LoRA of rank 2 trains exactly as many numbers as eight deep prompts, adapters and biases slightly more. One task, by the same
+# rules: the corner of the largest disc.
+
+# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, ± one standard error."]
+inside = load_results("adaptation_inside")
+print(inside["command"])
+of_largest = {run["method"]: run for run in [*stored["largest"]["runs"], *inside["runs"]]}
+show_table(
+    [
+        [method, f"{run['trained']:,}", f"{run['learning_rate']:g}", told(run["accuracy"], run["tested"])]
+        for method, run in sorted(of_largest.items(), key=lambda item: mean(item[1]["accuracy"]))
+    ],
+    ["method", "numbers trained", "learning rate", "test accuracy, %"],
+)
+for method in INSIDE:
+    over_deep = verdict(of_largest[method]["accuracy"], of_largest["vpt-deep"]["accuracy"], 1000)
+    print(f"{method:8} over deep prompts, points: {over_deep}")
+    assert over_deep.endswith("ahead")
+
+# %% [markdown]
+# With the numbers of eight deep prompts LoRA learns nearly what full fine-tuning does; biases and adapters lie between. So it
+# is not the *number* of trained numbers that holds prompts back here; (8.16), below, says what may. It is one task, with heads
+# that were trained and not solved.
+#
+# Live, the model of the beginning, against the stored run of 200 steps with the same seed:
+
+# %%
+stored_short = load_results("adaptation_short")["runs"]
+(short_run,) = (run for run in stored_short if (run["task"], run["method"]) == ("digits", "vpt-deep"))
+deviation = abs(accuracy(prompted, unseen_digits, 100) - short_run["accuracy"][0])
+print(f"deep prompts on the digits, 200 steps: within 3 points of the stored run: {deviation < 0.03}")
+assert deviation < 0.03
+original = load_model("vit_photos32").state_dict()
+print(
+    "the backbone is what it was:",
+    all(t.equal(original[name]) for name, t in prompted.vit.state_dict().items()),
+)
+
+# %% [markdown]
+# > **What comes next, said beforehand.** The paper's regime is another. A later version of this chapter measures: 2,000 steps
+# > with early stopping; frozen, shallow, deep, biases, LoRA, full, each read by the class token and by the mean of the
+# > patches, heads solved on all sides; four tasks, one of them photographs of classes that the backbone did not see; 10 and
+# > 40 images a class, three seeds. Every point will be shown, also where full fine-tuning overtakes. Until then nothing here
+# > says which method is best in that regime.
+
+# %% [markdown] tags=["core"]
+# ## What a head reads
+#
+# All heads so far read the class token. A solved head can as well read the mean of all *patches*, or the means of the
+# picture's four quarters side by side, from the frozen backbone.
+#
+# #### Exercise 9: the mean of the patches
+#
+# *Question, easy, 3 minutes.* In which corner is the largest disc? By chance 25 % are right; a solved head on the frozen
+# class token has some 48 %. How many has one on the *mean* of the frozen patches, which says nothing of where they were?
+# Within 12 points will do.
+
+# %% tags=["question"]
+### BEGIN SOLUTION
+# positions were added to the tokens: what a patch knows, it knows together with its place, and a mean keeps much of that
+share_by_patches = 0.72
+### END SOLUTION
+
+# %%
+by_reading = solved_by_reading(vit, open_task("largest", 32))
+check_answer(
+    "visual_prompt_tuning.share_by_patches",
+    share_by_patches,
+    by_reading["patches"],
+    within=0.12,
+    hint="Each patch's token knows its own place: its position embedding was added to it.",
+)
+for reading, share in by_reading.items():
+    assert abs(share - solved["largest"][reading]) < 0.02
+print("all readings within two points of the stored ones")
+
+# %% slide=["# The place to read matters as much as the method", "? The class token knows the corner of the largest disc in half of the pictures. Has the network not seen it?", "[table]", "Solved heads on frozen tokens, in percent; the last column: full fine-tuning."]
+show_table(
+    [
+        [
+            task,
+            *(told([solved[task][r]], tested[task]) for r in by_reading),
+            told(accuracies[task]["full"], tested[task]),
+        ]
+        for task in compared
+    ],
+    ["solved heads, %", *by_reading, "full fine-tuning"],
+)
+
+# %% [markdown]
+# Positions were added to the tokens, so even a mean of patches tells where things are: the backbone *has* seen which disc is
+# largest. The class token has not kept it; it was trained to say what is on a photograph, wherever it is.
+#
+# Two cautions. For discs and nodules the label *is* a quarter of the picture: a head that reads by quarters was made to
+# measure, and shows that the knowledge is in the patches, not that this is a method. And on MNIST its lead on full
+# fine-tuning is one run against three: a tie. On textures and X-rays moving weights find what none of these heads does.
+
+# %% [markdown] tags=["core"]
+# ## What a prompt can do
+#
+# Why do prompts not simply tell the class token to look at the largest disc? Only attention mixes tokens. In a head, call
+# $\lambda_i$ the share of its attention that token $i$ pays to the prompts $\Pi$ (it is no log signal-to-noise ratio here):
+#
+# $$\lambda_i=\sum_{j\in\Pi}a_{ij} \tag{8.14, definition}$$
+#
+# Let $a^0$ be the weights without prompts, for the same inputs of this layer. The numerators of (8.4) are the same in both,
+# and the tokens that are no prompts keep the share $1-\lambda_i$ of the softmax: $a_{ij}=(1-\lambda_i)\,a^0_{ij}$. So
+#
+# $$o_i=(1-\lambda_i)\,o_i^{\,0}+\lambda_i\,\bar p_i,\qquad
+# \bar p_i=\frac1{\lambda_i}\sum_{j\in\Pi}a_{ij}\,v_j \tag{8.15}$$
+#
+# with $o_i^{\,0}$ what the head would give without prompts. A prompt mixes in something, and fades the rest. It cannot turn
+# the head's view of the image:
+#
+# $$\frac{a_{ij}}{a_{im}}=\frac{a^{0}_{ij}}{a^{0}_{im}}\qquad\text{for all }j,m\notin\Pi \tag{8.16}$$
+#
+# Only from afar can prompts change that: what they mix in at one block changes queries and keys of the next. LoRA at queries
+# and keys changes the ratio at once, and learned the largest disc.
+#
+# #### Exercise 10: the share of the prompts
+#
+# *Formula, easy, 3 minutes.* Write `attention_to_prompts`, $\lambda$ for all tokens.
 
 
 # %% tags=["export", "exercise"]
-def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
-    """How many times less a task stores as prompts and a head than as a copy of the backbone.
+def attention_to_prompts(weights, num_prefix, num_prompts):
+    """The share of each token's attention that goes to the prompts.
 
     Args:
-        backbone: the backbone's number of parameters without its head, floating point, (M,).
-        depth: the number of blocks that get prompts: 1 for VPT-shallow, all for VPT-deep; (M,).
-        num_prompts: n, for each of them; (M,) or a number.
-        dim: d, the width; (M,).
-        num_classes: K, a number; 0 leaves the head out of the count.
+        weights: (B, heads, N, N) as `attention_weights` gives them; each row (last axis) has sum 1.
+        num_prefix: the number of tokens before the first prompt.
+        num_prompts: n.
 
     Returns:
-        (M,), in the dtype of `backbone`.
+        lambda, (B, heads, N) in [0, 1].
 
-    Source: Jia et al. 2022, section 3.2.
+    Source: this course, equation 8.14.
     """
     ### BEGIN SOLUTION
-    # M / (L' n d + (d + 1) K)
-    return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
+    # lambda_i = sum over prompts j of a_ij
+    return weights[..., num_prefix : num_prefix + num_prompts].sum(dim=-1)
     ### END SOLUTION
 
 
-# %%
-check("visual_prompt_tuning.storage_ratio", storage_ratio)
+# %% slide=["# What a prompt can do: mix in, and fade the rest", "With $\\lambda_i$ the share of attention that token $i$ pays to prompts,", "$$o_i=(1-\\lambda_i)\\,o_i^{\\,0}+\\lambda_i\\,\\bar p_i \\tag{8.15}$$", "$o_i^{\\,0}$ is what the head would give without any prompt, $\\bar p_i$ an average of the prompts' values."]
+check("visual_prompt_tuning.attention_to_prompts", attention_to_prompts)
+
+# %% slide=["# What it cannot do: turn the head's view", "(8.16)", "Whichever of two patches was looked at more still is, by the same factor.", "? How can prompts change it after all?", "From afar: what they mix in at one block changes queries and keys of the next."]
+block_1, count = exact.blocks[0], 5
+drawn = torch.rand(count, exact.embed_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+entering = torch.cat([exact.cls_token.expand(8, -1, -1), exact.patch_embed(x)], 1) + exact.pos_embed
+with_prompts = block_1.norm1(insert_prompts(entering, initial_prompts(drawn, 48), num_prefix=1))  # (8, 70, d)
+a = attention_weights(block_1.attn, with_prompts)
+a_0 = attention_weights(block_1.attn, block_1.norm1(entering))
+others = [0, *range(1 + count, a.shape[-1])]  # the class token and the patches
+v = block_1.attn.qkv(with_prompts)[..., 2 * exact.embed_dim :].view(8, 70, 5, -1).transpose(1, 2)
+lam = attention_to_prompts(a, 1, count)[:, :, others, None]
+mixed_in = a[:, :, others, 1 : 1 + count] @ v[:, :, 1 : 1 + count] / lam
+verify("8.15", (1 - lam) * (a_0 @ v[:, :, others]) + lam * mixed_in, (a @ v)[:, :, others], atol=1e-12)
+log_ratio, log_ratio_0 = ((w / w[..., [5]]).log() for w in (a[:, :, others][..., others], a_0))
+verify("8.16", log_ratio, log_ratio_0, atol=1e-9)
+
+turned = LoRALinear(block_1.attn.qkv, rank=2)
+nn.init.normal_(turned.up, std=0.1)
+by_lora = copy.deepcopy(block_1.attn)
+by_lora.qkv = turned
+a_lora = attention_weights(by_lora, block_1.norm1(entering))
+print(
+    f"LoRA changes the logarithm of the ratio: {((a_lora / a_lora[..., [5]]).log() - log_ratio_0).abs().max() > 0.1}"
+)
+
+# %% [markdown] tags=["optional"]
+# ### What prompts have learned *(at a second reading)*
+#
+# Where prompts gain most, at the largest disc, train them for 200 steps, and see where the class token looks: how much of its
+# attention goes to prompts; and of what goes to *patches*, how much to the right quarter, which by (8.16) no block's own
+# prompts can change.
 
 # %%
-names = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
+largest, unseen_largest = downstream("largest"), downstream("largest", "test")
+untrained = build("vpt-deep", vit, 4, NUM_PROMPTS, seed=0).eval()
+learned_discs = build("vpt-deep", vit, 4, NUM_PROMPTS, seed=0)
+fit(learned_discs, largest, 0.3, SHORT_BUDGET, progress=False)
+learned_discs.eval().cpu()
+
+
+@torch.no_grad()
+def view_of_class_token(model, batch):
+    """Its attention, mean over images: to prompts, (L, heads), and of that to patches to the right quarter, (L,)."""
+    to_prompts, to_quarter = [], []
+    rows, columns = batch["class"] // 2, batch["class"] % 2
+    place = torch.arange(64)
+    in_quarter = (place // 32 == rows[:, None]) & (place % 8 // 4 == columns[:, None])  # (B, 64)
+
+    def note(block, inputs):
+        weights = attention_weights(block.attn, block.norm1(inputs[0]))[:, :, 0]  # (B, heads, N)
+        to_prompts.append(attention_to_prompts(weights, 1, model.num_prompts).mean(dim=0))
+        to_patches = weights[:, :, -64:] / weights[:, :, -64:].sum(dim=-1, keepdim=True)  # (B, heads, 64)
+        to_quarter.append((to_patches * in_quarter[:, None]).sum(dim=-1).mean())
+
+    noting = [block.register_forward_pre_hook(note) for block in model.vit.blocks]
+    model(batch["image"])
+    for hook in noting:
+        hook.remove()
+    return torch.stack(to_prompts), torch.stack(to_quarter)
+
+
+discs = unseen_largest.batch(range(200))
+views = {
+    "without prompts": view_of_class_token(build("vpt-deep", vit, 4, 0, seed=0).eval(), discs),
+    "before training": view_of_class_token(untrained, discs),
+    "after training": view_of_class_token(learned_discs, discs),
+}
+
+# %% slide=["# What prompts have learned", "[picture]", "Left: attention to prompts, block by head, after training. Right: of what goes to patches, the share of the right quarter."] tags=["draw"]
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+table = views["after training"][0]
+picture = left.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+for row in range(table.shape[0]):
+    for column in range(table.shape[1]):
+        shade = "black" if table[row, column] > 0.6 else "white"
+        left.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=shade)
+left.set(
+    title="attention to prompts", xlabel="head", xticks=range(table.shape[1]), yticks=range(table.shape[0])
+)
+left.set_yticklabels([f"block {number + 1}" for number in range(table.shape[0])])
+left.grid(False)
+figure.colorbar(picture, ax=left)
+for (name, (_, in_right)), marker, colour in zip(views.items(), "o^s", (colours[0], "grey", colours[2])):
+    right.plot(range(1, 7), in_right, marker + "-", color=colour, label=name)
+right.axhline(0.25, color="grey", linestyle=":", label="chance")
+right.set(title="attention to patches", xlabel="block", ylabel="share of the right quarter", ylim=(0.2, None))
+right.legend()
+show(
+    figure,
+    "A table of blocks by heads with the share of attention to prompts, and lines over the blocks: the share of the "
+    "right quarter in the class token's attention to patches, with and without prompts.",
+)
+
+# %%
+share_without, share_after = (views[name][1] for name in ("without prompts", "after training"))
+print(
+    f"block 1: the same with and without prompts, to 1e-4: {(share_after[0] - share_without[0]).abs() < 1e-4}"
+)
+print(f"largest change in a later block: {(share_after - share_without).abs().max():.2f}")
+
+# %% [markdown]
+# *The largest disc, 200 pictures. Left: after training. Right: mean over heads.* Some heads look at nothing but prompts: of
+# the image they hear only through their own query. But the view of the patches is hardly turned, in block 1 not at all, and
+# not towards the right quarter: what prompts gain here, they gain by what they mix in.
+
+# %% [markdown] tags=["core"]
+# ## What is stored, and what it costs
+#
+# Trained and stored are a head and, with $L'=1$ (shallow) or $L$ (deep),
+#
+# $$(d+1)K+\begin{cases}L'\,n\,d&\text{prompts}\\4\,L\,r\,d&\text{LoRA}\\2L\,(2dm+m+d)&\text{adapters}\end{cases} \tag{8.17}$$
+
+# %% slide=["# What is stored: a few numbers, and a head", "(8.17)", "$$\\text{storage ratio}=\\frac{M}{L'\\,n\\,d+(d+1)K} \\tag{8.18}$$", "? 'A hundred to a thousand times less', says the lecture. On what does that depend?"]
+L, d, K = len(vit.blocks), vit.embed_dim, 10
+built = [
+    VPT(vit, K, 8),
+    VPT(vit, K, 8, deep=True),
+    lora_tuning(vit, K, rank=2),
+    adapter_tuning(vit, K, width=2),
+]
+numbers_trained = [sum(p.numel() for p in trainable_parameters(model)) for model in built]
+by_formula = [(d + 1) * K + own for own in (8 * d, L * 8 * d, 4 * L * 2 * d, 2 * L * (2 * d * 2 + 2 + d))]
+print("trained: shallow, deep, LoRA, adapters:", numbers_trained)
+verify("8.17", numbers_trained, by_formula, atol=0)
+
+# %% [markdown]
+# A fine-tuned copy stores the backbone's $M$ numbers anew. The factor between the two is
+#
+# $$r=\frac{M}{L'\,n\,d+(d+1)K} \tag{8.18, definition}$$
+
+
+# %% tags=["export"]
+def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
+    """How many times less prompts and a head are than a backbone of so many parameters, for several: (M,).
+
+    backbone, depth (L': 1 or L), num_prompts (n), dim (d): (M,) or numbers; num_classes: K, 0 without a head.
+    """
+    # M / (L' n d + (d + 1) K)
+    return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
+
+
+# %% [markdown]
+# #### Exercise 11: the lecture's factor
+#
+# *Question, easy, 4 minutes.* ViT-B has 86 million parameters in 12 blocks of width 768. By what factor are ten deep prompts,
+# without a head, less than a copy? Within 100 will do.
+
+# %% tags=["question"]
+### BEGIN SOLUTION
+# 86e6 / (12 * 10 * 768) = 86e6 / 92,160
+times_less = 933
+### END SOLUTION
+
+# %%
+names = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
 with torch.device("meta"):  # shapes without numbers: nothing is downloaded or filled
     giants = [timm.create_model(name, num_classes=0) for name in names]
 M = torch.tensor([float(sum(p.numel() for p in giant.parameters())) for giant in giants])
 depths = torch.tensor([len(giant.blocks) for giant in giants])
 widths = torch.tensor([giant.embed_dim for giant in giants])
-print("                    ViT-B     ViT-L     ViT-H")
-print(f"{'parameters':16}" + "".join(f"{m / 1e6:8.1f} M" for m in M))
-for kind, num in (("shallow", 100), ("deep", 10), ("deep", 50), ("deep", 100)):
-    blocks = depths if kind == "deep" else torch.ones(3)
-    for classes in (0, 100):
-        r = storage_ratio(M, blocks, num, widths, classes)
-        print(
-            f"{kind + f', n = {num}':16}" + "".join(f"{value:9.0f}x" for value in r),
-            f" with a head for {classes} classes",
-        )
+check_answer(
+    "visual_prompt_tuning.times_less",
+    times_less,
+    storage_ratio(M, depths, 10, widths, 0)[0].item(),
+    within=100,
+    hint="Ten prompts at each of 12 blocks are 120 vectors of 768 numbers.",
+)
 
-# %% slide=["# The claim holds from ten deep prompts to some hundred", "[picture]", "Grey: the claim. Shallow prompts save more, and a head takes its share as well."]
+# %% slide=["# The claim holds from ten deep prompts to some hundred", "[picture]", "Grey: the claim. Shallow prompts save more, and a head takes its share as well."] tags=["draw"]
 lengths = torch.logspace(0, 2.3, 40)
 figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
 axis.axhspan(100, 1000, color="lightgrey", alpha=0.5, label="the lecture's claim")
-for giant, m, depth, size, colour in zip(("ViT-B", "ViT-L", "ViT-H"), M, depths, widths, colours):
+for giant, size_M, depth, size, colour in zip(("ViT-B", "ViT-L", "ViT-H"), M, depths, widths, colours):
     for blocks, style in ((torch.ones(1), "--"), (depth, "-")):
-        r = storage_ratio(m.expand(40), blocks, lengths, size, 0)
+        ratio = storage_ratio(size_M.expand(40), blocks, lengths, size, 0)
         kind = "deep" if style == "-" else "shallow"
-        axis.loglog(lengths, r, style, color=colour, label=f"{giant}, {kind}")
+        axis.loglog(lengths, ratio, style, color=colour, label=f"{giant}, {kind}")
 axis.set(xlabel="prompts n", ylabel="times less than a copy")
 axis.legend(ncols=2, fontsize="small")
 show(figure, "The storage ratio falling with the number of prompts, for three sizes, shallow and deep.")
 
-# %%
+# %% [markdown]
+# *Without heads.* Deep prompts lie in the range of the claim from $n=10$ to 93 on ViT-B. ('0.1 % of the parameters' is a
+# factor of 1000.) All methods on ViT-B/16, with a head for 100 classes:
+
+# %% slide=["# What a task adds to ViT-B/16", "[table]", "With a head for 100 classes, four bytes a number."]
 per_prompt = M / (depths * widths)  # r for one deep prompt, without a head
-first, last = (per_prompt / 1000).ceil().int().tolist(), (per_prompt / 100).floor().int().tolist()
-print("deep prompts save 1000 to 100 times: from n =", first, "to", last)
-assert (first, last) == ([10, 13, 16], [93, 123, 153])
+assert (per_prompt / 1000).ceil().tolist() == [10, 13, 16] and (per_prompt / 100).floor().tolist() == [
+    93,
+    123,
+    153,
+]
+ways = {
+    "linear probe": (lambda vit: linear_probe(vit, 100), "none", "-"),
+    "100 shallow prompts": (lambda vit: VPT(vit, 100, 100), "100", "no"),
+    "10 deep prompts": (lambda vit: VPT(vit, 100, 10, deep=True), "10", "no"),
+    "100 deep prompts": (lambda vit: VPT(vit, 100, 100, deep=True), "100", "no"),
+    "all biases": (lambda vit: bias_tuning(vit, 100), "none", "it is"),
+    "adapters, m = 8": (lambda vit: adapter_tuning(vit, 100, width=8), "none, layers instead", "no"),
+    "LoRA, r = 8": (lambda vit: lora_tuning(vit, 100, rank=8), "none", "yes"),
+    "full fine-tuning": (lambda vit: full_fine_tune(vit, 100), "none", "it is"),
+}
+rows = []
+with torch.device("meta"):
+    for name, (make, tokens_more, is_merged) in ways.items():
+        size = sum(p.numel() for p in trainable_parameters(make(giants[0])))
+        rows.append([name, f"{size:,}", f"{4 * size / 1e6:.1f} MB", tokens_more, is_merged])
+show_table(rows, ["method", "numbers", "stored", "tokens added", "merged into the weights?"])
 
 # %% [markdown]
-# *Without heads. Shallow prompts save a factor of a thousand and more up to $n=100$. Deep ones lie in the range of
-# the claim (grey) from $n=10$ (ViT-B), 13 (ViT-L) or 16 (ViT-H) on, and leave it beyond 93, 123 or 153. A head takes
-# its share as well: with 100 classes it is as large as a hundred shallow prompts. '0.1% of the parameters' is a
-# factor of 1000: on ViT-B that is shallow with $n=100$, or deep with $n=10$.*
+# Training is not cheap for any but the probe: the gradient has to come back through all blocks. On our backbone
+# (`benchmarks/adaptation.py`; LoRA and adapters were not timed):
+
+# %% slide=["# Small to store is not cheap to train", "[table]", "A step's time, and what a forward pass keeps for the way back, beside full fine-tuning."]
+steps = load_results("benchmark_adaptation")["methods"]
+whole = result("digits", "full")["operations"]
+show_table(
+    [
+        [
+            method,
+            f"{1 / step['full_over_method']['ratio']['median']:.1f}",
+            f"{step['kept_bytes'] / 1e6:.0f} MB",
+            f"{result('digits', method)['operations'] / whole:.2f}" if method != "bias" else "1.00",
+        ]
+        for method, step in steps.items()
+    ],
+    ["method", "time of a training step", "kept for the way back", "products of a forward pass"],
+)
+
+# %% [markdown]
+# *Time and products relative to full fine-tuning, which by itself shows how far the times can be trusted.*
 
 # %% [markdown] tags=["optional"]
 # ### What more tokens cost *(at a second reading)*
 #
-# Prompts are small to store, but each is a token that all blocks have to compute, for every image, for ever. A
-# block's products are the four maps of attention ($4Nd^2$ multiplications for $N$ tokens), the two of the MLP
-# ($8Nd^2$), and queries with keys and weights with values ($2N^2d$). With $n$ tokens more, the blocks cost
+# A block's products are the four maps of attention ($4Nd^2$ multiplications for $N$ tokens), the two of the MLP ($8Nd^2$), and
+# queries with keys and weights with values ($2N^2d$). With $n$ tokens more, the blocks cost
 #
-# $$\frac{12(N+n)d^2+2(N+n)^2d}{12Nd^2+2N^2d}=\frac{(N+n)(6d+N+n)}{N(6d+N)} \tag{8.15}$$
+# $$\frac{12(N+n)d^2+2(N+n)^2d}{12Nd^2+2N^2d}=\frac{(N+n)(6d+N+n)}{N(6d+N)} \tag{8.19}$$
 #
-# times as much. torch can count the products itself:
+# times as much, for every image, for ever. torch can count the products itself:
 
 
-# %% slide=["# Prompts are small to store, and cost at every image", "$$\\frac{(N+n)(6d+N+n)}{N(6d+N)} \\tag{8.15}$$", "times the products of the blocks, for ever.", "Of these methods, only prompts make the network slower."]
-def products(model, x):
-    """How many floating-point operations the matrix products of a model's blocks take."""
-    with torch.no_grad(), attention_by_products(model), FlopCounterMode(display=False) as counter:
-        model(x)
+# %% slide=["# Prompts are small to store, and cost at every image", "$$\\frac{(N+n)(6d+N+n)}{N(6d+N)} \\tag{8.19}$$", "times the products of the blocks, for ever.", "A hundred prompts on ViT-B: half as many products again."]
+def products(blocks, tokens):
+    """How many floating-point operations the matrix products of blocks take."""
+    with torch.no_grad(), attention_by_products(blocks), FlopCounterMode(display=False) as counter:
+        blocks(tokens)
     return counter.get_total_flops()
 
 
-few = torch.randn(1, 65, d)
-counted = [products(vit.blocks, torch.randn(1, 65 + n, d)) / products(vit.blocks, few) for n in (8, 50, 100)]
-N, n = 65, torch.tensor([8.0, 50, 100])
-verify("8.15", counted, (N + n) * (6 * d + N + n) / (N * (6 * d + N)), atol=1e-12)
-print("our backbone, n = 8, 50, 100:", [f"{ratio:.2f}x" for ratio in counted])
-N, wide = 197, 768
-print(
-    "ViT-B/16:                    ",
-    [f"{(N + m) * (6 * wide + N + m) / (N * (6 * wide + N)):.2f}x" for m in (8, 50, 100)],
-)
+N, more, d = 65, torch.tensor([8.0, 50, 100]), vit.embed_dim
+fewest = products(vit.blocks, torch.randn(1, N, d))
+counted = [products(vit.blocks, torch.randn(1, N + n, d)) / fewest for n in (8, 50, 100)]
+verify("8.19", counted, (N + more) * (6 * d + N + more) / (N * (6 * d + N)), atol=1e-6)
+on_vit_b = (197 + more) * (6 * 768 + 197 + more) / (197 * (6 * 768 + 197))
+print("8, 50, 100 prompts cost ours", ", ".join(f"{c:.2f}" for c in counted), "times as much;",
+      "ViT-B/16", ", ".join(f"{c:.2f}" for c in on_vit_b.tolist()))  # fmt: skip
+
+# %% [markdown] tags=["core"]
+# ## What is forgotten
+#
+# Give each adapted network its old head back, and ask for photographs once more, prompts taken out or left in:
+
+# %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "[table]", "As many as before, to the last bit. With the prompts left in, the network is another one."]
+rows = []
+for method in COMPARED:
+    of_method = [result(task, method) for task in compared]
+    rows.append([method, *(f"{100 * mean(run['upstream']):.1f}" for run in of_method)])
+    if "upstream_prompted" in of_method[0]:
+        left_in = [f"{100 * mean(run['upstream_prompted']):.1f}" for run in of_method]
+        rows.append([f"{method}, left in", *left_in])
+    if method != "full":
+        assert all(share == run["upstream_before"] for run in of_method for share in run["upstream"])
+show_table(rows, ["photographs named right, %", *compared])
+before_all, card = result("digits", "full")["upstream_before"], load_card("vit_photos32")
+standard = 100 * standard_error([card["metrics"]["accuracy"]], 500)
+print(f"before: {100 * before_all:.1f} % of 500 photographs; on all test photographs (the card) "
+      f"{100 * card['metrics']['accuracy']:.1f} %, and 500 of them are known to ± {standard:.1f}")  # fmt: skip
 
 # %% [markdown]
-# A linear probe and a fine-tuned network cost at inference what the backbone costs; so do tuned biases. Prompts are
-# the only one of these methods that makes the network slower: 100 of them on ViT-B cost half as many products again.
+# The 500 photographs happen to be easier than all of them, within two standard errors. With prompts taken out nothing is
+# forgotten, to the last bit: no merit of the training, but how the thing is made. A probe, unmerged LoRA, and everybody who
+# keeps the old weights can say the same; but prompts need no copy *for each task*.
 
-# %% [markdown] tags=["optional"]
-# ### A file for a task *(at a second reading)*
+# %% [markdown] tags=["core"]
+# ## Many tasks, one backbone
 #
-# What is to be written is the tensors that were trained, and what they belong to. Prompts mean nothing to another
-# backbone, not even to one of the same shape. So a task remembers a *fingerprint* of the backbone: a hash of all its
-# weights but the old head's. Like torch, which lets a `state_dict` carry its `_metadata`, the state of a task carries
-# it as an attribute: its entries are the trained tensors and nothing else.
+# Attention never looks from one sample to another. So a single pass serves a batch in which each sample $b$ has a task
+# $\tau_b$ of its own, with its prompts, or its $A$ and $B$ as in exercise 6; and with $f_b$ the pooled features,
+#
+# $$y_b=W^{(\tau_b)}f_b+c^{(\tau_b)} \tag{8.20}$$
+#
+# #### Exercise 12: each sample's own head
+#
+# *Formula, medium, 5 minutes.* Write `own_head`, without a loop over samples.
 
 
-# %% tags=["export"]
-def backbone_fingerprint(vit):
-    """A text that tells backbones apart: a hash of all weights but those of the heads.
+# %% tags=["export", "exercise"]
+def own_head(features, weights, biases, tasks):
+    """The logits of each sample by the head of its own task.
 
     Args:
-        vit: a timm VisionTransformer, on any device. A copy in float64 of weights in float32 has the same
-            fingerprint, one that was rounded to half precision another. Settings that are no weights do not
-            count.
+        features: (B, d).
+        weights: of T heads with K classes each, (T, K, d).
+        biases: (T, K).
+        tasks: the number of each sample's task, (B,) int64 in [0, T).
 
     Returns:
-        64 hexadecimal digits (SHA-256).
+        (B, K).
+
+    Source: this course, equation 8.20.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vit.state_dict().items()):
-        if not name.startswith(("head.", "head_dist.")):
-            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor_bytes(tensor.float()))
-    return digest.hexdigest()
+    ### BEGIN SOLUTION
+    # y_b = W^(tau_b) f_b + c^(tau_b)
+    return torch.einsum("bd,bkd->bk", features, weights[tasks]) + biases[tasks]
+    ### END SOLUTION
 
 
-TASK_TENSORS = ("prompts", "head.weight", "head.bias")  # all that is trained and stored
+# %%
+check("visual_prompt_tuning.own_head", own_head)
+
+# %% slide=["# Many tasks in one pass", "Attention never looks from one sample to another, so each sample brings its own prompts and head:", "(8.20)", "[code own_head]"]
+generator = torch.Generator().manual_seed(5)
+f, W, c = (
+    torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (3, 2, 4), (3, 2))
+)
+tau = torch.tensor([2, 0, 1, 1, 0, 2])
+one_by_one = torch.stack([W[task] @ row + c[task] for row, task in zip(f, tau)])
+verify("8.20", own_head(f, W, c, tau), one_by_one, atol=1e-12)
+
+# %% [markdown]
+# A task is stored as a safetensors file (reading it executes nothing) with a *fingerprint* of the backbone, a hash of its
+# weights, since prompts mean nothing to another one. `VPT.task_state_dict()` and `load_task_state_dict()` give and take the
+# state, `save_task` and `load_task` write and read it; what does not fit is refused.
+#
+# `PromptBank` holds one backbone and many states. Prompts are stacked to $(L,B,n,d)$, so the tasks of a bank share $n$ and
+# depth; heads of different size are filled up with zeros, and cut back afterwards.
 
 
+# %% tags=["export", "draw"]
 class VPT(VPT):
     def task_state_dict(self):
         """What this task has learned: copies on the CPU of the trained tensors, by parameter's name.
@@ -1217,821 +1880,6 @@ class VPT(VPT):
                 tensor.copy_(state[name])
 
 
-def check_task_state(state, vit, fingerprint):
-    """Raise unless a task's state is whole and belongs to a backbone.
-
-    Args:
-        state: what `VPT.task_state_dict` returns.
-        vit: a timm VisionTransformer.
-        fingerprint: its `backbone_fingerprint`.
-
-    Raises:
-        ValueError: if tensors are missing or too many, or do not fit each other or the backbone.
-    """
-    if set(state) != set(TASK_TENSORS):
-        raise ValueError(f"state must have the tensors {', '.join(TASK_TENSORS)}; got {', '.join(state)}")
-    prompts, weight, bias = (state[name] for name in TASK_TENSORS)
-    if prompts.ndim != 3 or weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        raise ValueError(
-            f"state must have prompts (1 or L, n, d), weights (K, d) and biases (K,); got {shapes}"
-        )
-    if {prompts.shape[2], weight.shape[1]} != {vit.embed_dim} or prompts.shape[0] not in (1, len(vit.blocks)):
-        raise ValueError(
-            f"state must belong to a backbone of {len(vit.blocks)} blocks of width {vit.embed_dim}; its "
-            f"prompts have shape {tuple(prompts.shape)}, its head {tuple(weight.shape)}"
-        )
-    backbone = getattr(state, "backbone", None)
-    if backbone not in (None, fingerprint):
-        raise ValueError(
-            "state must belong to this backbone; it was learned on another one of the same depth and width, "
-            f"or before the weights were rounded (fingerprint {backbone[:12]}, here {fingerprint[:12]})"
-        )
-
-
-# %% [markdown]
-# On the disk it is a safetensors file, raw numbers: unlike a pickle, reading it executes nothing. Beside the numbers it
-# says what it is and to which backbone it belongs. The kit adds a checksum, which reveals damage. Numbers do not say what
-# they are about: the attribute `about` of a state goes into the file, too, such as the names of the classes.
-
-
-# %% tags=["export"]
-TASK_FORMAT = "lecture26 task"
-
-
-def save_task(file, state):
-    """Write what a task has learned into a safetensors file.
-
-    Args:
-        file: the path; a file that is there is replaced as a whole.
-        state: what `VPT.task_state_dict` returns. Its attribute `about`, if it has one, is a dict of plain
-            values (JSON) to keep beside the numbers, such as the names of the classes.
-
-    Raises:
-        ValueError: if the state does not say what backbone it belongs to.
-    """
-    if getattr(state, "backbone", None) is None:
-        raise ValueError(
-            "state must have the attribute `backbone`, as VPT.task_state_dict() gives it; it has none"
-        )
-    about = getattr(state, "about", {})
-    told = {"format": TASK_FORMAT, "backbone": state.backbone}
-    write_tensors(file, state, told | ({"about": json.dumps(about)} if about else {}))
-
-
-def load_task(file):
-    """Read what `save_task` has written.
-
-    Args:
-        file: the path.
-
-    Returns:
-        An OrderedDict like that of `VPT.task_state_dict`; its attribute `about` is {} if nothing was told.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or no task's file.
-    """
-    tensors, metadata = read_tensors(file, format=TASK_FORMAT)
-    if "backbone" not in metadata:
-        raise ValueError(f"{file} is damaged: it does not say what backbone it belongs to")
-    state = OrderedDict(tensors)
-    state.backbone, state.about = metadata["backbone"], json.loads(metadata.get("about", "{}"))
-    return state
-
-
-# %% [markdown]
-# There and back, and what is refused: another width, another depth, another backbone of the same shape.
-
-# %%
-model = VPT(variants["class token"], num_classes=4, num_prompts=3, deep=True)
-folder = Path(tempfile.mkdtemp())
-save_task(folder / "task.safetensors", model.task_state_dict())
-same = VPT(variants["class token"], num_classes=4, num_prompts=3, deep=True)
-same.load_task_state_dict(load_task(folder / "task.safetensors"))
-is_same = torch.equal(same(x), model(x))
-assert is_same
-print("the same logits after loading:", is_same)
-for name, other in {
-    "wider": small_vit(embed_dim=48),
-    "deeper": small_vit(depth=4),
-    "other": small_vit(seed=1),
-}.items():
-    try:
-        VPT(other, num_classes=4, num_prompts=3, deep=True).load_task_state_dict(model.task_state_dict())
-    except ValueError as error:
-        print(f"{name:7}refused:", str(error).split(";")[0])
-    else:
-        raise AssertionError("not refused")
-
-# %% [markdown] tags=["core"]
-# ## The alternatives
-#
-# Prompts are one way among several:
-#
-# - **Linear probe**: nothing but a new head. The features are what they are. This is a `VPT` without prompts, so it
-#   has the very same head, the same file, the same tests.
-# - **Biases only** (Zaken et al. 2022, *BitFit*): the bias of every layer, normalisations included, and a head.
-# - **Prompts**, shallow or deep.
-# - **Full fine-tuning**: everything. It begins at the backbone's weights and ends elsewhere, so it has to work on a
-#   copy.
-
-
-# %% tags=["export"]
-def linear_probe(vit, num_classes):
-    """A frozen backbone vit with a new linear head for num_classes classes: a `VPT` without prompts.
-
-    The backbone is shared, and frozen in place. Raises TypeError or ValueError as `VPT` does.
-    """
-    return VPT(vit, num_classes, num_prompts=0)
-
-
-def full_fine_tune(vit, num_classes):
-    """A copy of a backbone with a new head, all of which trains.
-
-    Args:
-        vit: a VisionTransformer of timm; it stays as it is, frozen or not.
-        num_classes: K.
-
-    Returns:
-        A VisionTransformer: model(x (B, C, H, W)) -> logits (B, K).
-
-    Raises:
-        TypeError, ValueError: as `VPT` does.
-    """
-    check_backbone(vit)
-    check_positive_int("num_classes", num_classes)
-    model = deepcopy(vit).requires_grad_(True)
-    model.reset_classifier(num_classes)
-    return model
-
-
-# %% [markdown] tags=["optional"]
-# ### Only the biases *(at a second reading)*
-#
-# Most layers are $z=Wx+b$. Suppose that all weights $W$ stay, and only the $b$ train. By the chain rule a bias that
-# is added to every token of every image collects all their gradients,
-#
-# $$\frac{\partial\mathcal L}{\partial b}=\sum_{\text{images}}\sum_{\text{tokens}}\frac{\partial\mathcal L}{\partial z} \tag{8.16}$$
-#
-# and does not need the inputs $x$, which a weight's gradient does. (What softmax, GELU and LN need for gradients of
-# their own stays in memory all the same.) A bias adds the same vector to each token; a prompt, (8.11), moves token
-# $i$ by $\lambda_i(\bar p_i-o_i^{\,0})$, different for each. And a bias of the queries changes the ratio of (8.12),
-# which no prompt of the same block can: $\Delta b_q$ multiplies $a_{ij}/a_{im}$ by
-# $\exp\bigl(\Delta b_q\cdot(k_j-k_m)/\sqrt{d_h}\bigr)$.
-#
-# **Exercise 7.** Fill in `bias_gradient`.
-
-
-# %% tags=["export", "exercise"]
-def bias_gradient(grad_output):
-    """The gradient of a bias that has been added to every token of every image.
-
-    Args:
-        grad_output: the gradient with respect to what the layer returned, (..., d).
-
-    Returns:
-        The gradient with respect to its bias, (d,).
-
-    Source: this course, equation 8.16.
-    """
-    ### BEGIN SOLUTION
-    # dL/db = sum over images and tokens of dL/dz
-    return grad_output.flatten(end_dim=-2).sum(dim=0)
-    ### END SOLUTION
-
-
-# %%
-check("visual_prompt_tuning.bias_gradient", bias_gradient)
-
-
-# %% tags=["export"]
-def bias_tuning(vit, num_classes):
-    """A copy of a backbone with a new head, of which the biases and the head train.
-
-    Args:
-        vit: a VisionTransformer of timm; it stays as it is, frozen or not.
-        num_classes: K.
-
-    Returns:
-        A VisionTransformer: model(x (B, C, H, W)) -> logits (B, K).
-
-    Raises:
-        TypeError, ValueError: as `VPT` does.
-
-    Source: Zaken, Goldberg and Ravfogel 2022, section 3.
-    """
-    model = full_fine_tune(vit, num_classes)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(".bias") or name.startswith(("head.", "head_dist.")))
-    return model
-
-
-# %% slide=["# Prompts are one way among several", "- **linear probe**: a new head, and nothing else", "- **biases only**: the same vector for each token", "- **prompts**: shallow, or deep", "- **full fine-tuning**: everything, on a copy", "? Which of them can change the ratio (8.12) within a block?"]
-model = bias_tuning(vit, num_classes=8)
-collected = []
-layer = model.blocks[2].mlp.fc1
-layer.register_full_backward_hook(
-    lambda module, gradients_in, gradients_out: collected.append(gradients_out[0])
-)
-cross_entropy(model(x), torch.arange(8)).backward()
-verify("8.16", layer.bias.grad, bias_gradient(collected[0]), atol=1e-12)
-assert layer.weight.grad is None
-print("the weight beside it has no gradient:", layer.weight.grad is None)
-
-# %% [markdown] tags=["core"]
-# ## A fair comparison
-#
-# Which of these methods is the best depends on how they are compared. One learning rate for all would be unfair:
-# those that suit prompts and heads lie far above those for full fine-tuning. So the rules are: the same images, the
-# same number of steps of the same batch size, the same linear head. Each method begins with two learning rates of
-# its own, and goes on beyond the better one, by factors of three, until the best lies between two others (at most
-# seven are tried). The *validation* images choose, by shorter runs of the first seed, 200 steps in the place of 600;
-# the *test* images take no part in the choice, and say how good it is. Three seeds draw prompts, heads and the order
-# of the images.
-#
-# Equal steps are a choice, too. A step costs more by one method than by another, and a method that has not settled
-# after these steps might gain by more.
-#
-# Seven small tasks, of at most 800 training images each, none of them photographs of airplanes or cats:
-
-# %% slide=["# A fair comparison begins with its rules", "[picture]", "Seven tasks, none of photographs: the same images and steps for all, each method at a learning rate of its own."]
-torch.set_default_dtype(torch.float32)
-tasks = ("digits", *TASKS)
-sets = {task: downstream(task) for task in tasks}
-pictures = torch.cat([images.batch(range(10))["image"] for images in sets.values()])
-show(show_grid(pictures, columns=10, row_titles=list(sets)), "Ten images of each of the seven tasks.")
-for task, images in sets.items():
-    print(f"{task:14} {len(images):4} images, {len(downstream(task, 'test')):4} to test, "
-          f"classes: {', '.join(images.labels['class'])}")  # fmt: skip
-
-# %% [markdown]
-# *The tasks: handwritten digits (real ones, from scikit-learn), line drawings, the number of discs, the corner of the
-# largest one, the corner of a bright nodule on something like an X-ray picture (or that there is none), textures, and
-# shapes in the dark. Those in the last row are not black: an eighth of the light is left, under noise.*
-#
-# All but the last have been compared in full, and MNIST's digits, which are not embedded; the results are stored.
-# (`python -m lecture26 measure adaptation_low_light` does the same for the last one, in half an hour to an hour on
-# one core. MNIST came as a folder, made from its 10,000 official test images as `data/README.md` says. Of every
-# folder without splits a tenth is set aside to validate and another tenth to test. Of each split at most as many
-# images are used as above.)
-
-# %%
-compared = ("digits", "mnist", "line_drawings", "textures", "counting", "largest", "xray")
-stored = {task: load_results(f"adaptation_{task}") for task in compared}
-for comparison in stored.values():
-    print(comparison["command"])
-
-
-def result(task, method):
-    """The run of the stored comparison for a task and a method."""
-    (run,) = (run for run in stored[task]["runs"] if run["method"] == method)
-    return run
-
-
-def mean(values):
-    """The mean of some numbers."""
-    return sum(values) / len(values)
-
-
-# %% [markdown]
-# First the digits live: three of the methods at the learning rates that the stored comparison has chosen, for a third
-# of its steps, 200 of 16 images each.
-
-# %%
-vit = load_model("vit_photos32")
-tests = downstream("digits", "test")
-models, curves = {}, {}
-
-
-def adapt_live(method):
-    """Train a method on the digits, at the learning rate that the stored comparison has chosen."""
-    models[method] = build(method, vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0)
-    rate = result("digits", method)["learning_rate"]
-    curves[method] = fit(models[method], sets["digits"], rate, SHORT_BUDGET, progress=False).losses
-    models[method].eval().cpu()  # wherever it was trained
-
-
-adapt_live("linear")
-adapt_live("vpt-deep")
-
-# %%
-adapt_live("full")
-
-# %% slide=["# Deep prompts learn the digits nearly as fast as all weights", "[picture]", "Learning rates differ by far: what suits prompts and heads lies much above that of full fine-tuning."]
-figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-for (method, losses), colour in zip(curves.items(), colours):
-    smooth = torch.tensor(losses).unfold(0, 10, 5).mean(dim=1)
-    axis.plot(range(10, len(losses) + 1, 5), smooth, color=colour, label=method)
-axis.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-axis.legend()
-show(figure, "The training loss of the linear probe, deep prompts and full fine-tuning, falling.")
-
-# %% [markdown]
-# *The mean over ten steps each. The high learning rate, 0.45, throws the linear probe off at first; the loss falls
-# with the rate.*
-
-# %%
-live = {method: accuracy(model, tests, 100) for method, model in models.items()}
-for method, share in live.items():
-    agrees = abs(share - result("digits", method)["accuracy"][0]) < 0.15
-    print(f"{method:9} within 15 points of the stored, longer run with the same seed: {agrees}")
-    assert agrees
-model = models["vpt-deep"]
-fresh = load_model("vit_photos32").state_dict()
-is_same = all(tensor.equal(fresh[name]) for name, tensor in model.vit.state_dict().items())
-assert is_same
-print("the backbone is what it was after all this:", is_same)
-
-# %% [markdown]
-# ### The stored comparison
-
-
-# %%
-def with_spread(run):
-    """A run's mean accuracy in percent, and its uncertainty: over the seeds, and over the draw of test images."""
-    p = mean(run["accuracy"])
-    over_seeds = statistics.stdev(run["accuracy"])
-    over_images = math.sqrt(p * (1 - p) / run["tested"])
-    return f"{100 * p:5.1f} ± {100 * math.hypot(over_seeds, over_images):.1f}"
-
-
-print(f"{'test accuracy, %':14}" + "".join(f"{method:>15}" for method in COMPARED))
-for task in compared:
-    print(f"{task:16}" + "".join(f"{with_spread(result(task, method)):>15}" for method in COMPARED))
-
-# %%
-for method in COMPARED:
-    rates = [f"{result(task, method)['learning_rate']:g}" for task in compared]
-    print(f"learning rates chosen for {method:12} {', '.join(rates)}")
-factors = [
-    result(task, "vpt-deep")["learning_rate"] / result(task, "full")["learning_rate"] for task in compared
-]
-print("deep prompts over full fine-tuning:", ", ".join(f"{factor:.0f} times" for factor in factors))
-at_edge = [f"{task}, {method}" for task in compared for method in COMPARED if result(task, method)["at_edge"]]
-print("at an end of those tried:", "; ".join(at_edge) or "none")
-
-# %% slide=["# Probe, prompts, full fine-tuning: in this order", "[picture]", "Bars are means of three seeds, dots the seeds: six hundred steps of sixteen images, the class token read by all."]
-figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
-for k, (method, colour) in enumerate(zip(COMPARED, colours)):
-    shares = [result(task, method)["accuracy"] for task in compared]
-    places = [t + 0.18 * (k - 1.5) for t in range(len(compared))]
-    axis.bar(places, [mean(values) for values in shares], width=0.16, color=colour, label=method)
-    for place, values in zip(places, shares):
-        axis.plot([place] * len(values), values, ".", color="black", markersize=4)
-axis.set(ylabel="test accuracy", ylim=(0, 1.02))
-axis.set_xticks(range(len(compared)), compared)
-axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.16))
-show(figure, "Bars of test accuracy for seven tasks and four methods, with a dot for each seed.")
-
-# %% [markdown]
-# *Bars: means of three seeds; dots: the seeds. All seeds are tested on the same images, so the dots do not show how
-# far the accuracy depends on which images these are; the ± of the table does (the standard deviations of both, added
-# as squares). All methods share these images, too, so a difference between two can be surer than their ± suggest.*
-
-# %%
-gains = {
-    task: mean(result(task, "vpt-deep")["accuracy"]) - mean(result(task, "linear")["accuracy"])
-    for task in compared
-}
-gaps = {
-    task: mean(result(task, "full")["accuracy"]) - mean(result(task, "vpt-deep")["accuracy"])
-    for task in compared
-}
-print(f"{'deep prompts, points':20} above linear   below full   of the way between")
-for task in compared:
-    of_the_way = gains[task] / (gains[task] + gaps[task])
-    print(f"{task:20} {100 * gains[task]:12.1f} {100 * gaps[task]:12.1f} {of_the_way:20.0%}")
-assert all(gain > 0 for gain in gains.values()) and all(gap > 0 for gap in gaps.values())
-
-# %% [markdown]
-# Deep prompts are above the linear probe on all seven tasks: by eight to eleven points where it is asked how many
-# discs there are, which is the largest, or where the nodule is; by one to four where it is asked what the picture
-# shows, and on the digits by no more than about the ±. There and on the line drawings the probe has 95% already, and
-# even full fine-tuning only three or four points more. Shallow prompts lie between the two, but for the digits, where
-# they fall behind the probe by less than the ±. Full fine-tuning is ahead of deep prompts everywhere: by two points
-# where there is little to gain, by seven to ten in counting and on MNIST, by twenty-five and more on the textures,
-# the largest discs and the nodules. These three it learns to more than 90%, the last two nearly to the end.
-
-# %% [markdown] tags=["optional"]
-# ### A third of the steps *(at a second reading)*
-#
-# How far does this depend on the budget? The same comparison of the two kinds of digits, with 200 steps:
-
-# %%
-shorter = load_results("adaptation_short")
-print(shorter["command"])
-points = {}  # of deep prompts over the linear probe, by task and steps
-for task, name in {"digits": "digits", "mnist": "./mnist"}.items():
-    of_task = {run["method"]: run for run in shorter["runs"] if run["task"] == name}
-    for method in COMPARED:
-        print(f"{task:8} {method:12} 200 steps {with_spread(of_task[method])}   "
-              f"600 steps {with_spread(result(task, method))}")  # fmt: skip
-    shares = [mean(of_task[method]["accuracy"]) for method in ("vpt-deep", "linear")]
-    points[task] = shares[0] - shares[1], gains[task]
-
-# %%
-for task, (few, many) in points.items():
-    print(f"{task:8} deep prompts over the linear probe: {100 * few:+.1f} points with 200 steps, "
-          f"{100 * many:+.1f} with 600")  # fmt: skip
-assert points["mnist"][0] < points["mnist"][1]
-
-# %% [markdown]
-# All gain by more steps, but for full fine-tuning on the digits, which it has learned after 200 already. The lead of
-# the deep prompts grows a little on MNIST, and shrinks a little on the digits, where the probe catches up. So how much
-# prompts gain depends on the task and on the budget, and a comparison has to name both. (The learning rates are those
-# found with 200 steps. They may be too high for 600, for all methods alike.)
-#
-# What is left between prompts and full fine-tuning may come from (8.12), from the small number of parameters, from
-# too few steps, or from our backbone, in which prompts may find little to call up. The next section looks at the steps,
-# and at what there is to find; the rest we have not told apart. The published comparisons use backbones pretrained on
-# millions of images; this is ours:
-
-# %%
-card = load_card("vit_photos32")
-print(f"trained on {card['data']}; names {100 * card['metrics']['accuracy']:.0f}% of others right")
-
-# %% [markdown]
-# That many photographs are few for a transformer, which has to find out that neighbouring pixels belong together.
-# Trained on the classes alone, for 26,000 steps, it named 69 of a hundred test photographs. A convolutional network of
-# a third of its size, into which neighbourhood is built, named 81 after 4,500 steps. So for the last 10,000 steps the
-# transformer had that network for a *teacher* (Li et al. 2022): beside the classes it learned to see at each of its
-# $8\times8$ places what the teacher sees there. (`README.md` has the commands.)
-
-# %% [markdown] tags=["core"]
-# ### Is it the probe, or what it reads?
-#
-# The linear probe had as many steps as the others. For it that is not much: on frozen features its loss is convex in
-# the $(d+1)K$ numbers of the head, and a solver finds the minimum in a second. And it reads the class token alone.
-# What the *patches'* tokens know does not count, unless attention has brought it there. So two questions: how good is
-# a head that is **solved** to the end; and how good would it be if it read the patches? First the corner of the
-# largest disc, live. A head reads the class token, the mean of all patches, or the means of the picture's four quarters
-# side by side, all from the frozen backbone:
-
-# %%
-solved = load_results("adaptation_solved")
-print(solved["command"])
-solved = {run["task"].removeprefix("./"): run["accuracy"] for run in solved["runs"]}
-for name, share in solved_by_reading(vit, open_task("largest", 32)).items():
-    expected = solved["largest"][name]
-    agrees = abs(share - expected) < 0.02
-    print(f"a solved head on the {name:12} {100 * expected:5.1f} %, here within two points of it: {agrees}")
-    assert agrees
-
-# %% [markdown]
-# By chance it would be 25%. The class token knows the corner in nearly half of the pictures, the mean of the patches
-# in three quarters of them, the four quarters practically always. So the frozen backbone has seen how large each disc
-# is, and where. The class token has not kept it: it was trained to say what is on a photograph, wherever it is.
-#
-# The same for all tasks, and for the class token of a network with trained deep prompts (one seed each):
-
-# %%
-columns = dict(zip(("class token", "vpt-deep", "patches", "quarters"),
-                   ("no prompts", "deep prompts", "patches", "quarters")))  # fmt: skip
-print(f"{'solved heads, %':16}" + "".join(f"{title:>14}" for title in columns.values()) + "   deep - none")
-for task in compared:
-    shares = [100 * solved[task][name] for name in columns]
-    print(f"{task:16}" + "".join(f"{share:14.1f}" for share in shares) + f"{shares[1] - shares[0]:+14.1f}")
-
-# %% slide=["# Is it the probe, or what it reads?", "[picture]", "Filled: heads solved to the end. Stars: solved heads that read the patches' quarters, at no cost in tokens.", "# The place to read matters as much as the method", "? The class token knows the corner of the largest disc in half of the pictures. Has the network not seen it?", "A head on the frozen patches knows it nearly always.", "By (8.12) a prompt cannot turn the class token's attention to a patch: the knowledge is there, the way is not."]
-figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-for method, reading, marker, colour in (
-    ("linear", "class token", "o", colours[0]),
-    ("vpt-deep", "vpt-deep", "s", colours[2]),
-):
-    trained_shares = [mean(result(task, method)["accuracy"]) for task in compared]
-    solved_shares = [solved[task][reading] for task in compared]
-    axis.plot(compared, trained_shares, marker, color=colour, fillstyle="none", label=f"{method}, trained")
-    axis.plot(compared, solved_shares, marker, color=colour, label=f"{method}, solved")
-quarters = [solved[task]["quarters"] for task in compared]
-axis.plot(compared, quarters, "*", color=colours[4], markersize=9, label="quarters, solved")
-full = [mean(result(task, "full")["accuracy"]) for task in compared]
-axis.plot(compared, full, "_", color="black", markersize=16, label="full")
-axis.set(ylabel="test accuracy", ylim=(0.4, 1.02))
-axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-show(figure, "For seven tasks the accuracy of trained and of solved heads, with and without prompts.")
-
-# %% [markdown]
-# *Open marks: heads trained for 600 steps, means of three seeds, as above. Filled ones: heads solved to the end, with
-# the prompts of the first seed. Stars: solved heads that read the quarters. Dashes: full fine-tuning.*
-#
-# Two things follow. First, six hundred steps were too few for the probe. Solved, it gains eight points on the nodules,
-# five in counting, two or three on the largest discs, the textures and the line drawings, and one or less on the two
-# kinds of digits. So a part of the prompts' lead in the comparison was the probe's unfinished training. But prompts
-# have a head, too. With solved heads on both sides they are ahead by sixteen points on the largest discs, by seven in
-# counting and on the nodules, and by five on MNIST; on the digits, the line drawings and the textures they are level
-# with no prompts at all, within the ±.
-#
-# Second, the place where a head reads matters as much as the method. One that reads the quarters of the frozen
-# backbone's patches is ahead of deep prompts on all tasks but counting, where one that reads their mean is. It needs no
-# token more, no gradient through the blocks, and for ten classes $10\,(4d+1)=6{,}410$ numbers, where eight deep
-# prompts and their head are 9,290. On MNIST it is even ahead of full fine-tuning, on the largest discs level with it.
-# There, what the class token lacks is not knowledge but a way to it. By (8.12) a prompt cannot turn the class token's
-# attention from one patch to another within a block; only what it mixes in, (8.11), changes what the next block asks
-# for. On the textures, in counting and on the nodules full fine-tuning is ahead of every head, by five to fourteen
-# points: there weights that move find what none of these readings of the frozen tokens does.
-#
-# The comparison above is the usual one, with the class token for everybody. It tells which way to change that token is
-# the best, not whether it is the place to read.
-
-# %% [markdown] tags=["core"]
-# ### What it costs
-#
-# Training a prompt is not cheap: the gradient has to come back through all blocks, as in full fine-tuning. Only the
-# products for the weights' own gradients are spared. What is small is what is stored.
-
-# %%
-whole = result("digits", "full")
-steps = load_results("benchmark_adaptation")["methods"]
-print("             trained    stored   times less   training    kept   forward pass")
-for method in COMPARED:
-    run, step = result("digits", method), steps[method]
-    print(f"{method:12} {run['trained']:9,} {run['bytes'] / 1e3:7,.0f} kB {whole['bytes'] / run['bytes']:8,.0f}x"
-          f" {1 / step['full_over_method']['ratio']['median']:9.2f}x {step['kept_bytes'] / 1e6:4.0f} MB"
-          f" {run['operations'] / whole['operations']:11.2f}x")  # fmt: skip
-
-# %% [markdown]
-# *Times less: than full fine-tuning. Training: the time of a step relative to full fine-tuning, both timed in turn
-# by `benchmarks/adaptation.py`. Kept: the memory of what a forward pass of 64 images keeps for the backward pass.
-# Forward pass: its matrix products relative to those of full fine-tuning. The linear probe trains in less time,
-# since nothing has to come back through the blocks (and less still if the features are computed once). That
-# full fine-tuning does not come out at 1.00 shows how far the times can be trusted.*
-
-# %% [markdown] tags=["optional"]
-# ### How many prompts *(at a second reading)*
-#
-# All of this was with eight prompts. Counting again, with one and with thirty-two:
-
-# %%
-other_lengths = load_results("adaptation_prompts")
-print(other_lengths["command"])
-by_length = {
-    method: sorted(
-        [result("counting", method), *(run for run in other_lengths["runs"] if run["method"] == method)],
-        key=lambda run: run["num_prompts"],
-    )
-    for method in ("vpt-shallow", "vpt-deep")
-}
-for method, runs in by_length.items():
-    for run in runs:
-        print(f"{method:12} n = {run['num_prompts']:2}  {with_spread(run)} %  trained {run['trained']:6,}  "
-              f"learning rate {run['learning_rate']:g}")  # fmt: skip
-
-# %% slide=["# One prompt gains a little, eight most of it", "[picture]", "Accuracy of counting by the number of prompts: full fine-tuning stays ahead."]
-figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-for (method, runs), marker, colour in zip(by_length.items(), "os", colours[1:]):
-    counts, shares = [run["num_prompts"] for run in runs], [run["accuracy"] for run in runs]
-    axis.semilogx(counts, [mean(values) for values in shares], marker + "-", color=colour, label=method)
-    axis.fill_between(counts, [min(v) for v in shares], [max(v) for v in shares], color=colour, alpha=0.2)
-for method, style in (("linear", ":"), ("full", "--")):
-    level = mean(result("counting", method)["accuracy"])
-    axis.axhline(level, color="grey", linestyle=style, label=method)
-axis.set_xticks(counts, counts)
-axis.minorticks_off()
-axis.set(xlabel="prompts n", ylabel="test accuracy, counting")
-axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-show(figure, "Accuracy of counting against the number of prompts, shallow and deep, between two lines.")
-
-# %% [markdown]
-# *Means and ranges of three seeds, against the linear probe (dotted) and full fine-tuning (dashed). Every length has
-# its own learning rate.*
-#
-# A single deep prompt at each block, six tokens in all, is three points above the linear probe, about as much as the
-# ±; eight are eleven, and thirty-two twelve, with 97 tokens in the place of 65. One shallow prompt is no better than
-# the probe, eight and thirty-two are four and six points. From the best of these to full fine-tuning it is still
-# seven points. Whether still more prompts would go on gaining was not tried.
-
-# %% [markdown] tags=["optional"]
-# ### Narrower backbones *(at a second reading)*
-#
-# The slide says that prompts work across model sizes, and means ViT-B, L and H. These are out of reach here. What can be
-# tried is the width: two narrower backbones, of as many blocks, trained on the same photographs from scratch
-# (`python -m lecture26 train vit_photos32_96 --data ./photos`, and `_64`; fifty and thirty minutes on one core), beside
-# the one of this chapter.
-
-# %%
-narrower = load_results("adaptation_widths")
-print(narrower["command"])
-of_width = {}  # by task: the backbones from narrow to wide, each with its runs by method
-for task in ("counting", "xray"):
-    runs = [run for run in narrower["runs"] if run["task"] == task]
-    runs += [result(task, method) for method in ("linear", "vpt-deep", "full")]
-    of_width[task] = {run["backbone"]: {} for run in runs}
-    for run in runs:
-        of_width[task][run["backbone"]][run["method"]] = run
-
-# %%
-widths = {"vit_photos32_64": 64, "vit_photos32_96": 96, "vit_photos32": vit.embed_dim}
-for task, backbones in of_width.items():
-    for name, width in widths.items():
-        linear, deep, full = (backbones[name][method] for method in ("linear", "vpt-deep", "full"))
-        gain = mean(deep["accuracy"]) - mean(linear["accuracy"])
-        print(f"{task:8} d = {width:3}  {full['trained'] / 1e6:.1f} M parameters   linear {with_spread(linear)}"
-              f"   deep {with_spread(deep)} ({100 * gain:+.1f})   full {with_spread(full)}")  # fmt: skip
-        assert gain > 0
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
-for axis, (task, backbones) in zip(axes, of_width.items()):
-    for method, colour in (("linear", colours[0]), ("vpt-deep", colours[2]), ("full", colours[3])):
-        shares = [backbones[name][method]["accuracy"] for name in widths]
-        axis.plot(widths.values(), [mean(v) for v in shares], "o-", color=colour, label=method)
-        lowest, highest = [min(v) for v in shares], [max(v) for v in shares]
-        axis.fill_between(widths.values(), lowest, highest, color=colour, alpha=0.2)
-    axis.set(xlabel="width d of the backbone", xticks=list(widths.values()), title=task)
-axes[0].set(ylabel="test accuracy")
-axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-show(figure, "Accuracy of three methods against the backbone's width, for two tasks.")
-
-# %% [markdown]
-# *Means and ranges of three seeds.*
-#
-# At each width and on both tasks deep prompts are ahead of the linear probe, by five to twelve points, and full
-# fine-tuning is ahead of both. So the order of the three is not peculiar to one network. How much prompts gain does not
-# grow or shrink steadily with the width.
-#
-# That is all it shows. The three have 0.3 to 1.9 million parameters. The widest was trained for longer, and with a
-# teacher: it names 77 of a hundred photographs, the narrower ones 62 and 63, so width and training change together. And
-# nothing here speaks for networks of 86 to 632 million parameters, which the slide means.
-
-# %% [markdown] tags=["optional"]
-# ## What the prompts have learned *(at a second reading)*
-#
-# By (8.11) a prompt acts by $\lambda_i(\bar p_i-o_i^{\,0})$, and the share of attention $\lambda_i$ is easy to look
-# at. Here is that of the class token in the model that was trained above, for each block and head, beside the same
-# before training. By chance it would be $n/(1+n+N_p)$.
-
-
-# %%
-@torch.no_grad()
-def shares_of_class_token(model, x):
-    """The class token's attention to the prompts, mean over images: (L, heads)."""
-    rows = []
-
-    def note(block, inputs):
-        weights = attention_weights(block.attn, block.norm1(inputs[0]))
-        rows.append(attention_to_prompts(weights, 1, model.num_prompts)[:, :, 0].mean(dim=0))
-
-    hooks = [block.register_forward_pre_hook(note) for block in model.vit.blocks]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(rows)
-
-
-x = tests.batch(range(200))["image"]
-untrained = build("vpt-deep", vit, num_classes=10, num_prompts=NUM_PROMPTS, seed=0).eval()
-tables = [shares_of_class_token(m, x) for m in (untrained, model)]
-
-# %% slide=["# Few heads listen, and these listen well", "[picture]", "The class token's attention to prompts: after training one head of the last block sees nothing else."]
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-for axis, table, title in zip(axes, tables, ("before training", "after training")):
-    picture = axis.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    for row in range(table.shape[0]):
-        for column in range(table.shape[1]):
-            shade = "black" if table[row, column] > 0.6 else "white"
-            axis.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=shade)
-    axis.set(title=title, xlabel="head", xticks=range(table.shape[1]), yticks=range(table.shape[0]))
-    axis.set_yticklabels([f"block {number + 1}" for number in range(table.shape[0])])
-    axis.grid(False)
-figure.colorbar(picture, ax=axes, label="share of attention")
-show(figure, "Two tables of blocks by heads: the share of the class token's attention that goes to prompts.")
-
-# %% [markdown]
-# *The class token's attention to the eight prompts, mean over 200 digits. By chance it would be 8/73, or 0.11.*
-#
-# One head of the last block now looks at nothing but prompts: of the image it hears only through its own query. One
-# of the first block gives them more than half of its attention, and one of the fifth nearly half. In most other places
-# the share is small, and less than it was before the training.
-#
-# What this does to the features $f$: the test images, projected on their two main directions, without prompts and
-# with them. (The head separates the classes in all $d$ dimensions, so those that overlap here may be apart for it.)
-
-# %% slide=["# What prompts do to the features", "[picture]", "The same frozen backbone, without prompts and with them, in its two main directions."]
-labels = tests.batch(range(len(tests)))["class"]
-with torch.no_grad():
-    everything = tests.batch(range(len(tests)))["image"]
-    none = torch.zeros(1, 0, vit.embed_dim)
-    clouds = {
-        "without prompts": pooled(vit, prompted_tokens(vit, everything, none), 0),
-        "with deep prompts": pooled(vit, model.forward_features(everything), model.num_prompts),
-    }
-figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-for axis, (title, f) in zip(axes, clouds.items()):
-    centred = f - f.mean(dim=0)
-    plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # (N, 2)
-    for digit in range(10):
-        points = plane[labels == digit]
-        axis.scatter(*points.T, s=0)
-        for point in points.tolist():
-            axis.text(*point, str(digit), color=plt.cm.tab10(digit), fontsize=7, ha="center", va="center")
-    axis.set(title=title, xticks=[], yticks=[])
-show(figure, "Digits scattered in two planes, without prompts and with them.")
-
-# %% [markdown]
-# *Each test image at its place in the plane of the two main directions of the features, written as the digit that it
-# shows. The backbone is the same in both.*
-
-
-# %%
-def spread_between_classes(f):
-    """The share of the features' variance that lies between the classes' means."""
-    means = torch.stack([f[labels == digit].mean(dim=0) for digit in range(10)])[labels]
-    return ((means - f.mean(dim=0)) ** 2).sum() / ((f - f.mean(dim=0)) ** 2).sum()
-
-
-without, prompted = (spread_between_classes(f) for f in clouds.values())
-assert prompted > without
-print("the share of variance between classes grows with prompts:", bool(prompted > without))
-
-# %% [markdown] tags=["core"]
-# ## What is forgotten
-#
-# 'Prevents catastrophic forgetting: original weights remain frozen', says the lecture. After each adaptation, give
-# the network its old head back, and ask for the photographs once more. For prompts there are two ways to ask: with
-# the prompts taken out, and with those of the new task left in. The numbers are means of the three seeds.
-
-
-# %%
-def print_row(label, shares):
-    """Print the mean of each list of shares in percent."""
-    print(f"{label:18}" + "".join(f"{100 * mean(values):14.1f}" for values in shares))
-
-
-before = result("digits", "full")["upstream_before"]
-print(f"photographs named right before: {100 * before:.1f}%; after learning ...")
-print(f"{'':18}" + "".join(f"{task:>14}" for task in compared))
-for method in COMPARED:
-    print_row(method, [result(task, method)["upstream"] for task in compared])
-    if "upstream_prompted" in result("digits", method):
-        print_row("  prompts left in", [result(task, method)["upstream_prompted"] for task in compared])
-
-# %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "As many as before, to the last bit. So it is with a linear probe, or with a copy.", "What prompts give: no copy is needed *for each task*. With the prompts left in, the network is another one."]
-for task in compared:
-    for method in ("linear", "vpt-shallow", "vpt-deep"):
-        run = result(task, method)
-        assert all(share == run["upstream_before"] for share in run["upstream"])
-
-# %% [markdown]
-# With prompts taken out nothing at all is forgotten, to the last bit (each of these runs compared the backbone's
-# fingerprint before and after): that is no merit of the training, it is how the thing is made. The same holds for a
-# linear probe, and for everybody who keeps a copy of the old weights. What prompts give is that the copy need not be
-# kept *for each task*. With the prompts left in, the network is another one: it names 39 to 79 of a hundred
-# photographs right. A fully fine-tuned one with its old head names a quarter of them or less; only after the line
-# drawings, which it learned at a third of the rate, are there three in five.
-
-# %% [markdown] tags=["core"]
-# ## Many tasks, one backbone
-#
-# Fine-tuning $T$ tasks gives $T$ networks: each has to be kept in memory, and a batch that mixes tasks has to be
-# split into $T$ batches. With prompts there is one network. All that differs between two samples of different tasks
-# are a few tokens and the head, and attention never looks from one sample to another. So a single pass serves all:
-# sample $b$, of task $\tau_b$, gets the prompts $P^{(\tau_b)}$, (8.7) or (8.9), and its own head,
-#
-# $$y_b=W^{(\tau_b)}f_b+c^{(\tau_b)} \tag{8.17}$$
-#
-# with $f_b$ the pooled features. In one tensor there must be as many tokens for each sample, so the tasks of a bank
-# share $n$, and are all shallow or all deep. Their heads may differ in size: they are filled up with zeros to the
-# largest, and cut back afterwards.
-#
-# **Exercise 8.** Fill in `own_head`.
-
-
-# %% tags=["export", "exercise"]
-def own_head(features, weights, biases, tasks):
-    """The logits of each sample by the head of its own task.
-
-    Args:
-        features: (B, d).
-        weights: of T heads with K classes each, (T, K, d).
-        biases: (T, K).
-        tasks: the number of each sample's task, (B,) int64 in [0, T).
-
-    Returns:
-        (B, K).
-
-    Source: this course, equation 8.17.
-    """
-    ### BEGIN SOLUTION
-    # y_b = W^(tau_b) f_b + c^(tau_b)
-    return torch.einsum("bd,bkd->bk", features, weights[tasks]) + biases[tasks]
-    ### END SOLUTION
-
-
-# %%
-check("visual_prompt_tuning.own_head", own_head)
-
-# %% slide=["# Many tasks in one pass", "Attention never looks from one sample to another, so each sample brings its own prompts and head:", "(8.17)", "[code own_head]"]
-generator = torch.Generator().manual_seed(5)
-f, W, c = (
-    torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (3, 2, 4), (3, 2))
-)
-tau = torch.tensor([2, 0, 1, 1, 0, 2])
-one_by_one = torch.stack([W[task] @ row + c[task] for row, task in zip(f, tau)])
-verify("8.17", own_head(f, W, c, tau), one_by_one, atol=1e-12)
-
-
-# %% tags=["export"]
 class PromptBank(nn.Module):
     """One backbone and many tasks, served together.
 
@@ -2049,7 +1897,8 @@ class PromptBank(nn.Module):
     def __init__(self, vit):
         super().__init__()
         check_backbone(vit)
-        self.vit = vit.requires_grad_(False).eval()
+        freeze_all_but(dict(vit.named_parameters()), ())
+        self.vit = vit.eval()
         self._fingerprint = backbone_fingerprint(vit)
         self._states = {}  # by name, each as VPT.task_state_dict gives it
 
@@ -2155,131 +2004,191 @@ def _prompt_sizes(state):
 
 
 # %% [markdown]
-# With three tasks on our backbone: the digits from above, and two with fresh prompts (trained or not, the arithmetic
-# is the same), with 10, 8 and 6 classes. One batch, each image with its own question:
+# One batch, three tasks, the digits from the beginning and two with fresh prompts:
 
 # %%
 singles = {
-    "digits": models["vpt-deep"],
+    "digits": prompted,
     "line_drawings": build("vpt-deep", vit, 8, NUM_PROMPTS, seed=1).eval(),
     "counting": build("vpt-deep", vit, 6, NUM_PROMPTS, seed=2).eval(),
 }
 bank = PromptBank(vit)
-for name, single in singles.items():
-    bank.add(name, single)
+with tempfile.TemporaryDirectory() as shelf:
+    for name, single in singles.items():
+        save_task(Path(shelf, name), single.task_state_dict())
+        bank.load(name, Path(shelf, name))
+    print(
+        "a task's file:",
+        ", ".join(f"{name} {Path(shelf, name).stat().st_size / 1e3:.0f} kB" for name in singles),
+    )
+try:
+    bank.add("short", VPT(vit, 10, 3, deep=True))
+except ValueError as error:
+    print("refused:", error)
+else:
+    raise AssertionError("not refused")
 mixed_names = ["digits", "counting", "line_drawings", "digits", "counting", "digits"]
 mixed = torch.cat([sets[name].batch([i])["image"] for i, name in enumerate(mixed_names)])
 with torch.no_grad():
-    answers = bank(mixed, mixed_names)
+    together = bank(mixed, mixed_names)
     alone = [singles[name](image[None])[0] for name, image in zip(mixed_names, mixed)]
-print("classes:", [len(row) for row in answers])
-assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(answers, alone))
-print("each image's logits are those of its task's own model, to 1e-5")
+assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(together, alone))
+print("each image's logits are those of its task's own model, to 1e-4")
 
-# %% slide=["# One batch, three tasks", "[picture]", "Each image is asked its own question, in one pass of one backbone.", "# What to remember", "- Experiments find what reading does not: shuffle, add nothing, count, call twice.", "- A prompt mixes in and fades; it cannot turn a head's view.", "- Small to store, not cheap to run.", "- Where a head reads matters as much as how one adapts.", "- Nothing is forgotten, and one backbone serves many tasks."]
-titles = [f"{name}:\n{singles[name].head.out_features} logits" for name in mixed_names]
+# %% slide=["# One batch, three tasks", "[picture]", "Each image is asked its own question, in one pass of one backbone."] tags=["draw"]
+titles = [f"{name}:\n{len(row)} logits" for name, row in zip(mixed_names, together)]
 figure = show_grid(mixed, columns=6, titles=titles, inches_per_image=1.3)
 figure.set_figheight(2.0)
 show(figure, "Six images of three tasks, each with the name of the task that it is asked about.")
 
+# %%
+in_bank = load_results("benchmark_adaptation")["bank"]
+show_table(
+    [
+        [label, *(f"{in_bank[key][side] / 1e6:.1f} MB" for side in ("bank", "separate"))]
+        for label, key in (("memory", "memory_bytes"), ("disk", "disk_bytes"))
+    ],
+    [f"{in_bank['tasks']} tasks", "one bank", "separate networks"],
+)
+
 # %% [markdown]
-# *One batch, three tasks, one pass.*
+# In time the bank gains nothing on a processor; a GPU was not tried.
+
+# %% [markdown] tags=["optional"]
+# ## How far does this hold? *(at a second reading)*
 #
-# Tasks are saved, removed, and loaded again. Asking for one that is not there, or adding one of another length, is
-# refused with a word why.
+# *Steps*: a third of them.
 
 # %%
-for name in bank.names:
-    bank.save(name, folder / f"{name}.safetensors")
-    print(f"{name:14} {(folder / f'{name}.safetensors').stat().st_size / 1e3:.0f} kB")
-bank.remove("digits")
-try:
-    bank(mixed, mixed_names)
-except ValueError as error:
-    print("refused:", error)
-else:
-    raise AssertionError("not refused")
-bank.load("digits", folder / "digits.safetensors")
-with torch.no_grad():
-    again = bank(mixed, mixed_names)
-is_same = all(torch.equal(one, other) for one, other in zip(again, answers))
-assert is_same
-print("after loading the same:", is_same)
-try:
-    bank.add("short", build("vpt-deep", vit, 10, 3, seed=0))
-except ValueError as error:
-    print("refused:", error)
-else:
-    raise AssertionError("not refused")
+show_table(
+    [
+        [
+            task,
+            *(
+                f"{told(run['accuracy'], run['tested'])} → {told(accuracies[task][run['method']], tested[task])}"
+                for run in runs
+            ),
+        ]
+        for task in ("digits", "mnist")
+        for runs in [[run for run in stored_short if run["task"].removeprefix("./") == task]]
+    ],
+    ["200 → 600 steps, %", *(run["method"] for run in stored_short[:4])],
+)
 
 # %% [markdown]
-# Against as many fine-tuned copies, measured by `benchmarks/adaptation.py`:
+# *Lengths*, in counting, against the solved probe:
 
 # %%
-measured = load_results("benchmark_adaptation")["bank"]
-print(f"{measured['tasks']} tasks             bank    separate networks")
-for label, key in (("memory, MB", "memory_bytes"), ("disk, MB", "disk_bytes")):
-    print(f"{label:14} {measured[key]['bank'] / 1e6:10.2f} {measured[key]['separate'] / 1e6:15.2f}")
-print(f"time for a mixed batch of {measured['batch_size']}: separate networks take "
-      f"{measured['seconds']['ratio']['median']:.2f} times that of the bank")  # fmt: skip
+of_lengths = [
+    *load_results("adaptation_prompts")["runs"],
+    *(result("counting", m) for m in ("vpt-shallow", "vpt-deep")),
+]
+of_lengths.sort(key=lambda run: (run["method"], run["num_prompts"]))
+solved_probe = accuracies["counting"]["linear, solved"]
+show_table(
+    [
+        [
+            run["method"],
+            run["num_prompts"],
+            told(run["accuracy"], 1000),
+            verdict(run["accuracy"], solved_probe, 1000),
+        ]
+        for run in of_lengths
+    ],
+    ["method", "prompts", "test accuracy, %", "points over the solved probe"],
+)
+
+# %% slide=["# One prompt is not above a finished probe, eight are", "[picture]", "Counting, by the number of prompts: grey, the solved probe and full fine-tuning."] tags=["draw"]
+figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+for method, marker, colour in zip(("vpt-shallow", "vpt-deep"), "os", colours[1:]):
+    of_method = [run for run in of_lengths if run["method"] == method]
+    numbers_of_prompts = [run["num_prompts"] for run in of_method]
+    errors = [standard_error(run["accuracy"], 1000) for run in of_method]
+    means = [mean(run["accuracy"]) for run in of_method]
+    axis.errorbar(numbers_of_prompts, means, errors, fmt=marker + "-", capsize=4, color=colour, label=method)
+axis.axhline(solved_probe[0], color="grey", linestyle=":", label="linear, solved")
+axis.axhline(mean(accuracies["counting"]["full"]), color="grey", linestyle="--", label="full")
+axis.set_xscale("log")
+axis.set_xticks(numbers_of_prompts, numbers_of_prompts)
+axis.minorticks_off()
+axis.set(xlabel="prompts n", ylabel="test accuracy, counting")
+axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+show(figure, "Accuracy of counting against the number of prompts, shallow and deep, between two lines.")
 
 # %% [markdown]
-# Memory and disk are where the bank wins: ten tasks in a tenth of the room, and each further one adds some kilobytes
-# instead of a network. In time it gains nothing here. It computes a little more, for its prompts, and does so in one
-# batch instead of ten small ones, which a CPU does not mind; a GPU may be another matter, and we have not tried it.
+# One deep prompt at each block is not above the finished probe, eight and thirty-two are; shallow ones never are.
+#
+# *Widths*: two narrower backbones, without the teacher that the widest had. (The slide means ViT-B, L and H, of 86 to 632
+# million parameters; nothing here speaks for these.) The probe is the trained one and flatters prompts.
+
+# %%
+narrower = load_results("adaptation_widths")["runs"]
+rows = []
+for task in ("counting", "xray"):
+    for backbone, width_of_backbone in (
+        ("vit_photos32_64", 64),
+        ("vit_photos32_96", 96),
+        ("vit_photos32", 160),
+    ):
+        runs = [run for run in narrower if (run["task"], run["backbone"]) == (task, backbone)]
+        runs = runs or [result(task, method) for method in ("linear", "vpt-deep", "full")]
+        rows.append([task, width_of_backbone, *(told(run["accuracy"], run["tested"]) for run in runs)])
+show_table(rows, ["task", "width", "linear, trained", "vpt-deep", "full"])
 
 # %% [markdown] tags=["optional"]
 # ## Your own images, and other people's backbones *(at a second reading)*
 #
-# ### A new modality: X-rays, ultrasound, microscopes
-#
-# The lecture names medical imaging as an application: a model of photographs, adapted to images of another kind, of
-# which there are few. The recipe is one command, for a folder with one subfolder for each class (and, if there are
-# any, `train`, `validation` and `test` above them; what is missing is split off):
-#
-# ```
-# chest/train/normal/0001.png  chest/train/pneumonia/0001.png  chest/test/normal/0001.png  ...
-# ```
+# The lecture names medical imaging. One command adapts any square timm `VisionTransformer`, by any method of this chapter
+# (`linear`, `vpt-shallow`, `vpt-deep`, `bias`, `adapter`, `lora`, `full`), to a folder with a subfolder for each class (and,
+# if there are any, `train`, `validation` and `test` above them):
 #
 # ```bash
 # python -m lecture26 adapt --backbone vit_base_patch16_224.augreg_in21k --data ./chest --method vpt-deep --prompts 10
-# ```
-#
-# Grey images are given three equal channels. The numbers go to `data/results`, what was learned to `data/tasks`, and
-# `VPT.load_task_state_dict(load_task(file))` takes it up again. The names of the classes are kept with both, so that
-#
-# ```bash
+# python -m lecture26 adapt --backbone vit_base_patch16_224.augreg_in21k --data ./chest --method lora
 # python -m lecture26 classify --task NAME picture.png ...
 # ```
 #
-# names other pictures, NAME being what `adapt` has called its results. Three things that no program can do for you: put
-# images of one *patient* into one split only, or the test will measure whether patients are recognised; look at
-# sensitivity and specificity besides accuracy, where one class is rare; and do not diagnose anybody with it. (No
-# `--augment` unless a mirrored image is a possible one: a mirrored chest has its heart on the wrong side.)
-#
-# ### Backbones with a name
-#
-# `--backbone` takes timm's `VisionTransformer`s by name (those of square images with three channels; others are
-# refused), with their pretrained weights, image size and normalisation; `--data` takes what the course can load,
-# such as `fgvc_aircraft`. The claim of the slide, 72.3 against 68.1% on FGVC-Aircraft, can be put to the test by
-# whoever has a GPU:
+# NAME is what `adapt` has called its results. What no program can do for you: put images of one *patient* into one split only;
+# look at sensitivity and specificity, where one class is rare; and diagnose nobody with it. (No `--augment` for a chest:
+# mirrored, it has its heart on the wrong side.) Whoever has a GPU can put the slide's claim on FGVC-Aircraft to the test:
 #
 # ```bash
 # python -m lecture26 adapt --backbone vit_base_patch16_224.augreg_in21k --data fgvc_aircraft \
 #     --method compare --prompts 10 --steps 5200 --seeds 3 --augment
 # ```
 #
-# It trains a linear probe, VPT-shallow, VPT-deep and full fine-tuning, each at the learning rates of its own that the
-# validation split is to choose from, and three seeds of the best; goes on where it was stopped; and takes several
-# GPUs with `accelerate launch -m lecture26 adapt ...`. It optimises with AdamW, and the paper with SGD: a test of the
-# claim, not a repetition of the paper's experiments.
+# A run that was stopped goes on; several GPUs with `accelerate launch -m lecture26 adapt ...`. It optimises with AdamW, the
+# paper's code with SGD: a test of the claim, not a repetition of the paper.
+
+# %% [markdown] tags=["core"]
+# ## What the paper compared
+#
+# Jia et al. compare on 24 tasks. Five are fine-grained; ViT-B/16 pretrained on ImageNet-21k, in percent, as secondary sources
+# quote it:
+#
+# | | CUB | NABirds | Flowers | Dogs | Cars | mean |
+# |---|---|---|---|---|---|---|
+# | VPT-deep | 88.5 | 84.2 | 99.0 | 90.2 | 83.6 | 89.1 |
+# | full fine-tuning | 87.3 | 82.7 | 98.8 | 89.4 | 84.5 | 88.5 |
+#
+# The other nineteen are VTAB-1k, a thousand training images each, in three groups: *natural* (7, such as CIFAR-100, pets,
+# street numbers), *specialized* (4, other cameras: satellites, tissue, retinas) and *structured* (8, artificial scenes:
+# counting, distances, orientations). Over all 24, VPT-deep is said to be ahead of full fine-tuning on 20.
+#
+# The paper's code shows its regime: learning rate *and* weight decay searched for each task, on VTAB with 800 images to train
+# and 200 to validate; SGD. And it has the switches of the ablations: *where* prompts go in (before the patches, by default),
+# at *which* blocks (first or last), *what the head reads* (by default what the backbone's does, or a mean of patches or
+# prompts). What these gave, we have not found in a source that we could check.
+#
+# When do prompts win? Han et al. (2024), on VTAB's nineteen tasks: where the objective is far from the original one (from
+# classes to counting), or where the images are alike. Overfitting alone does not explain it; keeping the original features
+# seems to matter. Our tasks are far in objective *and* in images, and full fine-tuning was ahead.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
 #
-# Save this notebook, call `make mine` in a terminal, and run the next cell: it draws with your functions, as at the
-# [end of chapter 01](01_ddpm.ipynb), and says which of them were called. Your prompts are put into the frozen backbone
-# and learn to name digits, your head of the bank names them, and your count says what that saves.
+# Save this notebook, call `make mine` in a terminal, and run the next cell, as at the [end of chapter 01](01_ddpm.ipynb). Your
+# prompts learn digits in the frozen network, your LoRA does and is merged, and your bank's head names them.
 
 # %% tags=["milestone", "nbval-ignore-output"]
 from lecture26.kit.own_package import show_milestone
@@ -2289,61 +2198,51 @@ show_milestone(
     alt="Twenty-four digits, each below the name that the network gives it; where that is wrong, the right one is added.",
 )
 
-# %% [markdown] tags=["core"]
+# %% [markdown] tags=["core"] slide=["# What the slide says", "- its code: the faults of our wrapper, found by experiment", "- 72.3 against 68.1 % on FGVC-Aircraft: no source was found", "- 'matches full fine-tuning': in the paper's regime, not in ours", "- '100 to 1000 times less': shallow, or short deep prompts", "- 'no forgetting': by construction"]
 # ## What the lecture's slide says
 #
-# - *The code of the slide.* It has the faults of the list above, and this chapter has found them by experiment on a
-#   wrapper of our own with the same faults: it does not run as printed, takes one image at a time, forgets positions
-#   and the final norm, and freezes nothing.
-# - *VPT-Deep achieves 72.3% accuracy vs 68.1% for full fine-tuning on FGVC-Aircraft.* No source was found. The VPT
-#   paper's fine-grained tasks are CUB, NABirds, Oxford Flowers, Stanford Dogs and Stanford Cars; aircraft are neither
-#   among these nor in its other collection of tasks. The command above puts it to the test.
-# - *Outperforms linear probing and matches full fine-tuning on many tasks.* This is what the paper reports for
-#   ViT-B/16 pretrained on ImageNet-21k, as quoted by secondary sources: a mean of 89.1 against 88.5 on the five tasks
-#   above (from 88.5 against 87.3 on CUB to 83.6 against 84.5 on Cars, where full fine-tuning is ahead), and better on
-#   20 of 24 tasks.
-#   On our seven tasks deep prompts are above the trained linear probe by 1 to 11 points, and below full fine-tuning by
-#   2 to 47. With this backbone and 600 steps, then, the first half of the sentence holds, on one task by no more than
-#   the ±, and the second on none; on two it is nearly so. With solved heads on both sides the first half holds on four
-#   of seven, by 5 to 16 points; and a solved head that reads the patches does better than prompts on nearly all.
-# - *Only prompts are stored, 0.1% of the parameters*, and *100 to 1000 times less storage.* Holds for shallow prompts
-#   and for short deep ones; long deep prompts and large heads leave the range, as the table of (8.14) shows.
-# - *Prevents catastrophic forgetting.* True by construction, with the prompts taken out.
-# - *Works consistently across model sizes.* Between three small widths the order of the methods stays; ViT-B, L and H
-#   were not tried here.
-# - *Adapting to medical imaging; many prompt sets on one backbone.* The command and the bank above do both.
+# - *Its code* has the faults of our wrapper: it does not run as printed, takes one image at a time, forgets positions and the
+#   final norm, and freezes nothing.
+# - *72.3 % vs 68.1 % for full fine-tuning on FGVC-Aircraft.* No source was found; aircraft are not among the paper's tasks.
+# - *Outperforms linear probing and matches full fine-tuning on many tasks.* In the paper's regime. In ours: ahead of a finished
+#   probe on four tasks of seven, behind full fine-tuning on nearly all.
+# - *0.1 % of the parameters*, *100 to 1000 times less storage.* For shallow prompts and short deep ones.
+# - *Prevents catastrophic forgetting.* By construction, with the prompts taken out.
+# - *Works consistently across model sizes.* ViT-B, L and H were not tried here.
 #
-# Not on the slide: prompts make the network slower, (8.15), while a fine-tuned network, tuned biases or a linear
-# probe do not; and training them saves at most the third of the products that goes into the weights' own gradients.
+# Not on the slide: prompts make the network slower; LoRA can be merged.
 
 # %% [markdown] tags=["core"]
 # ## Summary
 #
-# - A ViT is patches, (8.1), a class token, positions, (8.2), blocks, (8.3), a last norm and a head, (8.5). Without
-#   positions it sees a bag of patches, (8.6).
-# - *Add nothing and compare* finds what a wrapper leaves out of the backbone's own computation (positions, final
-#   norm, the parts of other backbones). It says nothing about the prompts themselves; there it takes counting: what
-#   trains, what moves, what is stored. One image and one kind of backbone would have missed most of it.
-# - Prompts are tokens without positions, (8.7), that begin short, (8.8); deep ones are replaced at every block,
-#   (8.9). They mix something into attention, (8.11), and cannot turn its view, (8.12).
-# - Trained and stored are $L'nd+(d+1)K$ numbers, (8.13). What it saves is storage, (8.14); what it costs is tokens,
-#   (8.15).
-# - A method is as good as its learning rate: choose it on a validation split, for each method.
-# - A linear probe can be solved to the end, and may read more than the class token. Try both before prompts.
-# - One backbone serves many tasks in one batch, (8.17).
+# - Without positions a ViT sees a bag of patches (8.6). *Add nothing and compare* finds what a wrapper leaves out.
+# - Prompts are tokens without positions (8.7), replaced at every block if they are deep (8.8). They mix something into
+#   attention (8.15), and cannot turn its view (8.16).
+# - Frozen means no gradient, not a gradient of zero.
+# - LoRA (8.11) is a change of low rank that can be merged (8.13); adapters (8.10) are layers that stay.
+# - A method is as good as its learning rate, and a comparison as its baseline: solve the probe, and ask what it reads.
+# - One backbone and a few numbers a task (8.17) serve a mixed batch (8.20).
+#
+# What you have solved so far, in all chapters:
+
+# %% slide=["# What to remember", "- Experiments find what reading does not: shuffle, add nothing, count, call twice.", "- A prompt mixes in and fades; it cannot turn a head's view.", "- LoRA can be merged; prompts and adapters stay.", "- A comparison is as good as its baseline.", "- One backbone serves many tasks in one batch."] tags=["nbval-ignore-output"]
+progress()
+
+# %% [markdown]
+# [Previous: 07 Latent diffusion](07_latent_diffusion.ipynb) · [Next: 09 The slides checked](09_the_slides_checked.ipynb)
 #
 # ## References
 #
-# - Jia, Tang, Chen, Cardie, Belongie, Hariharan, Lim 2022, *Visual Prompt Tuning*: section 3.2 (shallow and deep),
-#   section 4 (the comparison).
+# - Jia, Tang, Chen, Cardie, Belongie, Hariharan, Lim 2022, *Visual Prompt Tuning*: section 3.2 (shallow and deep), section 4
+#   (the comparison); and its code.
 # - Dosovitskiy, Beyer, Kolesnikov et al. 2021, *An Image is Worth 16x16 Words*: section 3.1.
-# - Li, Yu, Wang, Yuan, Song, Chen 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets* (the
-#   teacher of our backbone).
-# - Glorot, Bengio 2010, *Understanding the Difficulty of Training Deep Feedforward Neural Networks*: equation 16.
+# - Hu, Shen, Wallis et al. 2022, *LoRA: Low-Rank Adaptation of Large Language Models*: section 4.
+# - Houlsby, Giurgiu, Jastrzebski et al. 2019, *Parameter-Efficient Transfer Learning for NLP*: section 2.
 # - Zaken, Goldberg, Ravfogel 2022, *BitFit*: section 3.
-# - He, Zhou, Ma, Berg-Kirkpatrick, Neubig 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning*:
-#   section 3.1 (prompts as a mixture inside attention).
-# - Petrov, Torr, Bibi 2024, *When Do Prompting and Prefix-Tuning Work? A Theory of Capabilities and Limitations*
-#   (what prompts cannot change).
-# - Lester, Al-Rfou, Constant 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*: figure 2 (tasks mixed
-#   in one batch).
+# - Han, Wang, Cui et al. 2024, *Facing the Elephant in the Room: Visual Prompt Tuning or Full Finetuning?*
+# - Zhai, Puigcerver, Kolesnikov et al. 2019, *The Visual Task Adaptation Benchmark* (VTAB).
+# - Glorot, Bengio 2010, *Understanding the Difficulty of Training Deep Feedforward Neural Networks*: equation 16.
+# - He, Zhou, Ma, Berg-Kirkpatrick, Neubig 2022, *Towards a Unified View of Parameter-Efficient Transfer Learning*: section 3.1.
+# - Petrov, Torr, Bibi 2024, *When Do Prompting and Prefix-Tuning Work?*
+# - Lester, Al-Rfou, Constant 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*: figure 2.
+# - Li, Yu, Wang, Yuan, Song, Chen 2022, *Locality Guidance for Improving Vision Transformers on Tiny Datasets* (our teacher).

@@ -43,7 +43,15 @@ from lecture26.recipes.backbone import accuracy
 from lecture26.studies import adaptation, measurements, probes
 from lecture26.studies.adaptation import Comparison
 from lecture26.studies.ledger import Ledger, forget_ledger
-from lecture26.visual_prompt_tuning import VPT, backbone_fingerprint, full_fine_tune, load_task, save_task
+from lecture26.visual_prompt_tuning import (
+    VPT,
+    adapter_tuning,
+    backbone_fingerprint,
+    full_fine_tune,
+    load_task,
+    lora_tuning,
+    save_task,
+)
 
 TINY = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
 BUDGET = Budget(steps=2, batch_size=4, precision="fp32")
@@ -513,6 +521,8 @@ def test_every_method_trains_what_it_says():
         "vpt-shallow": n * d + head,
         "vpt-deep": L * n * d + head,
         "bias": biases + head,
+        "adapter": 2 * L * (2 * 2 * d + 2 + d) + head,
+        "lora": L * 2 * (d + 3 * d) + head,
         "full": everything + head,
     }
 
@@ -947,8 +957,8 @@ def test_solved_heads_see_the_backbone_and_the_trained_prompts(monkeypatch):
 
 def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
     of_tasks = [f"adaptation_{task}" for task in adaptation.SMALL_TASKS]
-    others = ("adaptation_mnist", "adaptation_short", "adaptation_prompts", "adaptation_widths")
-    for name in (*of_tasks, *others):
+    others = ("mnist", "inside", "short", "prompts", "widths")
+    for name in (*of_tasks, *(f"adaptation_{other}" for other in others)):
         options = measurements.MEASUREMENTS[name].keywords
         for backbone in options.get("backbones", ("vit_photos32",)):
             assert recipes.find_recipe(backbone).family == "backbone"
@@ -1319,6 +1329,9 @@ def by_hand(method, state):
     if method in ("linear", "vpt-shallow", "vpt-deep"):
         model = VPT(vit, 2, state["prompts"].shape[1], deep=len(state["prompts"]) > 1)
         model.load_task_state_dict(state)
+    elif method in ("adapter", "lora"):
+        model = {"adapter": adapter_tuning, "lora": lora_tuning}[method](vit, 2)
+        model.load_state_dict(model.state_dict() | state)
     else:
         model = full_fine_tune(vit, 2)
         model.load_state_dict(vit.state_dict() | state)

@@ -18,12 +18,15 @@ from lecture26.classifier_guidance import (
     attention_pool,
     classifier_guided,
     classifier_mean_shift,
+    classifier_training_step,
     exact_classifier,
     guided_eps,
     guided_mean,
+    guided_output,
     joint_class,
     joint_logits,
     log_prob_gradient,
+    sample_mean_shifted,
     selected_log_probs,
 )
 from lecture26.ddpm import (
@@ -236,6 +239,22 @@ def path(diffusion, denoiser, x_T, step):
 
     sample(diffusion, denoiser, x_T.shape, recording_step, seeded(1), x_T, progress=False)
     return torch.stack(visited)
+
+
+@pytest.mark.parametrize("schedule", [linear_betas, cosine_betas])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_guided_output_is_that_of_an_added_score(prediction, schedule):
+    """The shift by way of `target` against the factors of chapter 01, at all steps, the last one included."""
+    diffusion = Diffusion(schedule(50), prediction)
+    t, x_t, output = torch.arange(50), normal(50, 3, 4, 4), normal(50, 6, 4, 4, seed=1)
+    y, alpha_bar = integers(5, 50, seed=2), diffusion.alpha_bar[:, None, None, None]
+    given = always(output), smooth_classifier, x_t, t, y, 2.5, alpha_bar, diffusion.target
+    gradient = log_prob_gradient(smooth_classifier, x_t, t, y)
+    actual, expected = guided_output(*given), diffusion.add_score(output, x_t, t, 2.5 * gradient)
+    scale = expected.abs().amax(dim=(1, 2, 3), keepdim=True)  # large where alpha_bar is nearly 0
+    agree(actual / scale, expected / scale, 1e-12)
+    agree(actual[:, 3:], output[:, 3:], 0.0)
+    assert (actual[:, :3] - output[:, :3]).abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -543,6 +562,48 @@ def test_the_hook_moves_the_mean_after_clipping(clip):
     )
     gradient = log_prob_gradient(smooth_classifier, x_t, t, y)
     agree(moved, p.mean + 4.0 * p.variance * gradient, 1e-12)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_the_loop_with_the_mean_shift_draws_what_the_hook_draws(variance, spacing):
+    base = Diffusion(linear_betas(60), "eps", variance)
+    diffusion, x_T, y = SPACINGS[spacing](base), normal(9, 2), torch.arange(9) % 3
+    exact, classifier = exact_denoiser(MIXTURE, base), exact_classifier(MIXTURE, base)
+
+    def denoiser(x_t, t):
+        eps = exact(x_t, t)
+        return torch.cat([eps, 0.3 * eps], dim=1) if variance == "learned_range" else eps
+
+    actual = sample_mean_shifted(diffusion, denoiser, classifier, y, 2.0, x_T, seeded(1))
+    hooked = partial(ddpm_step, mean_shift=classifier_mean_shift(classifier, y, 2.0))
+    agree(actual, sample(diffusion, denoiser, x_T.shape, hooked, seeded(1), x_T, progress=False), 1e-10)
+    unguided = sample_mean_shifted(diffusion, denoiser, classifier, y, 0.0, x_T, seeded(1))
+    agree(unguided, sample(diffusion, denoiser, x_T.shape, ddpm_step, seeded(1), x_T, progress=False), 1e-10)
+    assert (actual - unguided).abs().amax() > 0.5
+
+
+def test_a_step_of_training_is_that_of_torch():
+    diffusion, y, t = Diffusion(cosine_betas(100)), torch.tensor([0, 5, 2, 3]), torch.tensor([0, 30, 60, 99])
+    x_0, noise = normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1)
+    losses, weights = [], []
+    for own in (True, False):
+        model = small_classifier().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if own:
+            alpha_bar = diffusion.alpha_bar[t, None, None, None]
+            loss = classifier_training_step(optimizer, model, x_0, y, t, noise, alpha_bar)
+            assert not loss.requires_grad
+        else:
+            loss = F.cross_entropy(model(diffusion.q_sample(x_0, t, noise), t), y)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+        weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    agree(losses[0], losses[1], 1e-12)
+    agree(weights[0], weights[1], 1e-12)
+    start = torch.cat([weight.detach().flatten() for weight in small_classifier().parameters()])
+    assert (weights[0] - start).abs().amax() > 1e-4
 
 
 def test_guided_mean_completes_the_square():

@@ -86,9 +86,8 @@ def test_cross_attention_is_that_of_torch(mask):
     attn_mask = None if mask is None else mask[:, None, None]
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
     agree(layer(X, CONTEXT, mask), layer.to_out(mixed), 1e-12)
-    matrices = layer.to_q.weight, layer.to_k.weight, layer.to_v.weight
     everything = torch.ones_like(MASK) if mask is None else mask
-    agree(cross_attention(X, CONTEXT, *matrices, 3, everything), mixed, 1e-12)
+    agree(cross_attention(X, CONTEXT, layer.to_q, layer.to_k, layer.to_v, 3, everything), mixed, 1e-12)
 
 
 def test_cross_attention_is_torchs_layer_with_the_same_weights():

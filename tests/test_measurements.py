@@ -19,9 +19,17 @@ from typer.testing import CliRunner
 from lecture26 import recipes
 from lecture26.__main__ import EXIT_USER_ERROR, app
 from lecture26.classifier_free_guidance import classifier_free_guided
-from lecture26.classifier_guidance import classifier_guided
+from lecture26.classifier_guidance import classifier_guided, exact_classifier
 from lecture26.clip_guidance import clip_guided
-from lecture26.ddpm import ddim_step, ddpm_step, sample
+from lecture26.ddpm import (
+    Diffusion,
+    GaussianMixture,
+    ddim_step,
+    ddpm_step,
+    exact_denoiser,
+    linear_betas,
+    sample,
+)
 from lecture26.kit.checkpoints import CheckpointError, save_checkpoint
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import attribute_accuracy, extract_features, frechet_distance, sample_quality
@@ -29,7 +37,7 @@ from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
-from lecture26.studies import guidances, measurements, sweeps, text_to_image
+from lecture26.studies import guidances, measurements, steering_ways, sweeps, text_to_image
 from lecture26.studies.sizes import Sizes
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -188,6 +196,47 @@ def test_a_clip_sweep_prompts_by_shape_and_colour(clip_sweep):
     first_batch = clip_sweep["runs"][2]["first_batch"]
     quality = sample_quality(load_model("judge"), x_0, images)
     assert first_batch["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ways_of_steering():
+    names, ways = (
+        ("drawer", "guide", "judge"),
+        steering_ways.WAYS[:-1],
+    )  # the exact shift has a test of its own
+    return steering_ways.classifier_guidance_ways(
+        *names, scale=3.0, ways=ways, num_samples=24, num_within=6, batch_size=8, steps=3
+    )
+
+
+def test_all_ways_of_steering_are_run_and_no_two_are_one(ways_of_steering):
+    runs = ways_of_steering["runs"]
+    assert [(run["form"], run["sampler"]) for run in runs] == list(steering_ways.WAYS[:-1])
+    distances = [run["frechet_distance"] for run in runs]
+    assert len(set(distances)) == len(distances)
+    assert all(run["frechet_distance_error"] > 0 and 0 <= run["share_large"] <= 1 for run in runs)
+
+
+def test_the_exact_shift_of_the_mean_is_a_guided_denoiser_where_nothing_is_clipped():
+    mixture = GaussianMixture([0.4, 0.6], [[-1.0, 0.0], [1.0, 0.5]], [0.4, 0.3])
+    base = Diffusion(linear_betas(80))
+    short, y = base.respace(9), torch.tensor([0, 1, 1, 0])
+    denoiser, classifier = exact_denoiser(mixture, base), exact_classifier(mixture, base)
+    x_t, noise = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 3, 6, 8])
+    guided = classifier_guided(denoiser, classifier, y, 3.0, base)
+    shift = steering_ways.exact_mean_shift(classifier, y, 3.0, short)
+    by_mean = ddpm_step(short, denoiser, x_t, t, noise, mean_shift=shift)
+    assert torch.allclose(by_mean, ddpm_step(short, guided, x_t, t, noise), atol=1e-10)
+    assert not torch.allclose(by_mean, ddpm_step(short, denoiser, x_t, t, noise), atol=1e-3)
+
+
+def test_guidance_from_the_second_step_spares_the_first_one_only():
+    short = Diffusion(linear_betas(80)).respace(9)
+    later = steering_ways.without_the_first_step(lambda x_t, t: x_t + 1, lambda x_t, t: x_t, short)
+    x_t = torch.zeros(2, 3)
+    assert later(x_t, short.steps[[8, 8]]).eq(0).all()
+    assert all(later(x_t, short.steps[[k, k]]).eq(1).all() for k in range(8))
 
 
 @pytest.fixture(scope="module")

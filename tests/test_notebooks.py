@@ -13,7 +13,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import editions
-from course import IN_NEW_FORM, ROOT, SECOND_READING, Cell, module_name, notebook_sources, read_cells
+from course import ROOT, SECOND_READING, Cell, module_name, notebook_sources, read_cells
 from lecture26.checks import check, exercises
 from wrong_sides import load_wrong_sides, proved
 
@@ -76,17 +76,13 @@ def test_every_numbered_result_is_verified(source):
     assert equation_faults(chapter, texts(source, "markdown"), texts(source, "code")) == []
 
 
-CHAPTERS_WITH_TRIALS = (1, 2, 4)  # the others get theirs in their own pass
-
-
 def test_every_proof_is_tried_with_a_wrong_side():
     """The trials themselves run in the rehearsals of the notebooks."""
     wrong_sides = load_wrong_sides()
     proofs = {int(source.stem[:2]): set(sum(map(proved, read_cells(source)), [])) for source in SOURCES}
     tried = {chapter: {n for n in wrong_sides if n.startswith(f"{chapter}.")} for chapter in proofs}
     for chapter, numbers in tried.items():
-        assert numbers <= proofs[chapter]
-        assert numbers == proofs[chapter] or chapter not in CHAPTERS_WITH_TRIALS
+        assert numbers == proofs[chapter]
     assert sum(map(len, tried.values())) == len(wrong_sides)
 
 
@@ -141,10 +137,6 @@ def test_every_section_is_tagged_core_or_optional(source):
     assert heading_faults(read_cells(source)) == []
 
 
-def test_chapters_in_the_new_form_exist():
-    assert set(IN_NEW_FORM) <= {source.stem for source in SOURCES}
-
-
 def links_to_neighbours(name):
     """The links to the chapters before and after a chapter, as they must stand at its head and its foot."""
     chapters = [source.stem for source in SOURCES]
@@ -156,10 +148,10 @@ def links_to_neighbours(name):
             yield f"[{word}: {title}]({neighbour}.ipynb)"
 
 
-@pytest.mark.parametrize("name", IN_NEW_FORM)
-def test_previous_and_next_chapter_are_linked_at_head_and_foot(name):
-    prose = [c.source for c in read_cells(notebook_sources(ROOT, [name])[0]) if c.kind == "markdown"]
-    links = list(links_to_neighbours(name))
+@every_notebook
+def test_previous_and_next_chapter_are_linked_at_head_and_foot(source):
+    prose = [c.source for c in read_cells(source) if c.kind == "markdown"]
+    links = list(links_to_neighbours(source.stem))
     assert [link for link in links if link not in prose[0]] == []
     assert [link for link in links if link not in prose[-1]] == []
 
@@ -256,10 +248,6 @@ def test_every_question_gives_its_answer_a_name_that_the_cell_below_checks(sourc
             ), f"another cell uses {name}, which a learner may leave open"
 
 
-WITH_KINDS = [
-    "01_ddpm",
-    "04_clip_guidance",
-]  # the chapters whose exercises have been brought to this form so far
 KIND = r"\*(Formula|Algorithm|Question|Question on paper), (easy|medium|hard), \d+ minutes\.\* \S"
 
 
@@ -310,14 +298,14 @@ def test_faults_of_exercises(cells, faults):
     assert all(expected in fault for expected, fault in zip(faults, found, strict=True))
 
 
-@pytest.mark.parametrize("name", WITH_KINDS)
-def test_every_exercise_has_a_number_a_kind_a_difficulty_and_minutes(name):
-    assert exercise_faults(read_cells(notebook_sources(ROOT, [name])[0])) == []
+@every_notebook
+def test_every_exercise_has_a_number_a_kind_a_difficulty_and_minutes(source):
+    assert exercise_faults(read_cells(source)) == []
 
 
-@pytest.mark.parametrize("name", WITH_KINDS)
-def test_what_is_solved_is_shown_at_the_foot(name):
-    (cell,) = [c for c in read_cells(notebook_sources(ROOT, [name])[0]) if c.source == "progress()"]
+@pytest.mark.parametrize("source", SOURCES[1:], ids=lambda source: source.stem)
+def test_what_is_solved_is_shown_at_the_foot(source):
+    (cell,) = [c for c in read_cells(source) if c.source == "progress()"]
     assert cell.tags == ("nbval-ignore-output",)
 
 

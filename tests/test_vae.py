@@ -32,14 +32,17 @@ from lecture26.recipes import vae as vae_recipes
 from lecture26.vae import (
     KLVAE,
     PlainBlock,
+    SmallVAE,
     Upsample,
     active_latents,
+    bound_on_grid,
     kl_to_standard_normal,
     latent_scale,
     negative_log_likelihood,
     psnr,
     reparameterize,
     vae_loss,
+    vae_training_step,
 )
 
 SHAPES = [(5, 3), (4, 4, 2, 3), (1, 7), (3, 1)]
@@ -266,6 +269,37 @@ def test_bound_of_a_curved_model_against_quadrature():
     agree(elbo, evidence - gap, 1e-6)
 
 
+def even_grid(num_latents, reach=9.0, spacing=0.2):
+    """Codes (G, k) and the volume of a cell."""
+    side = torch.arange(-reach, reach + spacing / 2, spacing, dtype=torch.float64)
+    return torch.cartesian_prod(*[side] * num_latents).reshape(-1, num_latents), spacing**num_latents
+
+
+@pytest.mark.parametrize(("num_latents", "num_numbers"), [(1, 1), (1, 4), (2, 3)])
+@pytest.mark.parametrize("std", [0.5, 1.0])
+def test_grid_knows_evidence_and_bound_of_a_linear_model(num_latents, num_numbers, std):
+    weight, offset, evidence, posterior = linear_gaussian(num_latents, num_numbers, std)
+    x = normal(5, num_numbers, seed=5)
+    mean, log_variance = normal(5, num_latents, seed=6), -0.5 * normal(5, num_latents, seed=7).abs()
+    decode = lambda z: z @ weight.T + offset  # noqa: E731
+    log_evidence, elbo = bound_on_grid(x, decode, std, mean, log_variance, *even_grid(num_latents))
+    agree(log_evidence, evidence.log_prob(x), 1e-9)
+    agree(elbo, bound(x, mean, log_variance, decode, std), 1e-9)
+    q = MultivariateNormal(mean, torch.diag_embed(log_variance.exp()))
+    agree(log_evidence - elbo, kl_divergence(q, posterior(x)), 1e-8)
+
+
+def test_grid_finds_the_evidence_where_every_density_underflows():
+    weight, offset, evidence, _ = linear_gaussian(1, 4, 0.5)
+    x = 300 + normal(2, 4, seed=5)
+    zero = torch.zeros(2, 1, dtype=torch.float64)
+    # the posterior lies far out, and has a width of its own there
+    codes, volume = even_grid(1, reach=400.0, spacing=0.02)
+    log_evidence, _ = bound_on_grid(x, lambda z: z @ weight.T + offset, 0.5, zero, zero, codes, volume)
+    assert (log_evidence < -1000).all()
+    agree(log_evidence, evidence.log_prob(x), 1e-6 * log_evidence.abs().max().item())
+
+
 # The loss
 
 
@@ -288,6 +322,51 @@ def test_gradients_of_the_loss(kl_weight):
     expected = (x_hat - x) / 5, kl_weight * mean / 5, kl_weight * (log_variance.exp() - 1) / 10
     for gradient, wanted in zip(gradients, expected, strict=True):
         agree(gradient, wanted.detach(), 1e-12)
+
+
+def test_training_step_follows_the_loss_downhill_by_the_learning_rate():
+    torch.manual_seed(0)
+    network = SmallVAE(5, 2, hidden=8).double()
+    x, noise = normal(6, 5), normal(6, 2, seed=1)
+    before = [weight.detach().clone() for weight in network.parameters()]
+    mean, log_variance = network.encode(x)
+    loss = vae_loss(x, network.decode(reparameterize(mean, log_variance, noise)), mean, log_variance, 0.3)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    for weight in network.parameters():
+        weight.grad = torch.ones_like(weight)  # left by a step before
+    returned = vae_training_step(optimizer, network.encode, network.decode, x, noise, 0.3)
+    agree(returned, loss.detach(), 1e-12)
+    assert not returned.requires_grad
+    for weight, old, gradient in zip(network.parameters(), before, gradients, strict=True):
+        agree(weight.detach(), old - 0.01 * gradient, 1e-12)
+
+
+def test_training_steps_find_the_best_linear_autoencoder():
+    """Data of one number: the squared error and the divergence of the optimum are known, equation 6.12."""
+    variance, weight = 2.0, 0.5
+    x = normal(500, 1)
+    x = math.sqrt(variance) * (x - x.mean()) / x.std(correction=0)
+    slope, log_s2, out = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.5, -0.5, 0.5))
+    optimizer = torch.optim.Adam([slope, log_s2, out], lr=0.03)
+    noise = torch.cat([torch.ones(500, 1), -torch.ones(500, 1)]).double()  # mean 0, variance 1
+
+    def encode(x):
+        return slope * x, log_s2.expand_as(x)
+
+    for _ in range(400):
+        vae_training_step(optimizer, encode, lambda z: out * z, x.repeat(2, 1), noise, weight)
+    mean, log_variance = (value.detach() for value in encode(x))
+    agree(kl_to_standard_normal(mean, log_variance).mean(), torch.tensor(math.log(4.0)).double() / 2, 1e-3)
+    agree(out.detach() ** 2, torch.tensor(variance - weight, dtype=torch.float64), 1e-2)
+
+
+def test_small_vae_has_codes_of_the_size_asked_for_and_treats_samples_apart():
+    network = SmallVAE(7, 3, hidden=8).double()
+    x = normal(4, 7)
+    mean, log_variance = network.encode(x)
+    assert mean.shape == log_variance.shape == (4, 3) and network.decode(mean).shape == (4, 7)
+    agree(network.decode(network.encode(x[1:2])[0]), network.decode(mean)[1:2], 1e-12)
 
 
 # What collapses

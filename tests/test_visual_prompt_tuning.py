@@ -20,16 +20,20 @@ from torch import nn
 
 from lecture26.visual_prompt_tuning import (
     VPT,
+    Adapter,
+    LoRALinear,
     PromptBank,
+    adapter_tuning,
     attention_to_prompts,
     attention_weights,
     backbone_fingerprint,
-    bias_gradient,
     bias_tuning,
     full_fine_tune,
     insert_prompts,
     linear_probe,
     load_task,
+    lora_linear,
+    lora_tuning,
     own_head,
     patches,
     pooled,
@@ -510,18 +514,65 @@ def test_bias_tuning_trains_biases_and_the_head():
     )
 
 
-def test_the_bias_gradient_is_autograds():
-    model, x, seen = bias_tuning(small_vit(), 3).eval(), images(), {}
-    layers = {
-        name: module for name, module in model.blocks[1].named_modules() if isinstance(module, nn.Linear)
-    }
-    for name, layer in layers.items():
-        layer.register_full_backward_hook(lambda _, into, out, name=name: seen.update({name: out[0]}))
-    F.cross_entropy(model(x), torch.arange(3)).backward()
-    assert set(seen) == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
-    for name, layer in layers.items():
-        agree(bias_gradient(seen[name]), layer.bias.grad, 1e-12)
-        assert layer.weight.grad is None
+@pytest.mark.parametrize(
+    "kind", ["plain", "registers", "layer scale", "no positions", "normalised queries and keys"]
+)
+@pytest.mark.parametrize("tune", [lora_tuning, adapter_tuning])
+def test_what_is_put_into_the_layers_begins_as_nothing(kind, tune):
+    vit, x = small_vit(kind), images()
+    model = tune(vit, 3).eval()
+    agree(model.forward_features(x), vit.forward_features(x), 1e-12)
+    start = copy.deepcopy(model.state_dict())
+    trained(model, images(6), steps=2, learning_rate=0.01)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    own = ".down", ".up", ".down.weight", ".down.bias", ".up.weight", ".up.bias", "head.weight", "head.bias"
+    assert changed == {name for name in start if name.endswith(own)}
+    assert (model.eval().forward_features(x) - vit.forward_features(x)).abs().max() > 1e-4
+
+
+def test_a_merged_low_rank_change_computes_the_same():
+    vit, x = small_vit(), images()
+    model = lora_tuning(vit, 3, rank=4)
+    for block in model.blocks:
+        nn.init.normal_(block.attn.qkv.up)
+    merged = copy.deepcopy(model)
+    for block, plain in zip(merged.blocks, vit.blocks, strict=True):
+        block.attn.qkv = block.attn.qkv.merged()
+        assert type(block.attn.qkv) is nn.Linear
+        assert torch.linalg.matrix_rank(block.attn.qkv.weight - plain.attn.qkv.weight) == 4
+    agree(merged(x), model(x), 1e-11)
+    assert sum(p.numel() for p in merged.parameters()) == sum(
+        p.numel() for p in full_fine_tune(vit, 3).parameters()
+    )
+
+
+def test_a_mixed_batch_gets_each_tasks_own_low_rank_change():
+    layers = [LoRALinear(nn.Linear(5, 7), rank=2, scale=0.5).double() for _ in range(3)]
+    weight, bias = layers[0].linear.weight, layers[0].linear.bias
+    for layer in layers:
+        nn.init.normal_(layer.up)
+        layer.linear = layers[0].linear
+    x, tasks = normal(4, 6, 5), [2, 0, 2, 1]
+    down, up = (torch.stack([getattr(layers[task], name) for task in tasks]) for name in ("down", "up"))
+    alone = torch.stack([layers[task](row[None])[0] for task, row in zip(tasks, x, strict=True)])
+    agree(lora_linear(x, weight, bias, down, up, 0.5), alone, 1e-12)
+
+
+def test_a_low_rank_change_beside_a_layer_without_bias():
+    layer = LoRALinear(nn.Linear(5, 7, bias=False), rank=2).double()
+    nn.init.normal_(layer.up)
+    x = normal(2, 3, 5)
+    agree(layer(x), layer.merged()(x), 1e-12)
+
+
+def test_an_adapter_is_a_bottleneck_beside_the_identity():
+    adapter, h = Adapter(6, 2, like=torch.empty(0, dtype=torch.float64)), normal(2, 3, 6)
+    assert torch.equal(adapter(h), h)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    bottleneck = F.gelu(h @ adapter.down.weight.T + adapter.down.bias)
+    agree(adapter(h), h + bottleneck @ adapter.up.weight.T + adapter.up.bias, 1e-12)
+    assert torch.linalg.matrix_rank((adapter(h) - h).flatten(0, 1) - adapter.up.bias) == 2
 
 
 # A task's state and its file

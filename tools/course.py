@@ -18,11 +18,10 @@ os.environ.pop("LECTURE26_MINE", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_METADATA = "lecture26"  # a stored notebook's: the digest of the source it was built from
+# an equation's number; perhaps ", definition" or ", step" stands behind it
+EQUATION_TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
 SOLUTION_MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
 SECOND_READING = " *(at a second reading)*"  # how the heading of an optional section ends
-# The chapters brought to their new form so far: their sections run again after the rest, in any order, and
-# head and foot link the neighbours. The others join one by one.
-IN_NEW_FORM = ("00_start_here", "01_ddpm", "02_unet", "04_clip_guidance")
 
 
 class CourseError(Exception):

@@ -27,7 +27,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from carry_over import carry_over
 from course import (
-    IN_NEW_FORM,
     OWN_METADATA,
     ROOT,
     SOLUTION_MARKERS,
@@ -84,7 +83,7 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
     One run of it serves three: every cell of the notebook runs and must give its stored output, the checks of
     the solved exercises among them; and so does the learner's copy run with all exercises left open, since
     what follows an exercise gets the finished function from the package. Behind a proof stand the trials of
-    its wrong sides, and at the end each section of a chapter in the new form runs once more.
+    its wrong sides, and at the end each section runs once more.
     """
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     stored, notebook.cells = notebook.cells, []
@@ -96,8 +95,7 @@ def rehearsal(source: Path) -> nbformat.NotebookNode:
         if exercise is not None:
             to_solve, check, *rest = unsolved(exercise, cell, module_name(source))
             notebook.cells += [to_solve, hidden_cell(check.source), *rest]  # the check of what is not solved
-    if source.stem in IN_NEW_FORM:
-        notebook.cells += [hidden_cell(cell.source) for cell in once_more(cells)]
+    notebook.cells += [hidden_cell(cell.source) for cell in once_more(cells)]
     return notebook
 
 

@@ -25,7 +25,7 @@ DENOISER, READER = "ddpm_shapes32", "reader_shapes32"
 CLASSIFIER, CLIP = "noisy_classifier_shapes32", "noisy_clip_shapes32"
 ASKED = ("red star", "blue circle", "yellow ring", "green cross", "purple heart", "cyan square")
 SCALES = {"classifier": (0, 1, 2, 4, 8, 16, 32), "clip": (0, 50, 100, 200, 400, 800, 1600)}
-STEPS, SEED = 25, 6
+STEPS, SEED = 25, 2
 
 
 def guided_strips(cache: Path) -> dict:

@@ -3,7 +3,7 @@
 - `python tools/notebooks.py build` executes every notebook and stores it with its outputs;
   `python tools/notebooks.py build ddpm` does one of them. It refuses where a stored notebook holds edits that
   its source lacks, since they would be lost.
-- `python tools/notebooks.py run` executes them and stores nothing.
+- `python tools/notebooks.py run` executes them and stores what each took, in data/results/chapters.json.
 - `python tools/notebooks.py check` fails where a source, its stored notebook and its module do not agree.
 
 `build` and `run` end with a table of the seconds and the memory that each chapter took.
@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,8 +40,10 @@ from course import (
     notebook_sources,
 )
 from lecture26.kit.files import replace_when_complete
+from lecture26.kit.results import load_results, results_file, save_results
 
 CELL_TIMEOUT = 1800  # seconds; far beyond a minute, since the machine may have other work to do
+COSTS = "chapters"  # the stored result that says what each chapter took
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -179,6 +181,13 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def keep(runs: list[Run]) -> None:
+    """Store what each chapter took; what chapters took that were not run now stays."""
+    known = load_results(COSTS)["chapters"] if results_file(COSTS).exists() else {}
+    taken = {run.name: {key: value for key, value in asdict(run).items() if key != "name"} for run in runs}
+    save_results(COSTS, "make course", {"chapters": dict(sorted((known | taken).items()))})
+
+
 def check(root: Path) -> list[str]:
     """Where modules, sources and stored notebooks disagree, each with the command that mends it."""
     problems = export.check(root)
@@ -249,6 +258,8 @@ def main() -> None:
             sys.exit("\n".join(problems) or None)
         runs = run(arguments.root, arguments.names, store=arguments.action == "build")
         print(table(runs))
+        if arguments.action == "run" and arguments.root == ROOT:
+            keep(runs)
     except CourseError as error:
         sys.exit(f"\n{error}")
 

@@ -1,4 +1,4 @@
-"""Fetch what the slides need from npm: pinned versions, held against their SHA-512, kept in build/npm.
+"""Fetch what slides, site and tests need from npm: pinned versions, held to their SHA-512, kept in build/npm.
 
 Nothing of it is committed. `npm` fetches where it is installed, since it knows the proxies and mirrors of
 whoever calls it; otherwise the address in NPM_CONFIG_REGISTRY, or the public registry, is asked.
@@ -50,6 +50,11 @@ MATHJAX = Package(
     "3.2.2",
     "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
 )
+AXE = Package(
+    "axe-core",
+    "4.14.1",
+    "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ==",
+)
 
 
 def fetched(package: Package, cache: Path) -> Path:
@@ -89,7 +94,7 @@ def fetch(package: Package, folder: Path) -> Path:
         said = "\n  ".join((getattr(error, "stderr", None) or str(error)).splitlines()[:4])
         raise NotFetched(
             f"{package.name} {package.version} could not be fetched from npm, and is not in the cache yet."
-            f" The first `make slides` needs a network; later ones do not.\n  {said}"
+            f" The first time this needs a network, later it does not.\n  {said}"
         ) from None
     return archive
 

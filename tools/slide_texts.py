@@ -34,7 +34,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from course import Cell, read_cells
+from course import EQUATION_TAG, Cell, read_cells
 from export import SECOND_READING
 from slide_code import fitting, formatted, lines_between, segment, short_form
 
@@ -46,7 +46,6 @@ WIDE = 1.75  # a picture at least this much wider than high stands above its sen
 PICTURE_WIDTH, PICTURE_HEIGHT = 1168, 460  # pixels that a picture above its sentence may take
 CODE_WIDTH, CODE_HEIGHT, LARGEST_CODE = 1120, 480, 28  # pixels; the last is the size of the letters
 
-TAG = re.compile(r"\\tag\{(\d+\.\d+)[^}]*\}")
 EQUATION = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 NUMBER = re.compile(r"\((\d+\.\d+)\)")
 REFERENCE = re.compile(r"\[(picture|table|output|code)\b *([^\]]*)\]")
@@ -129,8 +128,8 @@ class Chapter:
         for cell in self.cells:
             if cell.kind == "markdown":
                 for block in EQUATION.findall(cell.source):
-                    for number in TAG.findall(block):
-                        found[number] = TAG.sub("", block).strip()
+                    for number in EQUATION_TAG.findall(block):
+                        found[number] = EQUATION_TAG.sub("", block).strip()
         return found
 
     @cached_property
@@ -248,10 +247,10 @@ def part_of(text: str, cell: Cell, chapter: Chapter) -> Part:
     if reference := REFERENCE.fullmatch(text):
         return REFERENCES[reference[1]](reference[2], cell, chapter)
     if own := EQUATION.fullmatch(text):
-        tag = TAG.search(text)
+        tag = EQUATION_TAG.search(text)
         if tag and tag[1] not in chapter.equations:
             raise cell.error(0, f"the chapter has no equation ({tag[1]})")
-        return equation(TAG.sub("", own[1]), f"({tag[1]})" if tag else "")
+        return equation(EQUATION_TAG.sub("", own[1]), f"({tag[1]})" if tag else "")
     if text.startswith("|"):
         return Part("table", MARKDOWN.render(text))
     if text.startswith("["):

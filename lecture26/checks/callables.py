@@ -31,8 +31,8 @@ class CallableArgument:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, tuple(_KINDS))
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        return _KINDS[self.kind](*self.tensors, *arguments)
+    def __call__(self, *arguments: Tensor, **named: Tensor) -> Tensor:
+        return _KINDS[self.kind](*self.tensors, *arguments, **named)
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
@@ -86,9 +86,36 @@ def decoder(weight: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
 
 
 @_kind
+def smooth_encoder(
+    inward: Tensor, to_mean: Tensor, to_log_variance: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An encoder of data (B, D), x -> mean, log_variance (B, k) each; samples are independent.
+
+    inward: (D, H); to_mean, to_log_variance: (H, k).
+    """
+    hidden = (x @ inward).sin()
+    return hidden @ to_mean, hidden @ to_log_variance
+
+
+@_kind
+def smooth_decoder(inward: Tensor, outward: Tensor, codes: Tensor) -> Tensor:
+    """A decoder of codes (B, k) to data (B, D); inward: (k, H); outward: (H, D)."""
+    return (codes @ inward).sin() @ outward
+
+
+@_kind
 def noisy_denoiser(inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """A denoiser (x_t, t) -> output like x_t, made like noisy_classifier, with K = D."""
     return noisy_classifier(inward, speed, outward, x_t, t).view_as(x_t)
+
+
+@_kind
+def learned_variance_denoiser(
+    inward: Tensor, speed: Tensor, outward: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """A denoiser (B, C, ...), (B,) -> (B, 2C, ...), made like noisy_classifier, with K = 2 D."""
+    batch, channels, *rest = x_t.shape
+    return noisy_classifier(inward, speed, outward, x_t, t).view(batch, 2 * channels, *rest)
 
 
 @_kind
@@ -100,11 +127,84 @@ def predicted_clean(alpha_bar: Tensor, output: Tensor, x_t: Tensor, t: Tensor) -
 
 
 @_kind
+def conditional_denoiser(
+    inward: Tensor, speed: Tensor, told: Tensor, outward: Tensor, x_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (x_t, t, cond) -> output with K elements a sample, for integers cond (B,).
+
+    inward: (D, H); speed: (H,); told: (classes, H); outward: (H, K), K = D, or 2 D with variances last.
+    The length of the batch leaves its mark, so that two calls are not one.
+    """
+    if len(cond) != len(x_t) or len(t) != len(x_t):
+        found = f"{len(x_t)} samples, {len(t)} steps, {len(cond)} conditions"
+        raise ValueError(f"x_t, t and cond must be of one length; got {found}")
+    phase = x_t.flatten(1) @ inward + t[:, None] * speed + told[cond] + 0.1 * len(x_t)  # (B, H)
+    return (phase.sin() @ outward).view(len(x_t), -1, *x_t.shape[2:])
+
+
+@_kind
+def mixer(weights: Tensor, cond: Tensor, null: Tensor) -> Tensor:
+    """A mixture of two predictions, element by element, that tells them apart; weights: (2,)."""
+    return weights[0] * cond - weights[1] * null.tanh()
+
+
+@_kind
+def conditional_loss(
+    inward: Tensor,
+    speed: Tensor,
+    told: Tensor,
+    outward: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    cond: Tensor,
+) -> Tensor:
+    """A training loss (x_0, t, noise, cond) -> scalar: the squared error on noisy x_0 of a denoiser.
+
+    inward: (D, H); speed: (H,); told: (classes, H); outward: (H, D). cond: integers (B,) or (B, L); the rows
+    of a sample's L labels are added, those behind the first counted from the end of the table.
+    """
+    rows = told[cond] if cond.ndim == 1 else told[cond[:, 0]] + told.flip(0)[cond[:, 1:]].sum(dim=1)
+    phase = (x_0 + 0.5 * noise).flatten(1) @ inward + t[:, None] * speed + rows
+    return ((phase.sin() @ outward).view_as(x_0) - noise).square().mean()
+
+
+@_kind
 def denoising_loss(
     inward: Tensor, speed: Tensor, outward: Tensor, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
     """A training loss (x_0, t, noise) -> scalar: the squared error of noisy_denoiser on noisy x_0."""
     return (noisy_denoiser(inward, speed, outward, x_0 + 0.5 * noise, t) - noise).square().mean()
+
+
+@_kind
+def word_table(table: Tensor, tokens: Tensor) -> Tensor:
+    """A text encoder, tokens (B, L) -> (B, L, E), in which a token's place counts; table: (words, E)."""
+    place = torch.arange(1, 1 + tokens.shape[1], dtype=table.dtype)
+    return table[tokens] * place.sin()[:, None]
+
+
+@_kind
+def text_denoiser(
+    inward: Tensor, told: Tensor, speed: Tensor, outward: Tensor, z_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (z_t, t, cond) -> output like z_t; samples are independent, and every step and token counts.
+
+    inward: (D, H), for samples of D elements; told: (E, H), for cond (B, L, E); speed: (H,), in radians per
+    step; outward: (H, D).
+    """
+    phase = z_t.flatten(1) @ inward + cond.sin().mean(dim=1) @ told + t[:, None] * speed  # (B, H)
+    return (phase.sin() @ outward).view_as(z_t)
+
+
+@_kind
+def velocity_loss(alpha_bar: Tensor, denoiser: Callable, z_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A diffusion's loss (denoiser, z_0, t, noise) -> scalar, with v to be predicted; alpha_bar: (T,)."""
+    angle = (
+        alpha_bar[t].sqrt().acos().view(-1, *[1] * (z_0.ndim - 1))
+    )  # homework: no answer to (1.6) or (1.44)
+    z_t, v = z_0 * angle.cos() + noise * angle.sin(), noise * angle.cos() - z_0 * angle.sin()
+    return (denoiser(z_t, t) - v).square().mean()
 
 
 @_kind
@@ -143,6 +243,19 @@ def sampler_step(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor, noise: T
         raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
     phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
     return phase.sin().view_as(x_t) + 0.5 * noise
+
+
+@_kind
+def step_moments(mixing: Tensor, speed: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x_{t-1} given x_t, each like x_t, in which every step leaves its mark.
+
+    mixing: (D, D); speed: (D,), in radians per step.
+    """
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != x_t.shape[:1]:
+        found = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of {len(x_t)} integers, one for each sample; got {found}")
+    phase = x_t.flatten(1) @ mixing + t[:, None] * speed  # (B, D)
+    return phase.sin().view_as(x_t), (0.35 + 0.25 * phase.cos()).view_as(x_t)
 
 
 @_kind
@@ -225,3 +338,43 @@ def up_level(weights: Tensor, h: Tensor, skips: list[Tensor], embedding: Tensor,
     for weight, skip in zip(weights, skips, strict=True):
         h = _stage(weight, torch.cat([h, skip], dim=1), embedding, cond)
     return h
+
+
+@_kind
+def token_block(weight: Tensor, tokens: Tensor) -> Tensor:
+    """A block of a transformer on tokens (B, N, d), in which each token minds all of them; weight: (d, d)."""
+    return tokens + ((tokens + tokens.mean(dim=1, keepdim=True)) @ weight).sin()
+
+
+@_kind
+def text_encoder(table: Tensor, tokens: Tensor) -> Tensor:
+    """Features (B, E) of tokens (B, L), of which each counts, and where it stands; table: (words, E)."""
+    places = torch.arange(1, tokens.shape[1] + 1, dtype=table.dtype, device=table.device)
+    return torch.einsum("ble,l->be", table[tokens], places.sin())
+
+
+@_kind
+def told_denoiser(
+    inward: Tensor, speed: Tensor, outward: Tensor, told: Tensor, x_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """A denoiser (x_t, t, cond) -> like x_t, made like noisy_denoiser; told: (E, H), for cond (B, E)."""
+    phase = x_t.flatten(1) @ inward + t[:, None] * speed + cond @ told  # (B, H)
+    return (phase.sin() @ outward).view_as(x_t)
+
+
+@_kind
+def guidance(weights: Tensor, denoiser: Callable, said: Tensor, unsaid: Tensor) -> Callable:
+    """A guidance (denoiser, said, unsaid) -> denoiser (x_t, t): a mixture of two answers, weights (2,)."""
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        return weights[0] * denoiser(x_t, t, said) + weights[1] * denoiser(x_t, t, unsaid)
+
+    return guided
+
+
+@_kind
+def denoising_step(
+    mixing: Tensor, speed: Tensor, denoiser: Callable, x_t: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """A step (denoiser, x_t, t, noise) -> x_{t-1}: sampler_step from where the denoiser leads."""
+    return sampler_step(mixing, speed, x_t + denoiser(x_t, t), t, noise)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .callables import CallableArgument
-from .optimizers import OptimizerArgument, weights_of
+from .optimizers import OptimizerArgument, ParametersArgument, weights_of
 
 # Two outcomes agree where |a - b| <= tolerance (1 + |b|). Rewriting a formula costs a few roundings, far less
 # than this. Values are judged in float64; float32 is there to see that the dtype is kept.
@@ -75,14 +75,16 @@ class Exercise:
 class Outcome:
     """What one call did.
 
-    outputs: the tuple returned, or the one object returned (then `single`); tensors without their graph.
-    attached: for each output, whether it carried gradient.
-    gradients: for each argument, the derivative of a fixed linear function of the outputs, or None where the
-        argument asks for no gradient or none arrived.
-    changed: the positions of the arguments that the call modified.
-    marked: the positions of the arguments in which the call left a .grad.
-    weights: of the optimizers among the arguments, as the call left them; these may be changed and marked.
-    error: the type of the exception raised, if any; error_text: what it says, and where.
+    Attributes:
+        outputs: the tuple returned, or the one object returned (then `single`); tensors without their graph.
+        attached: for each output, whether it carried gradient.
+        gradients: for each argument, the derivative of a fixed linear function of the outputs, or None where
+            the argument asks for no gradient or none arrived.
+        changed: the positions of the arguments that the call modified.
+        marked: the positions of the arguments in which the call left a .grad.
+        weights: of the optimizers among the arguments, as the call left them, and of parameters by name,
+            after a step of what it left; these may be changed and marked.
+        error: the type of the exception raised, if any; error_text: what it says, and where.
     """
 
     outputs: tuple = ()
@@ -314,7 +316,7 @@ def _copies(arguments: tuple) -> tuple:
             # a network, other than the data, is made before sampling begins
             with torch.inference_mode(False):
                 return CallableArgument(argument.kind, tuple(map(copy_tensor, argument.tensors)))
-        if isinstance(argument, OptimizerArgument):
+        if isinstance(argument, OptimizerArgument | ParametersArgument):
             return argument.build(copy_tensor)
         if isinstance(argument, tuple | list):
             return type(argument)(map(copy, argument))

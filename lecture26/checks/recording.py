@@ -19,7 +19,7 @@ from lecture26.kit.tensor_files import read_tensors, write_tensors
 
 from .callables import CallableArgument
 from .core import Case, Exercise, Outcome, call, default_state
-from .optimizers import OptimizerArgument
+from .optimizers import OptimizerArgument, ParametersArgument
 
 FORMAT = "lecture26.checks 3"
 
@@ -124,8 +124,13 @@ def pack_value(value: object, tensors: dict[str, Tensor], numbers: dict[int, str
         return {"callable": value.kind, "tensors": pack(value.tensors)}
     if isinstance(value, OptimizerArgument):
         return {"optimizer": pack(value.weights), "old": pack(value.old_gradients), "rate": value.rate}
+    if isinstance(value, ParametersArgument):
+        old = pack(value.old_gradients)
+        return {"names": list(value.names), "values": pack(value.values), "old": old, "asking": value.asking}
     if is_dataclass(value):
         return {field.name: pack(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple) and all(isinstance(inner, str) for inner in value):
+        return {"texts": list(value)}  # str.endswith takes a tuple, and no list
     if isinstance(value, list | tuple):
         return list(map(pack, value))
     return value
@@ -137,6 +142,10 @@ def unpack_value(found: dict, tensors: dict[str, Tensor]) -> object:
         return CallableArgument(found["callable"], tuple(found["tensors"]))
     if "optimizer" in found:
         return OptimizerArgument(tuple(found["optimizer"]), tuple(found["old"]), found["rate"])
+    if "texts" in found:
+        return tuple(found["texts"])
+    if "asking" in found:
+        return ParametersArgument(*(tuple(found[key]) for key in ("names", "values", "old", "asking")))
     if "tensor" not in found:
         return found
     return tensors[found["tensor"]].requires_grad_(found["requires_grad"])

@@ -121,11 +121,16 @@ def show_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> N
     """
     from IPython.display import display
 
-    table = _markdown_table(rows, columns)
+    table = markdown_table(rows, columns)
     display({"text/markdown": table, "text/plain": table}, raw=True)
 
 
-def _markdown_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> str:
+def markdown_table(rows: Sequence[Sequence[str | int]], columns: Sequence[str]) -> str:
+    """The Markdown of rows under columns, as `show_table` shows it.
+
+    Cells are as `show_table` says. Raises TypeError on other cells; ValueError if there is no row, one has
+    another length, or a text has a line break or a `|`.
+    """
     if not rows:
         raise ValueError("rows must be at least one; got none")
     for row in rows:

@@ -21,17 +21,20 @@ from lecture26.recipes.recipe import seeded
 from lecture26.recipes.trained import Trained
 from lecture26.visual_prompt_tuning import (
     VPT,
+    adapter_tuning,
     backbone_fingerprint,
     bias_tuning,
     check_backbone,
     full_fine_tune,
     linear_probe,
+    lora_tuning,
     save_task,
 )
 
 WEIGHT_DECAY = 1e-4
 NUM_PROMPTS = 8
 COMPARED = ("linear", "vpt-shallow", "vpt-deep", "full")  # of METHODS
+INSIDE = ("bias", "adapter", "lora")  # what trains about as many numbers, inside the layers
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ METHODS = {
     "vpt-shallow": Method(VPT, (0.03, 0.1), has_prompts=True),
     "vpt-deep": Method(partial(VPT, deep=True), (0.03, 0.1), has_prompts=True),
     "bias": Method(lambda vit, num_classes, num_prompts: bias_tuning(vit, num_classes), (3e-3, 1e-2)),
+    "adapter": Method(lambda vit, num_classes, num_prompts: adapter_tuning(vit, num_classes), (3e-3, 1e-2)),
+    "lora": Method(lambda vit, num_classes, num_prompts: lora_tuning(vit, num_classes), (3e-3, 1e-2)),
     "full": Method(lambda vit, num_classes, num_prompts: full_fine_tune(vit, num_classes), (3e-4, 1e-3)),
 }
 
@@ -74,7 +79,8 @@ class Budget:
     augment: bool = False
 
 
-SMALL_BUDGET = Budget(steps=600, batch_size=16)
+# One precision for all stored comparisons, whatever is faster where.
+SMALL_BUDGET = Budget(steps=600, batch_size=16, precision="fp32")
 # for choosing a learning rate, and for a notebook, whose numbers shall not depend on what is faster where
 SHORT_BUDGET = Budget(steps=200, batch_size=16, precision="fp32")
 

@@ -102,8 +102,8 @@ class LatentDiffusionRecipe(Recipe):
         drop: the probability with which a caption is replaced by the empty one.
         lesson: weight of the cross entropy with which the text encoder learns on which side a noun stands.
         schedule, diffusion_steps, prediction: of the diffusion.
-        words_first: whether steps are drawn mostly where the words decide (chapter 07, equation 7.11); if
-            not, all alike.
+        words_first: whether steps are drawn mostly from the middle, where colours and shapes are decided, and
+            places are not (chapter 07, equation 7.11); if not, all alike.
     """
 
     family: ClassVar[str] = "latent_diffusion"

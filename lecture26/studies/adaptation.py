@@ -251,9 +251,11 @@ class Comparison:
             if model.num_prompts:
                 measured["upstream_prompted"] = accuracy(_Prompted(model), self.upstream, EVALUATION_BATCH)
             return measured
-        changed = copy.deepcopy(self.vit).to(process_state().device)
-        weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("head")}
-        changed.load_state_dict(weights, strict=False)
+        changed = copy.deepcopy(model)
+        for head in ("head", "head_dist"):
+            if hasattr(self.vit, head):
+                setattr(changed, head, copy.deepcopy(getattr(self.vit, head)))
+        changed.to(process_state().device)
         return {"upstream": accuracy(changed, self.upstream, EVALUATION_BATCH)}
 
 

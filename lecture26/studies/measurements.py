@@ -7,12 +7,14 @@ from tqdm import tqdm
 
 from lecture26.kit.results import save_results
 from lecture26.kit.validation import check_choice
-from lecture26.recipes.adaptation import SHORT_BUDGET
+from lecture26.recipes.adaptation import INSIDE, SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
+from lecture26.studies.steering_ways import classifier_guidance_ways
+from lecture26.studies.storage import prompt_storage
 from lecture26.studies.sweeps import (
     BATCH_SIZE,
     SAMPLERS,
@@ -60,6 +62,13 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     "classifier_guidance_sweep": partial(
         classifier_guidance_sweep, "ddpm_shapes32", "noisy_classifier_shapes32", "reader_shapes32"
     ),
+    "classifier_guidance_ways": partial(
+        classifier_guidance_ways,
+        "ddpm_shapes32",
+        "noisy_classifier_shapes32",
+        "reader_shapes32",
+        state="classifier_guidance_ways",
+    ),
     "clip_guidance_sweep": partial(
         clip_guidance_sweep,
         "ddpm_shapes32",
@@ -86,6 +95,13 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         for task in SMALL_TASKS
     },
     "adaptation_mnist": partial(adaptation, tasks=("./mnist",), state="adaptation_mnist"),
+    "adaptation_inside": partial(
+        adaptation,
+        tasks=("largest",),
+        methods=INSIDE,
+        upstream=False,
+        state="adaptation_inside",
+    ),
     "adaptation_short": partial(
         adaptation,
         tasks=("digits", "./mnist"),
@@ -108,6 +124,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         methods=("linear", "vpt-deep", "full"),
         state="adaptation_widths",
     ),
+    "prompt_storage": prompt_storage,
     "adaptation_solved": partial(
         solved_heads,
         "vit_photos32",

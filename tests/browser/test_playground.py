@@ -1,88 +1,14 @@
 """The playground and the laboratory in a browser, from files: they draw, and ask no other host."""
 
-import functools
-import http.server
-import threading
-
 import pytest
+from drawing import both, draw, from_files, image_of, set_slider, wait
 
 from web import build_playground
-
-A_DRAWING, A_CLICK = 300_000, 60_000  # milliseconds; a busy machine is slow
 
 
 @pytest.fixture(scope="module")
 def folder():
     return build_playground().parent
-
-
-@pytest.fixture
-def address(folder, request):
-    """Where the pages are: as files, or served on this machine."""
-    if request.param == "file":
-        yield folder.as_uri()
-        return
-    handler = functools.partial(QuietHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def open_page(browser, address):
-    """Opens a page; at the end there must have been no error and no request to another host."""
-    contexts, errors, requests = [], [], []
-
-    def open_page(name, **context):
-        contexts.append(browser.new_context(**context))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(A_CLICK)
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(f"{address}/{name}")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
-    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
-
-
-def both(test):
-    return pytest.mark.parametrize("address", ["file", "http"], indirect=True)(test)
-
-
-def from_files(test):
-    return pytest.mark.parametrize("address", ["file"], indirect=True)(test)
-
-
-def draw(page, element, action="Draw"):
-    """Click a button of an element, and wait until the drawing is done."""
-    page.locator(element).get_by_role("button", name=action, exact=True).click()
-    wait(page, element)
-
-
-def wait(page, element):
-    page.wait_for_function(f"document.querySelector('{element}').isDone", timeout=A_DRAWING)
-
-
-def set_slider(page, element, name, value):
-    """Move a slider as a user does, which draws anew, and wait until that is done."""
-    page.evaluate(f"document.querySelector('{element}').isDone = false")
-    page.locator(f"{element} input[name={name}]").fill(str(value))
-    wait(page, element)
-
-
-def image_of(page, element):
-    return page.evaluate(f"Array.from(document.querySelector('{element}').result.image)")
 
 
 @both
@@ -161,6 +87,16 @@ def test_a_sentence_a_picture_and_a_part_of_one(open_page, address):
     rows = range(3 * 64)
     assert all(filled[64 * row : 64 * row + 32] == again[64 * row : 64 * row + 32] for row in rows)
     assert filled != again
+
+
+@from_files
+def test_guided_strips_begin_with_a_star_that_guidance_makes_one(open_page, address):
+    page = open_page("index.html")
+    page.wait_for_selector("guided-strips img")
+    for kind in ("classifier", "clip"):
+        figures = page.locator(f"guided-strips [data-kind={kind}] figure").all()
+        right = [figure.get_attribute("data-right") for figure in figures]
+        assert right[0] == "false" and right.count("true") > len(right) / 2, kind
 
 
 @from_files

@@ -1,4 +1,5 @@
-/** <guided-strips>: pictures of guidance by a classifier and by CLIP, drawn when the site was built. */
+/** <guided-strips>: pictures of guidance by a classifier and by CLIP, drawn when the site was built.
+ * The attribute `only` leaves one of the two. */
 
 import { choice, numberText } from './parts.js';
 import { siteValue } from './studio.js';
@@ -23,11 +24,12 @@ class GuidedStrips extends HTMLElement {
       this.textContent = error.message;
       return;
     }
+    const shown = Object.entries(TEXTS).filter(([kind]) => [null, kind].includes(this.getAttribute('only')));
     const asked = this.strips.classifier.rows.map(({ asked }) => asked);
     this.innerHTML = `
       <div class="stack">
         <fieldset><legend>What is asked for</legend><div class="choices">${asked.map((text, n) => choice('row', n, text, n === 0)).join('')}</div></fieldset>
-        ${Object.entries(TEXTS).map(([kind, { name, note }]) => `<section data-kind="${kind}"><h3>${name}</h3><p class="note">${note}</p><div class="tiles"></div></section>`).join('')}
+        ${shown.map(([kind, { name, note }]) => `<section data-kind="${kind}"><h3>${name}</h3><p class="note">${note}</p><div class="tiles"></div></section>`).join('')}
         <p class="note">One seed, ${this.strips.steps} steps of DDIM. The gradients were computed with PyTorch, since a browser has no backward pass;
           ✓ and ✗ say whether the course’s reader reads what was asked for.</p>
       </div>`;

@@ -1,4 +1,4 @@
-"""Exercises of chapter 05: the implicit classifier, both conventions, dropout, rescaling, interval."""
+"""Exercises of chapter 05: mixing, the doubled pass, dropout and training, contrast, the interval."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from lecture26 import classifier_free_guidance as guidance
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
-from ..draws import Draws, batches, cast, transposed
-from ..mistakes import per_sample, schedule_mistakes, unit, with_arguments, with_result
+from ..draws import Draws, cast, transposed
+from ..mistakes import per_sample, with_arguments
+from ..optimizers import OptimizerArgument
 
 
 def _mixed(draws: Draws, *shape: int, **kind) -> tuple[Tensor, Tensor]:
@@ -49,142 +51,7 @@ def _pair_cases(seed: int, settings: tuple[tuple, ...]) -> list[Case]:
     return [*cases, Case("images that are not contiguous", (transposed(one), transposed(other), *rest))]
 
 
-# The implicit classifier
-
-
-def _implicit_gradient_cases(seed: int) -> list[Case]:
-    cases = [Case(b.note, (b.normal(), b.normal(), b.alpha_bar)) for b in batches(seed)]
-    note, (eps_cond, eps_uncond, alpha_bar) = cases[2].note, cases[2].arguments
-    apart = (transposed(eps_cond), transposed(eps_uncond), alpha_bar)
-    return [*cases, Case(f"not contiguous, {note}", apart)]
-
-
-def _difference_times(factor: Callable[[Tensor], Tensor]) -> Callable:
-    """The difference of both predictions with any function of alpha_bar in front, right or wrong."""
-    return lambda eps_cond, eps_uncond, alpha_bar: (eps_uncond - eps_cond) * factor(alpha_bar)
-
-
-def _gradient_of(difference: Callable[[Tensor, Tensor], Tensor]) -> Callable:
-    """Any function of both predictions, divided by the right root."""
-    return lambda eps_cond, eps_uncond, alpha_bar: difference(eps_cond, eps_uncond) / (1 - alpha_bar).sqrt()
-
-
-IMPLICIT_GRADIENT = Exercise(
-    "classifier_free_guidance.implicit_gradient",
-    '"The classifier that was there already", equation (5.1)',
-    guidance.implicit_gradient,
-    _implicit_gradient_cases,
-    (
-        Misconception(
-            "sign",
-            _difference_times(lambda alpha_bar: -(1 - alpha_bar).rsqrt()),
-            "The sign is the other way round: noise points away from the data, so that a score is minus the "
-            "noise, divided by its standard deviation.",
-        ),
-        Misconception(
-            "no root",
-            _difference_times(lambda alpha_bar: 1 / (1 - alpha_bar)),
-            "The noise is divided by its standard deviation, the root of 1 - alpha_bar, not by its variance.",
-        ),
-        Misconception(
-            "sqrt(alpha_bar) for sqrt(1 - alpha_bar)",
-            _difference_times(torch.rsqrt),
-            "sqrt(alpha_bar) belongs to the signal. A score is the noise divided by sqrt(1 - alpha_bar).",
-        ),
-        Misconception(
-            "alpha_bar for sqrt(1 - alpha_bar)",
-            _difference_times(torch.reciprocal),
-            "alpha_bar is what is left of the signal's variance. The divisor is the noise's, and its root.",
-        ),
-        Misconception(
-            "1 - sqrt(alpha_bar)",
-            _difference_times(lambda alpha_bar: 1 / (1 - alpha_bar.sqrt())),
-            "The root is taken of alpha_bar alone. It is the root of the difference 1 - alpha_bar.",
-        ),
-        Misconception(
-            "difference of the noises",
-            _difference_times(torch.ones_like),
-            "This is a difference of noises. To be one of scores, it has to be divided by sqrt(1 - "
-            "alpha_bar).",
-        ),
-        Misconception(
-            "difference of the noises, and sign",
-            _difference_times(lambda alpha_bar: -torch.ones_like(alpha_bar)),
-            "eps_cond - eps_uncond is a difference of noises: as one of scores, it has the other sign and is "
-            "divided by sqrt(1 - alpha_bar).",
-        ),
-        Misconception(
-            "multiplied by the noise level",
-            _difference_times(lambda alpha_bar: (1 - alpha_bar).sqrt()),
-            "A score becomes noise by multiplying with the root, and noise a score by dividing.",
-        ),
-        Misconception(
-            "factor of an x_0-prediction",
-            _difference_times(lambda alpha_bar: alpha_bar.sqrt() / (1 - alpha_bar)),
-            "This is the factor for two predictions of x_0; these are predictions of the noise.",
-        ),
-        Misconception(
-            "factor of a v-prediction",
-            _difference_times(lambda alpha_bar: (alpha_bar / (1 - alpha_bar)).sqrt()),
-            "This is the factor for two predictions of v; these are predictions of the noise.",
-        ),
-        Misconception(
-            "conditional score",
-            _gradient_of(lambda eps_cond, eps_uncond: -eps_cond),
-            "This is the score of the class. The classifier's gradient is what it has more than the "
-            "unconditional one.",
-        ),
-        Misconception(
-            "unconditional score",
-            _gradient_of(lambda eps_cond, eps_uncond: -eps_uncond),
-            "This is the unconditional score. The classifier's gradient is what the class adds to it.",
-        ),
-        Misconception(
-            "sum for difference",
-            _gradient_of(lambda eps_cond, eps_uncond: -(eps_cond + eps_uncond)),
-            "Both scores are added; Bayes' rule has their difference.",
-        ),
-        Misconception(
-            "doubled",
-            _gradient_of(lambda eps_cond, eps_uncond: 2 * (eps_uncond - eps_cond)),
-            "It is twice too long: the difference of the two scores is all of it.",
-        ),
-        Misconception(
-            "guided already",
-            _gradient_of(lambda eps_cond, eps_uncond: eps_uncond - 2 * eps_cond),
-            "This is the guided score at w = 1. Asked for is the classifier's gradient alone.",
-        ),
-        Misconception(
-            "root taken of the difference",
-            lambda eps_cond, eps_uncond, alpha_bar: (
-                ((eps_uncond - eps_cond) / (1 - alpha_bar).sqrt()).sign()
-                * (eps_uncond - eps_cond).abs().sqrt()
-            ),
-            "The root belongs to 1 - alpha_bar, not to the difference of the predictions.",
-        ),
-        Misconception(
-            "gradient normalised",
-            with_result(guidance.implicit_gradient, unit),
-            "The gradient's length matters: it falls to 0 where the class is certain. Take it as it is.",
-        ),
-        Misconception(
-            "averaged over the batch",
-            lambda *arguments: (
-                guidance.implicit_gradient(*arguments).mean(0, keepdim=True).expand_as(arguments[0])
-            ),
-            "Each sample has a gradient of its own.",
-        ),
-        Misconception(
-            "divided by the batch size",
-            lambda *arguments: guidance.implicit_gradient(*arguments) / len(arguments[0]),
-            "The gradient must not depend on how many samples there are in the batch.",
-        ),
-        *schedule_mistakes(guidance.implicit_gradient, "alpha_bar"),
-    ),
-)
-
-
-# Mixing, in both conventions
+# Mixing
 
 WEIGHTS = ((0.5,), (3.0,), (1.0,), (7,), (-1.0,), (0.0,), (2.5,), (0.3,), (-0.5,), (1.7,))
 
@@ -340,76 +207,335 @@ CFG_COMBINE = Exercise(
     ),
 )
 
-SCALES = ((1.5,), (4.0,), (2.0,), (8,), (0.0,), (1.0,), (3.5,), (1.3,), (0.5,), (-1.0,))
+# The doubled pass
 
-COMBINE_BY_GUIDANCE_SCALE = Exercise(
-    "classifier_free_guidance.combine_by_guidance_scale",
-    '"Two ways to count", equation (5.5)',
-    guidance.combine_by_guidance_scale,
-    lambda seed: _pair_cases(seed, SCALES),
+
+def _doubled_pass_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    side, wide, classes = draws.integer(3, 4), draws.integer(5, 6), draws.integer(4, 6)
+    float64, float32 = torch.float64, torch.float32
+    cases = []
+    for note, shape, variance, kind, mode in (
+        ("points", (side, wide), 1, {}, "grad"),
+        ("points with variance channels", (side, wide), 2, {}, "grad"),
+        ("images", (side, 3, 2, wide), 1, {}, "grad"),
+        ("images with variance channels", (side + 1, 3, 3, 2), 2, {}, "no_grad"),
+        ("as many samples as elements", (side, side), 2, {}, "grad"),
+        ("one sample", (1, 2, 2, 3), 2, {}, "grad"),
+        ("one grey image", (1, 1, 3, 3), 1, {}, "grad"),
+        ("float32 images with variance channels", (side, 2, 2, 2), 2, {"dtype": float32}, "no_grad"),
+        ("float32 points with gradient", (wide, 4), 1, {"dtype": float32, "gradient": True}, "grad"),
+        ("images with variance channels, with gradient", (side, 2, 2, 3), 2, {"gradient": True}, "grad"),
+        ("inference mode", (side, 1, 2, 2), 2, {}, "inference_mode"),
+    ):
+        dtype = kind.get("dtype", float64)
+        elements = math.prod(shape[1:])
+        shapes = (elements, 7), (7,), (classes + 1, 7), (7, variance * elements)
+        denoiser = CallableArgument(
+            "conditional_denoiser", tuple(draws.normal(*each, dtype=dtype) for each in shapes)
+        )
+        wanted = torch.tensor([draws.integer(0, classes - 1) for _ in range(shape[0])])
+        both_conds = torch.cat([wanted, torch.full_like(wanted, classes)])
+        mix = CallableArgument("mixer", (draws.uniform(2, low=1.2, high=2.5, dtype=dtype),))
+        given = denoiser, draws.normal(*shape, **kind), draws.steps(shape[0], 100), both_conds, mix
+        cases.append(Case(note, given, mode))
+    return cases
+
+
+def _with_inputs(inputs: Callable) -> Callable:
+    """doubled_pass with other inputs: (x_t, t, both_conds) -> those that the denoiser gets."""
+
+    def wrong(denoiser, x_t, t, both_conds, mix):
+        return _finish(denoiser(*inputs(x_t, t, both_conds)), x_t, mix)
+
+    return wrong
+
+
+def _finish(outputs: Tensor, x_t: Tensor, mix: Callable) -> Tensor:
+    """From the doubled output to the result, as it should be."""
+    cond, null = outputs.chunk(2)
+    channels = x_t.shape[1]
+    return torch.cat([mix(cond[:, :channels], null[:, :channels]), cond[:, channels:]], dim=1)
+
+
+def _with_outputs(finish: Callable) -> Callable:
+    """doubled_pass with another way from both halves to the result: finish(cond, null, C, mix)."""
+
+    def wrong(denoiser, x_t, t, both_conds, mix):
+        outputs = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both_conds)
+        return finish(*outputs.chunk(2), x_t.shape[1], mix)
+
+    return wrong
+
+
+def _asked_twice(denoiser, x_t, t, both_conds, mix):
+    outputs = torch.cat([denoiser(x_t, t, cond) for cond in both_conds.chunk(2)])
+    return _finish(outputs, x_t, mix)
+
+
+def _neighbours_halved(denoiser, x_t, t, both_conds, mix):
+    outputs = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both_conds)
+    return _finish(torch.cat([outputs[::2], outputs[1::2]]), x_t, mix)
+
+
+DOUBLED_PASS = Exercise(
+    "classifier_free_guidance.doubled_pass",
+    '"A guided denoiser is a denoiser"',
+    guidance.doubled_pass,
+    _doubled_pass_cases,
     (
         Misconception(
-            "w for the guidance scale",
-            _weighted(lambda s: 1 + s, lambda s: -s),
-            "This counts as w does, with the conditional prediction at 0. In this convention it is at 1, and "
-            "the unconditional one at 0.",
+            "halves swapped",
+            _with_outputs(
+                lambda cond, null, c, mix: torch.cat([mix(null[:, :c], cond[:, :c]), cond[:, c:]], dim=1)
+            ),
+            "The two predictions reach `mix` in the wrong order: the first half was told the condition.",
         ),
         Misconception(
-            "s - 1 for s",
-            _weighted(lambda s: s - 1, lambda s: 2 - s),
-            "1 is subtracted once too often: the scale multiplies the difference, counted from the "
-            "unconditional prediction.",
+            "asked twice",
+            _asked_twice,
+            "The denoiser is called twice. Both answers come from one call, of a batch twice as long.",
         ),
         Misconception(
-            "swapped halves",
-            _weighted(lambda s: 1 - s, lambda s: s),
-            "The two predictions are swapped: a scale of 1 must give the conditional one.",
+            "fresh noise in the second half",
+            _with_inputs(
+                lambda x_t, t, conds: (torch.cat([x_t, torch.randn_like(x_t)]), torch.cat([t, t]), conds)
+            ),
+            "The second half is another x_t. Both answers are about the same noisy samples.",
         ),
         Misconception(
-            "sign of the difference",
-            _weighted(lambda s: -s, lambda s: 1 + s),
-            "The difference has the wrong sign: it leads from the unconditional prediction to the "
-            "conditional one.",
+            "samples side by side",
+            _with_inputs(
+                lambda x_t, t, conds: (x_t.repeat_interleave(2, dim=0), t.repeat_interleave(2), conds)
+            ),
+            "Each sample stands beside its double, while the conditions come in two halves: one half of the "
+            "samples gets conditions that are not its own.",
         ),
         Misconception(
-            "unconditional prediction taken away",
-            _weighted(lambda s: s, lambda s: -(1 + s)),
-            "The unconditional prediction is what one starts from: it is added, once.",
+            "one step for all",
+            _with_inputs(lambda x_t, t, conds: (torch.cat([x_t, x_t]), t[:1].expand(2 * len(t)), conds)),
+            "The first sample's step is used for all. Each sample has a step of its own, in both halves.",
         ),
         Misconception(
-            "scale times the conditional prediction",
-            _weighted(lambda s: s, lambda s: 1),
-            "The scale multiplies the difference of both, not the conditional prediction: the weights add up "
-            "to 1.",
+            "second half at step 0",
+            _with_inputs(
+                lambda x_t, t, conds: (torch.cat([x_t, x_t]), torch.cat([t, torch.zeros_like(t)]), conds)
+            ),
+            "The second half is told another step. Both halves are equally noisy.",
         ),
         Misconception(
-            "minus for plus",
-            _weighted(lambda s: s, lambda s: s - 1),
-            "The unconditional prediction's weight is 1 - s, which is negative for s above 1.",
+            "every second output",
+            _neighbours_halved,
+            "The outputs are taken by turns. The conditional ones are all in the first half.",
         ),
         Misconception(
-            "scaled as a whole",
-            _weighted(lambda s: s, lambda s: 0),
-            "This makes the conditional prediction longer. Guidance makes its difference from the "
-            "unconditional one longer.",
+            "variance channels mixed",
+            _with_outputs(lambda cond, null, c, mix: mix(cond, null)),
+            "The variance channels are mixed as well. They are no predictions: only the first channels, as "
+            "many as x_t has, are.",
         ),
         Misconception(
-            "conditional prediction for all scales up to 1",
-            _weighted(lambda s: s if s > 1 else 1, lambda s: 1 - s if s > 1 else 0),
-            "Some libraries do not guide at all for scales up to 1. By the formula 0 gives the unconditional "
-            "prediction, and 0.5 one halfway.",
+            "variance channels of the null half",
+            _with_outputs(
+                lambda cond, null, c, mix: torch.cat([mix(cond[:, :c], null[:, :c]), null[:, c:]], dim=1)
+            ),
+            "The variance channels kept are those of the answer to nothing. Keep the conditional ones.",
         ),
         Misconception(
-            "scale squared",
-            _weighted(lambda s: s**2, lambda s: 1 - s**2),
-            "The scale goes in as it is, not squared.",
+            "variance channels dropped",
+            _with_outputs(lambda cond, null, c, mix: mix(cond[:, :c], null[:, :c])),
+            "The variance channels are lost. A sampler looks for them behind the prediction.",
         ),
         Misconception(
-            "scale under a root",
-            _weighted(lambda s: math.sqrt(abs(s)), lambda s: 1 - math.sqrt(abs(s))),
-            "The scale goes in as it is, not under a root.",
+            "variance channels in front",
+            _with_outputs(
+                lambda cond, null, c, mix: torch.cat([cond[:, c:], mix(cond[:, :c], null[:, :c])], dim=1)
+            ),
+            "The variance channels stand in front. They are the last ones, as in the denoiser's output.",
         ),
-        *_mixing_mistakes(guidance.combine_by_guidance_scale),
+        Misconception(
+            "last channels for the prediction",
+            _with_outputs(
+                lambda cond, null, c, mix: torch.cat([cond[:, :-c], mix(cond[:, -c:], null[:, -c:])], dim=1)
+            ),
+            "The last channels are mixed. The prediction is in the first ones; the last ones are variances.",
+        ),
+        Misconception(
+            "conditional answer alone",
+            _with_outputs(lambda cond, null, c, mix: cond),
+            "This is the conditional answer: nothing is mixed.",
+        ),
+        Misconception(
+            "unconditional answer alone",
+            _with_outputs(lambda cond, null, c, mix: null),
+            "This is the answer to nothing: nothing is mixed.",
+        ),
+        Misconception(
+            "both halves returned",
+            lambda denoiser, x_t, t, both_conds, mix: torch.cat(
+                [guidance.doubled_pass(denoiser, x_t, t, both_conds, mix)] * 2
+            ),
+            "The result is as long as both halves. It has one row for each sample.",
+        ),
+    ),
+)
+
+
+# Dynamic thresholding
+
+
+def _dynamic_threshold_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, many, side = draws.integer(3, 4), draws.integer(6, 8), draws.integer(4, 5)
+
+    def case(note, *shape, quantile, **kind):
+        """Samples of different sizes: the first one within [-1, 1] already, unless it is alone."""
+        spread = draws.uniform(*shape[:1], low=0.9, high=2.5)
+        if shape[0] > 1:
+            spread[0] = 0.2
+        drawn = (draws.normal(*shape) + 0.2) * per_sample(spread, torch.empty(shape))
+        return Case(note, (cast(drawn, **kind), quantile))
+
+    return [
+        case("points", many, 9, quantile=0.7),
+        case("images", few, 3, 4, 6, quantile=0.95),
+        case("as many samples as elements", side, side, quantile=0.5),
+        case("images as wide as the batch is long", side, 3, side, side, quantile=0.8),
+        case("a batch of one", 1, 3, 4, 5, quantile=0.9),
+        case("the largest value", few, 2, 5, 3, quantile=1.0),
+        case("float32 images", few, 3, 4, 4, quantile=0.75, dtype=torch.float32),
+        case("float32 points with gradient", few, 8, quantile=0.6, dtype=torch.float32, gradient=True),
+        case("images with gradient", few, 2, 3, 5, quantile=0.85, gradient=True),
+        case("large images", few, 3, 8, 8, quantile=0.995),
+    ]
+
+
+def _bounded(bound: Callable[[Tensor, float], Tensor]) -> Callable:
+    """Clipped at a bound, a function of the predictions and the quantile, and divided by it."""
+
+    def wrong(x_0, quantile):
+        bounds = bound(x_0, quantile)
+        return x_0.clamp(-bounds, bounds) / bounds
+
+    return wrong
+
+
+def _quantiles(x_0: Tensor, quantile: float) -> Tensor:
+    """The quantile of each sample's absolute values, (B, 1, ...)."""
+    return per_sample(x_0.abs().flatten(1).quantile(quantile, dim=1), x_0)
+
+
+def _clipped_alone(x_0, quantile):
+    bounds = _quantiles(x_0, quantile).clamp(min=1)
+    return x_0.clamp(-bounds, bounds)
+
+
+def _per_channel_quantile(x_0: Tensor, quantile: float) -> Tensor:
+    """The quantile of each channel of each image; of points as it should be."""
+    if x_0.ndim == 2:
+        return _quantiles(x_0, quantile)
+    return x_0.abs().flatten(2).quantile(quantile, dim=2)[..., None, None]
+
+
+DYNAMIC_THRESHOLD = Exercise(
+    "classifier_free_guidance.dynamic_threshold",
+    '"Too much contrast"',
+    guidance.dynamic_threshold,
+    _dynamic_threshold_cases,
+    (
+        Misconception(
+            "clipped at 1",
+            lambda x_0, quantile: x_0.clamp(-1, 1),
+            "This is the clipping that is there already. The bound is to be the picture's own.",
+        ),
+        Misconception(
+            "not divided",
+            _clipped_alone,
+            "Clipped at the bound, but not divided by it: the result still lies outside of [-1, 1].",
+        ),
+        Misconception(
+            "not clipped",
+            lambda x_0, quantile: x_0 / _quantiles(x_0, quantile).clamp(min=1),
+            "Divided by the bound, but not clipped: what lies beyond the quantile stays outside of [-1, 1].",
+        ),
+        Misconception(
+            "divided first, clipped at the bound",
+            lambda x_0, quantile: (x_0 / _quantiles(x_0, quantile).clamp(min=1)).clamp(
+                -_quantiles(x_0, quantile).clamp(min=1), _quantiles(x_0, quantile).clamp(min=1)
+            ),
+            "After the division the rim is 1, and no longer the bound.",
+        ),
+        Misconception(
+            "no floor",
+            _bounded(_quantiles),
+            "A bound below 1 stretches pictures that need nothing: it must be at least 1.",
+        ),
+        Misconception(
+            "floor for a ceiling",
+            _bounded(lambda x_0, quantile: _quantiles(x_0, quantile).clamp(max=1)),
+            "The bound is at most 1 here. It is to be at least 1.",
+        ),
+        Misconception(
+            "largest value",
+            _bounded(lambda x_0, quantile: _quantiles(x_0, 1.0).clamp(min=1)),
+            "The bound is the largest absolute value, which a single pixel decides; take the quantile.",
+        ),
+        Misconception(
+            "share beyond the bound",
+            _bounded(lambda x_0, quantile: _quantiles(x_0, 1 - quantile).clamp(min=1)),
+            "`quantile` is the share that lies below the bound, not beyond it.",
+        ),
+        Misconception(
+            "quantile of the values themselves",
+            _bounded(
+                lambda x_0, quantile: per_sample(x_0.flatten(1).quantile(quantile, dim=1), x_0).clamp(min=1)
+            ),
+            "The quantile is that of the absolute values: negative numbers can be too large as well.",
+        ),
+        Misconception(
+            "one bound for the batch",
+            _bounded(lambda x_0, quantile: x_0.abs().flatten().quantile(quantile).clamp(min=1)),
+            "The bound is that of the whole batch. Each picture has its own bound.",
+        ),
+        Misconception(
+            "first sample's bound",
+            _bounded(lambda x_0, quantile: _quantiles(x_0, quantile)[-1:].clamp(min=1)),
+            "One sample's bound is used for all. Each picture has its own.",
+        ),
+        Misconception(
+            "largest bound of the batch",
+            _bounded(lambda x_0, quantile: _quantiles(x_0, quantile).max().clamp(min=1)),
+            "The largest bound of the batch is used for all. Each picture has its own.",
+        ),
+        Misconception(
+            "channel by channel",
+            _bounded(lambda x_0, quantile: _per_channel_quantile(x_0, quantile).clamp(min=1)),
+            "Each channel gets a bound of its own, which shifts colours. It is to be the whole picture's.",
+        ),
+        Misconception(
+            "row by row",
+            _bounded(lambda x_0, quantile: x_0.abs().quantile(quantile, dim=-1, keepdim=True).clamp(min=1)),
+            "Each row of pixels gets a bound of its own. The quantile is over all of a picture.",
+        ),
+        Misconception(
+            "standard deviation",
+            _bounded(
+                lambda x_0, quantile: per_sample(x_0.flatten(1).std(dim=1, correction=0), x_0).clamp(min=1)
+            ),
+            "The bound is a standard deviation. It is to be a quantile of the absolute values.",
+        ),
+        Misconception(
+            "negative numbers left alone",
+            lambda x_0, quantile: (
+                x_0.minimum(_quantiles(x_0, quantile).clamp(min=1)) / _quantiles(x_0, quantile).clamp(min=1)
+            ),
+            "Only what is too large is clipped. What is too far below 0 is to be clipped at -s.",
+        ),
+        Misconception(
+            "bound detached",
+            _bounded(lambda x_0, quantile: _quantiles(x_0, quantile).clamp(min=1).detach()),
+            "The bound depends on the prediction: no detach() here.",
+        ),
     ),
 )
 
@@ -579,6 +705,216 @@ LABELS_AFTER_DROPOUT = Exercise(
 )
 
 
+# The training step
+
+
+def _conditional_training_step_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    side, wide, classes = draws.integer(5, 6), draws.integer(7, 8), draws.integer(4, 6)
+    float64, float32 = torch.float64, torch.float32
+    cases = []
+    for note, shape, labels, p, dtype in (
+        ("points", (side, wide), 0, 0.4, float64),
+        ("images", (side, 3, 2, wide), 0, 0.5, float64),
+        ("two labels", (side + 1, wide), 2, 0.4, float64),
+        ("as many labels as samples", (3, 4), 3, 0.4, float64),
+        ("a large batch", (40, 2), 0, 0.12, float64),
+        ("none dropped", (side, wide), 0, 0.0, float64),
+        ("all dropped", (side, wide), 2, 1.0, float64),
+        ("points in float32", (side, wide), 0, 0.6, float32),
+        ("images in float32", (side, 1, 3, 3), 2, 0.5, float32),
+    ):
+        elements, count = math.prod(shape[1:]), shape[0]
+        shapes = (elements, 7), (7,), (classes + 1, 7), (7, elements)
+        weights = tuple(draws.normal(*each, dtype=dtype, gradient=True) for each in shapes)
+        old = tuple(draws.normal(*weight.shape, dtype=dtype) for weight in weights)
+        optimizer = OptimizerArgument(weights, old, draws.uniform(1, low=0.05, high=0.2).item())
+        null_label = torch.full((labels,) if labels else (), classes)
+        y = (draws.uniform(count, *null_label.shape) * classes).long()
+        u = (draws.permutation(count) + draws.uniform(count, low=0.2, high=0.8)) / count
+        batch = (
+            draws.normal(*shape, dtype=dtype),
+            y,
+            draws.steps(count, 100),
+            draws.normal(*shape, dtype=dtype),
+        )
+        loss_of = CallableArgument("conditional_loss", weights)
+        cases.append(Case(note, (optimizer, loss_of, *batch, null_label, u.to(dtype), p)))
+    return cases
+
+
+def _stepping(step: Callable) -> Callable:
+    """conditional_training_step with another order of lines: step(optimizer, loss) -> what is returned.
+
+    loss() is the loss with the labels dropped as they should be.
+    """
+
+    def wrong(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
+        cond = guidance.labels_after_dropout(y, null_label, u, p)
+        return step(optimizer, lambda: loss_of(x_0, t, noise, cond))
+
+    return wrong
+
+
+def _telling(told: Callable) -> Callable:
+    """conditional_training_step with other conditions: told(y, null_label, u, p)."""
+
+    def wrong(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
+        optimizer.zero_grad()
+        loss = loss_of(x_0, t, noise, told(y, null_label, u, p))
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return wrong
+
+
+def _gradients_kept(optimizer, loss):
+    value = loss()
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def _emptied_before_the_step(optimizer, loss):
+    value = loss()
+    value.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return value.detach()
+
+
+def _step_before_backward(optimizer, loss):
+    value = loss()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.detach()
+
+
+def _loss_after_the_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss().backward()
+    optimizer.step()
+    return loss().detach()
+
+
+def _two_steps(optimizer, loss):
+    optimizer.zero_grad()
+    value = loss()
+    value.backward()
+    optimizer.step()
+    optimizer.step()
+    return value.detach()
+
+
+def _both_parts(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
+    optimizer.zero_grad()
+    told, untold = loss_of(x_0, t, noise, y), loss_of(x_0, t, noise, null_label.expand_as(y))
+    loss = (1 - p) * told + p * untold
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _null_everywhere(y: Tensor, null_label: Tensor) -> Tensor:
+    return null_label.expand_as(y)
+
+
+CONDITIONAL_TRAINING_STEP = Exercise(
+    "classifier_free_guidance.conditional_training_step",
+    '"Dropping labels"',
+    guidance.conditional_training_step,
+    _conditional_training_step_cases,
+    (
+        Misconception(
+            "labels never dropped",
+            _telling(lambda y, null_label, u, p: y),
+            "The network is always told the labels, so its null row learns nothing. Drop them first.",
+        ),
+        Misconception(
+            "labels always dropped",
+            _telling(lambda y, null_label, u, p: _null_everywhere(y, null_label)),
+            "The network is never told a label.",
+        ),
+        Misconception(
+            "inverted probability",
+            _telling(
+                lambda y, null_label, u, p: torch.where(
+                    per_sample(u < p, y), y, _null_everywhere(y, null_label)
+                )
+            ),
+            "The labels are kept with probability p and dropped otherwise. p is the probability of dropping.",
+        ),
+        Misconception(
+            "one draw for the batch",
+            _telling(lambda y, null_label, u, p: y if u[0] >= p else _null_everywhere(y, null_label)),
+            "The first draw decides for the whole batch. Each sample has a draw of its own.",
+        ),
+        Misconception(
+            "null is class 0",
+            _telling(
+                lambda y, null_label, u, p: guidance.labels_after_dropout(
+                    y, torch.zeros_like(null_label), u, p
+                )
+            ),
+            "Dropped labels become 0, which is a class. Take the null label.",
+        ),
+        Misconception(
+            "both parts of the expected loss",
+            _both_parts,
+            "The loss is taken with and without the labels, weighted by 1 - p and p. The mean is right, "
+            "but it asks the network twice: let each sample's draw decide.",
+        ),
+        Misconception(
+            "old gradients kept",
+            _stepping(_gradients_kept),
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
+        ),
+        Misconception(
+            "no gradient at the step",
+            _stepping(_emptied_before_the_step),
+            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
+            "whether it fills or empties them.",
+        ),
+        Misconception(
+            "step before backward",
+            _stepping(_step_before_backward),
+            "The optimizer steps while the gradients of the step before stand there; this loss has not been "
+            "differentiated yet.",
+        ),
+        Misconception(
+            "loss after the step",
+            _stepping(_loss_after_the_step),
+            "The loss is computed anew after the weights have moved. Return the one before the step.",
+        ),
+        Misconception(
+            "two steps",
+            _stepping(_two_steps),
+            "The optimizer steps twice along one gradient. There is one step for each gradient.",
+        ),
+        Misconception(
+            "data and noise swapped",
+            with_arguments(
+                guidance.conditional_training_step,
+                x_0=lambda noise, **_: noise,
+                noise=lambda x_0, **_: x_0,
+            ),
+            "The loss takes x_0 first, then t, the noise and the condition.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            with_arguments(guidance.conditional_training_step, t=lambda t, **_: t[:1].expand_as(t)),
+            "The first sample's step is used for all. Each sample has a step of its own.",
+        ),
+        Misconception(
+            "t + 1",
+            with_arguments(guidance.conditional_training_step, t=lambda t, **_: t + 1),
+            "The loss is told the next step. Code counts from 0: hand t on as it is given.",
+        ),
+    ),
+)
+
+
 # Rescaling
 
 
@@ -618,7 +954,7 @@ def _per_channel(tensor: Tensor) -> Tensor:
 
 RESCALED = Exercise(
     "classifier_free_guidance.rescaled",
-    '"Too much contrast", equation (5.12)',
+    '"Too much contrast", equation (5.16)',
     guidance.rescaled,
     _rescaled_cases,
     (
@@ -822,7 +1158,7 @@ def _inside(t: Tensor, first: int, last: int) -> Tensor:
 
 WITHIN_INTERVAL = Exercise(
     "classifier_free_guidance.within_interval",
-    '"Only where it helps", equation (5.14)',
+    '"Only where it helps", equation (5.18)',
     guidance.within_interval,
     _within_interval_cases,
     (
@@ -929,10 +1265,11 @@ WITHIN_INTERVAL = Exercise(
 
 
 EXERCISES = [
-    IMPLICIT_GRADIENT,
     CFG_COMBINE,
-    COMBINE_BY_GUIDANCE_SCALE,
+    DOUBLED_PASS,
     LABELS_AFTER_DROPOUT,
+    CONDITIONAL_TRAINING_STEP,
+    DYNAMIC_THRESHOLD,
     RESCALED,
     WITHIN_INTERVAL,
 ]

@@ -1,4 +1,4 @@
-"""Exercises of chapter 03: guided noise and mean, a classifier's gradient, pooling, joint logits."""
+"""Exercises of chapter 03: guided noise and answers, gradients, the slide's sampler, training, pooling."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lecture26 import classifier_guidance as guidance
+from lecture26.ddpm import q_sample
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, batches, transposed
 from ..mistakes import (
@@ -21,6 +23,7 @@ from ..mistakes import (
     with_arguments,
     with_result,
 )
+from ..optimizers import OptimizerArgument
 
 SCALES = (1.0, 2.5, 0.0, 7, 0.4, 3.0, 10.0, 1.7, 4.0, 0.5)  # 1 hides how a scale goes in, 0 all the rest
 
@@ -678,171 +681,661 @@ LOG_PROB_GRADIENT = Exercise(
 )
 
 
-def _guided_mean_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    few, many, side = draws.integer(3, 4), draws.integer(6, 7), draws.integer(4, 5)
-
-    def case(note, scale, shape, variance_shape=None, low=0.05, high=2.0, **kind):
-        mean, gradient = draws.normal(*shape, **kind), draws.normal(*shape, **kind)
-        variance = draws.uniform(*(variance_shape or shape), low=low, high=high, dtype=mean.dtype)
-        variance.requires_grad_(mean.requires_grad)
-        return Case(f"s = {scale:g}, {note}", (mean, variance, gradient, scale))
-
-    image = (few, 3, 2, many)
-    return [
-        case("points", 2.5, (few, many)),
-        case("as many samples as elements", 1.0, (side, side)),
-        case("images", 3.0, image),
-        case("images with one variance each", 7, image, (few, 1, 1, 1)),
-        case("as long as wide, one variance each", 0.5, (side, 3, side, side), (side, 1, 1, 1)),
-        case("a batch of one", 4.0, (1, many)),
-        case("unguided", 0.0, image),
-        case("variance 0, as at the last step", 2.0, image, high=0.0, low=0.0),
-        case("small variances", 10.0, (few, many), low=1e-4, high=1e-3),
-        case("float32", 1.5, image, dtype=torch.float32),
-        case("with gradient", 2.0, (few, many), gradient=True),
-    ]
+def _classifier(draws: Draws, elements: int, classes: int, **numbers) -> CallableArgument:
+    return draws.network("noisy_classifier", elements, classes, **numbers)
 
 
-def _mean_with(**changes: Callable) -> Callable:
-    return with_arguments(guidance.guided_mean, **changes)
+# What a denoiser predicts, as weights of x_0, eps and v: each by itself, and a mixture of all.
+TARGETS = ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.5, -1.5, 0.8))
 
 
-GUIDED_MEAN = Exercise(
-    "classifier_guidance.guided_mean",
-    '"Bayes\' rule on one step", equation (3.10)',
-    guidance.guided_mean,
-    _guided_mean_cases,
+def _guided_output_cases(seed: int) -> list[Case]:
+    cases = []
+    for number, (b, scale) in enumerate(zip(batches(seed), SCALES, strict=True)):
+        elements, numbers = math.prod(b.shape[1:]), {"dtype": b.dtype}
+        with_variance = number % 3 == 1
+        kind = "learned_variance_denoiser" if with_variance else "noisy_denoiser"
+        denoiser = b.draws.network(kind, elements, (1 + with_variance) * elements, **numbers)
+        weights = torch.tensor(TARGETS[number % 4], dtype=b.dtype)
+        given = (
+            denoiser,
+            _classifier(b.draws, elements, 5, **numbers),
+            b.draws.normal(*b.shape, **numbers),
+            b.t,
+            _labels(b.draws, b.shape[0], 5),
+            scale,
+            b.alpha_bar,
+            CallableArgument("target", (weights,)),
+        )
+        note = f"s = {scale:g}, {b.note}" + (", with a variance behind" if with_variance else "")
+        cases.append(Case(note, given, "no_grad" if number == 3 else "grad"))
+    return cases
+
+
+def _guided(
+    gradient: Callable = guidance.log_prob_gradient,
+    noise: Callable = lambda gradient, alpha_bar, scale: -scale * (1 - alpha_bar).sqrt() * gradient,
+    clean: Callable = lambda eps, alpha_bar: -((1 - alpha_bar) / alpha_bar).sqrt() * eps,
+    shift: Callable = lambda target, x_0, alpha_bar, eps: target(x_0, alpha_bar, eps),
+    joined: Callable = lambda output, moved: torch.cat([moved, output[:, moved.shape[1] :]], dim=1),
+) -> Callable:
+    """guided_output with one of its parts exchanged.
+
+    gradient: of (classifier, x_t, t, y); noise, clean: by how much each moves; shift: of the answer; joined:
+    the moved answer with its variance.
+    """
+
+    def wrong(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+        output = denoiser(x_t, t)
+        eps = noise(gradient(classifier, x_t, t, y), alpha_bar, scale)
+        moved = output[:, : x_t.shape[1]] + shift(target, clean(eps, alpha_bar), alpha_bar, eps)
+        return joined(output, moved)
+
+    return wrong
+
+
+def _read_at(told: Callable[[Tensor], Tensor]) -> Callable:
+    """The classifier's gradient at other steps."""
+    return lambda classifier, x_t, t, y: guidance.log_prob_gradient(classifier, x_t, told(t), y)
+
+
+def _taken_for_noise(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+    output, channels = denoiser(x_t, t), x_t.shape[1]
+    gradient = guidance.log_prob_gradient(classifier, x_t, t, y)
+    moved = guidance.guided_eps(output[:, :channels], gradient, alpha_bar, scale)
+    return torch.cat([moved, output[:, channels:]], dim=1)
+
+
+def _noise_made_anew(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+    output, channels = denoiser(x_t, t), x_t.shape[1]
+    gradient = guidance.log_prob_gradient(classifier, x_t, t, y)
+    eps = guidance.guided_eps(output[:, :channels], gradient, alpha_bar, scale)
+    x_0 = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    return torch.cat([target(x_0, alpha_bar, eps), output[:, channels:]], dim=1)
+
+
+def _asked_twice(denoiser, classifier, x_t, t, y, scale, alpha_bar, target):
+    gradient = guidance.log_prob_gradient(classifier, x_t, t, y)
+    return denoiser(x_t + scale * gradient, t)
+
+
+GUIDED_OUTPUT = Exercise(
+    "classifier_guidance.guided_output",
+    '"A guided denoiser is a denoiser"',
+    guidance.guided_output,
+    _guided_output_cases,
     (
         Misconception(
-            "minus for plus",
-            _mean_with(scale=lambda scale, **_: -scale),
-            "The mean moves towards where the class is more probable: +. The minus belongs to the form for "
-            "eps.",
+            "every prediction taken for noise",
+            _taken_for_noise,
+            "The answer is moved as a noise is, whatever the denoiser predicts. `target` says what it "
+            "predicts, and how far that moves.",
         ),
         Misconception(
-            "sigma for Sigma",
-            _mean_with(variance=lambda variance, **_: variance.sqrt()),
-            "Sigma is the variance; this is the standard deviation.",
+            "answer taken for noise, then translated",
+            _noise_made_anew,
+            "The denoiser's answer is read as a noise and then made into what it is already. Translate the "
+            "shift alone, and add it to the answer.",
         ),
         Misconception(
-            "1 for Sigma",
-            _mean_with(variance=lambda variance, **_: torch.ones_like(variance)),
-            "Sigma is missing: the less freedom the step has, the less the gradient may move it.",
+            "x_0 left in place",
+            _guided(clean=lambda eps, alpha_bar: torch.zeros_like(eps)),
+            "Only the noise moves here. x_t stays where it is, so x_0 must move the other way.",
         ),
         Misconception(
-            "Sigma squared",
-            _mean_with(variance=lambda variance, **_: variance**2),
-            "The variance is squared, as if it were a standard deviation: Sigma is the variance already.",
+            "x_0 moved along with the noise",
+            _guided(clean=lambda eps, alpha_bar: ((1 - alpha_bar) / alpha_bar).sqrt() * eps),
+            "x_0 moves the wrong way: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps is x_t, which stays.",
         ),
         Misconception(
-            "divided by Sigma",
-            lambda mean, variance, gradient, scale: mean + scale * gradient / variance,
-            "The gradient is multiplied by Sigma. Its inverse stands in the density, and completing the "
-            "square turns it round.",
+            "x_0 moved as far as the noise",
+            _guided(clean=lambda eps, alpha_bar: -eps),
+            "x_0 moves by more or less than the noise: in x_t they have the factors sqrt(alpha_bar) and "
+            "sqrt(1 - alpha_bar).",
         ),
         Misconception(
-            "eps form: minus sigma",
-            lambda mean, variance, gradient, scale: mean - scale * variance.sqrt() * gradient,
-            "Minus and root belong to the form for eps. The mean moves by + s Sigma g.",
+            "x_0 moved by ratio without root",
+            _guided(clean=lambda eps, alpha_bar: -(1 - alpha_bar) / alpha_bar * eps),
+            "The factors of x_t are the roots of alpha_bar and 1 - alpha_bar, and so is their ratio.",
         ),
         Misconception(
-            "variance read as its logarithm",
-            _mean_with(variance=lambda variance, **_: variance.exp()),
-            "The argument is the variance itself, not its logarithm: no exp.",
+            "ratio upside down",
+            _guided(clean=lambda eps, alpha_bar: -(alpha_bar / (1 - alpha_bar)).sqrt() * eps),
+            "The ratio of the two factors is upside down: at high noise a small change of eps is a large one "
+            "of x_0.",
         ),
         Misconception(
-            "logarithm of the variance",
-            lambda mean, variance, gradient, scale: mean + scale * variance.log() * gradient,
-            "The shift has the variance itself, not its logarithm.",
+            "x_0 not divided",
+            _guided(clean=lambda eps, alpha_bar: -(1 - alpha_bar).sqrt() * eps),
+            "Solve x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps for x_0: there is a division by "
+            "sqrt(alpha_bar).",
         ),
         Misconception(
-            "half of the shift",
-            _mean_with(scale=lambda scale, **_: scale / 2),
-            "The shift is s Sigma g, without 1/2: the 1/2 stands before both squares and cancels.",
+            "plus for minus",
+            _guided(noise=lambda gradient, alpha_bar, scale: scale * (1 - alpha_bar).sqrt() * gradient),
+            "This steers away from the class. The noise points away from the data, so it moves by minus the "
+            "gradient.",
+        ),
+        Misconception(
+            "no root in the noise",
+            _guided(noise=lambda gradient, alpha_bar, scale: -scale * (1 - alpha_bar) * gradient),
+            "The factor of the gradient in (3.4) is the root of 1 - alpha_bar.",
+        ),
+        Misconception(
+            "gradient for the noise",
+            _guided(noise=lambda gradient, alpha_bar, scale: scale * gradient),
+            "The gradient is no noise: (3.4) makes one of it.",
         ),
         Misconception(
             "scale ignored",
-            _mean_with(scale=lambda **_: 1),
+            _guided(noise=lambda gradient, alpha_bar, scale: -(1 - alpha_bar).sqrt() * gradient),
             "The scale does not appear in the result. It multiplies the gradient.",
         ),
         Misconception(
             "scale applied twice",
-            _mean_with(scale=lambda scale, **_: scale**2),
+            _guided(noise=lambda gradient, alpha_bar, scale: -(scale**2) * (1 - alpha_bar).sqrt() * gradient),
             "The gradient is multiplied by the scale twice.",
         ),
         Misconception(
             "1 + scale",
-            _mean_with(scale=lambda scale, **_: 1 + scale),
-            "A scale of 0 must leave the mean as it is. The 1 + belongs to the weight w of chapter 05.",
+            _guided(
+                noise=lambda gradient, alpha_bar, scale: -(1 + scale) * (1 - alpha_bar).sqrt() * gradient
+            ),
+            "A scale of 0 must leave the answer as it is. The 1 + belongs to the weight w of chapter 05.",
         ),
         Misconception(
-            "divided by the scale",
-            lambda mean, variance, gradient, scale: mean + variance * gradient / scale,
-            "A larger scale means stronger guidance: multiply by it.",
+            "mean over the batch",
+            _guided(gradient=lambda *given: guidance.log_prob_gradient(*given) / len(given[1])),
+            "The gradient is B times too small: each sample gets its own, of the sum over the batch.",
         ),
         Misconception(
-            "mean scaled too",
-            lambda mean, variance, gradient, scale: scale * (mean + variance * gradient),
-            "The scale belongs to the gradient alone; the unguided mean stays as it is.",
+            "step not told",
+            _guided(gradient=_read_at(torch.zeros_like)),
+            "The classifier is told step 0, whatever t is: it reads noise as if it were the picture's.",
         ),
         Misconception(
-            "mean and shift blended",
-            lambda mean, variance, gradient, scale: (1 - scale) * mean + scale * variance * gradient,
-            "Nothing is taken away from the mean: the shift is added to all of it, whatever the scale.",
+            "papers' t for code's",
+            _guided(gradient=_read_at(lambda t: t + 1)),
+            "1 is added to the classifier's t. Code counts steps from 0, for both networks.",
         ),
         Misconception(
-            "Sigma times the mean too",
-            lambda mean, variance, gradient, scale: variance * (mean + scale * gradient),
-            "Sigma belongs to the gradient alone; mu stands by itself.",
+            "one t for the whole batch",
+            _guided(gradient=_read_at(lambda t: t[:1].expand_as(t))),
+            "The classifier is told the first sample's step for all. Each sample has a step of its own.",
+        ),
+        Misconception(
+            "first sample's class for all",
+            _guided(
+                gradient=lambda classifier, x_t, t, y: guidance.log_prob_gradient(
+                    classifier, x_t, t, y[:1].expand_as(y)
+                )
+            ),
+            "The first sample's class is used for all. Each sample has a class of its own.",
+        ),
+        Misconception(
+            "variance dropped",
+            _guided(joined=lambda output, moved: moved),
+            "The channels of the variance are missing: they come back as they were.",
+        ),
+        Misconception(
+            "variance moved too",
+            _guided(
+                joined=lambda output, moved: (
+                    output
+                    + (moved - output[:, : moved.shape[1]]).repeat(
+                        1, output.shape[1] // moved.shape[1], *[1] * (moved.ndim - 2)
+                    )
+                )
+            ),
+            "The channels of the variance have been moved as well. A score has none to move.",
         ),
         Misconception(
             "the shift alone",
-            lambda mean, variance, gradient, scale: scale * variance * gradient,
-            "This is by how much the mean moves; asked for is the moved mean, so mu itself is missing.",
-        ),
-        Misconception(
-            "mean and gradient swapped",
-            _mean_with(mean=lambda gradient, **_: gradient, gradient=lambda mean, **_: mean),
-            "The mean stays as it is; the gradient is what gets the factors.",
-        ),
-        Misconception(
-            "noise added",
-            lambda mean, variance, gradient, scale: (
-                mean + scale * variance * gradient + variance.sqrt() * torch.randn_like(mean)
+            _guided(
+                joined=lambda output, moved: torch.cat(
+                    [moved - output[:, : moved.shape[1]], output[:, moved.shape[1] :]], dim=1
+                )
             ),
-            "Only the mean is asked for: the sampler draws from the guided step.",
+            "This is by how much the answer moves; the denoiser's own answer is missing.",
         ),
         Misconception(
-            "gradient averaged over the batch",
-            _mean_with(gradient=lambda gradient, **_: gradient.mean(0, keepdim=True)),
-            "Each sample is moved along its own gradient, not along the batch's mean.",
+            "unguided",
+            lambda denoiser, classifier, x_t, t, y, scale, alpha_bar, target: denoiser(x_t, t),
+            "The denoiser's answer comes back as it was. Add what the gradient makes of it.",
         ),
         Misconception(
-            "divided by the batch size",
-            _mean_with(gradient=lambda gradient, **_: gradient / len(gradient)),
-            "The strength must not depend on how many samples there are in the batch.",
+            "denoiser at a moved x_t",
+            _asked_twice,
+            "x_t is moved, and the denoiser asked there. It is asked at x_t; its answer is what moves.",
+        ),
+        *schedule_mistakes(guidance.guided_output, "alpha_bar"),
+    ),
+)
+
+
+def _gentle_classifier(draws: Draws, elements: int, classes: int, **numbers) -> CallableArgument:
+    """A classifier whose gradients are small enough that rounding does not grow from step to step."""
+    inward, speed, outward = _classifier(draws, elements, classes, **numbers).tensors
+    return CallableArgument("noisy_classifier", (inward / math.sqrt(elements), speed, outward / 3))
+
+
+def _mean_shifted_chain_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    side, wide = draws.integer(3, 4), draws.integer(5, 6)
+    float64, float32 = torch.float64, torch.float32
+    cases = []
+    for note, shape, num_steps, scale, dtype, mode in (
+        ("points", (side, wide), 5, 1.5, float64, "grad"),
+        ("images", (side, 2, 2, wide), draws.integer(3, 5), 1.3, float64, "no_grad"),
+        ("a square", (side, side), draws.integer(6, 8), 0.7, float64, "grad"),
+        ("one sample", (1, wide), 4, 2.0, float64, "grad"),
+        ("a single step", (side, 2), 1, 2.5, float64, "grad"),
+        ("unguided", (side, wide), 3, 0.0, float64, "no_grad"),
+        ("float32", (side, wide), 4, 0.6, float32, "no_grad"),
+        ("inference mode", (side, 1, 2, 2), 3, 3.0, float64, "inference_mode"),
+    ):
+        elements, numbers = math.prod(shape[1:]), {"dtype": dtype}
+        mixing = draws.normal(elements, elements, **numbers) / math.sqrt(elements)
+        moments = CallableArgument("step_moments", (mixing, draws.normal(elements, **numbers)))
+        classes = draws.integer(3, 5)
+        given = (
+            moments,
+            _gentle_classifier(draws, elements, classes, **numbers),
+            _labels(draws, shape[0], classes),
+            scale,
+            draws.normal(*shape, **numbers),
+            draws.steps(num_steps, 1000).sort().values,
+            CallableArgument("noise_table", (draws.normal(num_steps, *shape, **numbers),)),
+        )
+        cases.append(Case(f"s = {scale:g}, {note}, {num_steps} steps", given, mode))
+    return cases
+
+
+def _chain(
+    order: Callable = lambda num_steps: reversed(range(num_steps)),
+    own: Callable = lambda index, steps: index,
+    told: Callable = lambda index, steps: int(steps[index]),
+    mean: Callable = lambda mean, variance, gradient, scale: mean + scale * variance * gradient,
+    read: Callable = lambda x_t, mean: x_t,
+    noise: Callable = lambda noise_at, index: noise_at(index) if index > 0 else 0.0,
+    spread: Callable = lambda variance: variance.sqrt(),
+    after: Callable = lambda x_t: x_t,
+    go_on: Callable = lambda x_t, x_T: x_t,
+) -> Callable:
+    """mean_shifted_chain with one of its parts exchanged.
+
+    own, told: the steps that the model and the classifier are told; mean: the guided one; read: what the
+    classifier is shown; noise: of a step; spread: its factor; after: what is done to a step's result; go_on:
+    where the next step begins.
+    """
+
+    def wrong(moments, classifier, y, scale, x_T, steps, noise_at):
+        x_t = x_T
+        for index in order(len(steps)):
+            x_t = go_on(x_t, x_T)
+            mu, variance = moments(x_t, torch.full((len(x_t),), own(index, steps)))
+            at = torch.full((len(x_t),), told(index, steps))
+            gradient = guidance.log_prob_gradient(classifier, read(x_t, mu), at, y)
+            moved = mean(mu, variance, gradient, scale)
+            x_t = after(moved + spread(variance) * noise(noise_at, index))
+        return x_t
+
+    return wrong
+
+
+def _guided_once(moments, classifier, y, scale, x_T, steps, noise_at):
+    at = steps[-1:].expand(len(x_T))
+    gradient = guidance.log_prob_gradient(classifier, x_T, at, y)
+    x_t = x_T
+    for index in reversed(range(len(steps))):
+        mu, variance = moments(x_t, torch.full((len(x_t),), index))
+        x_t = mu + scale * variance * gradient
+        x_t = x_t + variance.sqrt() * noise_at(index) if index > 0 else x_t
+    return x_t
+
+
+MEAN_SHIFTED_CHAIN = Exercise(
+    "classifier_guidance.mean_shifted_chain",
+    '"Bayes\' rule on one step", equation (3.10)',
+    guidance.mean_shifted_chain,
+    _mean_shifted_chain_cases,
+    (
+        Misconception(
+            "own steps told to the classifier",
+            _chain(told=lambda index, steps: index),
+            "The classifier is told 0, 1, 2, ... It has learned the original steps: look them up in `steps`.",
+        ),
+        Misconception(
+            "original steps told to the model",
+            _chain(own=lambda index, steps: int(steps[index])),
+            "The model's moments are asked for by the original step; they count the steps of their own, "
+            "shortened schedule.",
+        ),
+        Misconception(
+            "t counted from 1",
+            _chain(own=lambda index, steps: index + 1),
+            "The model is told the papers' t. Code counts from 0.",
+        ),
+        Misconception(
+            "the step before told to the classifier",
+            _chain(told=lambda index, steps: int(steps[max(index - 1, 0)])),
+            "The classifier is shown x_t and told the level of the step before.",
+        ),
+        Misconception(
+            "gradient at the mean",
+            _chain(read=lambda x_t, mean: mean),
+            "The gradient is taken at the mean, as the Taylor step would have it. Here it is taken at x_t, "
+            "the point whose noise level the classifier is told.",
+        ),
+        Misconception(
+            "gradient of the start for all steps",
+            _guided_once,
+            "The gradient is taken once, at x_T. Each step has its own, at its own x_t.",
+        ),
+        Misconception(
+            "minus for plus",
+            _chain(mean=lambda mean, variance, gradient, scale: mean - scale * variance * gradient),
+            "The mean moves away from the class. The minus belongs to the form for eps.",
+        ),
+        Misconception(
+            "Sigma forgotten",
+            _chain(mean=lambda mean, variance, gradient, scale: mean + scale * gradient),
+            "Sigma is missing in the shift: the less freedom a step has, the less the gradient may move it.",
+        ),
+        Misconception(
+            "sigma for Sigma",
+            _chain(mean=lambda mean, variance, gradient, scale: mean + scale * variance.sqrt() * gradient),
+            "The shift has the variance in it; this is the standard deviation.",
+        ),
+        Misconception(
+            "half of the shift",
+            _chain(mean=lambda mean, variance, gradient, scale: mean + scale / 2 * variance * gradient),
+            "The shift is s Sigma g, without 1/2: the 1/2 stands before both squares and cancels.",
+        ),
+        Misconception(
+            "scale ignored",
+            _chain(mean=lambda mean, variance, gradient, scale: mean + variance * gradient),
+            "The scale does not appear in the result. It multiplies the gradient.",
+        ),
+        Misconception(
+            "scale applied twice",
+            _chain(mean=lambda mean, variance, gradient, scale: mean + scale**2 * variance * gradient),
+            "The gradient is multiplied by the scale twice.",
+        ),
+        Misconception(
+            "mean scaled too",
+            _chain(mean=lambda mean, variance, gradient, scale: scale * (mean + variance * gradient)),
+            "The scale belongs to the gradient alone; the model's mean stays as it is.",
+        ),
+        Misconception(
+            "mean over the batch",
+            _chain(
+                mean=lambda mean, variance, gradient, scale: (
+                    mean + scale * variance * gradient / len(gradient)
+                )
+            ),
+            "The gradient is B times too small: each sample gets its own, of the sum over the batch.",
         ),
         Misconception(
             "gradient normalised",
-            _mean_with(gradient=lambda gradient, **_: unit(gradient)),
+            _chain(mean=lambda mean, variance, gradient, scale: mean + scale * variance * unit(gradient)),
             "The gradient's length matters: it falls to 0 where the class is certain. Take it as it is.",
         ),
         Misconception(
-            "one variance for the whole batch",
-            _mean_with(variance=lambda variance, **_: variance[:1]),
-            "The first sample's variance is used for all. Each sample has a step of its own.",
+            "unguided",
+            _chain(mean=lambda mean, variance, gradient, scale: mean),
+            "The means are the model's own: nothing steers them.",
         ),
         Misconception(
-            "variance averaged",
-            _mean_with(variance=lambda variance, **_: variance.mean()),
-            "Sigma is a diagonal: each element has a variance of its own.",
+            "noise in the last step",
+            _chain(noise=lambda noise_at, index: noise_at(index)),
+            "The last step adds noise to finished samples. There the mean itself is returned.",
         ),
         Misconception(
-            "matrix product",
-            lambda mean, variance, gradient, scale: mean + scale * variance @ gradient,
-            "variance holds the diagonal of Sigma: multiply element by element.",
+            "no noise",
+            _chain(noise=lambda noise_at, index: 0.0),
+            "No step but the last goes without noise: these are draws from a normal.",
         ),
+        Misconception(
+            "variance for standard deviation",
+            _chain(spread=lambda variance: variance),
+            "The noise is multiplied by the variance. Noise of that variance is sqrt(variance) eps.",
+        ),
+        Misconception(
+            "noise not scaled",
+            _chain(spread=torch.ones_like),
+            "The noise has the variance 1 here. It is the step's: multiply by its standard deviation.",
+        ),
+        Misconception(
+            "noises in the other order",
+            lambda moments, classifier, y, scale, x_T, steps, noise_at: _chain(
+                noise=lambda noise_at, index: noise_at(len(steps) - 1 - index) if index > 0 else 0.0
+            )(moments, classifier, y, scale, x_T, steps, noise_at),
+            "The noises are numbered like the own steps: that of step t is noise_at(t).",
+        ),
+        Misconception(
+            "forwards",
+            _chain(order=range),
+            "The steps are taken from 0 upwards. Sampling begins with the noisiest one.",
+        ),
+        Misconception(
+            "last step left out",
+            _chain(order=lambda num_steps: range(num_steps - 1, 0, -1)),
+            "The step of t = 0, the last one, is missing: a range does not contain its end.",
+        ),
+        Misconception(
+            "every step from x_T",
+            _chain(go_on=lambda x_t, x_T: x_T),
+            "Each step begins again with x_T. It goes on from where the step before has come to.",
+        ),
+        Misconception(
+            "clipped on the way",
+            _chain(after=lambda x_t: x_t.clamp(-1, 1)),
+            "x_t is clamped to [-1, 1]. It is noisy, and noise has no such bounds.",
+        ),
+    ),
+)
+
+
+def _classifier_training_step_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    cases = []
+    for number, b in enumerate(batches(seed)):
+        elements, classes = math.prod(b.shape[1:]), (5, 3, 7)[number % 3]
+        shapes = (elements, 7), (7,), (7, classes)
+        weights = tuple(draws.normal(*shape, dtype=b.dtype, gradient=True) for shape in shapes)
+        old = tuple(draws.normal(*shape, dtype=b.dtype) for shape in shapes)
+        given = (
+            OptimizerArgument(weights, old, draws.uniform(1, low=0.05, high=0.2).item()),
+            CallableArgument("noisy_classifier", weights),
+            draws.normal(*b.shape, dtype=b.dtype),
+            _labels(draws, b.shape[0], classes),
+            b.t,
+            draws.normal(*b.shape, dtype=b.dtype),
+            b.alpha_bar,
+        )
+        cases.append(Case(b.note, given))
+    return cases
+
+
+def _teaching(
+    shown: Callable = q_sample,
+    told: Callable = lambda t: t,
+    loss: Callable = lambda logits, y: F.cross_entropy(logits, y),
+    learn: Callable | None = None,
+) -> Callable:
+    """classifier_training_step with one of its parts exchanged.
+
+    shown: x_t, of x_0, alpha_bar and noise; told: the steps; loss: of logits and classes; learn: what is done
+    with the optimizer and a function that computes the loss.
+    """
+
+    def once(optimizer, compute):
+        optimizer.zero_grad()
+        value = compute()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    def wrong(optimizer, classifier, x_0, y, t, noise, alpha_bar):
+        return (learn or once)(optimizer, lambda: loss(classifier(shown(x_0, alpha_bar, noise), told(t)), y))
+
+    return wrong
+
+
+def _gradients_kept(optimizer, compute):
+    value = compute()
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def _zeroed_before_the_step(optimizer, compute):
+    value = compute()
+    value.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return value.detach()
+
+
+def _step_before_backward(optimizer, compute):
+    value = compute()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.detach()
+
+
+def _loss_after_the_step(optimizer, compute):
+    optimizer.zero_grad()
+    compute().backward()
+    optimizer.step()
+    return compute().detach()
+
+
+def _two_steps(optimizer, compute):
+    optimizer.zero_grad()
+    value = compute()
+    value.backward()
+    optimizer.step()
+    optimizer.step()
+    return value.detach()
+
+
+CLASSIFIER_TRAINING_STEP = Exercise(
+    "classifier_guidance.classifier_training_step",
+    '"Training it"',
+    guidance.classifier_training_step,
+    _classifier_training_step_cases,
+    (
+        Misconception(
+            "trained on clean data",
+            _teaching(shown=lambda x_0, alpha_bar, noise: x_0),
+            "The classifier is shown clean data. It must learn to read what the sampler will show it, x_t.",
+        ),
+        Misconception(
+            "step not told",
+            _teaching(told=torch.zeros_like),
+            "The classifier is told step 0, whatever t is. It must know how noisy its data are.",
+        ),
+        Misconception(
+            "papers' t for code's",
+            _teaching(told=lambda t: t + 1),
+            "1 is added to t. Code counts from 0, and the samplers will, too.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            _teaching(told=lambda t: t[:1].expand_as(t)),
+            "The first sample's step is told for all. Each sample has a step of its own.",
+        ),
+        Misconception(
+            "noise not scaled",
+            _teaching(shown=lambda x_0, alpha_bar, noise: alpha_bar.sqrt() * x_0 + noise),
+            "The noise has the factor sqrt(1 - alpha_bar) in x_t, (1.6).",
+        ),
+        Misconception(
+            "x_0 not scaled",
+            _teaching(shown=lambda x_0, alpha_bar, noise: x_0 + (1 - alpha_bar).sqrt() * noise),
+            "x_0 has the factor sqrt(alpha_bar) in x_t, (1.6).",
+        ),
+        Misconception(
+            "roots forgotten",
+            _teaching(shown=lambda x_0, alpha_bar, noise: alpha_bar * x_0 + (1 - alpha_bar) * noise),
+            "alpha_bar and 1 - alpha_bar are variances; in x_t stand their roots, (1.6).",
+        ),
+        Misconception(
+            "signal and noise swapped",
+            _teaching(shown=lambda x_0, alpha_bar, noise: q_sample(noise, alpha_bar, x_0)),
+            "x_0 and the noise have changed places in x_t.",
+        ),
+        Misconception(
+            "noise of its own",
+            _teaching(shown=lambda x_0, alpha_bar, noise: q_sample(x_0, alpha_bar, torch.randn_like(x_0))),
+            "The noise is drawn anew. The batch is given, its noise as well.",
+        ),
+        Misconception(
+            "sum over the batch",
+            _teaching(loss=lambda logits, y: F.cross_entropy(logits, y, reduction="sum")),
+            "The losses of the batch are summed. Here the mean is wanted, so that the rate does not depend "
+            "on the size of the batch.",
+        ),
+        Misconception(
+            "uphill",
+            _teaching(loss=lambda logits, y: -F.cross_entropy(logits, y)),
+            "This is the log-probability itself, and the optimizer makes it small. The loss is minus it.",
+        ),
+        Misconception(
+            "probability for log-probability",
+            _teaching(loss=lambda logits, y: -_own(logits.softmax(1), y).mean()),
+            "The loss is minus the mean probability. The cross-entropy has its logarithm.",
+        ),
+        Misconception(
+            "raw logit",
+            _teaching(loss=lambda logits, y: -_own(logits, y).mean()),
+            "The loss is minus the mean logit, which a network lowers without learning anything: the "
+            "log-probability is wanted.",
+        ),
+        Misconception(
+            "softmax before the cross-entropy",
+            _teaching(loss=lambda logits, y: F.cross_entropy(logits.softmax(1), y)),
+            "The softmax is taken twice: the log-probabilities are made of the logits themselves.",
+        ),
+        Misconception(
+            "its own answer for y",
+            _teaching(loss=lambda logits, y: F.cross_entropy(logits, logits.argmax(1))),
+            "The classifier is taught what it believes already. y says what is right.",
+        ),
+        Misconception(
+            "first sample's class for all",
+            _teaching(loss=lambda logits, y: F.cross_entropy(logits, y[:1].expand_as(y))),
+            "The first sample's class is used for all. Each sample has a class of its own.",
+        ),
+        Misconception(
+            "old gradients kept",
+            _teaching(learn=_gradients_kept),
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
+        ),
+        Misconception(
+            "no gradient at the step",
+            _teaching(learn=_zeroed_before_the_step),
+            "The weights have not moved: when the optimizer steps, the gradients are empty.",
+        ),
+        Misconception(
+            "step before backward",
+            _teaching(learn=_step_before_backward),
+            "The optimizer steps while the gradients of the step before stand there.",
+        ),
+        Misconception(
+            "loss after the step",
+            _teaching(learn=_loss_after_the_step),
+            "The loss is computed anew after the weights have moved. Return the one that the step began "
+            "with.",
+        ),
+        Misconception(
+            "two steps",
+            _teaching(learn=_two_steps),
+            "The optimizer steps twice along one gradient.",
+        ),
+        *schedule_mistakes(guidance.classifier_training_step, "alpha_bar"),
     ),
 )
 
@@ -1214,7 +1707,9 @@ EXERCISES = [
     GUIDED_EPS,
     SELECTED_LOG_PROBS,
     LOG_PROB_GRADIENT,
-    GUIDED_MEAN,
+    GUIDED_OUTPUT,
+    MEAN_SHIFTED_CHAIN,
     ATTENTION_POOL,
     JOINT_LOGITS,
+    CLASSIFIER_TRAINING_STEP,
 ]

@@ -1,4 +1,4 @@
-"""Exercises of chapter 07: the way into the latents and out of them, cross-attention, maps, inpainting."""
+"""Exercises of chapter 07: out of the latents, cross-attention, training, maps, pictures from pictures."""
 
 import math
 from collections.abc import Callable
@@ -7,173 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lecture26 import latent_diffusion, vae
-from lecture26.ddpm import q_sample
+from lecture26 import latent_diffusion
+from lecture26.ddpm import cosine_betas, q_sample
 
 from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast, transposed
 from ..mistakes import schedule_mistakes, scores, with_arguments, with_result
-
-# Into the latent space
-
-
-def _to_latents_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    few, many, side = draws.integer(3, 4), draws.integer(5, 6), draws.integer(4, 5)
-
-    def case(note, *shape, scale, shift=0.0, silent=False, **kind):
-        mean, log_variance = draws.normal(*shape, **kind), draws.normal(*shape, **kind)
-        log_variance = log_variance + shift if shift else log_variance
-        noise = draws.normal(*shape, dtype=mean.dtype)
-        return Case(note, (mean, log_variance, torch.zeros_like(noise) if silent else noise, scale))
-
-    return [
-        case("latent images", few, 4, 3, 5, scale=0.7),
-        case("all axes of one length", side, side, side, side, scale=1.6),
-        case("the scale of Stable Diffusion's VAE", many, 4, 2, 2, scale=0.18215),
-        case("a single sample", 1, 4, 4, 4, scale=2.5),
-        case("a whole number as scale", few, 2, 3, 3, scale=3),
-        case("no noise, for the mean itself", few, 4, 2, 3, scale=0.4, silent=True),
-        case("small variances, as a VAE of images has them", many, 4, 3, 3, scale=1.3, shift=-8.0),
-        case("large variances", few, 4, 3, 2, scale=0.5, shift=2.0),
-        case("float32", few, 4, 5, 4, scale=0.8, dtype=torch.float32),
-        case("mean and log_variance with gradient", many, 2, 2, 3, scale=1.4, gradient=True),
-    ]
-
-
-def _latents_with(std: Callable[[Tensor], Tensor]) -> Callable:
-    """Scaled latents whose standard deviation is any function of log_variance, right or wrong."""
-    return lambda mean, log_variance, noise, scale: scale * (mean + std(log_variance) * noise)
-
-
-def _scaled_by(change: Callable[[Tensor, float], Tensor]) -> Callable:
-    """Latents to which the scale is applied in any way."""
-    return lambda mean, log_variance, noise, scale: change(
-        vae.reparameterize(mean, log_variance, noise), scale
-    )
-
-
-TO_LATENTS = Exercise(
-    "latent_diffusion.to_latents",
-    '"Into the latent space and out of it", equation (7.3)',
-    latent_diffusion.to_latents,
-    _to_latents_cases,
-    (
-        Misconception(
-            "divided by the scale",
-            _scaled_by(lambda z, scale: z / scale),
-            "The scale is one over the latents' standard deviation already: multiply on the way in, and "
-            "divide on the way out.",
-        ),
-        Misconception(
-            "scale forgotten",
-            _scaled_by(lambda z, scale: z),
-            "These are the latents as the VAE has them. The diffusion expects a standard deviation of 1.",
-        ),
-        Misconception(
-            "scale squared",
-            _scaled_by(lambda z, scale: scale**2 * z),
-            "The scale is applied twice.",
-        ),
-        Misconception(
-            "root of the scale",
-            _scaled_by(lambda z, scale: math.sqrt(scale) * z),
-            "The scale belongs to standard deviations, not to variances: it gets no root.",
-        ),
-        Misconception(
-            "only the mean scaled",
-            lambda mean, log_variance, noise, scale: vae.reparameterize(scale * mean, log_variance, noise),
-            "The noise is left on the VAE's own scale: the whole draw is scaled.",
-        ),
-        Misconception(
-            "only the noise scaled",
-            lambda mean, log_variance, noise, scale: vae.reparameterize(mean, log_variance, scale * noise),
-            "The mean is left on the VAE's own scale: the whole draw is scaled.",
-        ),
-        Misconception(
-            "mean without a draw",
-            lambda mean, log_variance, noise, scale: scale * mean,
-            "This is the encoder's mean. The latents are drawn around it, with the noise that is given.",
-        ),
-        Misconception(
-            "noise not stretched",
-            _latents_with(torch.ones_like),
-            "The noise has the standard deviation 1 here; each latent number has one of its own.",
-        ),
-        Misconception(
-            "variance for standard deviation",
-            _latents_with(torch.exp),
-            "exp(log_variance) is the variance: noise is multiplied by the standard deviation, its root.",
-        ),
-        Misconception(
-            "log-variance for standard deviation",
-            _latents_with(lambda log_variance: log_variance),
-            "The encoder gives a logarithm: undo it before you use it.",
-        ),
-        Misconception(
-            "log-variance halved, not undone",
-            _latents_with(lambda log_variance: log_variance / 2),
-            "Half the log-variance is the logarithm of the standard deviation: the exponential is missing.",
-        ),
-        Misconception(
-            "half of the variance",
-            _latents_with(lambda log_variance: log_variance.exp() / 2),
-            "The half belongs in the exponent, where it makes a root.",
-        ),
-        Misconception(
-            "sign of the log-variance",
-            _latents_with(lambda log_variance: (-log_variance / 2).exp()),
-            "This is one over the standard deviation: look at the sign in the exponent.",
-        ),
-        Misconception(
-            "noise taken away",
-            _latents_with(lambda log_variance: -(log_variance / 2).exp()),
-            "The noise is added to the mean.",
-        ),
-        Misconception(
-            "latents clamped",
-            lambda *arguments: latent_diffusion.to_latents(*arguments).clamp(-1, 1),
-            "Images lie in [-1, 1], latents do not: they have no bounds, and are not clamped.",
-        ),
-        Misconception(
-            "latents squashed",
-            lambda *arguments: latent_diffusion.to_latents(*arguments).tanh(),
-            "The decoder knows the latents as they are: they are scaled, not squashed.",
-        ),
-        Misconception(
-            "measured in each batch",
-            _scaled_by(lambda z, scale: z / z.std()),
-            "The scale is measured once and then given: a batch's own standard deviation changes from batch "
-            "to batch, and is not known when the latents have to be decoded.",
-        ),
-        Misconception(
-            "centred",
-            _scaled_by(lambda z, scale: scale * (z - z.mean())),
-            "The latents are multiplied by a number. Their mean stays where it is.",
-        ),
-        Misconception(
-            "fresh noise",
-            lambda mean, log_variance, noise, scale: latent_diffusion.to_latents(
-                mean, log_variance, torch.randn_like(noise), scale
-            ),
-            "The noise that is given is not used, but drawn anew: nothing can be repeated then.",
-        ),
-        Misconception(
-            "one draw for the whole batch",
-            with_arguments(latent_diffusion.to_latents, noise=lambda noise, **_: noise[:1].expand_as(noise)),
-            "The first sample's noise is used for all. Each sample has its own.",
-        ),
-        Misconception(
-            "first sample's variance for all",
-            with_arguments(
-                latent_diffusion.to_latents, log_variance=lambda log_variance, **_: log_variance[:1]
-            ),
-            "The first sample's log-variance is used for all. Each sample has its own.",
-        ),
-    ),
-)
-
+from ..optimizers import OptimizerArgument
 
 # Out of the latent space
 
@@ -537,17 +378,23 @@ def _cross_attention_cases(seed: int) -> list[Case]:
     few, places, tokens = draws.integer(2, 3), draws.integer(10, 12), draws.integer(6, 7)
     width, text_width = draws.integer(9, 10), draws.integer(13, 14)
 
-    def case(note, batch, places, tokens, width, text_width, heads, d, mask=None, weights=False, **kind):
+    def case(note, batch, places, tokens, width, text_width, heads, d, mask=None, **kind):
         x, context = (
             draws.normal(batch, places, width, **kind),
             draws.normal(batch, tokens, text_width, **kind),
         )
-        matrices = [
-            (draws.normal(heads * d, columns) / math.sqrt(columns)).to(x.dtype).requires_grad_(weights)
+        layers = [
+            CallableArgument(
+                "linear",
+                (
+                    (draws.normal(heads * d, columns) / math.sqrt(columns)).to(x.dtype),
+                    draws.normal(heads * d, dtype=x.dtype),
+                ),
+            )
             for columns in (width, text_width, text_width)
         ]
         mask = _padding(draws, batch, tokens) if mask is None else mask
-        return Case(note, (x, context, *matrices, heads, mask))
+        return Case(note, (x, context, *layers, heads, mask))
 
     everything = torch.ones(few, tokens, dtype=torch.bool)
     return [
@@ -564,7 +411,6 @@ def _cross_attention_cases(seed: int) -> list[Case]:
         case("a batch of one", 1, places, tokens, text_width, width, 2, 3),
         case("float32", few, places, tokens, width, text_width, 2, 4, dtype=torch.float32),
         case("x and context with gradient", few, places, tokens, width, text_width, 3, 2, gradient=True),
-        case("matrices with gradient", few, places, tokens, width, text_width, 2, 4, weights=True),
     ]
 
 
@@ -578,8 +424,8 @@ def _attention_of(
     mix = mix or (lambda q, k, v, mask: latent_diffusion.word_weights(q, k, mask) @ v)
     merge = merge or (lambda mixed: mixed.transpose(1, 2).flatten(2))
 
-    def wrong(x, context, w_q, w_k, w_v, heads, mask):
-        q, k, v = (split(h @ w.T, heads) for h, w in ((x, w_q), (context, w_k), (context, w_v)))
+    def wrong(x, context, to_q, to_k, to_v, heads, mask):
+        q, k, v = (split(given, heads) for given in (to_q(x), to_k(context), to_v(context)))
         return merge(mix(q, k, v, mask))
 
     return wrong
@@ -590,13 +436,13 @@ def _projected(
     keys: Callable[..., Tensor] | None = None,
     values: Callable[..., Tensor] | None = None,
 ) -> Callable:
-    """Cross-attention of any queries, keys and values: functions of (x, context, w_q, w_k, w_v)."""
-    queries = queries or (lambda x, c, w_q, w_k, w_v: x @ w_q.T)
-    keys = keys or (lambda x, c, w_q, w_k, w_v: c @ w_k.T)
-    values = values or (lambda x, c, w_q, w_k, w_v: c @ w_v.T)
+    """Cross-attention of any queries, keys and values: functions of (x, context, to_q, to_k, to_v)."""
+    queries = queries or (lambda x, c, to_q, to_k, to_v: to_q(x))
+    keys = keys or (lambda x, c, to_q, to_k, to_v: to_k(c))
+    values = values or (lambda x, c, to_q, to_k, to_v: to_v(c))
 
-    def wrong(x, context, w_q, w_k, w_v, heads, mask):
-        given = x, context, w_q, w_k, w_v
+    def wrong(x, context, to_q, to_k, to_v, heads, mask):
+        given = x, context, to_q, to_k, to_v
         q, k, v = (latent_diffusion.split_heads(make(*given), heads) for make in (queries, keys, values))
         return (latent_diffusion.word_weights(q, k, mask) @ v).transpose(1, 2).flatten(2)
 
@@ -611,10 +457,12 @@ def _mixed(weights: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
 def _stretched(factor: Callable[..., float]) -> Callable:
     """Cross-attention whose scores are multiplied by any function of the sizes, not by 1 / sqrt(d)."""
 
-    def wrong(x, context, w_q, w_k, w_v, heads, mask):
-        d = len(w_q) // heads
+    def wrong(x, context, to_q, to_k, to_v, heads, mask):
+        d = to_q(x).shape[2] // heads
         stretch = factor(d=d, heads=heads, width=x.shape[2], text_width=context.shape[2]) * math.sqrt(d)
-        return latent_diffusion.cross_attention(x, context, stretch * w_q, w_k, w_v, heads, mask)
+        return latent_diffusion.cross_attention(
+            x, context, lambda x: stretch * to_q(x), to_k, to_v, heads, mask
+        )
 
     return wrong
 
@@ -627,74 +475,67 @@ CROSS_ATTENTION = Exercise(
     (
         Misconception(
             "queries from the words",
-            lambda x, context, w_q, w_k, w_v, heads, mask: _attention_of(
+            lambda x, context, to_q, to_k, to_v, heads, mask: _attention_of(
                 mix=lambda q, k, v, mask: scores(q, k).softmax(-1) @ v
-            )(context, x, w_q, w_k, w_v, heads, mask),
+            )(context, x, to_q, to_k, to_v, heads, mask),
             "Here the words ask and the image answers. It is each place of the image that asks: the queries "
             "come from x, the keys and values from the context.",
         ),
         Misconception(
             "queries and values from the words",
-            _projected(queries=lambda x, c, w_q, w_k, w_v: c @ w_q.T),
+            _projected(queries=lambda x, c, to_q, to_k, to_v: to_q(c)),
             "The words look at the words: x is not used. The queries come from the image.",
         ),
         Misconception(
             "keys from the image",
-            _projected(keys=lambda x, c, w_q, w_k, w_v: x @ w_k.T),
+            _projected(keys=lambda x, c, to_q, to_k, to_v: to_k(x)),
             "The keys come from the image here. It is the words that are looked at.",
         ),
         Misconception(
             "values from the image",
-            _projected(values=lambda x, c, w_q, w_k, w_v: x @ w_v.T),
+            _projected(values=lambda x, c, to_q, to_k, to_v: to_v(x)),
             "The values come from the image here. What is mixed is what the words have to say.",
         ),
         Misconception(
             "self-attention of the image",
-            lambda x, context, w_q, w_k, w_v, heads, mask: _attention_of(
+            lambda x, context, to_q, to_k, to_v, heads, mask: _attention_of(
                 mix=lambda q, k, v, mask: scores(q, k).softmax(-1) @ v
-            )(x, x, w_q, w_k, w_v, heads, mask),
+            )(x, x, to_q, to_k, to_v, heads, mask),
             "The image looks at itself: the context is not used. Keys and values come from the words.",
         ),
         Misconception(
             "keys and values swapped",
             with_arguments(
-                latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v, w_v=lambda w_k, **_: w_k
+                latent_diffusion.cross_attention, to_k=lambda to_v, **_: to_v, to_v=lambda to_k, **_: to_k
             ),
-            "w_k and w_v have changed places: keys are compared with the queries, values are mixed.",
+            "to_k and to_v have changed places: keys are compared with the queries, values are mixed.",
         ),
         Misconception(
             "values are the keys",
-            with_arguments(latent_diffusion.cross_attention, w_v=lambda w_k, **_: w_k),
-            "The keys are mixed, and w_v is not used: what a word is found by is not what it says.",
+            with_arguments(latent_diffusion.cross_attention, to_v=lambda to_k, **_: to_k),
+            "The keys are mixed, and to_v is not used: what a word is found by is not what it says.",
         ),
         Misconception(
             "keys are the values",
-            with_arguments(latent_diffusion.cross_attention, w_k=lambda w_v, **_: w_v),
-            "The queries are compared with the values, and w_k is not used.",
+            with_arguments(latent_diffusion.cross_attention, to_k=lambda to_v, **_: to_v),
+            "The queries are compared with the values, and to_k is not used.",
         ),
         Misconception(
-            "queries and keys with each other's matrix",
+            "queries and keys with each other's layer",
             _projected(
-                queries=lambda x, c, w_q, w_k, w_v: x @ w_k.T, keys=lambda x, c, w_q, w_k, w_v: c @ w_q.T
+                queries=lambda x, c, to_q, to_k, to_v: to_k(x), keys=lambda x, c, to_q, to_k, to_v: to_q(c)
             ),
-            "w_q and w_k have changed places: w_q belongs to the image, w_k to the words.",
+            "to_q and to_k have changed places: to_q belongs to the image, to_k to the words.",
         ),
         Misconception(
             "words not projected to values",
-            _projected(values=lambda x, c, w_q, w_k, w_v: c),
-            "The words' features are mixed as they are: w_v is not used.",
+            _projected(values=lambda x, c, to_q, to_k, to_v: c),
+            "The words' features are mixed as they are: to_v is not used.",
         ),
         Misconception(
             "image not projected to queries",
-            _projected(queries=lambda x, c, w_q, w_k, w_v: x),
-            "The image's features ask as they are: w_q is not used.",
-        ),
-        Misconception(
-            "matrices transposed",
-            lambda x, context, w_q, w_k, w_v, heads, mask: latent_diffusion.cross_attention(
-                x, context, w_q.T, w_k.T, w_v.T, heads, mask
-            ),
-            "A matrix of nn.Linear has a row for each output: it is transposed before the product.",
+            _projected(queries=lambda x, c, to_q, to_k, to_v: x),
+            "The image's features ask as they are: to_q is not used.",
         ),
         Misconception(
             "scores not scaled",
@@ -836,6 +677,238 @@ CROSS_ATTENTION = Exercise(
             "words cut from the graph",
             with_arguments(latent_diffusion.cross_attention, context=lambda context, **_: context.detach()),
             "The text encoder learns through the context: its gradient must not be cut.",
+        ),
+    ),
+)
+
+
+# A training step with captions
+
+
+def _captioned_step_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, many, length = draws.integer(3, 4), draws.integer(6, 8), draws.integer(5, 6)
+
+    def case(note, batch, shape, length, drop, dtype=torch.float64):
+        def weights(*size):
+            return draws.normal(*size, dtype=dtype, gradient=True)
+
+        elements, width, hidden, num_words = math.prod(shape), 4, 7, 11
+        table, denoiser = (
+            weights(num_words, width),
+            (weights(elements, hidden), weights(width, hidden), weights(hidden), weights(hidden, elements)),
+        )
+        trained = (table, *denoiser)
+        old = tuple(draws.normal(*weight.shape, dtype=dtype) for weight in trained)
+        return Case(
+            note,
+            (
+                OptimizerArgument(trained, old, draws.uniform(1, low=0.05, high=0.2).item()),
+                CallableArgument("velocity_loss", ((1 - cosine_betas(100)).cumprod(0).to(dtype),)),
+                CallableArgument("text_denoiser", denoiser),
+                CallableArgument("word_table", (table,)),
+                draws.normal(batch, *shape, dtype=dtype),
+                1 + draws.permutation(batch * length).view(batch, length) % (num_words - 1),
+                torch.arange(length) % 2,  # begin, end and padding
+                (draws.permutation(batch).to(dtype) + 0.5) / batch,  # some below drop, some above
+                drop,
+                draws.steps(batch, 100),
+                draws.normal(batch, *shape, dtype=dtype),
+            ),
+        )
+
+    return [
+        case("latents", few, (2, 3, 2), length, 0.4),
+        case("as many captions as tokens in each", length, (2, 2, 2), length, 0.5),
+        case("a larger batch", many, (4, 2, 2), length, 0.3),
+        case("no caption replaced", few, (3, 2, 2), length, 0.0),
+        case("every caption replaced", few, (3, 2, 2), length, 1.0),
+        case("a single sample", 1, (2, 2, 3), length, 0.1),
+        case("float32", few, (2, 3, 2), length, 0.5, dtype=torch.float32),
+    ]
+
+
+def _with_told(told: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable:
+    """The step with other tokens for the text encoder, a function of tokens, empty, u and drop."""
+
+    def wrong(optimizer, diffusion_loss, denoiser, text_encoder, z_0, tokens, empty, u, drop, t, noise):
+        tokens = told(tokens, empty, u, drop)
+        return latent_diffusion.captioned_training_step(
+            optimizer, diffusion_loss, denoiser, text_encoder, z_0, tokens, empty, u, 0.0, t, noise
+        )
+
+    return wrong
+
+
+def _with_condition(change: Callable[[Tensor], Tensor]) -> Callable:
+    """The step with the condition changed."""
+    return with_arguments(
+        latent_diffusion.captioned_training_step,
+        text_encoder=lambda text_encoder, **_: lambda tokens: change(text_encoder(tokens)),
+    )
+
+
+def _stepping(step: Callable) -> Callable:
+    """The step with another use of the optimizer, a function of it and of a callable that gives the loss."""
+
+    def wrong(optimizer, diffusion_loss, denoiser, text_encoder, z_0, tokens, empty, u, drop, t, noise):
+        def loss():
+            cond = text_encoder(torch.where((u < drop)[:, None], empty, tokens))
+            return diffusion_loss(lambda z_t, t: denoiser(z_t, t, cond), z_0, t, noise)
+
+        return step(optimizer, loss).detach()
+
+    return wrong
+
+
+def _gradients_kept(optimizer, loss_of):
+    loss = loss_of()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def _loss_after_the_step(optimizer, loss_of):
+    optimizer.zero_grad()
+    loss_of().backward()
+    optimizer.step()
+    return loss_of()
+
+
+def _zeroed_before_the_step(optimizer, loss_of):
+    loss = loss_of()
+    loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return loss
+
+
+CAPTIONED_TRAINING_STEP = Exercise(
+    "latent_diffusion.captioned_training_step",
+    '"Learning it"',
+    latent_diffusion.captioned_training_step,
+    _captioned_step_cases,
+    (
+        Misconception(
+            "captions never dropped",
+            _with_told(lambda tokens, empty, u, drop: tokens),
+            "No caption is replaced by the empty one: the model will have no second answer for guidance.",
+        ),
+        Misconception(
+            "all captions dropped",
+            _with_told(lambda tokens, empty, u, drop: empty.expand_as(tokens)),
+            "Every caption is replaced: the model never hears a word.",
+        ),
+        Misconception(
+            "kept where they are to be dropped",
+            _with_told(lambda tokens, empty, u, drop: torch.where((u < drop)[:, None], tokens, empty)),
+            "The captions with u below drop are those that are replaced, not those that are kept.",
+        ),
+        Misconception(
+            "one draw for the whole batch",
+            _with_told(lambda tokens, empty, u, drop: torch.where(u[0] < drop, empty, tokens)),
+            "The first caption's draw decides for all. Each caption has its own.",
+        ),
+        Misconception(
+            "zeros for the empty caption",
+            _with_told(
+                lambda tokens, empty, u, drop: torch.where(
+                    (u < drop)[:, None], torch.zeros_like(tokens), tokens
+                )
+            ),
+            "Dropped captions become rows of zeros. The empty caption is a row of tokens, and it is given.",
+        ),
+        Misconception(
+            "first token dropped only",
+            _with_told(
+                lambda tokens, empty, u, drop: torch.where(
+                    (u < drop)[:, None] & (torch.arange(tokens.shape[1]) == 0), empty, tokens
+                )
+            ),
+            "Only the first token is replaced. A caption is dropped as a whole.",
+        ),
+        Misconception(
+            "condition of zeros for the empty caption",
+            lambda optimizer, diffusion_loss, denoiser, text_encoder, z_0, tokens, empty, u, drop, t, noise: (
+                latent_diffusion.captioned_training_step(
+                    optimizer,
+                    diffusion_loss,
+                    lambda z_t, t, cond: denoiser(z_t, t, cond * (u >= drop)[:, None, None]),
+                    text_encoder,
+                    z_0,
+                    tokens,
+                    empty,
+                    u,
+                    0.0,
+                    t,
+                    noise,
+                )
+            ),
+            "Dropped captions become features of zeros. The empty caption goes through the text encoder, as "
+            "it will in sampling.",
+        ),
+        Misconception(
+            "text encoder not trained",
+            _with_condition(lambda cond: cond.detach()),
+            "The text encoder has not moved as it should: its features are cut from the graph. Denoiser and "
+            "text encoder learn together.",
+        ),
+        Misconception(
+            "first caption for all",
+            _with_condition(lambda cond: cond[:1].expand_as(cond)),
+            "All samples are told the first caption. Each has its own.",
+        ),
+        Misconception(
+            "clean latents for the denoiser",
+            lambda optimizer, diffusion_loss, denoiser, text_encoder, z_0, *others: (
+                latent_diffusion.captioned_training_step(
+                    optimizer,
+                    diffusion_loss,
+                    lambda z_t, t, cond: denoiser(z_0, t, cond),
+                    text_encoder,
+                    z_0,
+                    *others,
+                )
+            ),
+            "The denoiser is shown the clean latents. It learns from noisy ones, which the diffusion's loss "
+            "makes and hands to it.",
+        ),
+        Misconception(
+            "latents and noise swapped",
+            with_arguments(
+                latent_diffusion.captioned_training_step,
+                z_0=lambda noise, **_: noise,
+                noise=lambda z_0, **_: z_0,
+            ),
+            "The diffusion's loss takes the denoiser, the clean latents, the steps, then the noise.",
+        ),
+        Misconception(
+            "noise of its own",
+            with_arguments(
+                latent_diffusion.captioned_training_step, noise=lambda noise, **_: torch.randn_like(noise)
+            ),
+            "The noise is drawn anew. The batch is given: latents, tokens, steps and noise.",
+        ),
+        Misconception(
+            "one t for the whole batch",
+            with_arguments(latent_diffusion.captioned_training_step, t=lambda t, **_: t[:1].expand_as(t)),
+            "The first sample's step is used for all. Each sample has a step of its own.",
+        ),
+        Misconception(
+            "old gradients kept",
+            _stepping(_gradients_kept),
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
+        ),
+        Misconception(
+            "no gradient at the step",
+            _stepping(_zeroed_before_the_step),
+            "No weight has moved: the optimizer takes no step, or finds no gradients when it does.",
+        ),
+        Misconception(
+            "loss after the step",
+            _stepping(_loss_after_the_step),
+            "The loss is computed anew after the weights have moved. Return the one that the step began "
+            "with.",
         ),
     ),
 )
@@ -986,6 +1059,172 @@ WORD_MAPS = Exercise(
             "compared with equal shares",
             _changed_maps(lambda maps: maps * maps.shape[1]),
             "The weights are multiplied by the number of tokens. Asked for are the weights themselves.",
+        ),
+    ),
+)
+
+
+# Image to image
+
+
+def _image_to_image_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    few, side = draws.integer(2, 3), draws.integer(4, 5)
+
+    def case(note, batch, shape, num_steps, strength, **kind):
+        z_0 = draws.normal(batch, *shape, **kind)
+        step = draws.network("noisy_denoiser", math.prod(shape), math.prod(shape), dtype=z_0.dtype)
+        alpha_bar = (1 - cosine_betas(1000)).cumprod(0)[:: 1000 // num_steps][:num_steps].to(z_0.dtype)
+        return Case(note, (step, z_0, draws.normal(batch, *shape, dtype=z_0.dtype), alpha_bar, strength))
+
+    return [
+        case("half of the steps", few, (4, 2, 3), 8, 0.5),
+        case("all axes of one length", side, (side, side, side), 5, 0.6),
+        case("a share that is rounded up", few, (4, 3, 2), 7, 0.4),  # 2.8 steps
+        case("a share that is rounded down", few, (4, 3, 2), 9, 0.25),  # 2.25 steps
+        case("all steps", few, (3, 2, 2), 6, 1.0),
+        case("a single step", few, (3, 2, 2), 10, 0.1),
+        case("no step", few, (3, 2, 2), 5, 0.0),
+        case("so little that it is no step", few, (3, 2, 2), 5, 0.08),  # 0.4 of one
+        case("a batch of one", 1, (4, 2, 2), 6, 0.7),
+        case("float32", few, (4, 2, 2), 5, 0.4, dtype=torch.float32),
+        case("with gradient", few, (2, 2, 2), 4, 0.75, gradient=True),
+    ]
+
+
+def _from_noised(
+    taken: Callable[[float, int], int] = lambda strength, count: round(strength * count),
+    noised: Callable[[Tensor, Tensor, Tensor], Tensor] = q_sample,
+    level: Callable[[int, int], int] = lambda taken, count: taken - 1,
+    order: Callable[[int, int], list[int]] = lambda taken, count: list(reversed(range(taken))),
+    told: Callable[[int], int] = lambda index: index,
+    after: Callable[[Tensor, Tensor], Tensor] = lambda z_t, start: z_t,
+    before: Callable[[Tensor, Tensor], Tensor] = lambda z_t, start: z_t,
+) -> Callable:
+    """image_to_image with something changed.
+
+    taken: how many steps, of strength and S; noised: the start, of (z_0, alpha_bar, noise); level: whose
+    noise it has; order: of the steps; told: the number that a step is told; after: what is done to its
+    result; before: to what it is given.
+    """
+
+    def wrong(step, z_0, noise, alpha_bar, strength):
+        count = taken(strength, len(alpha_bar))
+        if count <= 0:
+            return z_0
+        kept = alpha_bar[min(level(count, len(alpha_bar)), len(alpha_bar) - 1)]
+        z_t = start = noised(z_0, kept, noise)
+        for index in order(count, len(alpha_bar)):
+            z_t = after(step(before(z_t, start), torch.full((len(z_0),), told(index))), start)
+        return z_t
+
+    return wrong
+
+
+IMAGE_TO_IMAGE = Exercise(
+    "latent_diffusion.image_to_image",
+    '"From a picture to a picture", equation (7.13)',
+    latent_diffusion.image_to_image,
+    _image_to_image_cases,
+    (
+        Misconception(
+            "all steps taken",
+            _from_noised(order=lambda taken, count: list(reversed(range(count)))),
+            "All steps are taken, whatever the strength. They begin where the noise stands that was added.",
+        ),
+        Misconception(
+            "strength the other way round",
+            _from_noised(taken=lambda strength, count: round((1 - strength) * count)),
+            "Strength 1 takes all steps, strength 0 none; here it is the other way round.",
+        ),
+        Misconception(
+            "one step too noisy",
+            _from_noised(level=lambda taken, count: taken),
+            "The noise is that of the step behind the first one that is taken: code counts steps from 0.",
+        ),
+        Misconception(
+            "noise of the last step of all",
+            _from_noised(level=lambda taken, count: count - 1),
+            "The picture is made as noisy as at the start of sampling. It is to be as noisy as the first "
+            "step that is taken expects.",
+        ),
+        Misconception(
+            "one step too many",
+            _from_noised(order=lambda taken, count: list(reversed(range(min(taken + 1, count))))),
+            "One step too many is taken: of n steps, the first has the number n - 1.",
+        ),
+        Misconception(
+            "last step left out",
+            _from_noised(order=lambda taken, count: list(range(taken - 1, 0, -1))),
+            "The step of t = 0, the last one, is missing: a range does not contain its end.",
+        ),
+        Misconception(
+            "forwards",
+            _from_noised(order=lambda taken, count: list(range(taken))),
+            "The steps are taken from 0 upwards. Denoising begins with the noisiest one.",
+        ),
+        Misconception(
+            "t counted from 1",
+            _from_noised(told=lambda index: index + 1),
+            "The steps are told the papers' t. Code counts from 0.",
+        ),
+        Misconception(
+            "cut off, not rounded",
+            _from_noised(taken=lambda strength, count: int(strength * count)),
+            "The number of steps is cut off behind the point: round it.",
+        ),
+        Misconception(
+            "rounded up",
+            _from_noised(taken=lambda strength, count: math.ceil(strength * count - 1e-9)),
+            "The number of steps is rounded up, always: round to the nearest.",
+        ),
+        Misconception(
+            "at least one step",
+            _from_noised(taken=lambda strength, count: max(round(strength * count), 1)),
+            "At strength 0 no step is taken, and the latents come back as they are.",
+        ),
+        Misconception(
+            "no noise added",
+            _from_noised(noised=lambda z_0, alpha_bar, noise: z_0),
+            "The clean latents are denoised. The first step expects noisy ones.",
+        ),
+        Misconception(
+            "fainter, but no noise",
+            _from_noised(noised=lambda z_0, alpha_bar, noise: alpha_bar.sqrt() * z_0),
+            "The latents are made fainter, but no noise is added to them.",
+        ),
+        Misconception(
+            "pure noise",
+            _from_noised(noised=lambda z_0, alpha_bar, noise: noise),
+            "Sampling begins with pure noise here: nothing of the picture is left.",
+        ),
+        Misconception(
+            "roots forgotten",
+            _from_noised(noised=lambda z_0, alpha_bar, noise: alpha_bar * z_0 + (1 - alpha_bar) * noise),
+            "alpha_bar and 1 - alpha_bar are variances; latents and noise are multiplied by their roots.",
+        ),
+        Misconception(
+            "latents and noise swapped",
+            _from_noised(noised=lambda z_0, alpha_bar, noise: q_sample(noise, alpha_bar, z_0)),
+            "alpha_bar is what is left of the picture; here it is the noise that has it.",
+        ),
+        Misconception(
+            "noise of its own",
+            _from_noised(
+                noised=lambda z_0, alpha_bar, noise: q_sample(z_0, alpha_bar, torch.randn_like(z_0))
+            ),
+            "The noise is drawn anew. Use the one that is given, so that a seed decides the picture.",
+        ),
+        Misconception(
+            "every step from the start",
+            _from_noised(before=lambda z_t, start: start),
+            "Each step begins again with the noised picture. It goes on from where the step before has come "
+            "to.",
+        ),
+        Misconception(
+            "clamped on the way",
+            _from_noised(after=lambda z_t, start: z_t.clamp(-1, 1)),
+            "Latents have no bounds, and noisy ones least of all: do not clamp.",
         ),
     ),
 )
@@ -1199,4 +1438,12 @@ KEEP_KNOWN = Exercise(
 )
 
 
-EXERCISES = [TO_LATENTS, FROM_LATENTS, WORD_WEIGHTS, CROSS_ATTENTION, WORD_MAPS, KEEP_KNOWN]
+EXERCISES = [
+    FROM_LATENTS,
+    WORD_WEIGHTS,
+    CROSS_ATTENTION,
+    CAPTIONED_TRAINING_STEP,
+    WORD_MAPS,
+    IMAGE_TO_IMAGE,
+    KEEP_KNOWN,
+]

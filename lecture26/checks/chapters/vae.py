@@ -1,16 +1,19 @@
-"""Exercises of chapter 06: the bound's two terms, the draw, the loss, active latents, PSNR, the scale."""
+"""Exercises of chapter 06: the bound's terms, the bound on a grid, the draw, the loss, a step, the scale."""
 
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 from torch.nn.functional import mse_loss
 
 from lecture26 import vae
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws
+from ..optimizers import OptimizerArgument
 
 
 def _per_sample(values: Tensor) -> Tensor:
@@ -381,6 +384,290 @@ NEGATIVE_LOG_LIKELIHOOD = Exercise(
 )
 
 
+def _grid_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch, d = draws.integer(4, 5), draws.integer(6, 7)
+    std = draws.uniform(low=0.5, high=0.8).item()
+
+    def case(note, batch, k, d, std=std, far=0.0, gradient=False, dtype=torch.float64):
+        spacing = 0.25 if k == 1 else 0.5
+        side = torch.arange(-10.0, 10.01, spacing, dtype=torch.float64)
+        codes = side[:, None] if k == 1 else torch.cartesian_prod(*[side] * k)
+        kind = {"dtype": dtype, "gradient": gradient}
+        # a decoder so smooth that every posterior is wide for the grid, and any way to integrate is exact
+        decode = CallableArgument("smooth_decoder", (0.3 * draws.normal(k, 4), draws.normal(4, d, **kind)))
+        mean = draws.uniform(batch, k, low=-1.0, high=1.0, **kind)
+        log_variance = draws.uniform(batch, k, low=-0.6, high=0.0, **kind)
+        x = draws.normal(batch, d, dtype=dtype) + far
+        decode = CallableArgument(decode.kind, tuple(weight.to(dtype) for weight in decode.tensors))
+        return Case(note, (x, decode, std, mean, log_variance, codes.to(dtype), spacing**k))
+
+    return [
+        case("one latent number", batch, 1, d),
+        case("two latent numbers", batch, 2, d),
+        case("as many samples as numbers", d, 2, d),
+        case("a single sample", 1, 1, d),
+        case("data of one number", batch, 2, 1),
+        case("data far from all that the decoder makes", batch, 1, d, far=60.0),
+        case("a decoder with much noise", batch, 2, d, std=2.0),
+        case("float32", batch, 1, d, dtype=torch.float32),
+        case("with gradient", batch, 1, d, gradient=True),
+    ]
+
+
+def _grid_parts(x, decode, decoder_std, mean, log_variance, codes):
+    """log p(z) (G,), log p(x | z) (B, G) and log q(z | x) (B, G) on a grid."""
+    x_hat = decode(codes)
+    likelihoods = [-vae.negative_log_likelihood(one.expand_as(x_hat), x_hat, decoder_std) for one in x]
+    log_prior = Normal(0.0, 1.0).log_prob(codes).sum(dim=1)
+    log_q = Normal(mean[:, None], (log_variance[:, None] / 2).exp()).log_prob(codes).sum(dim=2)
+    return log_prior, torch.stack(likelihoods), log_q
+
+
+def _grid_of(combine: Callable) -> Callable:
+    """Evidence and bound made of log p(z), log p(x | z), log q and the volume, right or wrong."""
+
+    def wrong(x, decode, decoder_std, mean, log_variance, codes, volume):
+        return combine(*_grid_parts(x, decode, decoder_std, mean, log_variance, codes), volume)
+
+    return wrong
+
+
+def _evidence(log_joint: Tensor, volume: float) -> Tensor:
+    return log_joint.logsumexp(dim=1) + math.log(volume)
+
+
+def _mean_under(log_weights: Tensor, values: Tensor, volume: float) -> Tensor:
+    return (log_weights.exp() * values).sum(dim=1) * volume
+
+
+def _with_guess(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable:
+    """bound_on_grid for another guess, a function of mean and log-variance."""
+    return lambda x, decode, std, mean, log_variance, codes, volume: vae.bound_on_grid(
+        x, decode, std, *change(mean, log_variance), codes, volume
+    )
+
+
+BOUND_ON_GRID = Exercise(
+    "vae.bound_on_grid",
+    '"The bound on a grid"',
+    vae.bound_on_grid,
+    _grid_cases,
+    (
+        Misconception(
+            "volume forgotten in the evidence",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    (prior + fit).logsumexp(dim=1),
+                    _mean_under(q, prior + fit - q, dv),
+                )
+            ),
+            "An integral is the sum of its values times the volume of a cell: so is p(x).",
+        ),
+        Misconception(
+            "volume forgotten in the bound",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    _evidence(prior + fit, dv),
+                    _mean_under(q, prior + fit - q, 1.0),
+                )
+            ),
+            "The expectation over q is an integral, too: the sum of its values times the volume of a cell.",
+        ),
+        Misconception(
+            "volume forgotten",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    (prior + fit).logsumexp(dim=1),
+                    _mean_under(q, prior + fit - q, 1.0),
+                )
+            ),
+            "Both are integrals: sums of values times the volume of a cell.",
+        ),
+        Misconception(
+            "volume not in the logarithm",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    (prior + fit).logsumexp(dim=1) * dv,
+                    _mean_under(q, prior + fit - q, dv),
+                )
+            ),
+            "The volume multiplies the sum of the densities, below the logarithm: outside it is added.",
+        ),
+        Misconception(
+            "mean for the integral",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    (prior + fit).logsumexp(dim=1) - math.log(len(prior)),
+                    (q.exp() * (prior + fit - q)).mean(dim=1),
+                )
+            ),
+            "A mean over the grid divides by the number of codes; an integral multiplies by their spacing.",
+        ),
+        Misconception(
+            "exponential before the logarithm",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    ((prior + fit).exp().sum(dim=1) * dv).log(),
+                    _mean_under(q, prior + fit - q, dv),
+                )
+            ),
+            "Where no code explains the data well, every density is 0 in floating point, and so is the sum: "
+            "take the logarithm of a sum of exponentials in one go.",
+        ),
+        Misconception(
+            "prior forgotten",
+            _grid_of(lambda prior, fit, q, dv: (_evidence(fit, dv), _mean_under(q, fit - q, dv))),
+            "The joint density is that of the code times that of the data given it: the prior is missing.",
+        ),
+        Misconception(
+            "prior forgotten in the evidence",
+            _grid_of(lambda prior, fit, q, dv: (_evidence(fit, dv), _mean_under(q, prior + fit - q, dv))),
+            "p(x) weighs each code by its prior density, which is missing.",
+        ),
+        Misconception(
+            "prior forgotten in the bound",
+            _grid_of(lambda prior, fit, q, dv: (_evidence(prior + fit, dv), _mean_under(q, fit - q, dv))),
+            "The bound has the joint density of data and code: the prior is missing in it.",
+        ),
+        Misconception(
+            "prior without its constant",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    _evidence(prior - prior.max() + fit, dv),
+                    _mean_under(q, prior - prior.max() + fit - q, dv),
+                )
+            ),
+            "The prior is a density, and integrates to 1: its constant is missing.",
+        ),
+        Misconception(
+            "guess not in the logarithm",
+            _grid_of(lambda prior, fit, q, dv: (_evidence(prior + fit, dv), _mean_under(q, prior + fit, dv))),
+            "The bound also has -log q in its expectation: without it, the narrower the guess the better.",
+        ),
+        Misconception(
+            "sign of the guess's logarithm",
+            _grid_of(
+                lambda prior, fit, q, dv: (_evidence(prior + fit, dv), _mean_under(q, prior + fit + q, dv))
+            ),
+            "log q is subtracted: a wide guess has more entropy, which raises the bound.",
+        ),
+        Misconception(
+            "reconstruction alone",
+            _grid_of(lambda prior, fit, q, dv: (_evidence(prior + fit, dv), _mean_under(q, fit, dv))),
+            "This is the first of the two terms of (6.4): the divergence from the prior is missing.",
+        ),
+        Misconception(
+            "divergence added",
+            _grid_of(
+                lambda prior, fit, q, dv: (_evidence(prior + fit, dv), _mean_under(q, fit + q - prior, dv))
+            ),
+            "The divergence from the prior is subtracted: it is what the guess has to pay.",
+        ),
+        Misconception(
+            "averaged over the prior",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    _evidence(prior + fit, dv),
+                    _mean_under(prior.expand_as(q), prior + fit - q, dv),
+                )
+            ),
+            "The bound's expectation is over the guess, which knows x, not over the prior.",
+        ),
+        Misconception(
+            "averaged over the posterior",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    _evidence(prior + fit, dv),
+                    ((prior + fit).softmax(dim=1) * (prior + fit - q)).sum(dim=1),
+                )
+            ),
+            "The bound's expectation is over the guess: the posterior is what one does not have in general.",
+        ),
+        Misconception(
+            "evidence twice",
+            _grid_of(lambda prior, fit, q, dv: (_evidence(prior + fit, dv),) * 2),
+            "The bound is the evidence only where the guess is the posterior.",
+        ),
+        Misconception(
+            "evidence without its logarithm",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    _evidence(prior + fit, dv).exp(),
+                    _mean_under(q, prior + fit - q, dv),
+                )
+            ),
+            "Asked for is log p(x), in nats.",
+        ),
+        Misconception(
+            "gap for the bound",
+            _grid_of(
+                lambda prior, fit, q, dv: (
+                    _evidence(prior + fit, dv),
+                    _evidence(prior + fit, dv) - _mean_under(q, prior + fit - q, dv),
+                )
+            ),
+            "This is what the bound falls short by; asked for is the bound itself.",
+        ),
+        Misconception(
+            "in the other order",
+            lambda *arguments: vae.bound_on_grid(*arguments)[::-1],
+            "The evidence comes first, then the bound.",
+        ),
+        Misconception(
+            "signs turned",
+            lambda *arguments: tuple(-values for values in vae.bound_on_grid(*arguments)),
+            "These are the negatives, which are to fall; asked for are the logarithm and the bound.",
+        ),
+        Misconception(
+            "bits",
+            lambda *arguments: tuple(values / math.log(2) for values in vae.bound_on_grid(*arguments)),
+            "Asked for are nats, with the natural logarithm.",
+        ),
+        Misconception(
+            "averaged over the batch",
+            lambda *arguments: tuple(values.mean() for values in vae.bound_on_grid(*arguments)),
+            "Each sample has an evidence and a bound of its own.",
+        ),
+        Misconception(
+            "variance for the guess's standard deviation",
+            _with_guess(lambda mean, log_variance: (mean, 2 * log_variance)),
+            "exp(log_variance) is the variance; the guess's width is its root.",
+        ),
+        Misconception(
+            "log-variance read as log standard deviation, halved once more",
+            _with_guess(lambda mean, log_variance: (mean, log_variance / 2)),
+            "The logarithm of the variance is halved once to give that of the standard deviation.",
+        ),
+        Misconception(
+            "one guess for all samples",
+            _with_guess(lambda mean, log_variance: (mean[:1].expand_as(mean), log_variance)),
+            "The first sample's guess is used for all: each sample has its own.",
+        ),
+        Misconception(
+            "guess of width 1",
+            _with_guess(lambda mean, log_variance: (mean, 0 * log_variance)),
+            "The guess has the width that the encoder says.",
+        ),
+        Misconception(
+            "noise of width 1",
+            lambda x, decode, std, *others: vae.bound_on_grid(x, decode, 1.0, *others),
+            "The decoder's noise has the standard deviation decoder_std.",
+        ),
+        Misconception(
+            "noise of the variance's width",
+            lambda x, decode, std, *others: vae.bound_on_grid(x, decode, std**2, *others),
+            "decoder_std is the standard deviation already: negative_log_likelihood squares it itself.",
+        ),
+        Misconception(
+            "guess detached",
+            _with_guess(lambda mean, log_variance: (mean.detach(), log_variance.detach())),
+            "The values are right, but the guess is to be improved by its gradient: keep it.",
+        ),
+    ),
+)
+
+
 def _draw_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     batch, d, side = draws.integer(5, 6), draws.integer(7, 8), draws.integer(3, 4)
@@ -691,298 +978,221 @@ VAE_LOSS = Exercise(
 )
 
 
-# How far each latent number moves (the standard deviation of its mean over the samples, for the threshold
-# 0.01), and around what. Between them, the numbers tell the mistakes apart, and no variance is near the
-# threshold, whether divided by N or by N - 1.
-MOVES = (
-    (0.006, 0.0),
-    (0.03, 0.0),
-    (0.03, 2.0),
-    (0.2, 0.0),
-    (0.5, -1.0),
-    (1.5, 0.0),
-    (0.0, 2.0),
-    (0.4, 0.5),
-)
-
-
-def _active_cases(seed: int) -> list[Case]:
+def _step_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
-    few, many, more = draws.integer(4, 5), draws.integer(20, 24), draws.integer(10, 12)
+    batch, d, k = draws.integer(4, 5), draws.integer(6, 7), draws.integer(2, 3)
+    weight = draws.uniform(low=0.3, high=0.8).item()
 
-    def case(note, count, *shape, threshold=0.01, moves=MOVES, dtype=torch.float64):
-        size = math.prod(shape)
-        order = draws.permutation(size) % len(moves)
-        spread, middle = torch.tensor(moves, dtype=torch.float64)[order].T  # (size,) each
-        shape_of_moves = draws.normal(count, size)
-        shape_of_moves = (shape_of_moves - shape_of_moves.mean(dim=0)) / shape_of_moves.std(dim=0)
-        mean = middle + spread * math.sqrt(threshold / 0.01) * shape_of_moves
-        return Case(note, (mean.reshape(count, *shape).to(dtype), threshold))
+    def case(note, batch, d, k, kl_weight=weight, dtype=torch.float64):
+        def learned(*shape):
+            return (0.5 * draws.normal(*shape)).to(dtype).requires_grad_()
+
+        encoder, decoder = (learned(d, 4), learned(4, k), learned(4, k)), (learned(k, 4), learned(4, d))
+        weights = encoder + decoder
+        old = tuple(draws.normal(*weight.shape, dtype=dtype) for weight in weights)
+        optimizer = OptimizerArgument(weights, old, draws.uniform(1, low=0.02, high=0.05).item())
+        encode = CallableArgument("smooth_encoder", encoder)
+        decode = CallableArgument("smooth_decoder", decoder)
+        x, noise = draws.normal(batch, d, dtype=dtype), draws.normal(batch, k, dtype=dtype)
+        return Case(note, (optimizer, encode, decode, x, noise, kl_weight))
 
     return [
-        case("latent vectors", many, more),
-        case("as many samples as latent numbers", more, more),
-        case("latent images", many, 4, 2, 3),
-        case("few samples", few, 9),
-        case("another threshold", many, more, threshold=0.09),
-        case("a lower threshold", many, more, threshold=0.0004),
-        case("a collapsed encoder", many, 8, moves=MOVES[:2]),
-        case("every number active", many, 8, moves=MOVES[3:6]),
-        case("float32", many, 4, 2, 2, dtype=torch.float32),
+        case("vectors", batch, d, k),
+        case("as many samples as numbers", d, d, k),
+        case("as many latent numbers as data", batch, k, k),
+        case("a single sample", 1, d, k),
+        case("a single latent number", batch, d, 1),
+        case("a large batch", 30, d, k),
+        case("a small weight", batch, d, k, kl_weight=1e-3),
+        case("weight 0: no prior", batch, d, k, kl_weight=0.0),
+        case("a large weight", batch, d, k, kl_weight=5.0),
+        case("float32", batch, d, k, dtype=torch.float32),
     ]
 
 
-def _spread_above(spread: Callable[[Tensor], Tensor]) -> Callable:
-    """Whether some measure of each latent number, right or wrong, lies above the threshold."""
-    return lambda mean, threshold: spread(mean) > threshold
+def _step_along(loss_of: Callable) -> Callable:
+    """A training step of another loss, of (encode, decode, x, noise, kl_weight)."""
+
+    def wrong(optimizer, *others):
+        optimizer.zero_grad()
+        loss = loss_of(*others)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return wrong
 
 
-ACTIVE_LATENTS = Exercise(
-    "vae.active_latents",
-    '"On handwritten digits", equation (6.13)',
-    vae.active_latents,
-    _active_cases,
+def _step_with_draw(draw: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """A training step that decodes another function of mean, log-variance and noise."""
+
+    def loss_of(encode, decode, x, noise, kl_weight):
+        mean, log_variance = encode(x)
+        return vae.vae_loss(x, decode(draw(mean, log_variance, noise)), mean, log_variance, kl_weight)
+
+    return _step_along(loss_of)
+
+
+def _step_with_loss(combine: Callable) -> Callable:
+    """A training step of another function of x, x_hat, mean, log_variance and kl_weight."""
+
+    def loss_of(encode, decode, x, noise, kl_weight):
+        mean, log_variance = encode(x)
+        x_hat = decode(vae.reparameterize(mean, log_variance, noise))
+        return combine(x, x_hat, mean, log_variance, kl_weight)
+
+    return _step_along(loss_of)
+
+
+def _loss_of_step(encode, decode, x, noise, kl_weight):
+    mean, log_variance = encode(x)
+    x_hat = decode(vae.reparameterize(mean, log_variance, noise))
+    return vae.vae_loss(x, x_hat, mean, log_variance, kl_weight)
+
+
+def _old_gradients_kept(optimizer, *others):
+    loss = _loss_of_step(*others)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _cleared_before_the_step(optimizer, *others):
+    loss = _loss_of_step(*others)
+    loss.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return loss.detach()
+
+
+def _step_before_the_gradient(optimizer, *others):
+    loss = _loss_of_step(*others)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _loss_after_the_step(optimizer, *others):
+    vae.vae_training_step(optimizer, *others)
+    return _loss_of_step(*others).detach()
+
+
+def _two_steps(optimizer, *others):
+    loss = vae.vae_training_step(optimizer, *others)
+    optimizer.step()
+    return loss
+
+
+VAE_TRAINING_STEP = Exercise(
+    "vae.vae_training_step",
+    '"One number to trade by", equation (6.10)',
+    vae.vae_training_step,
+    _step_cases,
     (
         Misconception(
-            "standard deviation for variance",
-            _spread_above(lambda mean: mean.std(dim=0)),
-            "The threshold is one for variances, squares: a standard deviation passes it far too soon.",
+            "old gradients kept",
+            _old_gradients_kept,
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
         ),
         Misconception(
-            "mean of the squares",
-            _spread_above(lambda mean: (mean**2).mean(dim=0)),
-            "A number that is 2 for every image says nothing: take the spread about the mean.",
+            "gradients cleared before the step",
+            _cleared_before_the_step,
+            "The gradients are cleared between backward and step, so that the step finds none.",
         ),
         Misconception(
-            "size of the average",
-            _spread_above(lambda mean: mean.mean(dim=0).abs()),
-            "How far from 0 a number is on average says nothing; ask how far it moves from sample to sample.",
+            "step before the gradient",
+            _step_before_the_gradient,
+            "The step comes after backward; here it goes along the gradients of the step before.",
         ),
         Misconception(
-            "average size",
-            _spread_above(lambda mean: mean.abs().mean(dim=0)),
-            "A number can be large for every image and yet say nothing: take the variance over the samples.",
+            "loss after the step",
+            _loss_after_the_step,
+            "Asked for is the loss that the step began with; here it is computed once more afterwards.",
         ),
         Misconception(
-            "range over the samples",
-            _spread_above(lambda mean: mean.amax(dim=0) - mean.amin(dim=0)),
-            "The distance from smallest to largest grows with the number of samples: take the variance.",
+            "two steps",
+            _two_steps,
+            "The optimizer takes two steps along one gradient.",
         ),
         Misconception(
-            "variance over the latent numbers",
-            _spread_above(lambda mean: mean.flatten(1).var(dim=1)),
-            "This is taken along each sample; a number is active where it moves from sample to sample.",
+            "mean decoded",
+            _step_with_draw(lambda mean, log_variance, noise: mean),
+            "The decoder must see draws: from the mean alone nothing asks the encoder for narrow codes.",
         ),
         Misconception(
-            "one variance for all",
-            _spread_above(lambda mean: mean.var()),
-            "Each latent number has a variance of its own: all axes but the samples' stay.",
+            "noise decoded",
+            _step_with_draw(lambda mean, log_variance, noise: noise),
+            "The decoder sees noise that knows nothing of x: stretch it, and move it to the mean.",
         ),
         Misconception(
-            "channel by channel",
-            _spread_above(lambda mean: mean.transpose(0, 1).flatten(1).var(dim=1)),
-            "Every place of a latent image is a number of its own: take the variance over the samples alone.",
+            "draw cut from the encoder",
+            _step_with_draw(lambda *code: vae.reparameterize(*code).detach()),
+            "The reconstruction's gradient must reach the encoder: the draw is detached.",
         ),
         Misconception(
-            "collapsed ones",
-            lambda mean, threshold: ~vae.active_latents(mean, threshold),
-            "These are the numbers that do not move: active means above the threshold.",
+            "mean cut in the draw",
+            _step_with_draw(lambda mean, *others: vae.reparameterize(mean.detach(), *others)),
+            "The reconstruction's gradient must reach the encoder's mean.",
         ),
         Misconception(
-            "whatever moves",
-            lambda mean, threshold: mean.var(dim=0) > 0,
-            "Numbers that tremble a little say nothing: compare with the threshold.",
+            "spread cut in the draw",
+            _step_with_draw(
+                lambda mean, log_variance, noise: vae.reparameterize(mean, log_variance.detach(), noise)
+            ),
+            "The reconstruction's gradient must reach the encoder's log-variance: it asks for narrow codes.",
         ),
         Misconception(
-            "threshold ignored",
-            lambda mean, threshold: vae.active_latents(mean, 0.01),
-            "0.01 is the default only: use the threshold that is given.",
+            "variance for standard deviation",
+            _step_with_draw(lambda mean, log_variance, noise: mean + log_variance.exp() * noise),
+            "exp(log_variance) is the variance; noise is stretched by the standard deviation, its root.",
         ),
         Misconception(
-            "root of the threshold",
-            lambda mean, threshold: mean.var(dim=0) > math.sqrt(threshold),
-            "The threshold is one for variances as it is: no root.",
+            "log-variance for standard deviation",
+            _step_with_draw(lambda mean, log_variance, noise: mean + log_variance * noise),
+            "log_variance is a logarithm: a standard deviation takes an exponential.",
         ),
         Misconception(
-            "numbers for truth values",
-            lambda mean, threshold: vae.active_latents(mean, threshold).to(mean.dtype),
-            "Asked for are truth values, with which one can choose latent numbers.",
+            "sign of the noise",
+            _step_with_draw(lambda mean, log_variance, noise: vae.reparameterize(mean, log_variance, -noise)),
+            "The distribution is the same, but (6.8) adds the noise: same noise, same draw.",
         ),
         Misconception(
-            "variances",
-            lambda mean, threshold: mean.var(dim=0),
-            "These are the variances; asked for is which of them lie above the threshold.",
+            "noise drawn anew",
+            _step_with_draw(
+                lambda mean, log_variance, noise: vae.reparameterize(
+                    mean, log_variance, torch.randn_like(mean)
+                )
+            ),
+            "Use the noise that is given: then the step can be repeated.",
         ),
         Misconception(
-            "how many",
-            lambda mean, threshold: vae.active_latents(mean, threshold).sum(),
-            "Asked for is which numbers are active, not how many.",
+            "prior forgotten",
+            _step_with_loss(lambda x, x_hat, *others: vae.vae_loss(x, x_hat, *others[:2], 0.0)),
+            "This trains an autoencoder without a prior: the divergence is missing.",
         ),
         Misconception(
-            "share",
-            lambda mean, threshold: vae.active_latents(mean, threshold).to(mean.dtype).mean(),
-            "Asked for is which numbers are active, not what share of them.",
+            "weight ignored",
+            _step_with_loss(lambda x, x_hat, *others: vae.vae_loss(x, x_hat, *others[:2], 1.0)),
+            "kl_weight is not used: it multiplies the divergence.",
         ),
         Misconception(
-            "each sample by itself",
-            lambda mean, threshold: (mean - mean.mean(dim=0)) ** 2 > threshold,
-            "This looks at each sample alone; a variance is a mean over the samples.",
-        ),
-    ),
-)
-
-
-def _psnr_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    batch, side = draws.integer(4, 5), draws.integer(3, 4)
-    height, width = draws.integer(5, 6), draws.integer(7, 8)
-
-    def case(note, *shape, error=0.3, gradient=False, **kind):
-        x = draws.uniform(*shape, low=-1.0, high=1.0, **kind)
-        # Each image has an error of its own size, so that a mean over the batch is none of theirs.
-        sizes = error * draws.uniform(shape[0], *[1] * (len(shape) - 1), low=0.2, high=2.0, **kind)
-        x_hat = (x + sizes * draws.normal(*shape, **kind)).requires_grad_(gradient)
-        return Case(note, (x, x_hat))
-
-    return [
-        case("images", batch, 3, height, width),
-        case("grey images", batch, 1, height, width),
-        case("all axes of one length", side, side, side, side),
-        case("a single image", 1, 3, height, width),
-        case("a single pixel", batch, 3, 1, 1),
-        case("nearly the same", batch, 3, height, width, error=1e-4),
-        case("far beyond [-1, 1], an error above the range", batch, 3, height, width, error=4.0),
-        case("float32", batch, 3, height, width, dtype=torch.float32),
-        case("reconstructions with gradient", batch, 3, height, width, gradient=True),
-    ]
-
-
-def _decibels_of(
-    peak_squared: Callable[[Tensor], Tensor | float], error: Callable[[Tensor], Tensor]
-) -> Callable:
-    """10 log10 of a squared peak of x over an error, right or wrong."""
-    return lambda x, x_hat: 10 * torch.log10(peak_squared(x) / error(x - x_hat))
-
-
-def _mean_square(difference: Tensor) -> Tensor:
-    return (difference**2).flatten(1).mean(dim=1)
-
-
-PSNR = Exercise(
-    "vae.psnr",
-    '"Decibels", equation (6.16)',
-    vae.psnr,
-    _psnr_cases,
-    (
-        Misconception(
-            "range 1",
-            _decibels_of(lambda x: 1.0, _mean_square),
-            "This is for images in [0, 1]; ours lie in [-1, 1], a wider range: 6 decibels are missing.",
+            "mean squared error",
+            _step_with_loss(
+                lambda x, x_hat, mean, log_variance, kl_weight: (
+                    mse_loss(x_hat, x) + kl_weight * vae.kl_to_standard_normal(mean, log_variance).mean()
+                )
+            ),
+            "The error is summed over the numbers of a sample; as a mean, another kl_weight is meant.",
         ),
         Misconception(
-            "range 255",
-            _decibels_of(lambda x: 255.0**2, _mean_square),
-            "This is for images of bytes; ours lie in [-1, 1].",
+            "loss divided by the numbers of a sample",
+            _step_with_loss(lambda x, *others: vae.vae_loss(x, *others) / x[0].numel()),
+            "The step is along the loss as it is, not along its mean over the numbers of a sample.",
         ),
         Misconception(
-            "range not squared",
-            _decibels_of(lambda x: 2.0, _mean_square),
-            "The error is one of squares, so the range is squared, too: 3 decibels are missing.",
-        ),
-        Misconception(
-            "range squared twice",
-            _decibels_of(lambda x: 16.0, _mean_square),
-            "The range from -1 to 1 is squared once.",
-        ),
-        Misconception(
-            "largest value of the batch",
-            _decibels_of(lambda x: x.max() ** 2, _mean_square),
-            "The peak is the range that images can have; what the batch holds does not matter.",
-        ),
-        Misconception(
-            "largest value of each image",
-            _decibels_of(lambda x: x.flatten(1).amax(dim=1) ** 2, _mean_square),
-            "The peak is the range that images can have, the same for dark ones and bright ones.",
-        ),
-        Misconception(
-            "range of each image",
-            _decibels_of(lambda x: (x.flatten(1).amax(1) - x.flatten(1).amin(1)) ** 2, _mean_square),
-            "The range is the one that images can have, the same for all, not that found in each.",
-        ),
-        Misconception(
-            "signal's own power",
-            _decibels_of(_mean_square, _mean_square),
-            "This is the signal-to-noise ratio; the peak one has the squared range in place of the power.",
-        ),
-        Misconception(
-            "20 for 10",
-            lambda x, x_hat: 2 * vae.psnr(x, x_hat),
-            "20 stands before the logarithm of a ratio of amplitudes; this one is a ratio of squares.",
-        ),
-        Misconception(
-            "10 for 20",
-            lambda x, x_hat: vae.psnr(x, x_hat) / 2,
-            "With the root of the error, the ratio is one of amplitudes: 20 stands before its logarithm.",
-        ),
-        Misconception(
-            "root of the error",
-            _decibels_of(lambda x: 4.0, lambda d: _mean_square(d).sqrt()),
-            "Only one of the two is squared here: the squared range belongs to the mean of the squares.",
-        ),
-        Misconception(
-            "natural logarithm",
-            lambda x, x_hat: vae.psnr(x, x_hat) * math.log(10),
-            "Decibels are ten times the logarithm to base 10.",
-        ),
-        Misconception(
-            "bels",
-            lambda x, x_hat: vae.psnr(x, x_hat) / 10,
-            "A factor 10 is missing: these are bels, ten decibels each.",
-        ),
-        Misconception(
-            "upside down",
-            lambda x, x_hat: -vae.psnr(x, x_hat),
-            "The better the reconstruction, the more decibels: the error stands below.",
-        ),
-        Misconception(
-            "error summed over the image",
-            _decibels_of(lambda x: 4.0, lambda d: _per_sample(d**2)),
-            "The error is the mean over all numbers of an image; as a sum it grows with the image.",
-        ),
-        Misconception(
-            "error of the whole batch",
-            _decibels_of(lambda x: 4.0, lambda d: (d**2).mean()),
-            "Each image has an error of its own; one bad image must not stand for all.",
-        ),
-        Misconception(
-            "averaged over the batch",
-            lambda x, x_hat: vae.psnr(x, x_hat).mean(),
-            "Asked for is one number for each image; the caller averages.",
-        ),
-        Misconception(
-            "channel by channel",
-            _decibels_of(lambda x: 4.0, lambda d: (d**2).mean(dim=(2, 3))),
-            "The error of an image is the mean over its channels as well.",
-        ),
-        Misconception(
-            "absolute error",
-            _decibels_of(lambda x: 4.0, lambda d: d.abs().flatten(1).mean(dim=1)),
-            "The differences are squared before the mean.",
-        ),
-        Misconception(
-            "square of the mean difference",
-            _decibels_of(lambda x: 4.0, lambda d: d.flatten(1).mean(dim=1) ** 2),
-            "Differences of opposite sign must not cancel: square first, then average.",
-        ),
-        Misconception(
-            "clamped",
-            lambda x, x_hat: vae.psnr(x, x_hat.clamp(-1, 1)),
-            "The reconstruction is compared as it comes; who wants it clamped, clamps it before.",
-        ),
-        Misconception(
-            "guarded against 0",
-            _decibels_of(lambda x: 4.0, lambda d: _mean_square(d) + 1e-8),
-            "What is added to the error caps every value. Where both images are equal, infinity is right.",
+            "sign turned",
+            _step_with_loss(lambda *arguments: -vae.vae_loss(*arguments)),
+            "The loss is to fall: an optimizer steps against the gradient by itself.",
         ),
     ),
 )
@@ -1111,9 +1321,9 @@ LATENT_SCALE = Exercise(
 EXERCISES = [
     KL_TO_STANDARD_NORMAL,
     NEGATIVE_LOG_LIKELIHOOD,
+    BOUND_ON_GRID,
     REPARAMETERIZE,
     VAE_LOSS,
-    ACTIVE_LATENTS,
-    PSNR,
+    VAE_TRAINING_STEP,
     LATENT_SCALE,
 ]

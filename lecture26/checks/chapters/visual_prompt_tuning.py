@@ -1,6 +1,6 @@
-"""Exercises of chapter 08: patches, prompts (in, size, replaced, looked at), storage, biases, heads."""
+"""Exercises of chapter 08: patches, prompts (in, through the blocks, looked at), freezing, LoRA, heads."""
 
-import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lecture26 import visual_prompt_tuning
 
+from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast
 from ..mistakes import patch_grid
+from ..optimizers import ParametersArgument
 
 
 def _patches_cases(seed: int) -> list[Case]:
@@ -307,279 +309,614 @@ INSERT_PROMPTS = Exercise(
 )
 
 
-def _initial_cases(seed: int) -> list[Case]:
+def _blocks_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
-    n, d, depth, p = draws.integer(3, 4), draws.integer(6, 8), draws.integer(2, 3), draws.integer(3, 5)
+    batch, count, n, d = draws.integer(3, 4), draws.integer(7, 8), draws.integer(2, 3), draws.integer(5, 6)
 
-    def case(note, *shape, values, **kind):
-        return Case(note, (draws.uniform(*shape, **kind), values))
+    def case(note, depth, sets, batch, n, num_prefix, each=False, **kind):
+        numbers = {"dtype": kind.get("dtype", torch.float64)}
+        blocks = tuple(
+            CallableArgument("token_block", (draws.normal(d, d, **numbers),)) for _ in range(depth)
+        )
+        lead = (sets, batch) if each else (sets,)
+        tokens, prompts = draws.normal(batch, count, d, **kind), draws.normal(*lead, n, d, **kind)
+        return Case(note, (blocks, tokens, prompts, num_prefix))
 
-    ends = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1 - 2**-24]], dtype=torch.float64)
     return [
-        case("prompts for the first block", n, d, values=3 * p * p),
-        case("prompts for every block", depth, n, d, values=3 * p * p),
-        case("a patch of 16 x 16 pixels, tokens of 192 numbers", 2, 192, values=768),
-        case("as many prompts as numbers in each", d, d, values=3 * p * p),
-        case("patches of a single grey pixel", n, d, values=1),
-        case("a single prompt of a single number", 1, 1, values=48),
-        Case("the ends of the interval", (ends, 48)),
-        case("float32", depth, n, d, values=3 * p * p, dtype=torch.float32),
-        case("with gradient", n, d, values=48, gradient=True),
+        case("deep, four blocks", 4, 4, batch, n, 1),
+        case("shallow, three blocks", 3, 1, batch, n, 1),
+        case("deep, prompts of each image's own", 3, 3, batch, n, 1, each=True),
+        case("shallow, prompts of each image's own", 3, 1, batch, n, 1, each=True),
+        case("deep, a class token and two registers", 3, 3, batch, n, 3),
+        case("deep, no class token", 3, 3, batch, n, 0),
+        case("deep, two blocks", 2, 2, batch, n, 1),
+        case("a single block", 1, 1, batch, n, 2),
+        case("as many blocks as images", batch, batch, batch, n, 1),
+        case("a batch of one, a single prompt", 3, 3, 1, 1, 1),
+        case("no prompts", 3, 3, batch, 0, 1),
+        case("float32, deep", 3, 3, batch, n, 2, dtype=torch.float32),
+        case("deep, with gradient", 3, 3, batch, n, 1, gradient=True),
+        case("shallow, with gradient", 3, 1, batch, n, 1, gradient=True),
     ]
 
 
-def _spread(bound):
-    """Uniform on [-v, v], whatever v is; bound(u, patch_values)."""
-    return lambda u, patch_values: bound(u, patch_values) * (2 * u - 1)
-
-
-def _v(u: Tensor, patch_values: int) -> float:
-    return math.sqrt(6 / (patch_values + u.shape[-1]))
-
-
-INITIAL_PROMPTS = Exercise(
-    "visual_prompt_tuning.initial_prompts",
-    '"How large a prompt begins", equation (8.8)',
-    visual_prompt_tuning.initial_prompts,
-    _initial_cases,
-    (
-        Misconception(
-            "from 0 to v",
-            lambda u, values: _v(u, values) * u,
-            "The interval reaches from -v to v: stretch u by 2 v and move it by -v.",
-        ),
-        Misconception(
-            "half the interval",
-            lambda u, values: _v(u, values) * (u - 0.5),
-            "u - 1/2 reaches from -1/2 to 1/2: the interval is half as wide as it should be.",
-        ),
-        Misconception(
-            "moved, but not stretched",
-            lambda u, values: _v(u, values) * (u - 1),
-            "u - 1 reaches from -1 to 0: stretch u by 2 first.",
-        ),
-        Misconception(
-            "from -1 to 1",
-            _spread(lambda u, values: 1.0),
-            "The bound v is missing: u is only to be stretched to [-v, v].",
-        ),
-        Misconception(
-            "0.02",
-            _spread(lambda u, values: 0.02),
-            "0.02 is what timm takes for the position embedding; a prompt's bound follows from the sizes of "
-            "patch and token.",
-        ),
-        Misconception(
-            "root forgotten",
-            _spread(lambda u, values: _v(u, values) ** 2),
-            "v is the root of the fraction; v^2 is three times the variance.",
-        ),
-        Misconception(
-            "standard deviation taken for the bound",
-            _spread(lambda u, values: _v(u, values) / math.sqrt(3)),
-            "sqrt(2 / ...) is the standard deviation; a uniform distribution with it reaches sqrt(3) times "
-            "as far.",
-        ),
-        Misconception(
-            "the other variance, 1 / (fan in + fan out)",
-            _spread(lambda u, values: _v(u, values) / math.sqrt(2)),
-            "The variance is 2 / (patch_values + d), so that v^2 is 6 over the sum, not 3.",
-        ),
-        Misconception(
-            "the token's size alone",
-            _spread(lambda u, values: math.sqrt(6 / u.shape[-1])),
-            "Both sizes go in, those of the patch and of the token: 6 / (patch_values + d).",
-        ),
-        Misconception(
-            "the patch's size alone",
-            _spread(lambda u, values: math.sqrt(6 / values)),
-            "Both sizes go in, those of the patch and of the token: 6 / (patch_values + d).",
-        ),
-        Misconception(
-            "product of the sizes",
-            _spread(lambda u, values: math.sqrt(6 / (values * u.shape[-1]))),
-            "The two sizes are added, not multiplied.",
-        ),
-        Misconception(
-            "channels counted twice",
-            _spread(lambda u, values: math.sqrt(6 / (3 * values + u.shape[-1]))),
-            "patch_values counts all channels already: 3 p^2 for a colour picture.",
-        ),
-        Misconception(
-            "width of the patch for its values",
-            _spread(lambda u, values: math.sqrt(6 / (math.sqrt(values / 3) + u.shape[-1]))),
-            "This takes p where the number of values of a patch belongs, 3 p^2.",
-        ),
-        Misconception(
-            "number of prompts for their size",
-            _spread(lambda u, values: math.sqrt(6 / (values + u.shape[-2]))),
-            "d is the last axis, the length of a prompt; here the number of prompts is taken.",
-        ),
-        Misconception(
-            "all axes counted",
-            _spread(lambda u, values: math.sqrt(6 / (values + u.numel()))),
-            "d is the length of one prompt, not the number of all values.",
-        ),
+def _through(
+    change: Callable = visual_prompt_tuning.replace_prompts,
+    choose: Callable = lambda prompts, number: prompts[number] if 0 < number < len(prompts) else None,
+    first: Callable = lambda tokens, prompts, prefix: visual_prompt_tuning.insert_prompts(
+        tokens, prompts[0], prefix
     ),
-)
+    order: Callable = list,
+    last: Callable = lambda tokens, prompts, prefix: tokens,
+) -> Callable:
+    """The way through the blocks with one part exchanged; choose(prompts, number) -> a set, or None."""
+
+    def forward(blocks, tokens, prompts, num_prefix):
+        tokens = first(tokens, prompts, num_prefix)
+        for number, block in enumerate(order(blocks)):
+            fresh = choose(prompts, number)
+            tokens = block(tokens if fresh is None else change(tokens, fresh, num_prefix))
+        return last(tokens, prompts, num_prefix)
+
+    return forward
 
 
-def _replace_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    batch, count, n, d = draws.integer(3, 4), draws.integer(9, 10), draws.integer(1, 2), draws.integer(5, 6)
-    side = draws.integer(4, 5)
-    case = partial(_prompt_case, draws)
-
-    return [
-        case("all axes but the prompts' of one length", side, side, 2, side, 1),
-        case("the same prompts for all", batch, count, n + 1, d, 1),
-        case("prompts of each sample's own", batch, count, n + 1, d, 1, each=True),
-        case("a class token and two registers", batch, count, n + 2, d, 3),
-        case("no class token", batch, count, n + 1, d, 0),
-        case("as many prompts as samples", batch, count, batch, d, 2),
-        case("a single prompt", batch, count, 1, d, 1),
-        case("more prompts than patches", batch, count, count - 3, d, 1),
-        case("a batch of one", 1, count, n + 1, d, 1),
-        case("float32", batch, count, n + 1, d, 2, dtype=torch.float32),
-        case("with gradient", batch, count, n + 1, d, 1, gradient=True),
-        case("with gradient, prompts of each sample's own", 2, count, n, d, 2, each=True, gradient=True),
-    ]
+def _at(prefix_of: Callable) -> Callable:
+    """The right way, with the prompts at another place; prefix_of(num_prefix)."""
+    return lambda blocks, tokens, prompts, num_prefix: visual_prompt_tuning.prompted_blocks(
+        blocks, tokens, prompts, prefix_of(num_prefix)
+    )
 
 
-def _replaced_at(place):
-    """The n tokens from a place on replaced; place(num_prefix, N, n)."""
+def _with_prompts(change: Callable) -> Callable:
+    """The right way with other prompts; change(prompts)."""
+    return lambda blocks, tokens, prompts, num_prefix: visual_prompt_tuning.prompted_blocks(
+        blocks, tokens, change(prompts), num_prefix
+    )
 
-    def put(tokens, prompts, num_prefix):
-        n = prompts.shape[-2]
-        i = place(num_prefix, tokens.shape[1], n)
-        return torch.cat([tokens[:, :i], _for_each(prompts, tokens), tokens[:, i + n :]], dim=1)
 
-    return put
+def _replaced_behind(blocks, tokens, prompts, num_prefix):
+    tokens = visual_prompt_tuning.insert_prompts(tokens, prompts[0], num_prefix)
+    for number, block in enumerate(blocks):
+        tokens = block(tokens)
+        if number < len(prompts):
+            tokens = visual_prompt_tuning.replace_prompts(tokens, prompts[number], num_prefix)
+    return tokens
+
+
+def _blocks_without_gradient(blocks, tokens, prompts, num_prefix):
+    with torch.no_grad():
+        return visual_prompt_tuning.prompted_blocks(blocks, tokens, prompts, num_prefix)
 
 
 def _without_old(tokens: Tensor, prompts: Tensor, num_prefix: int) -> Tensor:
     return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + prompts.shape[-2] :]], dim=1)
 
 
-REPLACE_PROMPTS = Exercise(
-    "visual_prompt_tuning.replace_prompts",
-    '"Deep prompts", equation (8.9)',
-    visual_prompt_tuning.replace_prompts,
-    _replace_cases,
+PROMPTED_BLOCKS = Exercise(
+    "visual_prompt_tuning.prompted_blocks",
+    '"Prompts", equations (8.7) and (8.8)',
+    visual_prompt_tuning.prompted_blocks,
+    _blocks_cases,
     (
         Misconception(
             "accumulated",
-            visual_prompt_tuning.insert_prompts,
-            "The old prompts are still there, and each block would see n tokens more: the new ones take "
-            "their places.",
+            _through(visual_prompt_tuning.insert_prompts),
+            "The old prompts are still there, and each block sees n tokens more: the new ones take their "
+            "places.",
         ),
         Misconception(
             "added",
-            _added,
+            _through(_added),
             "The new prompts are added to what came out of the block before: they replace it.",
         ),
         Misconception(
-            "nothing replaced",
-            lambda tokens, prompts, num_prefix: tokens.clone(),
-            "The tokens come back as they went in: that is VPT-shallow, whose prompts pass through.",
+            "never replaced",
+            _through(choose=lambda prompts, number: None),
+            "Only the first set is used: with as many sets as blocks, each block has its own.",
         ),
         Misconception(
-            "mean of old and new",
-            lambda tokens, prompts, num_prefix: (
-                (tokens + visual_prompt_tuning.replace_prompts(tokens, prompts, num_prefix)) / 2
+            "the first set for every block",
+            _through(choose=lambda prompts, number: prompts[0] if 0 < number < len(prompts) else None),
+            "All blocks get the first set of prompts: each has its own.",
+        ),
+        Misconception(
+            "one block late",
+            _through(
+                choose=lambda prompts, number: prompts[number - 1] if 0 < number < len(prompts) else None
             ),
-            "Nothing is left of the old prompts: they are replaced, not mixed.",
+            "The sets are one block late: the second block already gets the second set.",
         ),
         Misconception(
-            "class token overwritten",
-            _replaced_at(lambda prefix, count, n: 0),
-            "The first num_prefix tokens are the class token and registers, and stay: the prompts stand "
-            "behind them.",
+            "sets in reverse",
+            _with_prompts(lambda prompts: prompts.flip(0)),
+            "The first block gets the first set, and so on up to the last.",
+        ),
+        Misconception(
+            "shallow prompts put in at every block",
+            _through(
+                choose=lambda prompts, number: (
+                    prompts[0] if len(prompts) == 1 else prompts[number] if number else None
+                )
+            ),
+            "A single set is for the first block only: then it passes through the others like all tokens.",
+        ),
+        Misconception(
+            "replaced behind the block",
+            _replaced_behind,
+            "A set goes in before its block, which is to see it; here it takes the place of what the block "
+            "has made of it.",
+        ),
+        Misconception(
+            "prompts taken out at the end",
+            _through(last=lambda tokens, prompts, prefix: _without_old(tokens, prompts[0], prefix)),
+            "What leaves the last block is asked for, prompts included: N + n tokens.",
+        ),
+        Misconception(
+            "no prompts for the first block",
+            lambda blocks, tokens, prompts, num_prefix: visual_prompt_tuning.prompted_blocks(
+                blocks[1:], blocks[0](tokens), prompts[1:] if len(prompts) > 1 else prompts, num_prefix
+            ),
+            "The first block gets prompts, too: they go in before it.",
+        ),
+        Misconception(
+            "the last block left out",
+            _through(order=lambda blocks: blocks[:-1]),
+            "All blocks are passed, the last one as well.",
+        ),
+        Misconception(
+            "the first block alone",
+            _through(order=lambda blocks: blocks[:1]),
+            "It stops behind the first block: all of them are passed.",
+        ),
+        Misconception(
+            "blocks in reverse",
+            _through(order=lambda blocks: list(reversed(blocks))),
+            "The blocks are passed in their order.",
+        ),
+        Misconception(
+            "every block on the first tokens",
+            lambda blocks, tokens, prompts, num_prefix: blocks[-1](
+                visual_prompt_tuning.insert_prompts(tokens, prompts[-1], num_prefix)
+            ),
+            "What leaves one block goes into the next; here each begins with the tokens of the image again.",
+        ),
+        Misconception(
+            "before the class token",
+            _at(lambda prefix: 0),
+            "Prompts stand behind the first num_prefix tokens, where the head does not read them.",
         ),
         Misconception(
             "always behind the first token",
-            _replaced_at(lambda prefix, count, n: 1),
+            _at(lambda prefix: 1),
             "A backbone may have registers behind its class token, or no class token at all: num_prefix says "
             "how many tokens stay in front.",
         ),
         Misconception(
-            "one place too early",
-            _replaced_at(lambda prefix, count, n: max(prefix - 1, 0)),
-            "num_prefix tokens stay in front; here it is one less.",
-        ),
-        Misconception(
-            "one place too late",
-            _replaced_at(lambda prefix, count, n: prefix + 1),
-            "num_prefix tokens stay in front; here it is one more, and one old prompt stays, too.",
-        ),
-        Misconception(
-            "behind the old prompts",
-            _replaced_at(lambda prefix, count, n: min(prefix + n, count - n)),
-            "This overwrites patches and keeps the old prompts: those stand right behind the first "
-            "num_prefix tokens.",
-        ),
-        Misconception(
-            "the last tokens replaced",
-            _replaced_at(lambda prefix, count, n: count - n),
-            "The last tokens are patches: the prompts stand behind the first num_prefix tokens.",
-        ),
-        Misconception(
-            "moved to the end",
-            lambda tokens, prompts, num_prefix: torch.cat(
-                [_without_old(tokens, prompts, num_prefix), _for_each(prompts, tokens)], dim=1
+            "class token overwritten",
+            _through(
+                lambda tokens, prompts, prefix: torch.cat(
+                    [_for_each(prompts, tokens), tokens[:, prompts.shape[-2] :]], dim=1
+                )
             ),
-            "Attention would not mind, but the next block looks for prompts behind the first num_prefix "
-            "tokens and would take away patches.",
-        ),
-        Misconception(
-            "moved to the front",
-            lambda tokens, prompts, num_prefix: torch.cat(
-                [_for_each(prompts, tokens), _without_old(tokens, prompts, num_prefix)], dim=1
-            ),
-            "The head reads token 0 and would find a prompt there: they stand behind the first num_prefix "
-            "tokens.",
-        ),
-        Misconception(
-            "inserted, then cut to length",
-            lambda tokens, prompts, num_prefix: visual_prompt_tuning.insert_prompts(
-                tokens, prompts, num_prefix
-            )[:, : tokens.shape[1]],
-            "The old prompts are kept, and the last patches lost in their place.",
-        ),
-        Misconception(
-            "patches lost",
-            lambda tokens, prompts, num_prefix: torch.cat(
-                [tokens[:, :num_prefix], _for_each(prompts, tokens)], dim=1
-            ),
-            "The patches behind the old prompts are gone: N tokens come in, and N go out.",
-        ),
-        Misconception(
-            "class token lost",
-            lambda tokens, prompts, num_prefix: torch.cat(
-                [_for_each(prompts, tokens), tokens[:, num_prefix + prompts.shape[-2] :]], dim=1
-            ),
-            "The first num_prefix tokens are gone: they stay in front of the prompts.",
+            "The first num_prefix tokens stay when the prompts are replaced: these stand behind them.",
         ),
         Misconception(
             "first sample's prompts for all",
-            lambda tokens, prompts, num_prefix: visual_prompt_tuning.replace_prompts(
-                tokens, _first_of(prompts), num_prefix
+            _with_prompts(
+                lambda prompts: prompts if prompts.ndim == 3 else prompts[:, :1].expand_as(prompts)
             ),
-            "Prompts (B, n, d) belong to one sample each; here all get the first one's.",
+            "Prompts (L, B, n, d) belong to one sample each; here all get the first one's.",
+        ),
+        Misconception(
+            "blocks in no_grad",
+            _blocks_without_gradient,
+            "Frozen means that weights do not change. The gradient still has to come back through the "
+            "blocks, to the prompts that lie before them.",
         ),
         Misconception(
             "prompts detached",
-            lambda tokens, prompts, num_prefix: visual_prompt_tuning.replace_prompts(
-                tokens, prompts.detach(), num_prefix
-            ),
+            _with_prompts(torch.Tensor.detach),
             "The prompts are what is trained: a gradient has to reach them.",
         ),
+    ),
+)
+
+
+_NAMES = (
+    "prompts",
+    "blocks.0.attn.qkv.weight",
+    "blocks.0.attn.qkv.bias",
+    "blocks.0.attn.qkv.down",
+    "blocks.0.attn.qkv.up",
+    "blocks.0.downscale.weight",
+    "norm.bias",
+    "bias_table",
+    "old_head.bias",
+    "head.weight",
+    "head.bias",
+)
+
+
+def _freeze_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+
+    def case(note, endings, names=_NAMES, dtype=torch.float64, asking=None, old=None):
+        asking = tuple(bool(draws.integer(0, 1)) for _ in names) if asking is None else (asking,) * len(names)
+        has_old = [bool(draws.integer(0, 2)) for _ in names] if old is None else [old] * len(names)
+        values = tuple(draws.normal(draws.integer(2, 4), 3, dtype=dtype) for _ in names)
+        gradients = tuple(
+            draws.normal(*value.shape, dtype=dtype) if has else None
+            for value, has in zip(values, has_old, strict=True)
+        )
+        return Case(note, (ParametersArgument(names, values, gradients, asking), endings))
+
+    lora = (".down", ".up", "head.weight", "head.bias")
+    return [
+        case("LoRA, all asking and with old gradients", lora, asking=True, old=True),
+        case("LoRA, all frozen, without gradients", lora, asking=False, old=False),
+        case("LoRA", lora),
+        case("biases and a head", (".bias", "head.weight")),
+        case("nothing trains", (), asking=True),
+        case("nothing trains, all frozen with old gradients", (), asking=False, old=True),
+        case("everything trains", ("",)),
+        case("one ending", ("head.bias",)),
+        case("no name with that ending", (".gamma",)),
+        case("two parameters", ("bias",), names=_NAMES[-2:]),
+        case("float32", lora, dtype=torch.float32),
+    ]
+
+
+def _frozen(
+    matches: Callable = lambda name, endings: name.endswith(endings),
+    freeze: Callable = lambda parameter: _freeze(parameter),
+    wake: Callable = lambda parameter: parameter.requires_grad_(True),
+    returned: Callable = lambda trained, parameters: trained,
+) -> Callable:
+    """Freezing with one of its parts exchanged."""
+
+    def decide(parameters, endings):
+        trained = [parameter for name, parameter in parameters.items() if matches(name, endings)]
+        for name, parameter in parameters.items():
+            (wake if matches(name, endings) else freeze)(parameter)
+        return returned(trained, parameters)
+
+    return decide
+
+
+def _freeze(parameter: Tensor) -> None:
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
+def _freeze_with_zeros(parameter: Tensor) -> None:
+    parameter.requires_grad_(False)
+    parameter.grad = torch.zeros_like(parameter)
+
+
+def _nothing(parameter: Tensor) -> None:
+    """What some wrong answers do."""
+
+
+FREEZE_ALL_BUT = Exercise(
+    "visual_prompt_tuning.freeze_all_but",
+    '"Frozen"',
+    visual_prompt_tuning.freeze_all_but,
+    _freeze_cases,
+    (
         Misconception(
-            "tokens detached",
-            lambda tokens, prompts, num_prefix: visual_prompt_tuning.replace_prompts(
-                tokens.detach(), prompts, num_prefix
+            "nothing frozen",
+            _frozen(freeze=_nothing),
+            "The others still ask for gradients: set their requires_grad to False.",
+        ),
+        Misconception(
+            "nothing done but choosing",
+            _frozen(freeze=_nothing, wake=_nothing),
+            "The list is right, and requires_grad is what it was: it decides what trains.",
+        ),
+        Misconception(
+            "what shall train not woken",
+            _frozen(wake=_nothing),
+            "What was frozen before stays frozen: what shall train has to be told to ask for gradients.",
+        ),
+        Misconception(
+            "everything frozen",
+            _frozen(wake=_freeze),
+            "All parameters are frozen, those that shall train as well.",
+        ),
+        Misconception(
+            "the wrong ones frozen",
+            _frozen(matches=lambda name, endings: not name.endswith(endings)),
+            "Those with the endings are to train, and the others to be frozen; here it is reversed.",
+        ),
+        Misconception(
+            "a gradient of zero",
+            _frozen(freeze=_freeze_with_zeros),
+            "A gradient of zero is a gradient: AdamW lets the weight decay. Set .grad to None.",
+        ),
+        Misconception(
+            "old gradients left",
+            _frozen(freeze=lambda parameter: parameter.requires_grad_(False)),
+            "An optimiser moves whatever has a .grad, also one that is left over: set it to None.",
+        ),
+        Misconception(
+            "gradients removed, nothing frozen",
+            _frozen(freeze=lambda parameter: setattr(parameter, "grad", None)),
+            "The next backward pass fills .grad again: requires_grad has to be False as well.",
+        ),
+        Misconception(
+            "anywhere in the name",
+            _frozen(matches=lambda name, endings: any(ending in name for ending in endings)),
+            "The texts are endings: a name that has one of them further to the front does not count.",
+        ),
+        Misconception(
+            "beginnings",
+            _frozen(matches=lambda name, endings: name.startswith(endings)),
+            "The texts are endings of names, not beginnings.",
+        ),
+        Misconception(
+            "the whole name",
+            _frozen(matches=lambda name, endings: name in endings),
+            "The texts are endings: a name may be longer.",
+        ),
+        Misconception(
+            "the first ending alone",
+            _frozen(matches=lambda name, endings: name.endswith(endings[:1])),
+            "There are several endings, and each of them counts.",
+        ),
+        Misconception(
+            "the head alone",
+            _frozen(matches=lambda name, endings: name.startswith("head") and name.endswith(endings)),
+            "What trains besides the head is missing.",
+        ),
+        Misconception(
+            "all returned",
+            _frozen(returned=lambda trained, parameters: list(parameters.values())),
+            "Only those that train are returned: it is what an optimiser is to be given.",
+        ),
+        Misconception(
+            "the frozen ones returned",
+            _frozen(
+                returned=lambda trained, parameters: [p for p in parameters.values() if not p.requires_grad]
             ),
-            "The prompts of earlier blocks learn through these tokens: frozen weights let gradient pass.",
+            "Those that train are returned, not those that are frozen.",
+        ),
+        Misconception(
+            "in reverse",
+            _frozen(returned=lambda trained, parameters: trained[::-1]),
+            "The parameters keep their order.",
+        ),
+    ),
+)
+
+
+def _lora_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    batch, count, rank, d_in, d_out = (
+        draws.integer(*ends) for ends in ((3, 4), (2, 5), (2, 3), (5, 6), (7, 8))
+    )
+    side = draws.integer(3, 4)
+
+    def case(note, batch, count, rank, d_in, d_out, scale, each=False, **kind):
+        lead = (batch,) if each else ()
+        shapes = (batch, count, d_in), (d_out, d_in), (d_out,), (*lead, rank, d_in), (*lead, d_out, rank)
+        return Case(note, (*(draws.normal(*shape, **kind) for shape in shapes), scale))
+
+    return [
+        # With all axes of one length, a mistake about the axes raises no error.
+        case("all axes of one length", side, side, side, side, side, 0.5),
+        case("the same matrices for all", batch, count, rank, d_in, d_out, 0.5),
+        case("each image's own", batch, count, rank, d_in, d_out, 2.0, each=True),
+        case("each image's own, all axes of one length", side, side, side, side, side, 0.5, each=True),
+        case("rank 1", batch, count, 1, d_in, d_out, 3.0),
+        case("a batch of one", 1, count, rank, d_out, d_in, 0.25, each=True),
+        case("a single token", batch, 1, rank, d_in, d_out, 2.0),
+        case("scale 0", batch, count, rank, d_in, d_out, 0.0),
+        case("float32", batch, count, rank, d_in, d_out, 0.5, dtype=torch.float32),
+        case("with gradient", batch, count, rank, d_in, d_out, 0.5, gradient=True),
+        case(
+            "with gradient, each image's own", batch, count, rank, d_in, d_out, 2.0, each=True, gradient=True
+        ),
+    ]
+
+
+def _lora(change: Callable) -> Callable:
+    """LoRA's layer with other arguments; change(x, weight, bias, down, up, scale) -> these six."""
+    return lambda *arguments: visual_prompt_tuning.lora_linear(*change(*arguments))
+
+
+def _low_rank(x: Tensor, down: Tensor, up: Tensor, between: Callable = lambda hidden: hidden) -> Tensor:
+    return between(x @ down.mT) @ up.mT
+
+
+LORA_LINEAR = Exercise(
+    "visual_prompt_tuning.lora_linear",
+    '"LoRA", equation (8.11)',
+    visual_prompt_tuning.lora_linear,
+    _lora_cases,
+    (
+        Misconception(
+            "scale forgotten",
+            _lora(lambda x, W, b, A, B, s: (x, W, b, A, B, 1.0)),
+            "The change is multiplied by scale.",
+        ),
+        Misconception(
+            "everything scaled",
+            lambda x, W, b, A, B, s: s * (x @ W.mT + b + _low_rank(x, A, B)),
+            "scale belongs to the change alone, not to W x + b.",
+        ),
+        Misconception(
+            "scale squared",
+            _lora(lambda x, W, b, A, B, s: (x, W, b, s * A, B, s)),
+            "scale counts once, not for each of the two matrices.",
+        ),
+        Misconception(
+            "divided by the rank",
+            _lora(lambda x, W, b, A, B, s: (x, W, b, A, B, s / A.shape[-2])),
+            "scale is s itself; alpha / r has been worked out already.",
+        ),
+        Misconception(
+            "divided by scale",
+            lambda x, W, b, A, B, s: x @ W.mT + b + _low_rank(x, A, B) / (s or 1.0),
+            "The change is multiplied by scale, not divided.",
+        ),
+        Misconception(
+            "change subtracted",
+            _lora(lambda x, W, b, A, B, s: (x, W, b, A, B, -s)),
+            "The change is added.",
+        ),
+        Misconception(
+            "change forgotten",
+            lambda x, W, b, A, B, s: x @ W.mT + b,
+            "This is the frozen layer alone: the change of low rank comes beside it.",
+        ),
+        Misconception(
+            "the change alone",
+            lambda x, W, b, A, B, s: s * _low_rank(x, A, B),
+            "This is the change alone: it comes beside the frozen layer W x + b.",
+        ),
+        Misconception(
+            "bias forgotten",
+            _lora(lambda x, W, b, A, B, s: (x, W, 0 * b, A, B, s)),
+            "The frozen layer has a bias.",
+        ),
+        Misconception(
+            "bias twice",
+            _lora(lambda x, W, b, A, B, s: (x, W, 2 * b, A, B, s)),
+            "The change has no bias: b is added once.",
+        ),
+        Misconception(
+            "bias scaled",
+            _lora(lambda x, W, b, A, B, s: (x, W, s * b, A, B, s)),
+            "scale belongs to the change, not to the bias.",
+        ),
+        Misconception(
+            "W x left out of the change's place",
+            lambda x, W, b, A, B, s: x @ W.mT + b + s * x @ A.mT @ B.mT * (x @ W.mT),
+            "The change is added to W x, and does not multiply it.",
+        ),
+        Misconception(
+            "A and B exchanged",
+            lambda x, W, b, A, B, s: x @ W.mT + b + s * (x @ B.mT) @ A.mT,
+            "x goes through A first, which makes r numbers of d_in, and then through B.",
+        ),
+        Misconception(
+            "A and B not transposed",
+            lambda x, W, b, A, B, s: x @ W.mT + b + s * x @ A @ B,
+            "Tokens are rows here: A x for each of them is x @ A.mT, as with W.",
+        ),
+        Misconception(
+            "W not transposed",
+            lambda x, W, b, A, B, s: x @ W + b + s * _low_rank(x, A, B),
+            "Tokens are rows here: W x for each of them is x @ W.mT, as in nn.Linear.",
+        ),
+        Misconception(
+            "an adapter",
+            lambda x, W, b, A, B, s: x @ W.mT + b + s * _low_rank(x, A, B, torch.relu),
+            "Between A and B stands nothing: with a nonlinearity it could not be merged.",
+        ),
+        Misconception(
+            "first image's matrices for all",
+            _lora(lambda x, W, b, A, B, s: (x, W, b, A, B, s) if A.ndim == 2 else (x, W, b, A[0], B[0], s)),
+            "A (B, r, d_in) and B (B, d_out, r) belong to one image each; here all get the first one's.",
+        ),
+        Misconception(
+            "mean over the images' matrices",
+            _lora(
+                lambda x, W, b, A, B, s: (
+                    (x, W, b, A, B, s) if A.ndim == 2 else (x, W, b, A.mean(dim=0), B.mean(dim=0), s)
+                )
+            ),
+            "Each image has a task of its own: the mean of the matrices belongs to none.",
+        ),
+        Misconception(
+            "A and B detached",
+            _lora(lambda x, W, b, A, B, s: (x, W, b, A.detach(), B.detach(), s)),
+            "A and B are what is trained: a gradient has to reach them.",
+        ),
+        Misconception(
+            "x detached",
+            _lora(lambda x, W, b, A, B, s: (x.detach(), W, b, A, B, s)),
+            "Frozen means that weights do not change: the gradient still passes, to the blocks before.",
+        ),
+    ),
+)
+
+
+def _merge_cases(seed: int) -> list[Case]:
+    draws = Draws(seed)
+    rank, d_in, d_out, side = (
+        draws.integer(2, 3),
+        draws.integer(5, 6),
+        draws.integer(7, 8),
+        draws.integer(3, 4),
+    )
+
+    def case(note, rank, d_in, d_out, scale, **kind):
+        shapes = (d_out, d_in), (rank, d_in), (d_out, rank)
+        return Case(note, (*(draws.normal(*shape, **kind) for shape in shapes), scale))
+
+    return [
+        case("all axes of one length", side, side, side, 0.5),
+        case("a tall matrix", rank, d_in, d_out, 0.5),
+        case("a wide matrix", rank, d_out, d_in, 2.0),
+        case("rank 1", 1, d_in, d_out, 3.0),
+        case("scale 0", rank, d_in, d_out, 0.0),
+        case("float32", rank, d_in, d_out, 0.5, dtype=torch.float32),
+        case("with gradient", rank, d_in, d_out, 0.5, gradient=True),
+    ]
+
+
+LORA_MERGED = Exercise(
+    "visual_prompt_tuning.lora_merged",
+    '"LoRA", equation (8.13)',
+    visual_prompt_tuning.lora_merged,
+    _merge_cases,
+    (
+        Misconception(
+            "scale forgotten",
+            lambda W, A, B, s: W + B @ A,
+            "The change is multiplied by scale.",
+        ),
+        Misconception(
+            "everything scaled",
+            lambda W, A, B, s: s * (W + B @ A),
+            "scale belongs to the change alone, not to W.",
+        ),
+        Misconception(
+            "divided by the rank",
+            lambda W, A, B, s: W + s / len(A) * B @ A,
+            "scale is s itself; alpha / r has been worked out already.",
+        ),
+        Misconception(
+            "change subtracted",
+            lambda W, A, B, s: W - s * B @ A,
+            "That is how a change is taken out again; to merge it, add it.",
+        ),
+        Misconception(
+            "the change alone",
+            lambda W, A, B, s: s * B @ A,
+            "This is the change alone: it is added to W.",
+        ),
+        Misconception(
+            "A B for B A",
+            lambda W, A, B, s: W + s * A @ B,
+            "x goes through A first, so A stands on the right: B A.",
+        ),
+        Misconception(
+            "the change transposed",
+            lambda W, A, B, s: W + s * (B @ A).mT,
+            "A weight has a row for each output: B A has the shape of W, its transpose has not.",
+        ),
+        Misconception(
+            "the mean of both",
+            lambda W, A, B, s: (W + s * B @ A) / 2,
+            "The merged matrix does what both do together: their sum, not their mean.",
+        ),
+        Misconception(
+            "change detached",
+            lambda W, A, B, s: W + s * (B @ A).detach(),
+            "A gradient has to reach A and B: nothing is cut off here.",
         ),
     ),
 )
@@ -630,7 +967,7 @@ def _to_prompts(weights: Tensor, num_prefix: int, n: int) -> Tensor:
 
 ATTENTION_TO_PROMPTS = Exercise(
     "visual_prompt_tuning.attention_to_prompts",
-    '"What a prompt can do", equation (8.10)',
+    '"What a prompt can do", equation (8.14)',
     visual_prompt_tuning.attention_to_prompts,
     _attention_cases,
     (
@@ -734,251 +1071,6 @@ ATTENTION_TO_PROMPTS = Exercise(
 )
 
 
-def _storage_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    n, classes, models = draws.integer(5, 9), draws.integer(11, 19), draws.integer(4, 5)
-
-    def table(*numbers, dtype=torch.float64):
-        return torch.tensor(numbers, dtype=dtype)
-
-    def counts(count, low, high):
-        return torch.tensor([draws.integer(low, high) for _ in range(count)])
-
-    def case(note, models, **kind):
-        backbone = cast(draws.uniform(models, low=1e4, high=1e6).round(), **kind)
-        sizes = counts(models, 2, 12), counts(models, 1, 8), counts(models, 16, 48)
-        return Case(note, (backbone, *sizes, classes))
-
-    large = table(85.8e6, 303.3e6, 630.8e6)
-    depth, dim = torch.tensor([12, 24, 32]), torch.tensor([768, 1024, 1280])
-    return [
-        case("small backbones", models),
-        Case("ViT-B, ViT-L and ViT-H, deep", (large, depth, 10, dim, 200)),
-        Case("ViT-B, ViT-L and ViT-H, shallow", (large, torch.ones(3, dtype=torch.int64), n, dim, 100)),
-        Case(
-            "several lengths on one backbone", (large[:1], depth[:1], torch.tensor([1, n, 100]), dim[:1], 200)
-        ),
-        Case("without a head", (large, depth, n, dim, 0)),
-        Case("without prompts, a linear probe", (large, depth, 0, dim, classes)),
-        Case("a single backbone", (table(2.7e6), torch.tensor([6]), n, torch.tensor([192]), 10)),
-        case("float32", models, dtype=torch.float32),
-        case("with gradient", models, gradient=True),
-    ]
-
-
-def _ratio(stored):
-    """backbone / stored, whatever is taken for what is stored."""
-    return lambda backbone, depth, n, d, classes: backbone / stored(depth, n, d, classes)
-
-
-def _task(depth, n, d, classes):
-    return depth * n * d + (d + 1) * classes
-
-
-STORAGE_RATIO = Exercise(
-    "visual_prompt_tuning.storage_ratio",
-    '"The count", equation (8.14)',
-    visual_prompt_tuning.storage_ratio,
-    _storage_cases,
-    (
-        Misconception(
-            "upside down",
-            lambda backbone, *sizes: _task(*sizes) / backbone,
-            "This is the task's share of the backbone: the ratio says how many times smaller the task is.",
-        ),
-        Misconception(
-            "per cent",
-            lambda backbone, *sizes: 100 * _task(*sizes) / backbone,
-            "This is the task's size in per cent of the backbone: say how many times smaller it is.",
-        ),
-        Misconception(
-            "the head forgotten",
-            _ratio(lambda depth, n, d, classes: depth * n * d + 0 * classes + (n == 0) * (d + 1) * classes),
-            "Each task has a head of its own, too, and it has to be stored: (d + 1) K numbers.",
-        ),
-        Misconception(
-            "the head's biases forgotten",
-            _ratio(lambda depth, n, d, classes: depth * n * d + d * classes),
-            "A linear head has a bias for each class: (d + 1) K numbers.",
-        ),
-        Misconception(
-            "a head in every block",
-            _ratio(lambda depth, n, d, classes: depth * (n * d + (d + 1) * classes)),
-            "There are prompts in every block, but only one head.",
-        ),
-        Misconception(
-            "prompts of one block",
-            _ratio(lambda depth, n, d, classes: n * d + (d + 1) * classes),
-            "Deep prompts are different ones in every block: depth n d numbers.",
-        ),
-        Misconception(
-            "one prompt for each block",
-            _ratio(lambda depth, n, d, classes: depth * d + (d + 1) * classes),
-            "Each block has n prompts, not one.",
-        ),
-        Misconception(
-            "prompts without their length",
-            _ratio(lambda depth, n, d, classes: depth * n + (d + 1) * classes),
-            "A prompt is a token of d numbers.",
-        ),
-        Misconception(
-            "prompts taken for matrices",
-            _ratio(lambda depth, n, d, classes: depth * n * d * d + (d + 1) * classes),
-            "A prompt is a vector of d numbers, not a d x d matrix.",
-        ),
-        Misconception(
-            "sum for the product in the head",
-            _ratio(lambda depth, n, d, classes: depth * n * d + d + classes),
-            "The head maps d features to K logits: d K weights and K biases.",
-        ),
-        Misconception(
-            "a bias for every feature",
-            _ratio(lambda depth, n, d, classes: depth * n * d + d * classes + d),
-            "A head has K biases, one for each class, not one for each feature.",
-        ),
-        Misconception(
-            "backbone stored with every task",
-            lambda backbone, *sizes: backbone / (backbone + _task(*sizes)),
-            "The backbone is stored once for all tasks: a task costs its prompts and its head.",
-        ),
-        Misconception(
-            "the task counted on both sides",
-            lambda backbone, *sizes: (backbone + _task(*sizes)) / _task(*sizes),
-            "What a fine-tuned copy costs is compared with what a task costs: no prompts above the line.",
-        ),
-        Misconception(
-            "bytes above, numbers below",
-            lambda backbone, *sizes: 4 * backbone / _task(*sizes),
-            "Four bytes for each number above the line, one below it: count both sides alike.",
-        ),
-        Misconception(
-            "difference",
-            lambda backbone, *sizes: backbone - _task(*sizes),
-            "This is how many numbers are saved: how many times fewer they are, is asked for.",
-        ),
-        Misconception(
-            "rounded down",
-            lambda backbone, *sizes: torch.div(backbone, _task(*sizes), rounding_mode="floor"),
-            "The ratio is no whole number: do not round it.",
-        ),
-    ),
-)
-
-
-def _bias_cases(seed: int) -> list[Case]:
-    draws = Draws(seed)
-    batch, count, d, side = draws.integer(2, 3), draws.integer(4, 5), draws.integer(6, 7), draws.integer(3, 4)
-
-    def case(note, *shape, **kind):
-        return Case(note, (draws.normal(*shape, **kind),))
-
-    return [
-        case("tokens of a batch", batch, count, d),
-        case("all axes of one length", side, side, side),
-        case("no axis of tokens", batch + 1, d),
-        case("several heads", batch, 2, count, d),
-        case("a single picture", 1, count, d),
-        case("a single token", batch, 1, d),
-        case("a single bias", batch, count, 1),
-        case("float32", batch, count, d, dtype=torch.float32),
-        case("with gradient", batch, count, d, gradient=True),
-    ]
-
-
-def _rows(g: Tensor) -> Tensor:
-    return g.flatten(0, -2)
-
-
-def _changed_bias(change):
-    return lambda grad_output: change(_rows(grad_output).sum(dim=0))
-
-
-BIAS_GRADIENT = Exercise(
-    "visual_prompt_tuning.bias_gradient",
-    '"Only the biases", equation (8.16)',
-    visual_prompt_tuning.bias_gradient,
-    _bias_cases,
-    (
-        Misconception(
-            "mean over all tokens",
-            lambda g: _rows(g).mean(dim=0),
-            "A mean in the loss is in grad_output already: what arrives at the tokens adds up.",
-        ),
-        Misconception(
-            "mean over the batch",
-            lambda g: _rows(g).sum(dim=0) / len(g),
-            "A mean in the loss is in grad_output already: no second one over the batch.",
-        ),
-        Misconception(
-            "mean over the tokens",
-            lambda g: _rows(g).sum(dim=0) / g.shape[-2],
-            "The bias is added to each token in full: what arrives at the tokens adds up.",
-        ),
-        Misconception(
-            "sum over the batch alone",
-            lambda g: g.sum(dim=0),
-            "The same bias is added to every token: sum over the tokens, too.",
-        ),
-        Misconception(
-            "sum over the tokens alone",
-            lambda g: g.sum(dim=-2),
-            "The same bias is added for every picture: sum over the batch, too.",
-        ),
-        Misconception(
-            "sum over the features",
-            lambda g: g.sum(dim=-1),
-            "The last axis is that of the bias: it stays, and the others are summed over.",
-        ),
-        Misconception(
-            "sum over everything",
-            lambda g: g.sum(),
-            "There is one bias for each feature: the last axis stays.",
-        ),
-        Misconception(
-            "the class token alone",
-            lambda g: _rows(g[..., :1, :]).sum(dim=0),
-            "The head reads one token, but the bias is added to all of them, and through attention all "
-            "matter.",
-        ),
-        Misconception(
-            "the first picture alone",
-            lambda g: _rows(g[:1]).sum(dim=0),
-            "Every picture of the batch has its part in the gradient.",
-        ),
-        Misconception(
-            "axes kept",
-            lambda g: g.sum(dim=tuple(range(g.ndim - 1)), keepdim=True),
-            "The bias has one axis, (d,), and its gradient too.",
-        ),
-        Misconception(
-            "one row for each token and picture",
-            lambda g: _rows(g),
-            "This lists what arrives at each token: the bias is one for all, so that it adds up.",
-        ),
-        Misconception(
-            "opposite sign",
-            _changed_bias(torch.neg),
-            "The step goes against the gradient, but this is the gradient itself: no minus.",
-        ),
-        Misconception(
-            "squares",
-            lambda g: _rows(g).square().sum(dim=0),
-            "What arrives at the tokens is added with its sign, not squared.",
-        ),
-        Misconception(
-            "absolute values",
-            lambda g: _rows(g).abs().sum(dim=0),
-            "What arrives at the tokens is added with its sign.",
-        ),
-        Misconception(
-            "length 1",
-            _changed_bias(lambda total: total / total.norm()),
-            "The gradient has the length that it has: no normalisation.",
-        ),
-    ),
-)
-
-
 def _own_head_cases(seed: int) -> list[Case]:
     draws = Draws(seed)
     batch, tasks, classes, d = 6, draws.integer(3, 4), draws.integer(2, 3), draws.integer(5, 7)
@@ -1023,7 +1115,7 @@ def _of_all(reduce):
 
 OWN_HEAD = Exercise(
     "visual_prompt_tuning.own_head",
-    '"Many tasks, one backbone", equation (8.17)',
+    '"Many tasks, one backbone", equation (8.20)',
     visual_prompt_tuning.own_head,
     _own_head_cases,
     (
@@ -1131,10 +1223,10 @@ OWN_HEAD = Exercise(
 EXERCISES = [
     PATCHES,
     INSERT_PROMPTS,
-    INITIAL_PROMPTS,
-    REPLACE_PROMPTS,
+    PROMPTED_BLOCKS,
+    FREEZE_ALL_BUT,
+    LORA_LINEAR,
+    LORA_MERGED,
     ATTENTION_TO_PROMPTS,
-    STORAGE_RATIO,
-    BIAS_GRADIENT,
     OWN_HEAD,
 ]

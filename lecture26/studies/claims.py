@@ -1,0 +1,575 @@
+"""The lecture's quantitative and comparative statements, each beside papers and this course's measurements.
+
+Chapter 09 shows them, and docs/results.md. The papers' numbers were established as far as they could be;
+those marked (s) are quoted after a secondary source.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from lecture26.kit.claims import CARD, Claim, Measurement, Verdict, is_above, share_error
+
+ADAPTED = tuple(
+    f"adaptation_{task}"
+    for task in ("digits", "mnist", "line_drawings", "counting", "largest", "xray", "textures")
+)
+ONE_AXIS = "guidances_on_one_axis"
+LATENT = "pixel_against_latent"
+CLASSIFIER, CLEAN = "noisy_classifier_shapes32", "clean_classifier_shapes32"
+CLEAN_STEP = 400  # of 1000, at which what the two classifiers still read is compared
+VIT_B = "ViT-B/16"
+
+
+def chosen(runs: Sequence[Mapping], **wanted: object) -> Mapping:
+    """The one run that has these values; ValueError if there is none, or more than one."""
+    found = [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+    if len(found) != 1:
+        raise ValueError(f"runs must hold one with {wanted}; got {len(found)}")
+    return found[0]
+
+
+def mean_accuracy(run: Mapping) -> float:
+    """The mean test accuracy of a run's seeds."""
+    return statistics.mean(run["accuracy"])
+
+
+def seeds_error(run: Mapping) -> float:
+    """The standard error of a run's mean accuracy that comes from its seeds."""
+    return statistics.stdev(run["accuracy"]) / len(run["accuracy"]) ** 0.5
+
+
+def difference(run: Mapping, other: Mapping) -> tuple[float, float]:
+    """How much more accurate a run is than another on the same task, and the standard error of that.
+
+    It has the seeds' scatter and that of counting on the test images in it; that both runs were tested on the
+    same images is not made use of, so it is rather too large.
+    """
+    p, q = mean_accuracy(run), mean_accuracy(other)
+    errors = (
+        share_error(p, run["tested"]),
+        share_error(q, other["tested"]),
+        seeds_error(run),
+        seeds_error(other),
+    )
+    return p - q, sum(error**2 for error in errors) ** 0.5
+
+
+def differences(results: Sequence[Mapping], method: str, other: str) -> list[tuple[str, float, float]]:
+    """For each task its name, and `difference` of two methods there, on the course's backbone."""
+    rows = []
+    for result in results:
+        runs = [chosen(result["runs"], method=name) for name in (method, other)]
+        rows.append((runs[0]["task"].removeprefix("./"), *difference(*runs)))
+    return rows
+
+
+def _ahead(rows: Sequence[tuple[str, float, float]]) -> dict[str, int]:
+    """On how many tasks the difference is above two standard errors, below minus two, or between."""
+    ahead = sum(value > 2 * error for _, value, error in rows)
+    behind = sum(value < -2 * error for _, value, error in rows)
+    return {"ahead": ahead, "behind": behind, "ties": len(rows) - ahead - behind, "tasks": len(rows)}
+
+
+# --- Guidance ---
+
+
+def _strength(axis: Mapping) -> dict:
+    runs = [chosen(_of(axis, "classifier"), strength=strength) for strength in (1.0, 9.0)]
+    low, high = runs
+    return {
+        "low": low["accuracy_all"],
+        "high": high["accuracy_all"],
+        "low_s": low["strength"],
+        "high_s": high["strength"],
+        "samples": low["num_samples"],
+        "low_distance": low["frechet_distance"],
+        "high_distance": high["frechet_distance"],
+        "real": low["frechet_distance_real"],
+        "large": high["share_large"],
+    }
+
+
+def _of(axis: Mapping, guidance: str) -> list[Mapping]:
+    """The runs of a guidance as it is usually done, at all steps."""
+    denoiser = "with labels" if guidance == "classifier-free" else "unconditional"
+    wanted = {"guidance": guidance, "denoiser": denoiser, "interval": None}
+    return [run for run in axis["runs"] if all(run[key] == value for key, value in wanted.items())]
+
+
+def _clip_beside_classifier(axis: Mapping) -> dict:
+    pairs = list(zip(_of(axis, "classifier"), _of(axis, "CLIP"), strict=True))
+    gaps = [abs(one["accuracy_all"] - other["accuracy_all"]) for one, other in pairs]
+    errors = [
+        sum(share_error(run["accuracy_all"], run["num_samples"]) ** 2 for run in pair) ** 0.5
+        for pair in pairs
+    ]
+    return {
+        "gap": max(gaps),
+        "in_errors": max(gap / error for gap, error in zip(gaps, errors, strict=True)),
+        "strengths": len(pairs),
+        "samples": pairs[0][0]["num_samples"],
+    }
+
+
+def _two_networks(cost: Mapping, plain: Mapping, classifier: Mapping, told: Mapping) -> dict:
+    ratios = {name: of["ratio"]["median"] for name, of in cost["guided_over_unguided"].items()}
+    return {
+        "one": told["parameters"] / 1e6,
+        "denoiser": plain["parameters"] / 1e6,
+        "classifier": classifier["parameters"] / 1e6,
+        "free_time": ratios["classifier-free"],
+        "classifier_time": ratios["classifier"],
+    }
+
+
+def _noisy_and_clean(noisy: Mapping, clean: Mapping) -> dict:
+    label = f"accuracy_shape_{CLEAN_STEP}"
+    return {
+        "minutes": noisy["seconds"] / 60,
+        "noisy": noisy["metrics"][label],
+        "clean": clean["metrics"][label],
+        "step": CLEAN_STEP,
+    }
+
+
+def _weight_of_words(evaluation: Mapping) -> dict:
+    scenes = [run for run in evaluation["runs"] if (run["part"], run["split"]) == ("scenes", "test")]
+    runs = {run["w"]: run for run in scenes}
+    without, some, most = runs[0.0], runs[1.0], runs[max(runs)]
+    return {
+        "without": without["accuracy_asked"],
+        "some": some["accuracy_asked"],
+        "some_w": some["w"],
+        "most": most["accuracy_asked"],
+        "most_w": most["w"],
+        "samples": some["num_samples"],
+    }
+
+
+def _delicate_weight(axis: Mapping) -> dict:
+    runs = _of(axis, "classifier-free")
+    bayes, twice = (chosen(runs, strength=strength) for strength in (1.0, 2.0))
+    kept = next(run for run in axis["runs"] if run["interval"] is not None)
+    return {
+        "bayes": bayes["frechet_distance"],
+        "bayes_error": bayes["frechet_distance_error"],
+        "bayes_w": bayes["strength"] - 1,
+        "twice": twice["frechet_distance"],
+        "twice_error": twice["frechet_distance_error"],
+        "twice_w": twice["strength"] - 1,
+        "real": bayes["frechet_distance_real"],
+        "kept": kept["frechet_distance"],
+        "kept_error": kept["frechet_distance_error"],
+        "kept_w": kept["strength"] - 1,
+        "samples": bayes["num_samples"],
+    }
+
+
+GUIDANCE = (
+    Claim(
+        "guidance",
+        "A larger gradient scale s enforces the class more strongly",
+        "Dhariwal and Nichol 2021, table 4, ImageNet at 256 pixels, FID and IS. Unconditional model: 26.21 "
+        "and 39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = 10. Conditional model: 10.94 "
+        "and 100.98; 4.59 and 186.70; 9.11 and 283.92",
+        Verdict.HOLDS,
+        "Obedience rises with s, but so does the distance from the data, in the paper from some s on, here "
+        "at once: it is a trade, with a best s.",
+        Measurement(
+            (ONE_AXIS,),
+            _strength,
+            "{low:.0%} as asked for at s = {low_s:g}, {high:.0%} at s = {high_s:g}; Fréchet distance "
+            "{low_distance:.0f} and {high_distance:.0f} (real images {real:.0f}), most shapes being large "
+            "then ({large:.0%}); {samples} samples each",
+            lambda n: (
+                is_above(n["high"], n["low"], n["samples"]) and n["high_distance"] > 2 * n["low_distance"]
+            ),
+        ),
+    ),
+    Claim(
+        "guidance",
+        "CLIP guidance works like classifier guidance",
+        "Nichol et al. 2022 (GLIDE), section 2.4: the classifier's gradient is replaced by that of the "
+        "similarity; people there prefer classifier-free guidance to it (abstract)",
+        Verdict.HOLDS,
+        "At equal strengths the two are a tie: both are gradients of a log-probability, and the similarity "
+        "only wants to be divided by its temperature first.",
+        Measurement(
+            (ONE_AXIS,),
+            _clip_beside_classifier,
+            "at each of {strengths} equal strengths the shares as asked for differ by at most {gap:.0%}, "
+            "{in_errors:.1f} standard errors; {samples} samples each",
+            lambda n: n["in_errors"] < 2,
+        ),
+    ),
+    Claim(
+        "guidance",
+        "A guiding classifier has to be trained separately",
+        "Dhariwal and Nichol 2021, section 4: trained on noisy images, by the step",
+        Verdict.HOLDS,
+        "What was trained on clean images cannot read the noisy ones that it would have to guide.",
+        Measurement(
+            (CARD + CLASSIFIER, CARD + CLEAN),
+            _noisy_and_clean,
+            "{minutes:.0f} minutes of training; at step {step} it reads {noisy:.0%} of the shapes, one "
+            "trained on clean images {clean:.0%}",
+            lambda n: n["noisy"] > 0.9 and n["clean"] < 0.5,
+        ),
+    ),
+    Claim(
+        "guidance",
+        "Classifier-free guidance needs no classifier and simplifies the workflow",
+        "Ho and Salimans 2022, section 3.2, algorithms 1 and 2: one network, its labels dropped at random",
+        Verdict.HOLDS,
+        "One network in the place of two; it is paid for at each step, where the network is asked twice.",
+        Measurement(
+            (
+                "benchmark_guidance",
+                CARD + "ddpm_shapes32",
+                CARD + CLASSIFIER,
+                CARD + "conditional_ddpm_shapes32",
+            ),
+            _two_networks,
+            "{one:.2f} million parameters instead of {denoiser:.2f} and {classifier:.2f}; a guided step "
+            "takes {free_time:.1f} times an unguided one, with a classifier {classifier_time:.1f} times",
+            lambda n: n["one"] < n["denoiser"] + n["classifier"] and n["free_time"] > n["classifier_time"],
+        ),
+    ),
+    Claim(
+        "guidance",
+        "w controls how strongly the condition acts",
+        "Ho and Salimans 2022, table 1, ImageNet at 64 pixels: IS 53.71 at w = 0, 170.1 at w = 1, 260.2 at "
+        "w = 4",
+        Verdict.HOLDS,
+        "Up to where there is nothing more to be granted: beyond that w moves other things than obedience.",
+        Measurement(
+            ("text_to_image_evaluation",),
+            _weight_of_words,
+            "scenes drawn as asked for: {without:.0%} without guidance, {some:.0%} at w = {some_w:g}, "
+            "{most:.0%} at w = {most_w:g}; {samples} captions",
+            lambda n: (
+                is_above(n["some"], n["without"], n["samples"])
+                and not is_above(n["most"], n["some"], n["samples"])
+            ),
+        ),
+    ),
+    Claim(
+        "guidance",
+        "(1 + w) and -w balance the conditional and the unconditional answer",
+        "Ho and Salimans 2022, equation 6: for w > 0 the unconditional answer is subtracted",
+        Verdict.WRONG,
+        "The two weights add up to 1, but one of them is negative: guidance walks on beyond the conditional "
+        "answer, away from the unconditional one.",
+    ),
+    Claim(
+        "guidance",
+        "Its weight needs careful tuning",
+        "Ho and Salimans 2022, FID. Table 1, 64 pixels: 1.80 at w = 0, 1.55 at 0.1, 12.6 at 1, 26.22 at 4. "
+        "Table 2, 128 pixels: 7.27 at 0, 2.43 at 0.3, 21.53 at 4",
+        Verdict.HOLDS,
+        "Small changes of w cost much; but most of the cost comes from the noisiest steps, and without these "
+        "w is not delicate any more.",
+        Measurement(
+            (ONE_AXIS,),
+            _delicate_weight,
+            "Fréchet distance {bayes:.0f} ± {bayes_error:.0f} at w = {bayes_w:g}, {twice:.0f} ± "
+            "{twice_error:.0f} at w = {twice_w:g}; with the noisiest steps left unguided {kept:.0f} ± "
+            "{kept_error:.0f} even at w = {kept_w:g} (real images {real:.0f}; {samples} samples)",
+            lambda n: (
+                n["twice"] - n["bayes"] > 2 * (n["twice_error"] ** 2 + n["bayes_error"] ** 2) ** 0.5
+                and n["kept"] - n["bayes"] < 2 * (n["kept_error"] ** 2 + n["bayes_error"] ** 2) ** 0.5
+            ),
+        ),
+    ),
+)
+
+
+# --- Latent diffusion ---
+
+
+def _three_models(stored: Mapping) -> tuple[Mapping, Mapping, Mapping]:
+    latents, plain, folded = stored["models"]
+    return latents, plain, folded
+
+
+def _operations(stored: Mapping) -> dict:
+    latents, plain, folded = _three_models(stored)
+    return {
+        "plain": plain["gflops_per_step"] / latents["gflops_per_step"],
+        "folded": folded["gflops_per_step"] / latents["gflops_per_step"],
+        "sampling": plain["shapes_sampling_seconds_per_image"] / latents["shapes_sampling_seconds_per_image"],
+    }
+
+
+def _saved(stored: Mapping) -> dict:
+    latents, plain, folded = _three_models(stored)
+    return {
+        "plain": 1 - latents["seconds_per_step"] / plain["seconds_per_step"],
+        "folded": 1 - latents["seconds_per_step"] / folded["seconds_per_step"],
+        "vae_minutes": stored["vae"]["seconds"] / 60,
+    }
+
+
+LATENT_DIFFUSION = (
+    Claim(
+        "latent diffusion",
+        "It costs about four times less than diffusion of pixels",
+        "Rombach et al. 2022, table 18 (s): 232 against 60 V100 days on LSUN bedrooms, 962 against 271 (3.5 "
+        "times) on ImageNet",
+        Verdict.HERE_ONLY,
+        "The factor belongs to a data set, a compression and a rival: nobody has to put wide layers at the "
+        "highest resolution of a pixel model.",
+        Measurement(
+            (LATENT,),
+            _operations,
+            "a training step takes {plain:.1f} times the operations with plain pixels, {folded:.1f} times "
+            "with pixels folded two by two; sampling {sampling:.1f} times the time of the plain ones",
+            lambda n: n["plain"] > 3 and n["folded"] < 3,
+        ),
+    ),
+    Claim(
+        "latent diffusion",
+        "It saves 75 % of the training costs",
+        "Rombach et al. 2022, table 6 (s): 0.32 against 0.11 training images a second, inpainting, at "
+        "least 2.7 times; the abstract and section 1 speak of computing, in words",
+        Verdict.HERE_ONLY,
+        "The same claim once more, since 75 % less is four times less; and somebody has to train the "
+        "autoencoder.",
+        Measurement(
+            (LATENT,),
+            _saved,
+            "{plain:.0%} of a step's time against plain pixels, {folded:.0%} against folded ones, the "
+            "autoencoder's {vae_minutes:.0f} minutes not counted",
+            lambda n: n["plain"] > 0.6 and n["folded"] < 0.6,
+        ),
+    ),
+)
+
+
+# --- Visual prompt tuning ---
+
+
+def _shares(stored: Mapping) -> dict:
+    runs = [run for run in stored["runs"] if run["backbone"] == VIT_B]
+
+    def share(deep: bool, n: int) -> float:
+        return chosen(runs, deep=deep, num_prompts=n)["share"]
+
+    return {
+        "shallow": share(False, 100),
+        "short": share(True, 10),
+        "long": share(True, 100),
+        "few": 10,
+        "many": 100,
+        "backbone": VIT_B,
+    }
+
+
+def _less_storage(stored: Mapping, cost: Mapping) -> dict:
+    runs = [run for run in stored["runs"] if run["backbone"] == VIT_B]
+
+    def times(deep: bool, n: int, what: str = "times_less") -> float:
+        return chosen(runs, deep=deep, num_prompts=n)[what]
+
+    bank = cost["bank"]
+    return {
+        "shallow": times(False, 100),
+        "short": times(True, 10),
+        "long": times(True, 100),
+        "with_head": times(True, 100, "times_less_with_head"),
+        "few": 10,
+        "many": 100,
+        "classes": stored["num_classes"],
+        "tasks": bank["tasks"],
+        "bank": bank["disk_bytes"]["separate"] / bank["disk_bytes"]["bank"],
+        "backbone": VIT_B,
+    }
+
+
+def _forgotten(*results: Mapping) -> dict:
+    def kept(method: str, what: str) -> Iterator[float]:
+        for result in results:
+            yield from chosen(result["runs"], method=method)[what]
+
+    before = results[0]["runs"][0]["upstream_before"]
+    return {
+        "before": before,
+        "moved": max(abs(value - before) for value in kept("vpt-deep", "upstream")),
+        "prompted": min(kept("vpt-deep", "upstream_prompted")),
+        "full": statistics.mean(kept("full", "upstream")),
+        "tasks": len(results),
+    }
+
+
+def _against_probe(*results: Mapping) -> dict:
+    *adapted, solved = results
+    rows = differences(adapted, "vpt-deep", "linear")
+    tested = {
+        run["task"]: chosen(result["runs"], method="full")["tested"]
+        for run, result in zip(solved["runs"], adapted, strict=True)
+    }
+
+    def ahead(better: str, worse: str) -> int:
+        return sum(
+            is_above(run["accuracy"][better], run["accuracy"][worse], tested[run["task"]])
+            for run in solved["runs"]
+        )
+
+    return _ahead(rows) | {
+        "smallest": min(value for _, value, _ in rows),
+        "largest": max(value for _, value, _ in rows),
+        "solved_ahead": ahead("vpt-deep", "class token"),
+        "patches_ahead": max(ahead(reader, "vpt-deep") for reader in ("patches", "quarters")),
+    }
+
+
+def _against_full(*results: Mapping) -> dict:
+    rows = differences(results, "vpt-deep", "full")
+    return _ahead(rows) | {
+        "least": -max(value for _, value, _ in rows),
+        "most": -min(value for _, value, _ in rows),
+    }
+
+
+def _deep_and_shallow(*results: Mapping) -> dict:
+    return _ahead(differences(results, "vpt-deep", "vpt-shallow"))
+
+
+def _widths(*results: Mapping) -> dict:
+    narrow, *widest = results
+    kept, compared, backbones = 0, 0, set()
+    for runs in (narrow["runs"], *(result["runs"] for result in widest)):
+        for place in {(run["backbone"], run["task"]) for run in runs}:
+            of_place = [run for run in runs if (run["backbone"], run["task"]) == place]
+            probe, deep, full = (chosen(of_place, method=m) for m in ("linear", "vpt-deep", "full"))
+            pairs = difference(deep, probe), difference(full, deep)
+            kept += all(value > 2 * error for value, error in pairs)
+            compared += 1
+            backbones.add(place[0])
+    return {"kept": kept, "compared": compared, "widths": len(backbones)}
+
+
+PROMPT_TUNING = (
+    Claim(
+        "prompt tuning",
+        "What is stored for a task is 0.1 % of the parameters",
+        "Jia et al. 2022, abstract: less than 1 % of the parameters",
+        Verdict.HERE_ONLY,
+        "Shallow prompts, or few deep ones, and without the head.",
+        Measurement(
+            ("prompt_storage",),
+            _shares,
+            "{backbone}: {shallow:.2%} for {many} shallow prompts, {short:.2%} for {few} at each block, "
+            "{long:.2%} for {many} at each",
+            lambda n: n["shallow"] < 0.002 and n["short"] < 0.002 and n["long"] > 0.005,
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "Many tasks need 100 to 1000 times less storage",
+        "by the same count",
+        Verdict.HERE_ONLY,
+        "That is a further task's factor, and the head is left out; a server of T tasks saves at most T "
+        "times, since it keeps the backbone.",
+        Measurement(
+            ("prompt_storage", "benchmark_adaptation"),
+            _less_storage,
+            "{backbone}: {shallow:.0f} times for {many} shallow prompts, {short:.0f} for {few} deep ones, "
+            "{long:.0f} for {many} deep ones ({with_head:.0f} with a head of {classes} classes); our bank of "
+            "{tasks} tasks in all {bank:.1f} times",
+            lambda n: n["shallow"] > 1000 and n["short"] > 100 > n["long"] and n["bank"] < n["tasks"],
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "It prevents catastrophic forgetting",
+        "Jia et al. 2022, section 3: the backbone is not touched",
+        Verdict.HOLDS,
+        "True by construction, with the prompts taken out; with a task's prompts left in, the old task "
+        "suffers.",
+        Measurement(
+            ADAPTED,
+            _forgotten,
+            "photographs named: {before:.0%} before and after on {tasks} tasks; down to {prompted:.0%} "
+            "with a task's prompts left in; {full:.0%} on average after full fine-tuning",
+            lambda n: n["moved"] == 0 and n["prompted"] < n["before"] and n["full"] < n["before"] / 2,
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "It outperforms linear probing",
+        "Jia et al. 2022, table 1, mean of five fine-grained tasks: 89.11 against 79.32 (s)",
+        Verdict.HERE_ONLY,
+        "Against a probe that is trained as long; part of the lead is the probe's unfinished training, and a "
+        "solved head that reads the patches is ahead of prompts on most tasks.",
+        Measurement(
+            (*ADAPTED, "adaptation_solved"),
+            _against_probe,
+            "deep prompts are ahead on {ahead} of {tasks} tasks, and tie on {ties} ({smallest:+.0%} to "
+            "{largest:+.0%}); with solved heads on both sides on {solved_ahead}, and a solved head on "
+            "patches or quarters is ahead of them on {patches_ahead}",
+            lambda n: n["behind"] == 0 and n["ahead"] > n["tasks"] / 2 and n["solved_ahead"] < n["ahead"],
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "It matches full fine-tuning on many tasks",
+        "Jia et al. 2022, table 1 (s): means of 89.11 against 88.54 on five fine-grained tasks, Cars 83.6 "
+        "against 84.5 among them; ahead on 20 of 24 tasks in all",
+        Verdict.HERE_ONLY,
+        "There, with a backbone trained on 14 million images and tasks of photographs; not here, with a "
+        "small backbone and tasks far from its photographs.",
+        Measurement(
+            ADAPTED,
+            _against_full,
+            "deep prompts are ahead on {ahead} of {tasks} tasks, tie on {ties}, and are {least:.0%} to "
+            "{most:.0%} behind",
+            lambda n: n["ahead"] == 0 and n["behind"] > n["tasks"] / 2,
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "Prompts at every block adapt more deeply than at the first",
+        "Jia et al. 2022, table 1, mean of five fine-grained tasks: 89.11 against 84.62 (s)",
+        Verdict.HERE_ONLY,
+        "Never behind, but ahead beyond doubt on few of the small tasks here.",
+        Measurement(
+            ADAPTED,
+            _deep_and_shallow,
+            "deep prompts are ahead of shallow ones on {ahead} of {tasks} tasks, and tie on {ties}",
+            lambda n: n["behind"] == 0 and n["ahead"] > 0,
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "VPT-Deep reaches 72.3 % on FGVC-Aircraft, full fine-tuning 68.1 %",
+        "no source found: the paper's fine-grained tasks are CUB, NABirds, Flowers, Dogs and Cars",
+        Verdict.NOT_SUPPORTED,
+        "Aircraft are neither there nor in its other collection of tasks; chapter 08 has the command that "
+        "puts it to the test.",
+    ),
+    Claim(
+        "prompt tuning",
+        "It works consistently for ViT-Base, Large and Huge",
+        "Jia et al. 2022, section 4.2, on backbones of these three sizes",
+        Verdict.HERE_ONLY,
+        "The order of the methods is the same for three small widths; the large ones were not tried.",
+        Measurement(
+            ("adaptation_widths", "adaptation_counting", "adaptation_xray"),
+            _widths,
+            "probe, deep prompts, full fine-tuning, in this order, in {kept} of {compared} comparisons with "
+            "{widths} widths",
+            lambda n: n["kept"] >= n["compared"] - 1,
+        ),
+    ),
+    Claim(
+        "prompt tuning",
+        "In the slide's code, prompts and head alone are trained",
+        "Jia et al. 2022, section 3.2: the backbone is frozen",
+        Verdict.WRONG,
+        "A comment freezes nothing: the backbone's weights are still given to the optimiser, as chapter 08 "
+        "finds by experiment.",
+    ),
+)
+
+CLAIMS = (*GUIDANCE, *LATENT_DIFFUSION, *PROMPT_TUNING)

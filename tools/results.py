@@ -1,0 +1,511 @@
+"""Write the tables of measured numbers in README, chapter 00 and docs/results.md, from stored results alone.
+
+    python tools/results.py            write what is out of date, and draw the gallery's pictures that are
+    python tools/results.py check      say what is out of date, and change nothing
+
+docs/results.md is made anew as a whole. In the README and in chapter 00 only the measured columns of tables
+are filled; the other columns are theirs. A picture of the gallery is drawn by the command beside it, and
+carries a note of that command and of the checkpoints' hashes, by which it is known to be out of date.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from course import ROOT, CourseError, notebook_sources
+from lecture26.kit.checkpoints import list_checkpoints, load_card
+from lecture26.kit.claims import COLUMNS, count_verdicts
+from lecture26.kit.figures import markdown_table
+from lecture26.kit.results import load_results
+from lecture26.studies.claims import ADAPTED, CLAIMS, mean_accuracy
+from lecture26.studies.guidances import NAMES, Way, standard_error
+
+PAGE = Path("docs") / "results.md"
+PAGE_HEAD = """# Results
+
+What this course has measured, in tables. The page is made from stored results by `make results`
+(`tools/results.py`): each number comes out of `data/results/NAME.json` or a checkpoint's card, which say by
+which command, on which machine and with which versions they were made.
+`python -m lecture26 measure NAME --replace` makes a measurement anew.
+
+Two settings are called different where they lie more than two standard errors apart. A Fréchet distance
+always stands beside that of real images against real ones, with as many samples."""
+
+Rows = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of the gallery: its file in docs/, the command that draws it, what it needs and shows."""
+
+    file: str
+    words: str  # of the command line, without --out
+    checkpoints: tuple[str, ...]
+    alt: str
+
+    @property
+    def command(self) -> str:
+        return f"python -m lecture26 {self.words}"
+
+    def source(self) -> str:
+        """What the picture is drawn from, as its note says it."""
+        return " ".join([self.command, *(load_card(name)["sha256"] for name in self.checkpoints)])
+
+    def is_drawn(self, root: Path) -> bool:
+        """Whether the picture is there, and was drawn from what there is now."""
+        file = root / "docs" / self.file
+        if not file.exists():
+            return False
+        with Image.open(file) as picture:
+            return picture.text.get("drawn from") == self.source()
+
+    def draw(self, root: Path) -> None:
+        """Run the command, and add the note to what it draws."""
+        file = root / "docs" / self.file
+        words = [sys.executable, "-m", "lecture26", *shlex.split(self.words), "--out", str(file)]
+        subprocess.run(words, check=True, cwd=root)
+        note = PngInfo()
+        note.add_text("drawn from", self.source())
+        with Image.open(file) as drawn:
+            drawn.load()
+        drawn.save(file, optimize=True, pnginfo=note)
+
+
+GALLERY = (
+    Drawing(
+        "samples.png",
+        "sample --model ddpm_shapes32 --count 36",
+        ("ddpm_shapes32",),
+        "A six by six grid of generated shapes",
+    ),
+    Drawing(
+        "stars.png",
+        'sample --model ddpm_shapes32 --guidance classifier --class "red star" --sampler ddpm --count 36',
+        ("ddpm_shapes32", "noisy_classifier_shapes32"),
+        "A six by six grid, nearly all of them red stars",
+    ),
+    Drawing(
+        "moons.png",
+        'sample --model ddpm_shapes32 --guidance clip --prompt "a yellow crescent on a dark background" '
+        "--sampler ddpm --count 36",
+        ("ddpm_shapes32", "noisy_clip_shapes32"),
+        "A six by six grid, nearly all of them yellow crescents on dark ground",
+    ),
+    Drawing(
+        "rings.png",
+        'sample --model conditional_ddpm_shapes32 --guidance cfg --w 0.5 --class "blue ring" --count 36',
+        ("conditional_ddpm_shapes32",),
+        "A six by six grid of blue rings",
+    ),
+    Drawing(
+        "prompt.png",
+        'sample --prompt "a large yellow star on a striped background" --count 16',
+        ("text_to_image_shapes64", "vae_shapes64"),
+        "A four by four grid of yellow stars on striped ground",
+    ),
+)
+
+
+# --- Cells ---
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as whole minutes."""
+    return f"{seconds / 60:.0f} min"
+
+
+def spread(numbers: Mapping, digits: int, factor: float = 1) -> str:
+    """Median and extremes of a benchmark."""
+    median, least, most = (f"{factor * numbers[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({least} to {most})"
+
+
+def with_error(value: float, error: float, factor: float = 1, digits: int = 0) -> str:
+    """A value and two standard errors."""
+    return f"{factor * value:.{digits}f} ± {2 * factor * error:.{digits}f}"
+
+
+# --- Tables ---
+
+
+METRICS = {  # by the family of the recipe: what is told of a model, and the card's names of it
+    "ddpm": [("Fréchet distance {:.0f}, of real images {:.0f}", "frechet_distance", "frechet_distance_real")],
+    "noisy_classifier": [
+        ("reads {:.0%} of clean shapes", "accuracy_shape_0"),
+        ("{:.0%} at step 400", "accuracy_shape_400"),
+    ],
+    "clip": [("finds {:.0%} of captions", "retrieval")],
+    "conditional_ddpm": [
+        ("{:.0%} as asked for at w = 0", "accuracy_all_w_0"),
+        (
+            "Fréchet distance {:.0f}, of real images {:.0f}",
+            "frechet_distance_w_0",
+            "frechet_distance_real_w_0",
+        ),
+    ],
+    "vae": [("{:.1f} dB", "psnr"), ("scale {:.2f}", "latent_scale")],
+    "latent_diffusion": [
+        ("{:.0%} of shapes all right", "accuracy_shapes_all"),
+        ("{:.0%} of scenes", "accuracy_scenes_all"),
+    ],
+    "backbone": [("names {:.1%} of photographs", "accuracy")],
+    "reader": [("reads {:.1%} all right", "accuracy_all")],
+}
+
+
+def told_of(card: Mapping) -> str:
+    """What a card's metrics say of a model, in a few words."""
+    try:
+        chosen = METRICS[card["recipe"]]
+    except KeyError:
+        raise CourseError(
+            f"METRICS must say what is told of a {card['recipe']!r}, as {card['name']} is"
+        ) from None
+    return "; ".join(text.format(*(card["metrics"][key] for key in keys)) for text, *keys in chosen)
+
+
+def models() -> tuple[Rows, list[str]]:
+    rows = []
+    for name in sorted(list_checkpoints()):
+        card = load_card(name)
+        rows.append(
+            [
+                f"`{name}`",
+                f"{card['parameters']:,}",
+                f"{card['steps']:,}",
+                minutes(card["seconds"]),
+                card["machine"]["processor"],
+                told_of(card),
+            ]
+        )
+    return rows, ["model", "parameters", "steps", "last training", "processor", "how good"]
+
+
+def guidances() -> tuple[Rows, list[str]]:
+    rows = []
+    for run in load_results("guidances_on_one_axis")["runs"]:
+        interval = run["interval"]
+        way = Way(run["guidance"], run["denoiser"], None if interval is None else tuple(interval))
+        rows.append(
+            [
+                NAMES[way],
+                f"{run['strength']:g}",
+                with_error(run["accuracy_all"], standard_error(run, "accuracy_all"), 100),
+                with_error(run["frechet_distance"], standard_error(run, "frechet_distance")),
+                f"{run['frechet_distance_real']:.0f}",
+                f"{run['recall']:.2f}",
+                with_error(run["share_large"], standard_error(run, "share_large"), 100),
+            ]
+        )
+    columns = ["guidance, and its strength", "strength", "as asked for, %", "Fréchet distance"]
+    return rows, [*columns, "of real images", "recall", "large shapes, %"]
+
+
+def adaptation() -> tuple[Rows, list[str]]:
+    rows, methods = [], ("linear", "vpt-shallow", "vpt-deep", "full")
+    for name in ADAPTED:
+        runs = {run["method"]: run for run in load_results(name)["runs"]}
+        accuracies = [
+            f"{100 * mean_accuracy(runs[method]):.1f} "
+            f"({100 * min(runs[method]['accuracy']):.1f} to {100 * max(runs[method]['accuracy']):.1f})"
+            for method in methods
+        ]
+        rows.append(
+            [name.removeprefix("adaptation_").replace("_", " "), str(runs["full"]["tested"]), *accuracies]
+        )
+    trained = [f"{runs[method]['trained']:,}" for method in methods]
+    rows.append(["numbers trained, on the last task", "-", *trained])
+    return rows, ["task", "test images", "linear probe", "VPT-shallow", "VPT-deep", "full fine-tuning"]
+
+
+def solved() -> tuple[Rows, list[str]]:
+    readers = ("class token", "patches", "quarters", "vpt-deep")
+    rows = [
+        [
+            run["task"].removeprefix("./").replace("_", " "),
+            *(f"{100 * run['accuracy'][r]:.1f}" for r in readers),
+        ]
+        for run in load_results("adaptation_solved")["runs"]
+    ]
+    return rows, ["task", "class token", "mean of patches", "quarters", "class token, deep prompts"]
+
+
+def latents() -> tuple[Rows, list[str]]:
+    stored = load_results("pixel_against_latent")
+    rows = [
+        [
+            model["name"],
+            f"{model['parameters']:,}",
+            f"{model['gflops_per_step']:.0f}",
+            f"{model['seconds_per_step']:.2f}",
+            f"{model['activation_bytes'] / 1e6:.0f}",
+            f"{model['shapes_sampling_seconds_per_image']:.2f}",
+            f"{model['training_steps']}",
+            f"{model['shapes_frechet_distance']:.0f}",
+            f"{model['shapes_frechet_distance_real']:.0f}",
+        ]
+        for model in stored["models"]
+    ]
+    columns = ["model", "parameters", "GFLOP a step", "seconds a step", "MB kept", "seconds an image"]
+    minutes_each = f"{stored['seconds'] / 60:.0f}"
+    return rows, [*columns, f"steps in {minutes_each} min", "Fréchet distance then", "of real images"]
+
+
+def against_diffusers() -> tuple[Rows, list[str]]:
+    rows = []
+    for setting in load_results("benchmark_unet")["settings"]:
+        network = "the same network" if setting["patch_size"] == 1 else "2 x 2 pixels folded"
+        ratios = [spread(setting[step]["ratio"], 2) for step in ("training_step", "sampling_step")]
+        rows.append([f"{network}, {setting['dtype'].removesuffix(' autocast')}", *ratios])
+    return rows, ["diffusers' time over ours", "training step", "sampling step"]
+
+
+def steering_costs() -> tuple[Rows, list[str]]:
+    measured = load_results("benchmark_guidance")["guided_over_unguided"]
+    rows = [[name, spread(values["ratio"], 2)] for name, values in measured.items()]
+    return rows, ["guidance", "time of a guided step over an unguided one"]
+
+
+def serving() -> tuple[Rows, list[str]]:
+    rows = []
+    for run in load_results("benchmark_serving")["runs"]:
+        memory, rate = run["memory_bytes"], run["requests_per_second"]
+        rows.append(
+            [
+                str(run["tasks"]),
+                f"{memory['bank'] / 1e6:.1f}",
+                f"{memory['separate'] / 1e6:.0f}",
+                f"{rate['bank']:.0f}",
+                f"{rate['separate']:.0f}",
+                spread(run["separate_over_bank"], 2),
+            ]
+        )
+    columns = ["tasks", "MB, bank", "MB, networks", "requests a second, bank", "requests a second, networks"]
+    return rows, [*columns, "networks' time over the bank's"]
+
+
+def small_speeds() -> Rows:
+    """The README's table of what else was timed, without its first column's words: these are its own."""
+    shares = load_results("benchmark_sampler")["share_of_the_network_time"]
+    imports = load_results("benchmark_import")
+    cells = [spread(shares[name], 2, 100) for name in ("ddpm", "ddim")]
+    cells += [spread(rate, 0) for rate in load_results("benchmark_shapes")["images_per_second"].values()]
+    cells += [spread(imports[name], 2) for name in imports if name.startswith("import ")]
+    return [[cell] for cell in cells]
+
+
+def chapters() -> tuple[Rows, list[str]]:
+    rows = [
+        [name, f"{run['seconds']:.0f} s", f"{run['peak_memory'] / 1e9:.1f} GB"]
+        for name, run in sorted(load_results("chapters")["chapters"].items())
+    ]
+    return rows, ["chapter", "time", "peak memory"]
+
+
+def verdicts() -> tuple[Rows, list[str]]:
+    return [[v.value, str(count)] for v, count in count_verdicts(CLAIMS).items()], ["verdict", "statements"]
+
+
+# --- The page ---
+
+
+def section(title: str, said: str, table: tuple[Rows, list[str]], results: Sequence[str] = ()) -> str:
+    """A section of the page: its table, and by which commands and where its results were made."""
+    text = f"## {title}\n\n{said}\n\n{markdown_table(*table)}"
+    return text + "".join(f"\n\n*{made(name)}*" for name in results)
+
+
+def made(name: str) -> str:
+    """By which command a stored result was made, and on what."""
+    stored = load_results(name)
+    machine = stored["machine"]
+    where = machine["accelerator"] or machine["processor"]
+    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] > 1 else "")
+    return f"`{name}`: `{stored['command']}`; {where}, {threads}; torch {stored['versions']['torch']}"
+
+
+def page() -> str:
+    """docs/results.md."""
+    parts = [
+        PAGE_HEAD,
+        section(
+            "Models",
+            "The checkpoints that come with the course, by their cards. *Last training* is that of the "
+            "card; some go on from earlier ones.",
+            models(),
+        ),
+        section(
+            "Guidance on one axis",
+            "At strength 1 each is Bayes' rule. 50 ancestral steps; ± is two standard errors. (Chapters 03 "
+            "to 05.)",
+            guidances(),
+            ["guidances_on_one_axis"],
+        ),
+        section(
+            "What guidance costs",
+            "Median (least to most) of alternating runs.",
+            steering_costs(),
+            ["benchmark_guidance"],
+        ),
+        section(
+            "Adapting a frozen backbone",
+            "Test accuracy in %, mean of three seeds (least to most). (Chapter 08.)",
+            adaptation(),
+            ADAPTED,
+        ),
+        section(
+            "Heads solved to the end",
+            "Test accuracy in % of a linear head on what the frozen backbone says, solved instead of "
+            "trained. (Chapter 08.)",
+            solved(),
+            ["adaptation_solved"],
+        ),
+        section(
+            "Many tasks, one backbone",
+            "A server of chapter 09 with a prompt bank, and with a network for each task.",
+            serving(),
+            ["benchmark_serving"],
+        ),
+        section(
+            "Latents against pixels",
+            "Three models after equal minutes of training, none of them near its end. (Chapter 07.)",
+            latents(),
+            ["pixel_against_latent"],
+        ),
+        section(
+            "Speed against diffusers",
+            "The U-Net beside `UNet2DModel` with as many parameters; median (least to most). Above 1 ours "
+            "is faster.",
+            against_diffusers(),
+            ["benchmark_unet"],
+        ),
+        section("What a chapter takes", "A whole run of its notebook.", chapters(), ["chapters"]),
+        section("The lecture's statements", "What chapter 09 makes of them.", verdicts()),
+        *(
+            f"### {topic.capitalize()}\n\n"
+            + markdown_table([claim.row() for claim in CLAIMS if claim.topic == topic], COLUMNS)
+            for topic in dict.fromkeys(claim.topic for claim in CLAIMS)
+        ),
+        "## Gallery\n\nNone is left out, and none was chosen: each picture is what its command draws.",
+        *(f"![{one.alt}]({one.file})\n\n```bash\n{one.command}\n```" for one in GALLERY),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- Measured columns of other tables ---
+
+
+def filled(text: str, first_heading: str, cells: Callable[[list[str], int], Mapping[int, str]]) -> str:
+    """A text whose table of this first heading has its measured cells filled.
+
+    Args:
+        text: Markdown, or the source of a notebook, where the table stands in comments.
+        first_heading: of the table's first column.
+        cells: called with a row's cells and its number; returns new ones, by the number of the column.
+
+    Raises:
+        CourseError: if there is no such table.
+    """
+    lines = text.split("\n")
+    table = re.compile(rf"(# )?\| {re.escape(first_heading)} \|")
+    start = next((number for number, line in enumerate(lines) if table.match(line)), None)
+    if start is None:
+        raise CourseError(f"there is no table whose first column is {first_heading!r}")
+    number = start + 2  # below the heading and its rule
+    while number < len(lines) and lines[number].lstrip("# ").startswith("|"):
+        before, _, inside = lines[number].partition("|")
+        row = [cell.strip() for cell in inside.rstrip().removesuffix("|").split("|")]
+        for column, cell in cells(row, number - start - 2).items():
+            row[column] = cell
+        lines[number] = f"{before}|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|"
+        number += 1
+    return "\n".join(lines)
+
+
+def with_times(text: str) -> str:
+    """The table of chapters, with time and memory of those that were run."""
+    measured = {name[:2]: cells for name, *cells in chapters()[0]}
+
+    def cells(row: list[str], number: int) -> dict[int, str]:
+        found = re.match(r"\[(\d\d) ", row[0])
+        if not found:
+            return {}  # planned
+        if found[1] not in measured:
+            raise CourseError(f"chapter {found[1]} was never measured: run `make course NAMES=...`")
+        return dict(enumerate(measured[found[1]], start=3))
+
+    return filled(text, "chapter", cells)
+
+
+def with_cards(text: str) -> str:
+    """The table of checkpoints, with their sizes, and the time of those that one plain command makes."""
+
+    def cells(row: list[str], number: int) -> dict[int, str]:
+        card = load_card(row[0].strip("`"))
+        is_plain = row[3] == f"`python -m lecture26 train {card['name']}`"
+        size = {2: f"{card['bytes'] / 1e6:.1f} MB"}
+        return size | {4: minutes(card["seconds"])} if is_plain else size
+
+    return filled(text, "name", cells)
+
+
+def with_column_of(rows: Rows, text: str, first_heading: str, first: int) -> str:
+    """A table whose columns from `first` on are these rows."""
+    return filled(text, first_heading, lambda _, number: dict(enumerate(rows[number], start=first)))
+
+
+def readme(text: str) -> str:
+    """The README with all that is measured in it."""
+    text = with_cards(with_times(text))
+    speeds, columns = against_diffusers()
+    text = with_column_of([row[1:] for row in speeds], text, columns[0], 1)
+    return with_column_of(small_speeds(), text, "what", 1)
+
+
+def texts(root: Path) -> dict[Path, str]:
+    """Each file with measured numbers, and what stands in it when they are those that are stored."""
+    (start,) = notebook_sources(root, ["00_start_here"])
+    files = {root / "README.md": readme, start: with_times}
+    filled_files = {file: fill(file.read_text(encoding="utf-8")) for file, fill in files.items()}
+    return {**filled_files, root / PAGE: page()}
+
+
+def out_of_date(root: Path) -> list[str]:
+    """What does not agree with the stored results."""
+    problems = [
+        f"{file.relative_to(root)} has other numbers than the stored results"
+        for file, text in texts(root).items()
+        if not file.exists() or file.read_text(encoding="utf-8") != text
+    ]
+    return problems + [f"docs/{one.file} is drawn from others" for one in GALLERY if not one.is_drawn(root)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", nargs="?", choices=["write", "check"], default="write")
+    action = parser.parse_args().action
+    try:
+        if action == "check":
+            problems = out_of_date(ROOT)
+            sys.exit("\n".join([*problems, "run `make results`"]) if problems else None)
+        for drawing in GALLERY:
+            if not drawing.is_drawn(ROOT):
+                drawing.draw(ROOT)
+        for file, text in texts(ROOT).items():
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                file.write_text(text, encoding="utf-8", newline="\n")
+                print(f"wrote {file.relative_to(ROOT)}")
+    except (CourseError, ValueError) as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()
