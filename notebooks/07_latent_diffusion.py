@@ -2094,7 +2094,7 @@ show(
         columns=7,
         titles=["original", *(f"strength {s:g}" for s in strengths)],
         row_titles=labelled,
-        inches_per_image=1.4,
+        inches_per_image=1.75,
     ),
     "A picture and six versions of it by image to image, of growing strength: towards another prompt with and without "
     "guidance, and towards its own caption.",
@@ -2213,7 +2213,7 @@ show(
         torch.cat([a_scene, covered, *halves]),
         columns=7,
         titles=["original", "given", *["drawn"] * 5],
-        inches_per_image=1.4,
+        inches_per_image=1.7,
     ),
     "A scene, the same with its right half hidden, and five pictures whose right half is drawn anew.",
 )
