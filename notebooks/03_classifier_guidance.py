@@ -1350,7 +1350,7 @@ for axis, label, column in zip(axes, ("shape", "colour"), (0, 1)):
     axis.axhline(1 / 8, color="grey", linewidth=0.8)
     axis.set(title=label, xlabel="step t")
 axes[0].set_ylabel("share read right")
-axes[1].legend(loc="lower left")
+axes[1].legend(loc=(0.03, 0.22))
 show(
     figure,
     "Accuracy against the step, for shape and colour: the clean classifier falls early, the others late.",
