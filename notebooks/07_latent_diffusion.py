@@ -165,7 +165,7 @@ verify("7.1", measured, formula, atol=0)
 # If the sides shrink by a factor $f$, a convolution costs $f^2$ times less and attention $f^4$ times less. But that compares
 # the same layer with the same channels. Nobody has to put wide layers at the highest resolution of a pixel U-Net, chapter
 # 02's folding of $2\times2$ pixels into the channels saves something too, and the autoencoder costs as well.
-# [Pixels against latents](#Pixels-against-latents) measures whole models.
+# The section *Pixels against latents* measures whole models.
 
 # %% [markdown] tags=["core"]
 # ## Into the latent space and out of it

@@ -1165,7 +1165,7 @@ def lora_tuning(vit, num_classes, rank=2):
 
 
 def adapter_tuning(vit, num_classes, width=2):
-    """A copy of vit with a new head for num_classes classes, and two `Adapter`s of that width in each block.
+    """A copy of vit with a new head for num_classes classes, and two `Adapter` layers of that width a block.
 
     Raises TypeError or ValueError as `full_fine_tune` does.
     """

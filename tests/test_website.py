@@ -1,6 +1,5 @@
-"""What the web site is made of, as far as it takes no Sphinx: links, results, downloads, publishing."""
+"""What the web site is made of, as far as it takes no Sphinx: links, downloads, publishing."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -66,25 +65,6 @@ def test_chapters_are_described_as_in_the_readme():
     assert sorted(described) == [source.stem[:2] for source in notebook_sources(ROOT)]
     with pytest.raises(CourseError, match="no row"):
         pages.descriptions("# No table\n")
-
-
-def test_results_are_shown_by_their_runs_or_number_by_number():
-    runs = [{"w": 0.0, "model": "a", "share": 0.91234}, {"w": 4.0, "model": "a", "share": [0.5, 0.25]}]
-    columns, rows = pages.result_rows({"name": "n", "command": "c", "runs": runs})
-    assert columns == ["w", "share"]  # what is the same in all runs is left out
-    assert rows == [["0", "0.912"], ["4", "0.5, 0.25"]]
-    ratio = {"median": 1.4154, "min": 1.0557, "max": 2.4078}
-    columns, rows = pages.result_rows(
-        {"name": "n", "machine": {}, "steps": 5, "over": {"clip": {"ratio": ratio}}}
-    )
-    assert rows == [["steps", "5"], ["over, clip, ratio", "1.42 (1.06 to 2.41)"]]
-
-
-def test_every_stored_result_has_a_section():
-    text = pages.results_page(ROOT)
-    for file in (ROOT / "data" / "results").glob("*.json"):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        assert f"`{stored['command']}`" in text
 
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, tmp_path):

@@ -86,7 +86,6 @@ def write_sources(root: Path, source: Path, extra: Path, repository: str | None)
         "gallery.md": pages.gallery_page(chapters, extra / "gallery"),
         "equations.md": pages.equations_page(chapters),
         "slides.md": pages.slides_page(chapters),
-        "results.md": pages.results_page(root),
     }
     for name, text in made.items():
         (source / name).write_text(text, encoding="utf-8")

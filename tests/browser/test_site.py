@@ -19,7 +19,7 @@ KINDS = [  # a page of each kind
     "gallery.html",
     "equations.html",
     "glossary.html",
-    "results.html",
+    "docs/results.html",
     "slides.html",
     "publish.html",
     "README.html",

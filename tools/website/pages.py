@@ -1,9 +1,8 @@
-"""Pages that are made from what the course has: chapters, figures, equations, results, modules, slides."""
+"""Pages that are made from what the course has: chapters, figures, equations, modules, slides."""
 
 import ast
 import base64
 import html
-import json
 import re
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +14,6 @@ from website.sources import ChapterPage
 
 THUMBNAIL = (560, 420)  # pixels
 DESCRIBED = re.compile(r"^\| \[(\d\d) [^]]*\]\(notebooks/[^)]*\) \| ([^|]+) \|", re.MULTILINE)
-ABOUT = ("name", "command", "machine", "versions")  # of a stored result: what is no measurement
-CUT = 14  # columns of a table of results, at most
 PACKAGES = {  # of the API pages, in this order
     "lecture26": "Chapters",
     "lecture26/kit": "The kit",
@@ -121,112 +118,6 @@ def slides_page(chapters: list[ChapterPage]) -> str:
         " light or dark, *S* shows what the speaker says, *Esc* shows all slides.\n\n"
         f'<ul class="decks">\n{items}\n</ul>\n'
     )
-
-
-# --- Results ---
-
-
-def results_page(root: Path) -> str:
-    """What was measured, by which command and on which machine; and the checkpoints."""
-    parts = [
-        "# Results\n\nWhat takes longer than a cell of a notebook is measured by a command, stored with its"
-        " numbers, and plotted by the chapters. Numbers are rounded to three digits; the files have all"
-        " of them.\n",
-        "## Checkpoints\n",
-        table(["name", "data", "steps", "minutes", "machine", "measured"], checkpoint_rows(root)),
-        "## Measurements\n",
-    ]
-    for file in sorted((root / "data" / "results").glob("*.json")):
-        parts.append(result_section(json.loads(file.read_text(encoding="utf-8")), file.name))
-    return "\n".join(parts)
-
-
-def checkpoint_rows(root: Path) -> list[list[str]]:
-    """A row for each checkpoint, from its card."""
-    rows = []
-    for file in sorted((root / "data" / "checkpoints").glob("*.json")):
-        card = json.loads(file.read_text(encoding="utf-8"))
-        measured = ", ".join(
-            f"{name.replace('_', ' ')} {rounded(value)}" for name, value in card["metrics"].items()
-        )
-        minutes = f"{card['seconds'] / 60:.0f}"
-        rows.append(
-            [f"`{card['name']}`", card["data"], str(card["steps"]), minutes, machine_of(card), measured]
-        )
-    return rows
-
-
-def machine_of(stored: dict) -> str:
-    """The processor or accelerator that something was measured on."""
-    machine = stored.get("machine") or {}
-    return str(machine.get("accelerator") or machine.get("processor") or "")
-
-
-def result_section(result: dict, file: str) -> str:
-    """One stored result: its command, its machine, its numbers folded, and the file."""
-    columns, rows = result_rows(result)
-    return (
-        f"### {result['name'].replace('_', ' ')}\n\n`{result['command']}`\n\n"
-        f'On {machine_of(result)}. <a href="downloads/results/{file}" download>All numbers, as JSON</a>\n\n'
-        f"<details>\n<summary>Numbers</summary>\n\n{table(columns, rows)}\n</details>\n"
-    )
-
-
-def result_rows(result: dict) -> tuple[list[str], list[list[str]]]:
-    """A stored result as a table: of its runs where it has some, else of all its numbers."""
-    runs = next((value for value in result.values() if is_list_of_runs(value)), None)
-    if runs is None:
-        rest = {
-            name: value
-            for name, value in result.items()
-            if name not in ("name", "command", "machine", "versions")
-        }
-        return ["what", "measured"], [[path, text] for path, text in flattened(rest)]
-    found = [dict(flattened(run)) for run in runs]
-    names = list(dict.fromkeys(name for run in found for name in run))
-    varying = [name for name in names if len({run.get(name) for run in found}) > 1][:CUT]
-    return [name.replace("_", " ") for name in varying], [
-        [run.get(name, "") for name in varying] for run in found
-    ]
-
-
-def is_list_of_runs(value) -> bool:
-    """Whether a value is a list of records."""
-    return isinstance(value, list) and bool(value) and all(isinstance(run, dict) for run in value)
-
-
-def flattened(value: dict, path: str = "") -> list[tuple[str, str]]:
-    """The values of nested records, each with the names that lead to it; a median with its range is one."""
-    found = []
-    for name, inner in value.items():
-        where = f"{path}, {name}" if path else str(name)
-        if isinstance(inner, dict) and {"median", "min", "max"} <= inner.keys():
-            text = f"{rounded(inner['median'])} ({rounded(inner['min'])} to {rounded(inner['max'])})"
-            found.append((where, text))
-        elif isinstance(inner, dict):
-            found += flattened(inner, where)
-        elif isinstance(inner, list):
-            found.append((where, ", ".join(map(rounded, inner[:6])) + (", …" if len(inner) > 6 else "")))
-        else:
-            found.append((where, rounded(inner)))
-    return found
-
-
-def rounded(value) -> str:
-    """A number to three digits; anything else as a text."""
-    if isinstance(value, list):
-        return "–".join(map(rounded, value))
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value).replace("|", "/")
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1):
-        return f"{int(value)}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 # --- Modules ---

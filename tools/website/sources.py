@@ -18,7 +18,14 @@ from course import Cell, notebook_sources, own_metadata
 from editions import answer, is_to_solve, learners_copy, to_fill_in, unpaired
 
 SITE = re.compile(r"^\[site\]: (?!https?:).*$", re.MULTILINE)  # where the README's links to the site lead
-PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/instructors.md", "docs/students.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "data/README.md",
+    "docs/results.md",
+    "docs/instructors.md",
+    "docs/students.md",
+)
 INSTEAD = {"notebooks": "notebooks/index.md", "web/site/publish.md": "publish.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 
