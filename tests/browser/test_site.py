@@ -187,7 +187,7 @@ def test_every_page_loads_from_files_and_every_formula_is_set(folder, page):
 
 
 @from_files
-@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize("width", [390, 768, 1024, 1280, 1440])
 def test_no_page_is_wider_than_the_screen(open_page, address, width):
     page = open_page("index.html", viewport={"width": width, "height": 900})
     for name in dict.fromkeys([*KINDS, *CHAPTERS]):
