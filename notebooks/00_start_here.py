@@ -183,7 +183,7 @@ show(
 # | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, averaged weights; a DDPM of images | 01 | 62 s | 2.1 GB |
 # | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, mean-shift and noise form, why a clean classifier fails | 02 | 57 s | 1.9 GB |
 # | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by similarity | 03 | 51 s | 1.9 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, label dropout, both conventions of the scale, rescaling, intervals, negative prompts | 03 (04 to compare) | 70 s | 2.0 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, both conventions of the scale, what samplers draw, label dropout, negative prompts, intervals, autoguidance, what a distance has measured | 03 (04 to compare) | 70 s | 2.0 GB |
 # | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 64 s | 1.9 GB |
 # | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 73 s | 2.0 GB |
 # | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 108 s | 2.5 GB |

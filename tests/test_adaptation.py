@@ -779,8 +779,8 @@ def test_the_ledger_of_another_study_is_refused(tmp_path):
 
 def test_an_unknown_method_is_refused():
     comparison = Comparison(tiny_backbone(), plain_splits(), BUDGET)
-    with pytest.raises(ValueError, match="method must be one of 'linear'.*got 'lora'"):
-        comparison.run("lora", 2)
+    with pytest.raises(ValueError, match="method must be one of 'linear'.*got 'prefix'"):
+        comparison.run("prefix", 2)
 
 
 # The stored study
@@ -1403,8 +1403,8 @@ def test_a_task_that_is_not_there_is_refused(learned):
     assert re.search(r"there is no task 'absent' in .*tasks \(present: .*learned.*\): learn one with", told)
     assert "name must be made of letters" in refusal("--task", "../tasks/learned")
     several = refusal("--task", learned)
-    assert "learned by bias, full, linear, vpt-deep, vpt-shallow: choose one with --method" in several
-    assert "vpt-shallow; got --method lora" in refusal("--task", learned, "--method", "lora")
+    assert "learned by adapter, bias, full, linear, lora, vpt-deep, vpt-shallow: choose one" in several
+    assert "vpt-shallow; got --method prefix" in refusal("--task", learned, "--method", "prefix")
 
 
 def test_a_task_without_its_backbone_is_refused(data_folder, learned):
@@ -1434,7 +1434,7 @@ def test_a_task_of_before_which_has_no_names_is_refused(data_folder, learned):
 def test_a_task_that_does_not_fit_is_refused(data_folder, learned):
     copied_task(data_folder, "misfit", "full", method="bias")
     assert "state must have what the method 'bias' trains" in refusal("--task", "misfit")
-    copied_task(data_folder, "unknown", method="lora")
+    copied_task(data_folder, "unknown", method="prefix")
     assert "method must be one of" in refusal("--task", "unknown")
 
 
@@ -1450,7 +1450,7 @@ def test_a_task_that_does_not_fit_is_refused(data_folder, learned):
         (["--data", "digits", "--backbone", "resnet18", "--random-weights"], "cannot be prompted.*ResNet"),
         (["--data", "digits", "--backbone", "a_reader"], "the checkpoint 'a_reader' is none"),
         (["--data", "digits", "--random-weights"], "random weights are for backbones of timm; .*'tiny_vit'"),
-        (["--data", "digits", "--method", "lora"], "--method"),
+        (["--data", "digits", "--method", "prefix"], "--method"),
         (["--data", "digits", "--prompts", "0"], "--prompts"),
         (["--data", "digits", "--steps", "0"], "--steps"),
         (["--data", "digits", "--seeds", "0"], "--seeds"),

@@ -309,13 +309,13 @@ def test_variants_differ_and_own_exercises_join(cohorts):
         assert both and not [file for file in both if recordings[0][file] == recordings[1][file]]
     question = "ddpm.signal_kept"
     assert [c.answers("ddpm")[question]["right"] for c in cohorts] == [0.37, 0.61]
-    own = [item for item in example.assignment("guidance").items if item.notebook == "51_thresholding"]
+    own = [item for item in example.assignment("guidance").items if item.notebook == "51_guidance_schedule"]
     assert [(item.exercise, item.kind, item.points) for item in own] == [
-        ("thresholding.dynamic_threshold", "algorithm", 4),
-        ("thresholding.part_moved", "question", 1),
-        ("thresholding.exercise_3_two_ways_of_leaving_the_range", "paper", 2),
+        ("guidance_schedule.mixed_by_schedule", "algorithm", 4),
+        ("guidance_schedule.noisy_part", "question", 1),
+        ("guidance_schedule.exercise_3_why_late", "paper", 2),
     ]
-    assert not (plain.release("guidance") / "51_thresholding.ipynb").exists()
+    assert not (plain.release("guidance") / "51_guidance_schedule.ipynb").exists()
 
 
 def test_reference_passes_the_variants_checks(cohorts, hand_out):
@@ -339,5 +339,5 @@ def test_change_that_finds_nothing_and_own_exercises_without_a_place(tmp_path):
         copy_course(Cohort.of("x", tmp_path), ROOT, tmp_path / "nowhere")
     own = shutil.copytree(PRIVATE, tmp_path / "own")
     (own / "assignments.toml").write_text("")
-    with pytest.raises(CourseError, match="to which assignment 51_thresholding belongs"):
+    with pytest.raises(CourseError, match="to which assignment 51_guidance_schedule belongs"):
         copy_course(Cohort.of("x", tmp_path), ROOT, own)
