@@ -610,7 +610,7 @@ show(figure, "Three histograms around the exact gradient: that of the path is th
 # Measured, with $d$ numbers that are seen through noise as they are, $f(z)=\log\mathcal N(x;z,I)$ minus its mean, and
 # averages of 64 draws:
 
-# %% slide=["# With a thousand latent numbers only the path is left", "? $f$ is a sum over the latent numbers. What happens to the two errors as there are more of them?", "[table]", "Along the path each number gets its own slope; the score function gives all of them the same value, times noise."]
+# %% slide=["# With a thousand latent numbers only the path is left", "[table]", "Along the path each number gets its own slope; the score function gives all the same value."]
 spread_of_guess, x_of_all, rows = 0.5, 1.0, []
 source = torch.Generator().manual_seed(2)
 for d in (1, 16, 256, 1024):
@@ -760,7 +760,7 @@ def vae_training_step(optimizer, encode, decode, x, noise, kl_weight):
     ### END SOLUTION
 
 
-# %% slide=["# A VAE's training step: encode, draw, decode, descend", "[code vae_training_step]", "? Decode the mean in the place of a draw. What goes wrong?", "The encoder's widths feel the divergence alone, and become the prior's; a draw then spoils every picture."]
+# %% slide=["# A VAE's training step: encode, draw, decode, descend", "[code vae_training_step]", "# Decode a draw, not the mean", "? Decode the mean in the place of a draw. What goes wrong?", "The encoder's widths feel the divergence alone, and become the prior's; a draw then spoils every picture."]
 check("vae.vae_training_step", vae_training_step)
 
 # %% [markdown] tags=["core"]
@@ -1007,7 +1007,7 @@ show(
 # If the weight is a variance, the bound on unseen digits can choose it, with $\sigma^2$ the weight that each network was
 # trained by.
 
-# %% slide=["# The likelihood chooses the weight that the errors come out at", "? Seven networks, seven weights. Which is the best model of digits that it has not seen?", "[table]", "A small weight promises a precision that new digits do not keep; a large one throws away what could be told."] tags=["nbval-ignore-output"]
+# %% slide=["# The likelihood chooses the weight that the errors come out at", "? Why is neither the smallest weight nor the largest the likeliest?", "A small weight promises a precision that new digits do not keep; a large one throws away what could be told."] tags=["nbval-ignore-output"]
 rows = []
 for kl_weight, row in table.items():
     own_error, standard_error = row["error"] / 64, row["bounds"].std() / math.sqrt(len(unseen))

@@ -293,7 +293,7 @@ def from_latents(decode, latents, latent_scale):
     ### END SOLUTION
 
 
-# %% slide=["# Two boundaries, each passed once", "$$x\\;\\xrightarrow{E}\\;(\\mu,\\sigma)\\;\\xrightarrow{\\text{draw},\\;\\cdot s}\\;z\\;\\xrightarrow{\\text{noise}}\\;z_t\\;\\xrightarrow{\\text{denoise, }c}\\;\\hat z\\;\\xrightarrow{/s,\\;D}\\;\\hat x \\tag{7.2}$$", "[code to_latents]", "[code from_latents]", "- the scale once in, once out, nowhere else", "- latents are not clipped: they have no bounds"]
+# %% slide=["# Two boundaries, each passed once", "$$\\begin{aligned}x\\;&\\xrightarrow{E}\\;(\\mu,\\sigma)\\;\\xrightarrow{\\text{draw},\\;\\cdot s}\\;z\\;\\xrightarrow{\\text{noise}}\\;z_t\\\\z_t\\;&\\xrightarrow{\\text{denoise, }c}\\;\\hat z\\;\\xrightarrow{/s,\\;D}\\;\\hat x\\end{aligned} \\tag{7.2}$$", "- the scale once in, once out, nowhere else", "- latents are not clipped: they have no bounds"]
 check("latent_diffusion.from_latents", from_latents)
 
 # %%
@@ -1270,7 +1270,7 @@ def captioned_training_step(
     ### END SOLUTION
 
 
-# %% slide=["# Training: images are encoded once", "- Keep mean and variance of each image, draw a fresh latent each time.", "- The VAE is frozen: its latents are the data.", "[code captioned_training_step: told .. return]", "? Text encoder frozen or trained?", "Here trained along. Stable Diffusion takes CLIP's as it is."]
+# %% slide=["# Training: images are encoded once", "- Keep mean and variance of each image, draw a fresh latent each time.", "- The VAE is frozen: its latents are the data.", "[code captioned_training_step: told .. return]", "# The text encoder: frozen or trained?", "? It reads the captions. Is it trained along?", "Here trained along. Stable Diffusion takes CLIP's as it is."]
 check("latent_diffusion.captioned_training_step", captioned_training_step)
 
 # %% [markdown]

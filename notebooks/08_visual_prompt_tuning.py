@@ -1289,7 +1289,7 @@ def verdict(one, other, images):
     return f"{points:+.1f}, " + ("a tie" if abs(points) < 2 * error else "ahead" if points > 0 else "behind")
 
 
-# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[table]", "Means of three seeds, \u00b1 one standard error; solved heads: one seed."]
+# %%
 accuracies = {
     task: {method: result(task, method)["accuracy"] for method in COMPARED}
     | {"linear, solved": [solved[task]["class token"]], "vpt-deep, solved": [solved[task]["vpt-deep"]]}
@@ -1301,7 +1301,7 @@ show_table(
     ["test accuracy, %", *columns],
 )
 
-# %% slide=["# Probe, prompts, full fine-tuning", "[picture]", "Bars are means of three seeds, dots the seeds, black lines the solved heads: six hundred steps of sixteen images."] tags=["draw"]
+# %% slide=["# Full fine-tuning leads; prompts beat a finished probe on some tasks", "[picture]", "Bars are means of three seeds, dots the seeds, black lines the solved heads: six hundred steps of sixteen images."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
 for k, (method, colour) in enumerate(zip(COMPARED, colours)):
     places = [t + 0.2 * (k - 1.5) for t in range(len(compared))]
@@ -1364,7 +1364,7 @@ show_table(
 # LoRA of rank 2 trains exactly as many numbers as eight deep prompts, adapters and biases slightly more. One task, by the same
 # rules: the corner of the largest disc.
 
-# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "[table]", "One task, the corner of the largest disc; three seeds, \u00b1 one standard error."]
+# %% slide=["# As many numbers as deep prompts, elsewhere in the network", "? Deep prompts, biases, adapters, LoRA of rank 2: which comes close to full fine-tuning on the largest disc?", "- LoRA, with exactly as many numbers as the prompts", "- biases and adapters lie between", "So it is not the number of trained numbers that holds prompts back here."]
 inside = load_results("adaptation_inside")
 print(inside["command"])
 of_largest = {run["method"]: run for run in [*stored["largest"]["runs"], *inside["runs"]]}
@@ -1437,7 +1437,7 @@ for reading, share in by_reading.items():
     assert abs(share - solved["largest"][reading]) < 0.02
 print("all readings within two points of the stored ones")
 
-# %% slide=["# The place to read matters as much as the method", "? The class token knows the corner of the largest disc in half of the pictures. Has the network not seen it?", "[table]", "Solved heads on frozen tokens, in percent; the last column: full fine-tuning."]
+# %% slide=["# The place to read matters as much as the method", "? The class token knows the corner of the largest disc in half of the pictures. Has the network not seen it?", "It has: even a mean of patches tells where things are, since positions were added to them.", "The class token has not kept it. It was trained to say *what* is there, wherever it is."]
 show_table(
     [
         [
@@ -1692,7 +1692,7 @@ show(figure, "The storage ratio falling with the number of prompts, for three si
 # *Without heads.* Deep prompts lie in the range of the claim from $n=10$ to 93 on ViT-B. ('0.1 % of the parameters' is a
 # factor of 1000.) All methods on ViT-B/16, with a head for 100 classes:
 
-# %% slide=["# What a task adds to ViT-B/16", "[table]", "With a head for 100 classes, four bytes a number."]
+# %% slide=["# What a task adds", "- prompts: tokens, so that each picture costs more", "- adapters: layers that stay", "- LoRA: nothing, once it is merged; but then one task at a time", "? How many times less than a network of its own is stored, on ViT-B?", "Shallow prompts and short deep ones: some hundred times."]
 per_prompt = M / (depths * widths)  # r for one deep prompt, without a head
 assert (per_prompt / 1000).ceil().tolist() == [10, 13, 16] and (per_prompt / 100).floor().tolist() == [
     93,
@@ -1720,7 +1720,7 @@ show_table(rows, ["method", "numbers", "stored", "tokens added", "merged into th
 # Training is not cheap for any but the probe: the gradient has to come back through all blocks. On our backbone
 # (`benchmarks/adaptation.py`; LoRA and adapters were not timed):
 
-# %% slide=["# Small to store is not cheap to train", "[table]", "A step's time, and what a forward pass keeps for the way back, beside full fine-tuning."]
+# %% slide=["# Small to store is not cheap to train", "? A handful of numbers learns. What does a training step save?", "- gradients of the weights, and the optimiser's copies", "- not the way back: it leads through all frozen blocks", "- and prompts make each sequence longer"]
 steps = load_results("benchmark_adaptation")["methods"]
 whole = result("digits", "full")["operations"]
 show_table(
@@ -1771,7 +1771,7 @@ print("8, 50, 100 prompts cost ours", ", ".join(f"{c:.2f}" for c in counted), "t
 #
 # Give each adapted network its old head back, and ask for photographs once more, prompts taken out or left in:
 
-# %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "[table]", "As many as before, to the last bit. With the prompts left in, the network is another one."]
+# %% slide=["# Nothing is forgotten, as the thing is made", "? Take the prompts out, and ask for photographs again. How many are named right?", "As many as before, to the last bit. With the prompts left in, the network is another one."]
 rows = []
 for method in COMPARED:
     of_method = [result(task, method) for task in compared]

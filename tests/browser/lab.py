@@ -92,7 +92,7 @@ def run_all_above(page, text):
     """Click on the menu's entry, the cell with a text being selected."""
     page.evaluate(SELECT, text)
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
-    page.get_by_text("Run All Above Selected Cell", exact=True).click()
+    page.locator(".lm-Menu").get_by_text("Run All Above Selected Cell", exact=True).click()
 
 
 def run_all(page):
