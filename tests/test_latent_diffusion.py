@@ -1231,6 +1231,7 @@ def unfitted(data_folder):
         steps=5,
         batch_size=4,
         warmup_steps=2,
+        precision="fp32",
     )
 
 
