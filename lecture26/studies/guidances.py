@@ -12,17 +12,16 @@ from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.classifier_guidance import classifier_guided
 from lecture26.clip_guidance import clip_guided
 from lecture26.ddpm import ddpm_step
+from lecture26.kit.claims import share_error
 from lecture26.kit.figures import PALETTE
 from lecture26.kit.shapes import leave_out
 from lecture26.recipes import Trained, load_model
 from lecture26.studies.ledger import Ledger, ledger_file
-from lecture26.studies.sizes import SHARES, Sizes
+from lecture26.studies.sizes import NUM_WITHIN, SHARES, Sizes
 from lecture26.studies.sweeps import BATCH_SIZE, NUM_SAMPLES, STEPS, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-NUM_WITHIN = 192  # images with a large shape, for the distance within one size
 
 
 class Way(NamedTuple):
@@ -87,8 +86,7 @@ def guidances_on_one_axis(
 
     Returns:
         The five names, "kappa" of the CLIP; what `Sizes.of_real` says; and "runs": for each setting
-        "guidance", "denoiser", "interval" and "strength", what `Study.run` and `Sizes.of` say, and
-        "frechet_distance_error", the standard error of the distance.
+        "guidance", "denoiser", "interval" and "strength", and what `Study.run` and `Sizes.of` say.
     """
     plain, told = (Study(checkpoint, reader, batch_size) for checkpoint in (model, conditional))
     trained = Trained(classifier)
@@ -97,6 +95,7 @@ def guidances_on_one_axis(
     kappa = noisy_clip.logit_scale.exp().item()
     images = plain.recipe.load_images("test")
     sizes = Sizes(plain.judge, images, num_samples, num_within)
+    further = partial(sizes.of, group=batch_size)
 
     def guide(way: Way, strength: float, wanted: dict[str, Tensor]) -> tuple[Callable, Callable]:
         cond = told.recipe.conditions(wanted)
@@ -120,9 +119,6 @@ def guidances_on_one_axis(
             classifier_guided(denoiser, noisy_classifier, classes(wanted), scale, plain.diffusion),
             ddpm_step,
         )
-
-    def further(samples: Tensor) -> dict:
-        return sizes.of(samples) | {"frechet_distance_error": sizes.distance_error(samples, batch_size)}
 
     def run(way: Way, strength: float) -> dict:
         study = plain if way.denoiser == "unconditional" else told
@@ -185,9 +181,7 @@ def standard_error(run: Mapping, quantity: str) -> float:
     """Of a run's distance as it was measured; of a share of its samples, that of counting."""
     if quantity == "frechet_distance":
         return run["frechet_distance_error"]
-    share = run[quantity]
-    # sqrt(p (1 - p) / n)
-    return (share * (1 - share) / run["num_samples"]) ** 0.5
+    return share_error(run[quantity], run["num_samples"])
 
 
 def _way(run: Mapping) -> Way:

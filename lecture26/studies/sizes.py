@@ -9,6 +9,7 @@ from lecture26.kit.evaluation import extract_features, frechet_distance, read, r
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.readers import Reader
 
+NUM_WITHIN = 192  # images with a large shape, for the distance within one size
 SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.86, 0.93, 0.98)  # of large shapes among real images
 
 
@@ -33,13 +34,14 @@ class Sizes:
         self._reference = self._features_of(torch.arange(num_samples))  # (num_samples, F)
         self._reference_large = self._reference[self._first_large[:num_within]]  # (num_within, F)
 
-    def of(self, samples: Tensor) -> dict:
-        """Say of drawn images (num_samples, C, H, W) how large their shapes are.
+    def of(self, samples: Tensor, group: int) -> dict:
+        """Say of drawn images (num_samples, C, H, W) how large their shapes are, and how sure the distance is.
 
         Returns:
             "share_large", as the reader sees it; "within_large", the "frechet_distance" and "recall" of the
             first `num_within` large ones against as many real large ones, None where there are too few;
-            "contrast_large", the mean standard deviation of a large one, None where there is none.
+            "contrast_large", the mean standard deviation of a large one, None where there is none;
+            "frechet_distance_error", what `distance_error` says for groups of that size.
         """
         shows_large = read(self._reader, samples).predicted["size"] == self._large
         large = samples[shows_large][: self._num_within]
@@ -48,6 +50,7 @@ class Sizes:
             "share_large": shows_large.double().mean().item(),
             "within_large": _compare(self._reference_large, self._features(large)) if enough else None,
             "contrast_large": _contrast(samples[shows_large]) if len(large) else None,
+            "frechet_distance_error": self.distance_error(samples, group),
         }
 
     def of_real(self, shares: Sequence[float] = SHARES) -> dict:

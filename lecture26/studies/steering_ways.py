@@ -11,10 +11,8 @@ from lecture26.classifier_guidance import classifier_guided, classifier_mean_shi
 from lecture26.ddpm import Diffusion, ddpm_step
 from lecture26.recipes import Trained
 from lecture26.studies.ledger import Ledger, ledger_file
-from lecture26.studies.sizes import Sizes
+from lecture26.studies.sizes import NUM_WITHIN, Sizes
 from lecture26.studies.sweeps import BATCH_SIZE, CLASSIFIER_SCALE, NUM_SAMPLES, SAMPLERS, STEPS, Study
-
-NUM_WITHIN = 192  # images with a large shape, for the distance within one size
 
 # What is guided, and by which sampler. "exact shift" moves the mean, as "mean shift" does and behind the
 # clipping of x_0, but by beta_t / sqrt(alpha_t) in the place of Sigma.
@@ -56,13 +54,14 @@ def classifier_guidance_ways(
         state: the name under which finished ways are kept, so that it resumes; None: nowhere.
 
     Returns:
-        "model", "classifier", "reader", "scale", and "runs": for each way "form", "sampler", what `Study.run`
-        and `Sizes.of` say, and "frechet_distance_error", the standard error of the distance.
+        "model", "classifier", "reader", "scale", and "runs": for each way "form", "sampler", and what
+        `Study.run` and `Sizes.of` say.
     """
     study = Study(model, reader, batch_size)
     checkpoint = Trained(classifier)
     network, recipe = checkpoint.network.to(study.device), checkpoint.recipe
     sizes = Sizes(study.judge, study.recipe.load_images("test"), num_samples, num_within)
+    further = partial(sizes.of, group=batch_size)
     path = study.diffusion.respace(steps)
 
     def guide(form: str, sampler: str, wanted: dict[str, Tensor]) -> tuple[Callable, Callable]:
@@ -77,9 +76,6 @@ def classifier_guidance_ways(
         if form == "denoiser":
             return guided, step
         return without_the_first_step(guided, study.network, path), step
-
-    def further(samples: Tensor) -> dict:
-        return sizes.of(samples) | {"frechet_distance_error": sizes.distance_error(samples, batch_size)}
 
     def run(form: str, sampler: str) -> dict:
         way = partial(guide, form, sampler)

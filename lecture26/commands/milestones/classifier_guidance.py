@@ -10,19 +10,13 @@ from lecture26.classifier_guidance import (
     classifier_training_step,
     sample_mean_shifted,
 )
-from lecture26.ddpm import (
-    Diffusion,
-    ddpm_step,
-    noise_like,
-    sample,
-)
+from lecture26.ddpm import Diffusion, ddpm_step, noise_like, sample
 from lecture26.kit.figures import PALETTE
 from lecture26.recipes import Trained
 from lecture26.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
 
 STARS = 8
 STAR_STEPS = 50

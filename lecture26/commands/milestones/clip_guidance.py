@@ -4,24 +4,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lecture26.clip_guidance import (
-    CLIP,
-    Tokenizer,
-    clip_guided,
-    contrastive_step,
-    cosine_similarity_matrix,
-)
-from lecture26.ddpm import (
-    ddpm_step,
-    sample,
-)
+from lecture26.clip_guidance import CLIP, Tokenizer, clip_guided, contrastive_step, cosine_similarity_matrix
+from lecture26.ddpm import ddpm_step, sample
 from lecture26.kit.data import load
 from lecture26.kit.figures import show_grid
 from lecture26.recipes import load_diffusion, load_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
 
 CLIP_TRAINING_STEPS = 40
 PAIRS = 64  # images with their captions, in a batch and for the test

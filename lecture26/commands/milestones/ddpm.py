@@ -21,7 +21,6 @@ from lecture26.kit.figures import PALETTE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 MIXTURE = GaussianMixture(  # that of chapter 01
     weights=[0.5, 0.3, 0.2], means=[[-0.55, -0.35], [0.6, -0.3], [0.05, 0.6]], stds=[0.12, 0.10, 0.16]
 )

@@ -20,7 +20,6 @@ from lecture26.recipes.latent import pipeline_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 SENTENCES = (
     "a large yellow star on a striped background",
     "a small red heart to the left of a large blue ring on a dark background",

@@ -5,16 +5,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lecture26.ddpm import (
-    ddpm_step,
-)
+from lecture26.ddpm import ddpm_step
 from lecture26.kit.figures import show_grid
 from lecture26.recipes.latent import load_pipeline
 from lecture26.the_slides_checked import draw, parts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
 
 CAPTIONS = (
     "a large yellow star on a striped background",

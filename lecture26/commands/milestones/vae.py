@@ -12,7 +12,6 @@ from lecture26.vae import SmallVAE, bound_on_grid, latent_scale, vae_loss, vae_t
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 ENCODED = 64  # images, of which the first six are shown
 SHOWN = 6
 DIGIT_STEPS = 1000

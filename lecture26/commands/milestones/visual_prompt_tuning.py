@@ -24,7 +24,6 @@ from lecture26.visual_prompt_tuning import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 TASK = "digits"
 NUM_PROMPTS = 4
 LEARNING_RATE = 0.1
