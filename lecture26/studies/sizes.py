@@ -35,7 +35,7 @@ class Sizes:
         self._reference_large = self._reference[self._first_large[:num_within]]  # (num_within, F)
 
     def of(self, samples: Tensor, group: int) -> dict:
-        """Say of drawn images (num_samples, C, H, W) how large their shapes are, and how sure the distance is.
+        """Say of drawn images (num_samples, C, H, W) how large their shapes are, and how sure a distance.
 
         Returns:
             "share_large", as the reader sees it; "within_large", the "frechet_distance" and "recall" of the
