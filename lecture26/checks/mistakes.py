@@ -101,3 +101,49 @@ def gradient_in_the_mode_around(score: Callable[[Tensor, Tensor], Tensor]) -> Ca
         return torch.autograd.grad(score(model(x_t, t), target).sum(), x_t)[0]
 
     return wrong
+
+
+# --- Training steps: callables (optimizer, compute) -> the loss, with compute() -> the loss of the batch ---
+
+
+def gradients_kept(optimizer, compute):
+    """The gradients of the step before are not taken away."""
+    value = compute()
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def zeroed_before_the_step(optimizer, compute):
+    """The gradients are taken away before the optimizer has seen them."""
+    value = compute()
+    value.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return value.detach()
+
+
+def step_before_backward(optimizer, compute):
+    """The optimizer steps along the gradients of the step before."""
+    value = compute()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.detach()
+
+
+def loss_after_the_step(optimizer, compute):
+    """The loss is told that the weights have after the step."""
+    optimizer.zero_grad()
+    compute().backward()
+    optimizer.step()
+    return compute().detach()
+
+
+def two_steps(optimizer, compute):
+    """The optimizer steps twice along one gradient."""
+    optimizer.zero_grad()
+    value = compute()
+    value.backward()
+    optimizer.step()
+    optimizer.step()
+    return value.detach()

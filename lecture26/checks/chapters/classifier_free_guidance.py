@@ -12,7 +12,15 @@ from lecture26 import classifier_free_guidance as guidance
 from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast, transposed
-from ..mistakes import per_sample, with_arguments
+from ..mistakes import (
+    gradients_kept,
+    loss_after_the_step,
+    per_sample,
+    step_before_backward,
+    two_steps,
+    with_arguments,
+    zeroed_before_the_step,
+)
 from ..optimizers import OptimizerArgument
 
 
@@ -769,44 +777,6 @@ def _telling(told: Callable) -> Callable:
     return wrong
 
 
-def _gradients_kept(optimizer, loss):
-    value = loss()
-    value.backward()
-    optimizer.step()
-    return value.detach()
-
-
-def _emptied_before_the_step(optimizer, loss):
-    value = loss()
-    value.backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    return value.detach()
-
-
-def _step_before_backward(optimizer, loss):
-    value = loss()
-    optimizer.step()
-    optimizer.zero_grad()
-    return value.detach()
-
-
-def _loss_after_the_step(optimizer, loss):
-    optimizer.zero_grad()
-    loss().backward()
-    optimizer.step()
-    return loss().detach()
-
-
-def _two_steps(optimizer, loss):
-    optimizer.zero_grad()
-    value = loss()
-    value.backward()
-    optimizer.step()
-    optimizer.step()
-    return value.detach()
-
-
 def _both_parts(optimizer, loss_of, x_0, y, t, noise, null_label, u, p):
     optimizer.zero_grad()
     told, untold = loss_of(x_0, t, noise, y), loss_of(x_0, t, noise, null_label.expand_as(y))
@@ -867,29 +837,29 @@ CONDITIONAL_TRAINING_STEP = Exercise(
         ),
         Misconception(
             "old gradients kept",
-            _stepping(_gradients_kept),
+            _stepping(gradients_kept),
             "backward adds to the gradients that are there: those of the step before must be cleared.",
         ),
         Misconception(
             "no gradient at the step",
-            _stepping(_emptied_before_the_step),
+            _stepping(zeroed_before_the_step),
             "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
             "whether it fills or empties them.",
         ),
         Misconception(
             "step before backward",
-            _stepping(_step_before_backward),
+            _stepping(step_before_backward),
             "The optimizer steps while the gradients of the step before stand there; this loss has not been "
             "differentiated yet.",
         ),
         Misconception(
             "loss after the step",
-            _stepping(_loss_after_the_step),
+            _stepping(loss_after_the_step),
             "The loss is computed anew after the weights have moved. Return the one before the step.",
         ),
         Misconception(
             "two steps",
-            _stepping(_two_steps),
+            _stepping(two_steps),
             "The optimizer steps twice along one gradient. There is one step for each gradient.",
         ),
         Misconception(

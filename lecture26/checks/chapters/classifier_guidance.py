@@ -17,11 +17,16 @@ from ..mistakes import (
     gradient_in_the_mode_around,
     gradient_of,
     gradient_of_outputs,
+    gradients_kept,
+    loss_after_the_step,
     schedule_mistakes,
     scores,
+    step_before_backward,
+    two_steps,
     unit,
     with_arguments,
     with_result,
+    zeroed_before_the_step,
 )
 from ..optimizers import OptimizerArgument
 
@@ -1183,44 +1188,6 @@ def _teaching(
     return wrong
 
 
-def _gradients_kept(optimizer, compute):
-    value = compute()
-    value.backward()
-    optimizer.step()
-    return value.detach()
-
-
-def _zeroed_before_the_step(optimizer, compute):
-    value = compute()
-    value.backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    return value.detach()
-
-
-def _step_before_backward(optimizer, compute):
-    value = compute()
-    optimizer.step()
-    optimizer.zero_grad()
-    return value.detach()
-
-
-def _loss_after_the_step(optimizer, compute):
-    optimizer.zero_grad()
-    compute().backward()
-    optimizer.step()
-    return compute().detach()
-
-
-def _two_steps(optimizer, compute):
-    optimizer.zero_grad()
-    value = compute()
-    value.backward()
-    optimizer.step()
-    optimizer.step()
-    return value.detach()
-
-
 CLASSIFIER_TRAINING_STEP = Exercise(
     "classifier_guidance.classifier_training_step",
     '"Training it"',
@@ -1311,28 +1278,28 @@ CLASSIFIER_TRAINING_STEP = Exercise(
         ),
         Misconception(
             "old gradients kept",
-            _teaching(learn=_gradients_kept),
+            _teaching(learn=gradients_kept),
             "backward adds to the gradients that are there: those of the step before must be cleared.",
         ),
         Misconception(
             "no gradient at the step",
-            _teaching(learn=_zeroed_before_the_step),
+            _teaching(learn=zeroed_before_the_step),
             "The weights have not moved: when the optimizer steps, the gradients are empty.",
         ),
         Misconception(
             "step before backward",
-            _teaching(learn=_step_before_backward),
+            _teaching(learn=step_before_backward),
             "The optimizer steps while the gradients of the step before stand there.",
         ),
         Misconception(
             "loss after the step",
-            _teaching(learn=_loss_after_the_step),
+            _teaching(learn=loss_after_the_step),
             "The loss is computed anew after the weights have moved. Return the one that the step began "
             "with.",
         ),
         Misconception(
             "two steps",
-            _teaching(learn=_two_steps),
+            _teaching(learn=two_steps),
             "The optimizer steps twice along one gradient.",
         ),
         *schedule_mistakes(guidance.classifier_training_step, "alpha_bar"),

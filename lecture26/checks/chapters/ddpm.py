@@ -11,7 +11,16 @@ from lecture26 import ddpm
 from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, batches
-from ..mistakes import per_sample, schedule_mistakes, with_arguments
+from ..mistakes import (
+    gradients_kept,
+    loss_after_the_step,
+    per_sample,
+    schedule_mistakes,
+    step_before_backward,
+    two_steps,
+    with_arguments,
+    zeroed_before_the_step,
+)
 from ..optimizers import OptimizerArgument
 
 
@@ -1022,31 +1031,9 @@ def _training_step_cases(seed: int) -> list[Case]:
     return cases
 
 
-def _gradients_kept(optimizer, loss_of, x_0, t, noise):
-    loss = loss_of(x_0, t, noise)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def _zeroed_before_the_step(optimizer, loss_of, x_0, t, noise):
-    loss = loss_of(x_0, t, noise)
-    loss.backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    return loss.detach()
-
-
-def _step_before_backward(optimizer, loss_of, x_0, t, noise):
-    loss = loss_of(x_0, t, noise)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
-
-
-def _loss_after_the_step(optimizer, loss_of, x_0, t, noise):
-    ddpm.training_step(optimizer, loss_of, x_0, t, noise)
-    return loss_of(x_0, t, noise).detach()
+def _stepping(step: Callable) -> Callable:
+    """training_step with another use of the optimizer, a function of it and of one that gives the loss."""
+    return lambda optimizer, loss_of, *batch: step(optimizer, lambda: loss_of(*batch))
 
 
 def _gradient_taken_twice(optimizer, loss_of, x_0, t, noise):
@@ -1056,12 +1043,6 @@ def _gradient_taken_twice(optimizer, loss_of, x_0, t, noise):
     loss.backward()
     optimizer.step()
     return loss.detach()
-
-
-def _two_steps(optimizer, loss_of, x_0, t, noise):
-    loss = ddpm.training_step(optimizer, loss_of, x_0, t, noise)
-    optimizer.step()
-    return loss
 
 
 def _with_factor(factor: Callable[[Tensor], float]) -> Callable:
@@ -1085,24 +1066,24 @@ TRAINING_STEP = Exercise(
     (
         Misconception(
             "old gradients kept",
-            _gradients_kept,
+            _stepping(gradients_kept),
             "backward adds to the gradients that are there: those of the step before must be cleared.",
         ),
         Misconception(
             "no gradient at the step",
-            _zeroed_before_the_step,
+            _stepping(zeroed_before_the_step),
             "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
             "whether it fills or empties them.",
         ),
         Misconception(
             "step before backward",
-            _step_before_backward,
+            _stepping(step_before_backward),
             "The optimizer steps while the gradients of the step before stand there; this loss has not been "
             "differentiated yet.",
         ),
         Misconception(
             "loss after the step",
-            _loss_after_the_step,
+            _stepping(loss_after_the_step),
             "The loss is computed anew after the weights have moved. Return the one that the step began "
             "with.",
         ),
@@ -1113,7 +1094,7 @@ TRAINING_STEP = Exercise(
         ),
         Misconception(
             "two steps",
-            _two_steps,
+            _stepping(two_steps),
             "The optimizer steps twice along one gradient. There is one step for each gradient.",
         ),
         Misconception(

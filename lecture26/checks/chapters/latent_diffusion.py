@@ -13,7 +13,15 @@ from lecture26.ddpm import cosine_betas, q_sample
 from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast, transposed
-from ..mistakes import schedule_mistakes, scores, with_arguments, with_result
+from ..mistakes import (
+    gradients_kept,
+    loss_after_the_step,
+    schedule_mistakes,
+    scores,
+    with_arguments,
+    with_result,
+    zeroed_before_the_step,
+)
 from ..optimizers import OptimizerArgument
 
 # Out of the latent space
@@ -756,31 +764,9 @@ def _stepping(step: Callable) -> Callable:
             cond = text_encoder(torch.where((u < drop)[:, None], empty, tokens))
             return diffusion_loss(lambda z_t, t: denoiser(z_t, t, cond), z_0, t, noise)
 
-        return step(optimizer, loss).detach()
+        return step(optimizer, loss)
 
     return wrong
-
-
-def _gradients_kept(optimizer, loss_of):
-    loss = loss_of()
-    loss.backward()
-    optimizer.step()
-    return loss
-
-
-def _loss_after_the_step(optimizer, loss_of):
-    optimizer.zero_grad()
-    loss_of().backward()
-    optimizer.step()
-    return loss_of()
-
-
-def _zeroed_before_the_step(optimizer, loss_of):
-    loss = loss_of()
-    loss.backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    return loss
 
 
 CAPTIONED_TRAINING_STEP = Exercise(
@@ -896,17 +882,17 @@ CAPTIONED_TRAINING_STEP = Exercise(
         ),
         Misconception(
             "old gradients kept",
-            _stepping(_gradients_kept),
+            _stepping(gradients_kept),
             "backward adds to the gradients that are there: those of the step before must be cleared.",
         ),
         Misconception(
             "no gradient at the step",
-            _stepping(_zeroed_before_the_step),
+            _stepping(zeroed_before_the_step),
             "No weight has moved: the optimizer takes no step, or finds no gradients when it does.",
         ),
         Misconception(
             "loss after the step",
-            _stepping(_loss_after_the_step),
+            _stepping(loss_after_the_step),
             "The loss is computed anew after the weights have moved. Return the one that the step began "
             "with.",
         ),
