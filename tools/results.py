@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from course import ROOT, CourseError, notebook_sources
 from lecture26.kit.checkpoints import list_checkpoints, load_card
-from lecture26.kit.claims import COLUMNS, count_verdicts
+from lecture26.kit.claims import COLUMNS, count_verdicts, share_error
 from lecture26.kit.figures import markdown_table
 from lecture26.kit.results import load_results
 from lecture26.studies.claims import ADAPTED, CLAIMS, mean_accuracy
@@ -128,9 +128,17 @@ def spread(numbers: Mapping, digits: int, factor: float = 1) -> str:
     return f"{median} ({least} to {most})"
 
 
-def with_error(value: float, error: float, factor: float = 1, digits: int = 0) -> str:
+def with_error(value: float, error: float, digits: int = 0) -> str:
     """A value and two standard errors."""
-    return f"{factor * value:.{digits}f} ± {2 * factor * error:.{digits}f}"
+    return f"{value:.{digits}f} ± {2 * error:.{digits}f}"
+
+
+def share_of(value: float, count: int) -> str:
+    """A share of `count` samples in per cent; where none fails, above what it lies."""
+    if value == 1:
+        # (1 - 3 / n)^n = .05: a share of failures above 3 / n would have shown itself in 95 % of such counts
+        return f"100 (> {100 * (1 - 3 / count):.1f})"
+    return with_error(100 * value, 100 * share_error(value, count), digits=1)
 
 
 # --- Tables ---
@@ -198,11 +206,11 @@ def guidances() -> tuple[Rows, list[str]]:
             [
                 NAMES[way],
                 f"{run['strength']:g}",
-                with_error(run["accuracy_all"], standard_error(run, "accuracy_all"), 100),
+                share_of(run["accuracy_all"], run["num_samples"]),
                 with_error(run["frechet_distance"], standard_error(run, "frechet_distance")),
                 f"{run['frechet_distance_real']:.0f}",
                 f"{run['recall']:.2f}",
-                with_error(run["share_large"], standard_error(run, "share_large"), 100),
+                share_of(run["share_large"], run["num_samples"]),
             ]
         )
     columns = ["guidance, and its strength", "strength", "as asked for, %", "Fréchet distance"]
@@ -344,8 +352,8 @@ def page() -> str:
         ),
         section(
             "Guidance on one axis",
-            "At strength 1 each is Bayes' rule. 50 ancestral steps; ± is two standard errors. (Chapters 03 "
-            "to 05.)",
+            "At strength 1 each is Bayes' rule. 50 ancestral steps; ± is two standard errors, > the lower "
+            "end of 95 % where all are right. (Chapters 03 to 05.)",
             guidances(),
             ["guidances_on_one_axis"],
         ),
