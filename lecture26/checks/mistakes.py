@@ -106,7 +106,44 @@ def gradient_in_the_mode_around(score: Callable[[Tensor, Tensor], Tensor]) -> Ca
 # --- Training steps: callables (optimizer, compute) -> the loss, with compute() -> the loss of the batch ---
 
 
-def gradients_kept(optimizer, compute):
+def step_mistakes(training_step: Callable[[Callable], Callable]) -> tuple[Misconception, ...]:
+    """The mistakes that every training step invites in its use of the optimizer.
+
+    training_step: of a function (optimizer, compute), the exercise's function that uses the optimizer so.
+    """
+    return (
+        Misconception(
+            "old gradients kept",
+            training_step(_gradients_kept),
+            "backward adds to the gradients that are there: those of the step before must be cleared.",
+        ),
+        Misconception(
+            "no gradient at the step",
+            training_step(_zeroed_before_the_step),
+            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
+            "whether it fills or empties them.",
+        ),
+        Misconception(
+            "step before backward",
+            training_step(_step_before_backward),
+            "The optimizer steps while the gradients of the step before stand there; this loss has not been "
+            "differentiated yet.",
+        ),
+        Misconception(
+            "loss after the step",
+            training_step(_loss_after_the_step),
+            "The loss is computed anew after the weights have moved. Return the one that the step began "
+            "with.",
+        ),
+        Misconception(
+            "two steps",
+            training_step(_two_steps),
+            "The optimizer steps twice along one gradient. There is one step for each gradient.",
+        ),
+    )
+
+
+def _gradients_kept(optimizer, compute):
     """The gradients of the step before are not taken away."""
     value = compute()
     value.backward()
@@ -114,7 +151,7 @@ def gradients_kept(optimizer, compute):
     return value.detach()
 
 
-def zeroed_before_the_step(optimizer, compute):
+def _zeroed_before_the_step(optimizer, compute):
     """The gradients are taken away before the optimizer has seen them."""
     value = compute()
     value.backward()
@@ -123,7 +160,7 @@ def zeroed_before_the_step(optimizer, compute):
     return value.detach()
 
 
-def step_before_backward(optimizer, compute):
+def _step_before_backward(optimizer, compute):
     """The optimizer steps along the gradients of the step before."""
     value = compute()
     optimizer.step()
@@ -131,7 +168,7 @@ def step_before_backward(optimizer, compute):
     return value.detach()
 
 
-def loss_after_the_step(optimizer, compute):
+def _loss_after_the_step(optimizer, compute):
     """The loss is told that the weights have after the step."""
     optimizer.zero_grad()
     compute().backward()
@@ -139,7 +176,7 @@ def loss_after_the_step(optimizer, compute):
     return compute().detach()
 
 
-def two_steps(optimizer, compute):
+def _two_steps(optimizer, compute):
     """The optimizer steps twice along one gradient."""
     optimizer.zero_grad()
     value = compute()

@@ -13,13 +13,9 @@ from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast, transposed
 from ..mistakes import (
-    gradients_kept,
-    loss_after_the_step,
     per_sample,
-    step_before_backward,
-    two_steps,
+    step_mistakes,
     with_arguments,
-    zeroed_before_the_step,
 )
 from ..optimizers import OptimizerArgument
 
@@ -835,33 +831,7 @@ CONDITIONAL_TRAINING_STEP = Exercise(
             "The loss is taken with and without the labels, weighted by 1 - p and p. The mean is right, "
             "but it asks the network twice: let each sample's draw decide.",
         ),
-        Misconception(
-            "old gradients kept",
-            _stepping(gradients_kept),
-            "backward adds to the gradients that are there: those of the step before must be cleared.",
-        ),
-        Misconception(
-            "no gradient at the step",
-            _stepping(zeroed_before_the_step),
-            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
-            "whether it fills or empties them.",
-        ),
-        Misconception(
-            "step before backward",
-            _stepping(step_before_backward),
-            "The optimizer steps while the gradients of the step before stand there; this loss has not been "
-            "differentiated yet.",
-        ),
-        Misconception(
-            "loss after the step",
-            _stepping(loss_after_the_step),
-            "The loss is computed anew after the weights have moved. Return the one before the step.",
-        ),
-        Misconception(
-            "two steps",
-            _stepping(two_steps),
-            "The optimizer steps twice along one gradient. There is one step for each gradient.",
-        ),
+        *step_mistakes(_stepping),
         Misconception(
             "data and noise swapped",
             with_arguments(

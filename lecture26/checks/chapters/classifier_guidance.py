@@ -17,16 +17,12 @@ from ..mistakes import (
     gradient_in_the_mode_around,
     gradient_of,
     gradient_of_outputs,
-    gradients_kept,
-    loss_after_the_step,
     schedule_mistakes,
     scores,
-    step_before_backward,
-    two_steps,
+    step_mistakes,
     unit,
     with_arguments,
     with_result,
-    zeroed_before_the_step,
 )
 from ..optimizers import OptimizerArgument
 
@@ -1276,32 +1272,7 @@ CLASSIFIER_TRAINING_STEP = Exercise(
             _teaching(loss=lambda logits, y: F.cross_entropy(logits, y[:1].expand_as(y))),
             "The first sample's class is used for all. Each sample has a class of its own.",
         ),
-        Misconception(
-            "old gradients kept",
-            _teaching(learn=gradients_kept),
-            "backward adds to the gradients that are there: those of the step before must be cleared.",
-        ),
-        Misconception(
-            "no gradient at the step",
-            _teaching(learn=zeroed_before_the_step),
-            "The weights have not moved: when the optimizer steps, the gradients are empty.",
-        ),
-        Misconception(
-            "step before backward",
-            _teaching(learn=step_before_backward),
-            "The optimizer steps while the gradients of the step before stand there.",
-        ),
-        Misconception(
-            "loss after the step",
-            _teaching(learn=loss_after_the_step),
-            "The loss is computed anew after the weights have moved. Return the one that the step began "
-            "with.",
-        ),
-        Misconception(
-            "two steps",
-            _teaching(learn=two_steps),
-            "The optimizer steps twice along one gradient.",
-        ),
+        *step_mistakes(lambda learn: _teaching(learn=learn)),
         *schedule_mistakes(guidance.classifier_training_step, "alpha_bar"),
     ),
 )

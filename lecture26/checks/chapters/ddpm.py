@@ -12,14 +12,10 @@ from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, batches
 from ..mistakes import (
-    gradients_kept,
-    loss_after_the_step,
     per_sample,
     schedule_mistakes,
-    step_before_backward,
-    two_steps,
+    step_mistakes,
     with_arguments,
-    zeroed_before_the_step,
 )
 from ..optimizers import OptimizerArgument
 
@@ -1064,38 +1060,11 @@ TRAINING_STEP = Exercise(
     ddpm.training_step,
     _training_step_cases,
     (
-        Misconception(
-            "old gradients kept",
-            _stepping(gradients_kept),
-            "backward adds to the gradients that are there: those of the step before must be cleared.",
-        ),
-        Misconception(
-            "no gradient at the step",
-            _stepping(zeroed_before_the_step),
-            "The weights have not moved: when the optimizer steps, the gradients are empty. Ask of each line "
-            "whether it fills or empties them.",
-        ),
-        Misconception(
-            "step before backward",
-            _stepping(step_before_backward),
-            "The optimizer steps while the gradients of the step before stand there; this loss has not been "
-            "differentiated yet.",
-        ),
-        Misconception(
-            "loss after the step",
-            _stepping(loss_after_the_step),
-            "The loss is computed anew after the weights have moved. Return the one that the step began "
-            "with.",
-        ),
+        *step_mistakes(_stepping),
         Misconception(
             "gradient taken twice",
             _gradient_taken_twice,
             "The loss is computed and differentiated twice, and the gradients add up.",
-        ),
-        Misconception(
-            "two steps",
-            _stepping(two_steps),
-            "The optimizer steps twice along one gradient. There is one step for each gradient.",
         ),
         Misconception(
             "uphill",

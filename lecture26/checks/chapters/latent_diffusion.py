@@ -14,13 +14,11 @@ from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws, cast, transposed
 from ..mistakes import (
-    gradients_kept,
-    loss_after_the_step,
     schedule_mistakes,
     scores,
+    step_mistakes,
     with_arguments,
     with_result,
-    zeroed_before_the_step,
 )
 from ..optimizers import OptimizerArgument
 
@@ -880,22 +878,7 @@ CAPTIONED_TRAINING_STEP = Exercise(
             with_arguments(latent_diffusion.captioned_training_step, t=lambda t, **_: t[:1].expand_as(t)),
             "The first sample's step is used for all. Each sample has a step of its own.",
         ),
-        Misconception(
-            "old gradients kept",
-            _stepping(gradients_kept),
-            "backward adds to the gradients that are there: those of the step before must be cleared.",
-        ),
-        Misconception(
-            "no gradient at the step",
-            _stepping(zeroed_before_the_step),
-            "No weight has moved: the optimizer takes no step, or finds no gradients when it does.",
-        ),
-        Misconception(
-            "loss after the step",
-            _stepping(loss_after_the_step),
-            "The loss is computed anew after the weights have moved. Return the one that the step began "
-            "with.",
-        ),
+        *step_mistakes(_stepping),
     ),
 )
 

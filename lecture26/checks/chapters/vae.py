@@ -13,6 +13,7 @@ from lecture26 import vae
 from ..callables import CallableArgument
 from ..core import Case, Exercise, Misconception
 from ..draws import Draws
+from ..mistakes import step_mistakes
 from ..optimizers import OptimizerArgument
 
 
@@ -1050,37 +1051,9 @@ def _loss_of_step(encode, decode, x, noise, kl_weight):
     return vae.vae_loss(x, x_hat, mean, log_variance, kl_weight)
 
 
-def _old_gradients_kept(optimizer, *others):
-    loss = _loss_of_step(*others)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def _cleared_before_the_step(optimizer, *others):
-    loss = _loss_of_step(*others)
-    loss.backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    return loss.detach()
-
-
-def _step_before_the_gradient(optimizer, *others):
-    loss = _loss_of_step(*others)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
-
-
-def _loss_after_the_step(optimizer, *others):
-    vae.vae_training_step(optimizer, *others)
-    return _loss_of_step(*others).detach()
-
-
-def _two_steps(optimizer, *others):
-    loss = vae.vae_training_step(optimizer, *others)
-    optimizer.step()
-    return loss
+def _stepping(step: Callable) -> Callable:
+    """The step with another use of the optimizer, a function of it and of a callable that gives the loss."""
+    return lambda optimizer, *others: step(optimizer, lambda: _loss_of_step(*others))
 
 
 VAE_TRAINING_STEP = Exercise(
@@ -1089,31 +1062,7 @@ VAE_TRAINING_STEP = Exercise(
     vae.vae_training_step,
     _step_cases,
     (
-        Misconception(
-            "old gradients kept",
-            _old_gradients_kept,
-            "backward adds to the gradients that are there: those of the step before must be cleared.",
-        ),
-        Misconception(
-            "gradients cleared before the step",
-            _cleared_before_the_step,
-            "The gradients are cleared between backward and step, so that the step finds none.",
-        ),
-        Misconception(
-            "step before the gradient",
-            _step_before_the_gradient,
-            "The step comes after backward; here it goes along the gradients of the step before.",
-        ),
-        Misconception(
-            "loss after the step",
-            _loss_after_the_step,
-            "Asked for is the loss that the step began with; here it is computed once more afterwards.",
-        ),
-        Misconception(
-            "two steps",
-            _two_steps,
-            "The optimizer takes two steps along one gradient.",
-        ),
+        *step_mistakes(_stepping),
         Misconception(
             "mean decoded",
             _step_with_draw(lambda mean, log_variance, noise: mean),
