@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
-from tensors import agree, normal, perturbed, seeded
+from diffusers import DDIMScheduler
+from tensors import agree, normal, perturbed, seeded, unet_of_diffusers
 
 from lecture26.classifier_free_guidance import (
     cfg_combine,
@@ -343,19 +343,7 @@ def test_empty_batch(options):
 
 
 def test_network_of_diffusers_is_guided_through_one_lambda():
-    theirs = perturbed(
-        UNet2DModel(
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-            norm_num_groups=4,
-            num_class_embeds=6,
-        )
-    )
+    theirs = unet_of_diffusers(num_class_embeds=6)
     base, x_T, cond, null = (
         Diffusion(linear_betas(100), clip=True),
         normal(2, 3, 8, 8),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 from simulated_device import SIMULATED, simulated_device, values_of
-from tensors import agree, normal, perturbed, seeded
+from tensors import agree, normal, perturbed, seeded, unet_of_diffusers
 from torch.distributions import Categorical, Normal
 
 from lecture26.classifier_guidance import (
@@ -478,18 +478,7 @@ def test_empty_batch(step):
 
 
 def test_unet_of_diffusers_is_guided_through_one_lambda():
-    theirs = perturbed(
-        UNet2DModel(
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-            norm_num_groups=4,
-        )
-    )
+    theirs = unet_of_diffusers()
     base = Diffusion(linear_betas(100), clip=True)
     x_T, y = normal(2, 3, 8, 8), torch.tensor([1, 4])
     guided = classifier_guided(lambda x_t, t: theirs(x_t, t).sample, smooth_classifier, y, 3.0, base)

@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from simulated_device import SIMULATED, simulated_device, values_of
-from tensors import agree, normal, perturbed, seeded
+from tensors import agree, normal, perturbed, seeded, unet_of_diffusers
 from torch import nn
 
 from lecture26 import recipes
@@ -552,17 +551,7 @@ def test_an_empty_batch(through):
 
 @pytest.mark.parametrize("through", ["x_t", "x_0"])
 def test_unet_of_diffusers_as_denoiser(through):
-    theirs = UNet2DModel(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        norm_num_groups=4,
-    )
-    theirs = perturbed(theirs)
+    theirs = unet_of_diffusers()
     clip, diffusion = small_clip(through == "x_t"), Diffusion(linear_betas(100), clip=True).respace(4)
     texts = clip.encode_text(TOKENIZER(["a red star", "a ring"]))
     guided = clip_guided(lambda x_t, t: theirs(x_t, t).sample, clip, texts, 3.0, diffusion, through)

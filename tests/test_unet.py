@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from simulated_device import SIMULATED, simulated_device, values_of
-from tensors import agree, normal, perturbed, seeded
+from tensors import agree, normal, perturbed, seeded, unet_of_diffusers
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -477,17 +477,7 @@ def test_unet_is_a_denoiser(variance):
 
 
 def test_unet_of_diffusers_drops_in_with_one_lambda():
-    theirs = UNet2DModel(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        norm_num_groups=4,
-    )
-    theirs = perturbed(theirs)
+    theirs = unet_of_diffusers()
     diffusion = Diffusion(linear_betas(100), clip=True).respace(10)
     x_T = normal(2, 3, 8, 8)
     denoiser = lambda x_t, t: theirs(x_t, t).sample  # noqa: E731
