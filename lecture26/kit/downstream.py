@@ -271,6 +271,61 @@ class Coloured(ImageSet):
         return {"image": batch["image"].expand(-1, 3, -1, -1), "class": batch["class"]}
 
 
+class UpsideDown(ImageSet):
+    """Images turned upside down.
+
+    Args:
+        images: the set.
+    """
+
+    def __init__(self, images: ImageSet):
+        self._images = images
+        self.channels, self.image_size, self.labels = images.channels, images.image_size, images.labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        batch = self._images.batch(indices)
+        return batch | {"image": batch["image"].flip(2)}
+
+
+class FewOfEach(ImageSet):
+    """A few images of each class of a set, drawn at random.
+
+    Args:
+        images: the set, with the label "class".
+        per_class: how many of each class.
+        seed: decides which.
+
+    Raises:
+        ValueError: if a class has fewer.
+    """
+
+    def __init__(self, images: ImageSet, per_class: int, seed: int = 0):
+        self._images = images
+        self.channels, self.image_size, self.labels = images.channels, images.image_size, images.labels
+        parts = torch.arange(len(images), device="cpu").split(100)
+        classes = torch.cat([images.batch(part)["class"] for part in parts])
+        shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        chosen = []
+        for number, name in enumerate(self.labels["class"]):
+            of_class = shuffled[classes[shuffled] == number]
+            if len(of_class) < per_class:
+                raise ValueError(
+                    f"per_class must be at most the number of images of each class; got {per_class}, and "
+                    f"{name!r} has {len(of_class)}"
+                )
+            chosen.append(of_class[:per_class])
+        self._chosen = torch.cat(chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        return self._images.batch(self._chosen[self._checked(indices)])
+
+
 TASKS = {
     "line_drawings": LineDrawings,
     "counting": Counting,

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lecture26.kit.checkpoints import load_card
-from lecture26.kit.downstream import TASKS, Coloured
+from lecture26.kit.downstream import TASKS, Coloured, FewOfEach
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.precision import choose_precision, say
 from lecture26.kit.processes import process_state
@@ -71,6 +71,7 @@ class Comparison:
         folder: where to keep what was trained, in METHOD.safetensors; None keeps none.
         search: what the runs get that choose the learning rate; None gives them as much as the others.
         about: plain values to keep in these files, beside the method, the number of prompts and the classes.
+        per_class: of how many training images of each class a seed learns, which it draws; None takes all.
     """
 
     vit: nn.Module
@@ -85,6 +86,7 @@ class Comparison:
     folder: Path | None = None
     search: Budget | None = None
     about: dict = field(default_factory=dict)
+    per_class: int | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -216,8 +218,13 @@ class Comparison:
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
         model = build(method, self.vit, len(self.classes), num_prompts, seed)
         budget = replace(budget, precision=self._precision(budget, model))
-        history = fit(model, self.splits["train"], learning_rate, budget, seed, **state)
+        history = fit(model, self.training_images(seed), learning_rate, budget, seed, **state)
         return model.eval(), history
+
+    def training_images(self, seed: int) -> ImageSet:
+        """What a seed's runs learn from."""
+        images = self.splits["train"]
+        return images if self.per_class is None else FewOfEach(images, self.per_class, seed)
 
     def _precision(self, budget: Budget, model: nn.Module) -> str:
         """The precision of all runs: where the budget leaves it open, what is faster for the first model."""

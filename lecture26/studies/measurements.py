@@ -10,6 +10,7 @@ from lecture26.kit.validation import check_choice
 from lecture26.recipes.adaptation import INSIDE, SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
+from lecture26.studies.few_images import adaptation_from_few, photographs_upside_down, textures
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
@@ -123,6 +124,12 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         tasks=("counting", "xray"),
         methods=("linear", "vpt-deep", "full"),
         state="adaptation_widths",
+    ),
+    "adaptation_few_photos": partial(
+        adaptation_from_few, "vit_photos32", photographs_upside_down, state="adaptation_few_photos"
+    ),
+    "adaptation_few_textures": partial(
+        adaptation_from_few, "vit_photos32", textures, state="adaptation_few_textures"
     ),
     "prompt_storage": prompt_storage,
     "adaptation_solved": partial(

@@ -1,0 +1,106 @@
+"""Adapting from few images of each class, the case that prompt tuning was made for (chapter 08).
+
+The design, written before the first run. Ten images of each class, drawn anew by each of five seeds, and 600
+steps of 16: about a hundred epochs, as many as Jia et al. 2022 give their thousand images. Two tasks: one
+near to what the backbone has learned, its ten kinds of photographs, but upside down; one far from it,
+textures. The learning rate is chosen by the validation images, with the first seed. A linear head on the
+frozen backbone is solved to the end, for each of three readings, on the same images. Means over the seeds are
+compared; as a seed gives all methods the same images, the error of a difference is that of the mean of the
+five differences. Less than two of these is a tie.
+"""
+
+from collections.abc import Callable, Sequence
+
+from lecture26.kit.downstream import UpsideDown
+from lecture26.kit.image_set import ImageSet
+from lecture26.recipes import Trained
+from lecture26.recipes.adaptation import NUM_PROMPTS, SHORT_BUDGET, SMALL_BUDGET, Budget, open_task
+from lecture26.recipes.recipe import state_file
+from lecture26.studies.adaptation import Comparison
+from lecture26.studies.ledger import Ledger, ledger_file
+from lecture26.studies.probes import READINGS, see, solved_head
+
+METHODS_FROM_FEW = ("vpt-shallow", "vpt-deep", "lora", "full")
+PER_CLASS = 10
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def photographs_upside_down(image_size: int) -> dict[str, ImageSet]:
+    """The three splits of the folder ./photos, upside down."""
+    return {split: UpsideDown(images) for split, images in open_task("./photos", image_size).items()}
+
+
+def textures(image_size: int) -> dict[str, ImageSet]:
+    """The three splits of the textures."""
+    return open_task("textures", image_size)
+
+
+def adaptation_from_few(
+    backbone: str,
+    open_splits: Callable[[int], dict[str, ImageSet]],
+    methods: Sequence[str] = METHODS_FROM_FEW,
+    per_class: int = PER_CLASS,
+    budget: Budget = SMALL_BUDGET,
+    search: Budget = SHORT_BUDGET,
+    seeds: Sequence[int] = SEEDS,
+    state: str | None = None,
+) -> dict:
+    """Compare methods on few images of each class, and heads solved on the same images.
+
+    Args:
+        backbone: a checkpoint of the family "backbone", with a class token and a square of patches.
+        open_splits: open_splits(image_size) -> the task's images by split.
+        methods: of `lecture26.recipes.adaptation.METHODS`.
+        per_class: how many training images of each class a seed draws.
+        budget, search, seeds: as `lecture26.studies.adaptation.Comparison` has them.
+        state: a name under which finished runs are kept, until `forget_ledger`; None keeps none.
+
+    Returns:
+        "backbone", "per_class", "budget", "search", "seeds"; "runs", for each method what `Comparison.run`
+        says; "solved", by the names of READINGS, for each seed the test accuracy of a solved head.
+
+    Raises:
+        FileNotFoundError: if the task's folder is not there.
+        ValueError: if a class has too few images.
+    """
+    checkpoint = Trained(backbone)
+    splits = open_splits(checkpoint.recipe.image_size)
+    settings = {
+        "budget": vars(budget),
+        "search": vars(search),
+        "per_class": per_class,
+        "backbone": checkpoint.card["sha256"],
+    }
+    comparison = Comparison(
+        checkpoint.network,
+        splits,
+        budget,
+        seeds,
+        ledger=Ledger(None if state is None else ledger_file(state), settings),
+        state_file=None if state is None else state_file(state),
+        search=search,
+        per_class=per_class,
+    )
+    return {
+        "backbone": backbone,
+        "per_class": per_class,
+        "budget": vars(budget),
+        "search": vars(search),
+        "seeds": list(seeds),
+        "solved": solved_from_few(comparison),
+        "runs": [comparison.run(method, NUM_PROMPTS) for method in methods],
+    }
+
+
+def solved_from_few(comparison: Comparison) -> dict[str, list[float]]:
+    """By the names of READINGS, the test accuracy of a head solved on each seed's training images."""
+    look = comparison.vit.eval().forward_features
+    same = {split: see(look, comparison.splits[split]) for split in ("validation", "test")}
+    of_seed = [same | {"train": see(look, comparison.training_images(seed))} for seed in comparison.seeds]
+    return {
+        name: [
+            solved_head({split: (reading(tokens), classes) for split, (tokens, classes) in seen.items()})
+            for seen in of_seed
+        ]
+        for name, reading in READINGS.items()
+    }
