@@ -1,7 +1,7 @@
 """Small tasks for a backbone to be adapted to (chapter 08): coloured images with the label "class".
 
-Six are made by code, each image a pure function of (split, index): drawings in line, things to count or to
-compare, nodules on something like an X-ray picture, textures, and pictures in the dark. Any other data set of
+Five are made by code, each image a pure function of (split, index): drawings in line, things to count or to
+compare, nodules on something like an X-ray picture, and textures. Any other data set of
 the course, such as digits, is cut to the same size.
 """
 
@@ -24,9 +24,6 @@ from lecture26.kit.validation import check_choice
 IMAGE_SIZE = 32
 COUNTS = {"train": 800, "validation": 400, "test": 1000}  # images at most, in each split of each task
 NOISE_SEED = 8
-
-LIGHT = 0.12  # of the light that a picture in the dark has left
-READ_NOISE = 0.03
 
 MOST_THINGS = 6
 CELLS = 3  # things to count lie in different cells of a grid of 3 x 3
@@ -81,18 +78,6 @@ class LineDrawings(MadeByCode):
         inside = shapes.coverage(attributes, indices)  # (B, 1, H, W)
         outline = max_pool2d(inside, kernel_size=3, stride=1, padding=1) - inside
         return (1 - outline).expand(-1, 3, -1, -1), attributes["shape"]
-
-
-class LowLight(MadeByCode):
-    """Shapes in the dark, photographed by a noisy camera; the class is the shape."""
-
-    labels = {"class": SHAPES}
-
-    def _make(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        batch = Shapes(self.split, self.image_size).batch(indices)
-        light = LIGHT * (batch["image"] + 1) / 2  # (B, 3, H, W)
-        noise = SampleDraws(NOISE_SEED, SPLIT_STARTS[self.split] + indices).normal(*light.shape[1:])
-        return light + READ_NOISE * noise, batch["shape"]
 
 
 class Counting(MadeByCode):
@@ -332,7 +317,6 @@ TASKS = {
     "largest": Largest,
     "xray": XRay,
     "textures": Textures,
-    "low_light": LowLight,
 }
 
 
