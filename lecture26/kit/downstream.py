@@ -1,8 +1,8 @@
 """Small tasks for a backbone to be adapted to (chapter 08): coloured images with the label "class".
 
 Five are made by code, each image a pure function of (split, index): drawings in line, things to count or to
-compare, nodules on something like an X-ray picture, and textures. Any other data set of
-the course, such as digits, is cut to the same size.
+compare, nodules on something like an X-ray picture, and textures. Any other data set of the course, such as
+digits, is cut to the same size.
 """
 
 import math
