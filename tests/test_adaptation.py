@@ -925,19 +925,11 @@ def test_the_validation_images_choose_the_penalty():
     parts = {"train": slice(0, 60), "validation": slice(60, 460), "test": slice(460, 860)}
     splits = {split: (x[part], target[part]) for split, part in parts.items()}
 
-    def share(*inverse_penalties):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probes, "INVERSE_PENALTIES", inverse_penalties)
-            return probes.solved_head(splits)
-
-    each = {inverse: share(inverse) for inverse in (1e-6, 1e-2, 1e2)}
+    each = {inverse: probes.solved_head(splits, [inverse]) for inverse in (1e-6, 1e-2, 1e2)}
     assert len(set(each.values())) == 3
-    on_validation = {}
-    for inverse in each:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probes, "INVERSE_PENALTIES", (inverse,))
-            on_validation[inverse] = probes.solved_head(splits | {"test": splits["validation"]})
-    assert share(*each) == each[max(on_validation, key=on_validation.get)]
+    seen = splits | {"test": splits["validation"]}
+    on_validation = {inverse: probes.solved_head(seen, [inverse]) for inverse in each}
+    assert probes.solved_head(splits, list(each)) == each[max(on_validation, key=on_validation.get)]
 
 
 def test_solved_heads_see_the_backbone_and_the_trained_prompts(monkeypatch):
@@ -993,6 +985,7 @@ def test_from_few_images_each_seed_learns_its_own(monkeypatch):
     assert all(len(run["accuracy"]) == 2 for run in study["runs"])
     assert study["solved"].keys() == probes.READINGS.keys()
     assert all(len(shares) == 2 for shares in study["solved"].values())
+    assert len(study["solved_without_penalty"]) == 2
     json.dumps(study)
     forget_ledger("tiny_few")
 

@@ -43,7 +43,9 @@ def see(network: Callable[[Tensor], Tensor], images: ImageSet) -> tuple[Tensor, 
     return torch.cat([network(batch["image"]) for batch in batches]), classes
 
 
-def solved_head(splits: dict[str, tuple[Tensor, Tensor]]) -> float:
+def solved_head(
+    splits: dict[str, tuple[Tensor, Tensor]], inverse_penalties: Sequence[float] = INVERSE_PENALTIES
+) -> float:
     """The test accuracy of a linear head on fixed features, its loss as small as it can be.
 
     For fixed features the loss is convex in the head's weights, and a solver finds its minimum. Before, each
@@ -52,6 +54,7 @@ def solved_head(splits: dict[str, tuple[Tensor, Tensor]]) -> float:
 
     Args:
         splits: features (N, F) and classes (N,) of "train", "validation" and "test".
+        inverse_penalties: those to choose from.
 
     Returns:
         A number in [0, 1].
@@ -62,7 +65,7 @@ def solved_head(splits: dict[str, tuple[Tensor, Tensor]]) -> float:
 
     heads = [
         make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=2_000)).fit(*splits["train"])
-        for inverse in INVERSE_PENALTIES
+        for inverse in inverse_penalties
     ]
     best = max(heads, key=lambda head: head.score(*splits["validation"]))
     return float(best.score(*splits["test"]))
