@@ -684,7 +684,7 @@ def split_by_patient(files, patient_of, share):
 # %%
 def set_aside(root, share):
     """Move the pictures of a share of the patients from root/train to root/validation, class by class."""
-    for file in split_by_patient(sorted((root / "train").glob("*/*.*")), patient_of, share):
+    for file in split_by_patient(sorted((root / "train").glob("*/*.*g")), patient_of, share):  # jpeg, png
         target = root / "validation" / file.parent.name / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)
@@ -992,7 +992,7 @@ progress()
 #
 # ## References
 #
-# - Dhariwal, Nichol 2021, *Diffusion Models Beat GANs on Image Synthesis*: section 4, table 4.
+# - Dhariwal, Nichol 2021, *Diffusion Models Beat GANs on Image Synthesis*: section 4, table 4 (3 in the proceedings).
 # - Nichol, Dhariwal, Ramesh et al. 2022, *GLIDE*: section 2.4.
 # - Ho, Salimans 2022, *Classifier-Free Diffusion Guidance*: section 3.2, tables 1 and 2.
 # - Bansal, Chu, Schwarzschild et al. 2023, *Universal Guidance for Diffusion Models*: section 3.

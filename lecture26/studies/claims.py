@@ -188,9 +188,9 @@ GUIDANCE = (
     Claim(
         "guidance",
         "A larger gradient scale s enforces the class more strongly",
-        "Dhariwal and Nichol 2021, table 4, ImageNet at 256 pixels, FID and IS. Unconditional model: 26.21 "
-        "and 39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = 10. Conditional model: 10.94 "
-        "and 100.98; 4.59 and 186.70; 9.11 and 283.92",
+        "Dhariwal and Nichol 2021, table 4 (3 in the proceedings), ImageNet at 256 pixels, FID and IS. "
+        "Unconditional model: 26.21 and 39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = "
+        "10. Conditional model: 10.94 and 100.98; 4.59 and 186.70; 9.11 and 283.92",
         Verdict.HOLDS,
         "Obedience rises with s here, and there but for the unconditional model's first step; the distance "
         "from the data rises with it here, and from some s on in the paper's conditional model. It is a "
