@@ -89,7 +89,7 @@ prompts = [
     "a small purple cross above a large orange circle on a light background",
 ]
 
-# %% slide=["# A miniature Stable Diffusion, in a dozen lines", "[code: with torch .. images]", "Words in, guided noise down, code out, picture. Each line is a chapter."]
+# %% slide=["# A miniature Stable Diffusion, in a dozen lines", "[code: with torch .. images]", "Words in, noise guided down to a code, a picture out. Each line is a chapter."]
 text_encoder, tokenizer = trained.text_encoder, trained.text_encoder.tokenizer  # chapters 04 and 07
 denoiser, vae = trained.denoiser, trained.vae  # chapters 02 with 07, and 06
 few_steps = trained.diffusion.respace(25)  # chapter 01
@@ -490,7 +490,7 @@ def show_ledger(topic):
     show_table([claim.row() for claim in CLAIMS if claim.topic == topic], COLUMNS)
 
 
-# %% [markdown] slide=["# Guidance: mostly as said, one word wrong", "- A classifier needs training on noise: **holds**.", "- More strength, more obedience: **holds**, at a price.", "- 'Balances' two answers: **wrong**. One of the weights is negative: it walks on beyond."]
+# %% [markdown] slide=["# Guidance: mostly as said, one word wrong", "- A guiding classifier is trained separately: **holds**.", "- More strength, more obedience: **holds**, at a price.", "- 'Balances' two answers: **wrong**. One of the weights is negative: it walks on beyond."]
 # ### Guidance
 
 # %%
@@ -910,7 +910,7 @@ check_answer(
 # %% [markdown]
 # The lecture's 100 to 1000 times is what *one more* task saves. A server keeps the backbone, so $T$ tasks save at most $T$
 # times. By `benchmarks/serving.py`, on one thread, with up to 64 requests in a batch; time is the median of alternating runs,
-# memory that of all parameters; each cell says bank / networks:
+# memory that of all parameters:
 
 # %% slide=["# Memory is what a bank saves", "[table]", "Each further task is some kilobytes. Time is saved where batches would be small."]
 serving = load_results("benchmark_serving")
@@ -923,7 +923,10 @@ rows = [
     ]
     for run in serving["runs"]
 ]
-show_table(rows, ["tasks", "MB", "requests a second", "networks' time / bank's"])
+show_table(
+    rows,
+    ["tasks", "MB: bank / networks", "requests a second: bank / networks", "networks' time / bank's"],
+)
 
 # %% [markdown]
 # With few tasks the networks are a little faster: prompts are tokens that each image pays for. With fifty, each network sees an

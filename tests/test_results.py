@@ -71,7 +71,7 @@ def test_a_new_measurement_is_noticed_on_the_page(monkeypatch):
 
 
 def test_what_the_readme_says_of_its_speed_is_what_was_measured():
-    """Some five per cent slower than diffusers' layer for layer in float32, faster in bfloat16, and folded."""
+    """Layer for layer some five per cent slower than diffusers' in float32, and faster else."""
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert "five per cent slower than diffusers' in float32, and faster in bfloat16" in text
     for setting in results.load_results("benchmark_unet")["settings"]:
