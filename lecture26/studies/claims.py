@@ -22,6 +22,7 @@ CLASSIFIER, CLEAN = "noisy_classifier_shapes32", "clean_classifier_shapes32"
 CLEAN_STEP = 400  # of 1000, at which what the two classifiers still read is compared
 THROUGH_SCALE = 800.0  # chapter 04's, of guidance through the predicted image
 VIT_B = "ViT-B/16"
+SIZES = "{seeds} seeds, {fewest} to {most_tested} test images"  # of measurements of accuracy
 
 
 def chosen(runs: Sequence[Mapping], **wanted: object) -> Mapping:
@@ -72,6 +73,12 @@ def _ahead(rows: Sequence[tuple[str, float, float]]) -> dict[str, int]:
     ahead = sum(exceeds(value, error) for _, value, error in rows)
     behind = sum(exceeds(-value, error) for _, value, error in rows)
     return {"ahead": ahead, "behind": behind, "ties": len(rows) - ahead - behind, "tasks": len(rows)}
+
+
+def _sizes(results: Sequence[Mapping]) -> dict[str, int]:
+    """How many seeds each run has, and on how few and how many images they were tested."""
+    tested = [run["tested"] for result in results for run in result["runs"]]
+    return {"seeds": len(results[0]["seeds"]), "fewest": min(tested), "most_tested": max(tested)}
 
 
 # --- Guidance ---
@@ -448,24 +455,32 @@ def _against_probe(*results: Mapping) -> dict:
             for run in solved["runs"]
         )
 
-    return _ahead(rows) | {
-        "smallest": min(value for _, value, _ in rows),
-        "largest": max(value for _, value, _ in rows),
-        "solved_ahead": ahead("vpt-deep", "class token"),
-        "quarters_ahead": ahead("quarters", "vpt-deep"),
-    }
+    return (
+        _ahead(rows)
+        | _sizes(adapted)
+        | {
+            "smallest": min(value for _, value, _ in rows),
+            "largest": max(value for _, value, _ in rows),
+            "solved_ahead": ahead("vpt-deep", "class token"),
+            "quarters_ahead": ahead("quarters", "vpt-deep"),
+        }
+    )
 
 
 def _against_full(*results: Mapping) -> dict:
     rows = differences(results, "vpt-deep", "full")
-    return _ahead(rows) | {
-        "least": -max(value for _, value, _ in rows),
-        "most": -min(value for _, value, _ in rows),
-    }
+    return (
+        _ahead(rows)
+        | _sizes(results)
+        | {
+            "least": -max(value for _, value, _ in rows),
+            "most": -min(value for _, value, _ in rows),
+        }
+    )
 
 
 def _deep_and_shallow(*results: Mapping) -> dict:
-    return _ahead(differences(results, "vpt-deep", "vpt-shallow"))
+    return _ahead(differences(results, "vpt-deep", "vpt-shallow")) | _sizes(results)
 
 
 def _widths(*results: Mapping) -> dict:
@@ -479,7 +494,7 @@ def _widths(*results: Mapping) -> dict:
             kept += all(value > 2 * error for value, error in pairs)
             compared += 1
             backbones.add(place[0])
-    return {"kept": kept, "compared": compared, "widths": len(backbones)}
+    return {"kept": kept, "compared": compared, "widths": len(backbones)} | _sizes(results)
 
 
 PROMPT_TUNING = (
@@ -548,7 +563,7 @@ PROMPT_TUNING = (
             _against_probe,
             "deep prompts are ahead on {ahead} of {tasks} tasks, and tie on {ties} ({smallest:+.0%} to "
             "{largest:+.0%}); with solved heads on both sides on {solved_ahead}, and a solved head on the "
-            "picture's quarters is ahead of them on {quarters_ahead}",
+            "picture's quarters is ahead of them on {quarters_ahead}; " + SIZES,
             lambda n: (
                 n["behind"] == 0
                 and n["ahead"] > n["tasks"] / 2
@@ -565,13 +580,13 @@ PROMPT_TUNING = (
         "every group with a Swin (table 2 (s)), and with a ViT pretrained without labels: 36.0 against "
         "59.3 on natural tasks (table 4 (s))",
         Verdict.HERE_ONLY,
-        "There, with a ViT that was trained with labels on 14 million pictures; not with the paper's other "
+        "There, with a ViT that was trained with labels on 14 million pictures; less with the paper's other "
         "backbones, and not with our small one.",
         Measurement(
             ADAPTED,
             _against_full,
             "deep prompts are ahead on {ahead} of {tasks} tasks, tie on {ties}, and are {least:.0%} to "
-            "{most:.0%} behind",
+            "{most:.0%} behind; " + SIZES,
             lambda n: n["ahead"] == 0 and n["behind"] > n["tasks"] / 2,
         ),
     ),
@@ -585,7 +600,7 @@ PROMPT_TUNING = (
         Measurement(
             ADAPTED,
             _deep_and_shallow,
-            "deep prompts are ahead of shallow ones on {ahead} of {tasks} tasks, and tie on {ties}",
+            "deep prompts are ahead of shallow ones on {ahead} of {tasks} tasks, and tie on {ties}; " + SIZES,
             lambda n: n["behind"] == 0 and 0 < n["ahead"] < n["tasks"] / 2,
         ),
     ),
@@ -609,7 +624,7 @@ PROMPT_TUNING = (
             ("adaptation_widths", "adaptation_counting", "adaptation_xray"),
             _widths,
             "probe, deep prompts, full fine-tuning, in this order, in {kept} of {compared} comparisons with "
-            "{widths} widths",
+            "{widths} widths, each apart by more than two standard errors; {seeds} seeds, {fewest} test images",
             lambda n: n["kept"] >= n["compared"] - 1,
         ),
     ),
