@@ -117,6 +117,7 @@ def test_without_a_connection_a_name_gives_a_clear_error(monkeypatch, tmp_path):
         raise OSError("no network in this test")
 
     monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library tries again, after some seconds
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="'nobody/nothing' could not be read .* takes a connection"):
         load_stable_diffusion("nobody/nothing")

@@ -624,7 +624,7 @@ PROMPT_TUNING = (
             ("adaptation_widths", "adaptation_counting", "adaptation_xray"),
             _widths,
             "probe, deep prompts, full fine-tuning, in this order, in {kept} of {compared} comparisons with "
-            "{widths} widths, each apart by more than two standard errors; {seeds} seeds, {fewest} test images",
+            "{widths} widths, apart by more than two standard errors; {seeds} seeds, {fewest} test images",
             lambda n: n["kept"] >= n["compared"] - 1,
         ),
     ),
