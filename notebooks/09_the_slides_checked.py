@@ -11,8 +11,8 @@
 #
 # [Previous: 08 Visual prompt tuning](08_visual_prompt_tuning.ipynb)
 #
-# Every part is finished. This chapter puts them together, then holds each number and each comparison of the lecture
-# against papers and against what the course has measured, and takes up the three applications that the lecture names.
+# Every part is finished. This chapter puts them together, holds each number and comparison of the lecture against papers and
+# the course's own measurements, and takes up its three applications.
 #
 # **What you will be able to do**
 #
@@ -703,8 +703,8 @@ def rates(lines):
 
 
 # %% [markdown]
-# Then the backbone is adapted, and other pictures are named. (No `--augment`: a mirrored chest has its heart on the wrong
-# side.) The first command fetches a backbone of timm, 410 MB; `--method compare` trains the lecture's four methods.
+# All of it in order, the backbone of timm (410 MB) being fetched on the way. (No `--augment`: a mirrored chest has its heart on
+# the wrong side.)
 #
 # ```python
 # set_aside(Path("chest_xray"), share=0.1)
@@ -721,8 +721,8 @@ def rates(lines):
 # ```
 #
 # Here all of it runs on a stand-in: films made by code, with a nodule or without, and our small backbone. Its patients are
-# names only, three films each that have nothing in common. So it shows that the commands run, and how to read what comes
-# out; it shows nothing of lungs, nor of prompts on real films.
+# names, three films each that have nothing in common. It shows that the commands run and how to read what comes out; it
+# shows nothing of lungs, nor of prompts on real films.
 
 # %%
 temporary = TemporaryDirectory()
@@ -763,8 +763,8 @@ temporary.cleanup()
 print("adapted:", adapted_lines[0].startswith("vpt-deep"), "· named:", len(named))
 
 # %% [markdown]
-# Accuracy hides what matters where one class is rare. Of the ill, how many were found (**sensitivity**), and of the healthy,
-# how many were left alone (**specificity**)? Beside it, as a control, a judge who calls everybody ill.
+# Accuracy hides what matters where one class is rare: of the ill, how many were found (**sensitivity**), and of the healthy, how
+# many were left alone (**specificity**)? As a control, a judge who calls everybody ill.
 
 # %% slide=["# Look at sensitivity and specificity", "[table]", "Whoever calls everybody ill is right four times out of five, and has a specificity of zero."] tags=["nbval-ignore-output"]
 all_ill = [line.rpartition(": ")[0] + ": NODULE" for line in named]
