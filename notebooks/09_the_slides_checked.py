@@ -703,8 +703,8 @@ def rates(lines):
 
 
 # %% [markdown]
-# All of it in order, the backbone of timm (410 MB) being fetched on the way. (No `--augment`: a mirrored chest has its heart on
-# the wrong side.)
+# All of it in order, in this notebook's folder: Python in a cell, the rest in a terminal. The backbone of timm, 410 MB, is fetched
+# on the way. (No `--augment`: a mirrored chest has its heart on the wrong side.)
 #
 # ```python
 # set_aside(Path("chest_xray"), share=0.1)
