@@ -63,23 +63,18 @@ export class GridDensity {
   /** Segments [x1, y1, x2, y2] of the contour at a level. */
   contour(level) {
     const segments = [];
-    const value = (row, column) => this.values[row * this.size + column];
     for (let row = 0; row + 1 < this.size; row++) {
       for (let column = 0; column + 1 < this.size; column++) {
-        const corners = [
-          [row, column],
-          [row, column + 1],
-          [row + 1, column + 1],
-          [row + 1, column],
-        ];
+        const first = row * this.size + column;
+        const corners = [first, first + 1, first + this.size + 1, first + this.size];
         const crossings = [];
         for (let i = 0; i < 4; i++) {
           const [a, b] = [corners[i], corners[(i + 1) % 4]];
-          const [from, to] = [value(...a), value(...b)];
+          const [from, to] = [this.values[a], this.values[b]];
           if (from >= level === to >= level) continue;
           const share = (level - from) / (to - from);
-          const between = (k) => this.centres[a[k]] + share * (this.centres[b[k]] - this.centres[a[k]]);
-          crossings.push(between(1), between(0));
+          const between = (start, end) => this.centres[start] + share * (this.centres[end] - this.centres[start]);
+          crossings.push(between(a % this.size, b % this.size), between(Math.floor(a / this.size), Math.floor(b / this.size)));
         }
         for (let i = 0; i + 3 < crossings.length; i += 4) segments.push(crossings.slice(i, i + 4));
       }
