@@ -29,10 +29,10 @@ export class GridDensity {
     return this.values.reduce((sum, value, at) => sum + atBorder(value, at), 0) > 0.01;
   }
 
-  /** The distribution of the first coordinate: one number for each column. */
-  marginal() {
+  /** The distribution of the first coordinate, or of the second one (axis 1): one number for each column, or row. */
+  marginal(axis = 0) {
     const sums = new Float64Array(this.size);
-    this.values.forEach((value, at) => (sums[at % this.size] += value));
+    this.values.forEach((value, at) => (sums[axis === 0 ? at % this.size : Math.floor(at / this.size)] += value));
     return sums;
   }
 
@@ -46,6 +46,36 @@ export class GridDensity {
       squares += value * (x * x + y * y);
     });
     return Math.sqrt(Math.max(0, squares - sumX ** 2 - sumY ** 2) / 2);
+  }
+
+  /** How much of it lies where something is true. */
+  shareOf(isTrue) {
+    return this.values.reduce((sum, value, at) => {
+      const [x, y] = [this.centres[at % this.size], this.centres[Math.floor(at / this.size)]];
+      return isTrue(x, y) ? sum + value : sum;
+    }, 0);
+  }
+
+  /**
+   * How far points (count, 2) would have to go, on average, to be spread as it is: the Wasserstein distance of each
+   * coordinate's distribution, and of both the mean.
+   */
+  distanceFrom(points) {
+    return (this.distanceAlong(points, 0) + this.distanceAlong(points, 1)) / 2;
+  }
+
+  distanceAlong(points, axis) {
+    const values = points.filter((_, at) => at % 2 === axis).sort();
+    const masses = this.marginal(axis);
+    const width = (2 * this.reach) / this.size;
+    let [cell, before, sum] = [0, 0, 0]; // before: the mass below the cell
+    values.forEach((value, n) => {
+      const mass = (n + 0.5) / values.length;
+      while (cell < this.size - 1 && before + masses[cell] < mass) before += masses[cell++];
+      const goal = cell * width - this.reach + (width * (mass - before)) / Math.max(masses[cell], Number.MIN_VALUE);
+      sum += Math.abs(value - goal);
+    });
+    return sum / values.length;
   }
 
   /** The densities whose contours enclose these shares of the whole. */
@@ -95,13 +125,11 @@ export function spreadOf(points) {
   return Math.sqrt(Math.max(0, squares / count - (sumX / count) ** 2 - (sumY / count) ** 2) / 2);
 }
 
-/** The share of points (count, 2) whose likeliest class is the one that is asked for. */
-export function shareInClass(points, densities) {
-  let inside = 0;
-  for (let at = 0; at < points.length; at += 2) {
-    if (densities.logClass(points[at], points[at + 1], 1) > Math.log(0.5)) inside++;
-  }
-  return inside / (points.length / 2);
+/** The share of points (count, 2) of which something is true. */
+export function shareOf(points, isTrue) {
+  let count = 0;
+  for (let at = 0; at < points.length; at += 2) if (isTrue(points[at], points[at + 1])) count++;
+  return count / (points.length / 2);
 }
 
 /** How many of the first coordinates of points (count, 2) lie in each of `bins` cells of [-reach, reach]. */

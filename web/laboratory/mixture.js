@@ -82,4 +82,9 @@ export class Densities {
   logClass(x, y, alphaBar) {
     return this.logPrior + this.own.at(x, y, alphaBar) - this.all.at(x, y, alphaBar);
   }
+
+  /** Whether a clean point's likeliest class is the one that is asked for. */
+  isInClass(x, y) {
+    return this.logClass(x, y, 1) > Math.log(0.5);
+  }
 }
