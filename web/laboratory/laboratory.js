@@ -479,7 +479,9 @@ class GuidanceLaboratory extends HTMLElement {
     const { x, y } = this.probe;
     const { base, push, score } = this.scoresAt(panel, x, y, 1.2);
     const arrows = { base: [x, y, ...base], push: [x + base[0], y + base[1], ...push], score: [x, y, ...score] };
-    for (const [kind, arrow] of Object.entries(arrows)) panel.plane.stroke(panel.plane.arrows([arrow]), this.colourOf(kind), 2.6);
+    for (const [kind, arrow] of Object.entries(arrows)) {
+      if (arrow[2] || arrow[3]) panel.plane.stroke(panel.plane.arrows([arrow]), this.colourOf(kind), 2.6);
+    }
   }
 }
 

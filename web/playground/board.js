@@ -12,19 +12,25 @@ const SHELF = 12;
 /** The parts below the controls, as HTML. */
 export const RESULTS = `
   <section class="results" hidden>
-    <h3 tabindex="-1"></h3><div class="tiles"></div><p class="note" aria-live="polite"></p>
+    <h3></h3><div class="tiles"></div><p class="note" aria-live="polite"></p>
   </section>
   <section class="shelf" hidden>
     <h3>Drawn so far</h3><div class="tiles"></div>
     <button type="button" data-do="clear">Clear</button>
   </section>`;
 
+/** What all boards can do. */
 export const ACTIONS = `
   <div class="row"><button type="button" class="go" data-do="draw">Draw</button>
     <button type="button" data-do="seed">New seed</button></div>
   <div class="row"><button type="button" data-do="strip">w from −1 to 8</button>
-    <button type="button" data-do="judge">Draw ${JUDGED}, and judge them</button></div>
-  <progress max="1" value="0" aria-label="progress of the drawing"></progress>`;
+    <button type="button" data-do="judge">Draw ${JUDGED}, and judge them</button></div>`;
+
+/** What all boards say; `text` at first. */
+export const sayings = (text) => `
+  <progress max="1" value="0" aria-label="progress of the drawing"></progress>
+  <p class="said note" aria-live="polite">${text}</p>
+  <p class="verdict" aria-live="polite"></p>`;
 
 /** An element that draws; subclasses say what, and how a step looks. */
 export class Board extends HTMLElement {
@@ -101,19 +107,28 @@ export class Board extends HTMLElement {
   async start(images, listen) {
     try {
       const wish = { ...this.wish(), ...images };
-      if (!this.isLoaded) this.say('Loading the networks…');
+      this.classList.add('started');
+      if (!this.isLoaded) {
+        this.say('Loading the networks…');
+        this.querySelector('progress').removeAttribute('value');
+      }
       const request = (this.request = Symbol('the latest'));
       await this.studio.load();
       this.isLoaded = true;
       if (request !== this.request) return;
       this.begun = performance.now();
       this.studio.draw(wish, (message) => {
-        if (message.kind === 'error') this.say(message.text, true);
+        if (message.kind === 'error') this.fail(message.text);
         else listen(message);
       });
     } catch (error) {
-      this.say(error.message, true);
+      this.fail(error.message);
     }
+  }
+
+  fail(text) {
+    this.progress(0);
+    this.say(text, true);
   }
 
   progress(share) {
@@ -128,7 +143,6 @@ export class Board extends HTMLElement {
     return this.start({ ws: [settings.w], seeds: [settings.seed] }, (message) => {
       if (message.kind === 'step') this.addStep(message, settings.n);
       if (message.kind === 'drawn') this.finish(message, settings);
-      if (message.kind === 'decoded') this.steps.find(({ step }) => step === message.step).images = message.images;
     });
   }
 
@@ -154,9 +168,10 @@ export class Board extends HTMLElement {
     this.progress(1);
     this.showResult();
     const seconds = ((performance.now() - this.begun) / 1000).toFixed(1);
-    this.say(`${asked.text}, w = ${numberText(settings.w)}, seed ${settings.seed}: ${this.steps.length} steps in ${seconds} s`);
+    const slow = this.studio.isFast ? '' : ', some 15 times slower than in a browser that has SIMD';
+    this.say(`${this.steps.length} steps in ${seconds} s${slow}`);
     this.showVerdict(readings[0], asked.wanted);
-    this.putOnShelf(image, `${asked.text}; w = ${numberText(settings.w)}, ${settings.n} steps, seed ${settings.seed}`);
+    this.putOnShelf(image, asked.text, `w = ${numberText(settings.w)}, ${settings.n} steps, seed ${settings.seed}`);
     this.isDone = true;
     this.dispatchEvent(new CustomEvent('drawn', { bubbles: true }));
   }
@@ -204,11 +219,15 @@ export class Board extends HTMLElement {
       tile.className = 'tile';
       tile.innerHTML = '<canvas class="pixels" width="32" height="32"></canvas><span></span>';
       tile.querySelector('span').textContent = text;
-      tile.addEventListener('click', onClick);
+      tile.addEventListener('click', () => {
+        onClick();
+        this.querySelector('.pair').scrollIntoView({ block: 'nearest' });
+      });
       return tile;
     });
     section.querySelector('.tiles').classList.toggle('strip', isStrip);
     section.querySelector('.tiles').replaceChildren(...tiles);
+    section.scrollIntoView({ block: 'nearest' });
     return tiles;
   }
 
@@ -282,16 +301,17 @@ export class Board extends HTMLElement {
 
   // --- Shelf ---
 
-  putOnShelf(image, text) {
+  putOnShelf(image, text, settings) {
     const shelf = this.querySelector('.shelf');
     const figure = document.createElement('figure');
     const canvas = document.createElement('canvas');
     canvas.className = 'pixels';
     canvas.setAttribute('role', 'img');
-    canvas.setAttribute('aria-label', text);
+    canvas.setAttribute('aria-label', `${text}; ${settings}`);
     paintImage(canvas, image);
     const caption = document.createElement('figcaption');
-    caption.textContent = text;
+    caption.innerHTML = `<b>${settings}</b><span></span>`;
+    caption.querySelector('span').textContent = caption.title = text;
     figure.append(canvas, caption);
     const tiles = shelf.querySelector('.tiles');
     tiles.prepend(figure);

@@ -1,6 +1,6 @@
 /** <text-playground>: latent diffusion told a sentence (chapter 07): from noise, from a picture, or a part of one. */
 
-import { ACTIONS, Board, RESULTS } from './board.js';
+import { ACTIONS, Board, RESULTS, sayings } from './board.js';
 import { parseCaption } from './caption.js';
 import { Mask } from './mask.js';
 import { choice, latentColours, paintImage, slider } from './parts.js';
@@ -9,7 +9,11 @@ import { WordField } from './word_field.js';
 
 const MAP_SIDE = 8; // of a word's map
 const PROMPT = 'a large red star to the left of a small blue ring on a dark background';
-const EXAMPLES = [PROMPT, 'a small yellow heart above a large green cross on a light background', 'a large purple crescent on a striped background'];
+const EXAMPLES = {
+  'star and ring': PROMPT,
+  'heart above cross': 'a small yellow heart above a large green cross on a light background',
+  'crescent on stripes': 'a large purple crescent on a striped background',
+};
 let instances = 0;
 
 class TextPlayground extends Board {
@@ -22,13 +26,13 @@ class TextPlayground extends Board {
     const id = `words-${++instances}`;
     const field = (name, text, value, more = '') => `
       <div class="field"><label class="label" for="${id}-${name}">${text}</label>
-        <input type="text" id="${id}-${name}" name="${name}" value="${value}" autocomplete="off" autocapitalize="off" spellcheck="false"
+        <input type="search" id="${id}-${name}" name="${name}" value="${value}" autocomplete="off" autocapitalize="off" spellcheck="false"
           role="combobox" aria-autocomplete="list" aria-expanded="false" aria-controls="${id}-${name}-list" ${more}>
         <ul role="listbox" id="${id}-${name}-list" aria-label="words that may come next" hidden></ul></div>`;
     this.innerHTML = `
       <div class="sentence stack">
         ${field('prompt', 'What to draw', PROMPT)}
-        <div class="row examples">${EXAMPLES.map((text, n) => `<button type="button" data-example="${n}">example ${n + 1}</button>`).join('')}</div>
+        <div class="row examples"><span class="note">or</span>${Object.keys(EXAMPLES).map((name) => `<button type="button" data-example="${name}">${name}</button>`).join('')}</div>
       </div>
       <div class="columns">
         <div class="stack">
@@ -38,14 +42,15 @@ class TextPlayground extends Board {
               <figcaption></figcaption></figure>
             <figure class="state"><canvas class="pixels noisy" width="16" height="16" role="img" aria-label="The noisy latent"></canvas>
               <figcaption>z<sub>t</sub>, the noisy latent: three of its four channels as colours</figcaption></figure>
-            <figure><div class="layers"><canvas class="pixels clean" width="64" height="64" role="img" aria-label="The picture that the network predicts"></canvas>
+            <figure class="guess"><div class="layers"><canvas class="pixels clean" width="64" height="64" role="img" aria-label="The picture that the network predicts"></canvas>
                 <canvas class="map" width="${MAP_SIDE}" height="${MAP_SIDE}" aria-hidden="true"></canvas></div>
               <figcaption>x̂<sub>0</sub>, decoded from what the network takes it for</figcaption></figure>
           </div>
           <label class="slider">step <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled>
             <output name="step">nothing drawn yet</output></label>
-          <div class="looking" hidden><p class="label">Where the places look at a word: point at it</p><div class="words"></div></div>
-          <p class="verdict" aria-live="polite"></p>
+          ${ACTIONS}
+          <div class="looking" hidden><p class="label">Point at a word: yellow is where the network looks at it most</p><div class="words"></div></div>
+          ${sayings('Text encoder, U-Net, decoder and readers (4.3 million weights, 12 MB) are loaded when you first draw.')}
         </div>
         <div class="stack">
           <fieldset><legend>Begin</legend><div class="choices">
@@ -64,8 +69,6 @@ class TextPlayground extends Board {
             ${slider('steps', 'steps of DDIM', { min: 5, max: 50, step: 5, value: 25 })}
             ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
           </div>
-          ${ACTIONS}
-          <p class="said note" aria-live="polite">Text encoder, U-Net, decoder and readers (4.3 million weights, 12 MB) are loaded when you first draw.</p>
         </div>
       </div>
       ${RESULTS}`;
