@@ -1,5 +1,7 @@
 /** The laboratory's elements. */
 
+import { weightSlider } from '../playground/parts.js';
+
 const radio = (name, value, text, isChosen) =>
   `<label class="choice"><input type="radio" name="${name}" value="${value}" ${isChosen ? 'checked' : ''}><span>${text}</span></label>`;
 
@@ -50,10 +52,7 @@ export function markup(ways, panels, samplers, labels) {
   const dot = (label) => `<i class="dot" data-label="${label}"></i>`;
   return `
     <div class="head">
-      <label class="slider strength"><b>strength of guidance w</b>
-        <input type="range" name="w" min="-1" max="8" step="0.1" value="2"><output name="w"></output>
-        <span class="marks" aria-hidden="true"><span style="left:0">−1</span><span style="left:11.1%">0: not guided</span><span style="left:100%">8</span></span>
-      </label>
+      <div class="strength">${weightSlider(0.1, 2)}</div>
       <fieldset><legend>What is asked for</legend><div class="choices">
         ${labels.map((name, label) => radio('label', label, `${dot(label)}${name}`, label === 0)).join('')}
       </div></fieldset>

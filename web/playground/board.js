@@ -51,6 +51,11 @@ export class Board extends HTMLElement {
     throw new Error('a board says what it asks for');
   }
 
+  /** What else makes an image what it is, besides weight, steps and seed: words that go behind these. */
+  get circumstances() {
+    return '';
+  }
+
   /** Show a step of the single drawing. */
   showStep() {
     throw new Error('a board shows its steps');
@@ -138,7 +143,8 @@ export class Board extends HTMLElement {
   // --- One image, step by step ---
 
   drawOne() {
-    const settings = { w: this.value('w'), n: this.value('steps'), seed: this.value('seed') };
+    const { circumstances } = this;
+    const settings = { w: this.value('w'), n: this.value('steps'), seed: this.value('seed'), circumstances };
     this.isDone = false;
     return this.start({ ws: [settings.w], seeds: [settings.seed] }, (message) => {
       if (message.kind === 'step') this.addStep(message, settings.n);
@@ -171,7 +177,7 @@ export class Board extends HTMLElement {
     const slow = this.studio.isFast ? '' : ', some 15 times slower than in a browser that has SIMD';
     this.say(`${this.steps.length} steps in ${seconds} s${slow}`);
     this.showVerdict(readings[0], asked.wanted);
-    this.putOnShelf(image, asked.text, `w = ${numberText(settings.w)}, ${settings.n} steps, seed ${settings.seed}`);
+    this.putOnShelf(image, asked.text, `w = ${numberText(settings.w)}, ${settings.n} steps, seed ${settings.seed}${settings.circumstances}`);
     this.isDone = true;
     this.dispatchEvent(new CustomEvent('drawn', { bubbles: true }));
   }

@@ -1,7 +1,7 @@
 /** <class-playground>: the class-conditional model of chapter 05, guided by itself. */
 
 import { ACTIONS, Board, RESULTS, sayings } from './board.js';
-import { choice, paintImage, slider } from './parts.js';
+import { choice, paintImage, slider, weightSlider } from './parts.js';
 
 const ANY = 8; // the number of the label that says nothing
 const COLOURS = {
@@ -56,7 +56,7 @@ class ClassPlayground extends Board {
         <div class="stack" data-redraws>
           <fieldset><legend>Colour</legend><div class="choices">${colours.join('')}${choice('colour', ANY, 'any')}</div></fieldset>
           <fieldset><legend>Shape</legend><div class="choices">${shapes.join('')}${choice('shape', ANY, 'any')}</div></fieldset>
-          ${slider('w', 'strength of guidance w', { min: -1, max: 8, step: 0.5, value: 1 })}
+          ${weightSlider(0.5, 1)}
           ${slider('steps', 'steps of DDIM', { min: 5, max: 100, step: 5, value: 25 })}
           ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
         </div>

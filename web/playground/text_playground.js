@@ -3,7 +3,7 @@
 import { ACTIONS, Board, RESULTS, sayings } from './board.js';
 import { parseCaption } from './caption.js';
 import { Mask } from './mask.js';
-import { choice, latentColours, paintImage, slider } from './parts.js';
+import { choice, latentColours, paintImage, slider, weightSlider } from './parts.js';
 import { splitWords } from '../engine/text.js';
 import { WordField } from './word_field.js';
 
@@ -65,7 +65,7 @@ class TextPlayground extends Board {
           </div>
           <details><summary>What not to draw</summary>${field('negative', 'Negative prompt', '')}</details>
           <div class="stack" data-redraws>
-            ${slider('w', 'strength of guidance w', { min: -1, max: 8, step: 0.5, value: 2 })}
+            ${weightSlider(0.5, 2)}
             ${slider('steps', 'steps of DDIM', { min: 5, max: 50, step: 5, value: 25 })}
             ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
           </div>
@@ -162,6 +162,12 @@ class TextPlayground extends Board {
   asked() {
     const words = this.words();
     return { text: words.join(' '), wanted: parseCaption(words)?.wanted ?? null };
+  }
+
+  get circumstances() {
+    const begun = { noise: '', picture: `, from a picture at strength ${this.value('strength')}`, fill: ', filled in' }[this.mode];
+    const negative = this.words('negative').join(' ');
+    return negative ? `${begun}, not: ${negative}` : begun;
   }
 
   // --- What is shown ---
