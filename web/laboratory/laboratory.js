@@ -298,7 +298,7 @@ class GuidanceLaboratory extends HTMLElement {
     const output = (name, text) => (this.querySelector(`output[name=${name}]`).textContent = text);
     output('w', numberText(this.w.toFixed(1)));
     const { numSteps } = this.schedule;
-    output('steps', this.sampler.evaluations === 1 ? numSteps : `${numSteps}, each asks twice`);
+    output('steps', this.sampler.evaluations === 1 ? numSteps : `${numSteps} (${this.sampler.evaluations * numSteps} evaluations)`);
     this.querySelector('input[name=time]').max = numSteps;
     this.paintedStep = null;
     this.draw();
@@ -354,7 +354,7 @@ class GuidanceLaboratory extends HTMLElement {
   sentence() {
     const { w } = this;
     if (w === -1) return 'Nothing is asked for: classifier-free guidance draws all of the data.';
-    if (w < 0) return 'The class is asked for by half: some samples stay with the other one.';
+    if (w < 0) return 'The class is asked for in part: some samples stay with the other one.';
     if (w === 0) return 'The class is asked for, and not guided: the samples spread over it as the data do.';
     const [unguided, , free] = this.panels;
     const seen = 'Guided: the samples crowd together, away from the other class';
@@ -479,9 +479,7 @@ class GuidanceLaboratory extends HTMLElement {
     const { x, y } = this.probe;
     const { base, push, score } = this.scoresAt(panel, x, y, 1.2);
     const arrows = { base: [x, y, ...base], push: [x + base[0], y + base[1], ...push], score: [x, y, ...score] };
-    for (const [kind, arrow] of Object.entries(arrows)) {
-      if (arrow[2] || arrow[3]) panel.plane.stroke(panel.plane.arrows([arrow]), this.colourOf(kind), 2.6);
-    }
+    for (const [kind, arrow] of Object.entries(arrows)) panel.plane.stroke(panel.plane.arrows([arrow]), this.colourOf(kind), 2.6);
   }
 }
 

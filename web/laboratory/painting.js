@@ -45,11 +45,12 @@ export class Plane {
     this.pen.globalAlpha = 1;
   }
 
-  /** Arrows [x, y, dx, dy] as a path. */
+  /** Arrows [x, y, dx, dy] as a path; those of no length are left out. */
   arrows(arrows) {
     const head = 4.5 * this.thin;
     const path = new Path2D();
     for (const [x, y, dx, dy] of arrows) {
+      if (dx === 0 && dy === 0) continue;
       const angle = Math.atan2(dy, dx);
       path.moveTo(x, y);
       path.lineTo(x + dx, y + dy);
