@@ -143,43 +143,39 @@ export class Board extends HTMLElement {
   // --- One image, step by step ---
 
   drawOne() {
-    const { circumstances } = this;
-    const settings = { w: this.value('w'), n: this.value('steps'), seed: this.value('seed'), circumstances };
+    const [w, steps, seed] = ['w', 'steps', 'seed'].map((name) => this.value(name));
+    const told = { ...this.asked(), settings: `w = ${numberText(w)}, ${steps} steps, seed ${seed}${this.circumstances}` };
     this.isDone = false;
-    return this.start({ ws: [settings.w], seeds: [settings.seed] }, (message) => {
-      if (message.kind === 'step') this.addStep(message, settings.n);
-      if (message.kind === 'drawn') this.finish(message, settings);
+    this.steps = [];
+    return this.start({ ws: [w], seeds: [seed] }, (message) => {
+      if (message.kind === 'step') this.addStep(message, steps);
+      if (message.kind === 'drawn') this.finish(message, told);
     });
   }
 
   addStep(message, count) {
-    if (!this.steps.length || message.step >= this.steps.at(-1).step) this.steps = [];
     this.steps.push(message);
     this.progress(1 - message.step / count);
     const scrubber = this.querySelector('input[name=step]');
     scrubber.disabled = false;
     scrubber.max = count;
-    if (this.steps.length === 1) scrubber.min = 0;
     scrubber.value = message.step + 1;
     this.showStep(message);
     this.sayStep(message.step + 1, message.t);
   }
 
-  finish({ images, readings }, settings) {
-    const asked = this.asked();
-    const [image] = images;
-    this.result = { image, reading: readings[0], ...settings };
-    const scrubber = this.querySelector('input[name=step]');
-    scrubber.value = 0;
+  /** The end of a drawing, of which it was told: {text, wanted, settings}. */
+  finish({ images: [image], readings: [reading] }, { text, wanted, settings }) {
+    this.result = { image, noise: this.steps[0]?.noisy[0], text };
+    this.querySelector('input[name=step]').value = 0;
     this.progress(1);
     this.showResult();
     const seconds = ((performance.now() - this.begun) / 1000).toFixed(1);
     const slow = this.studio.isFast ? '' : ', some 15 times slower than in a browser that has SIMD';
     this.say(`${this.steps.length} steps in ${seconds} s${slow}`);
-    this.showVerdict(readings[0], asked.wanted);
-    this.putOnShelf(image, asked.text, `w = ${numberText(settings.w)}, ${settings.n} steps, seed ${settings.seed}${settings.circumstances}`);
+    this.showVerdict(reading, wanted);
+    this.putOnShelf(image, text, settings);
     this.isDone = true;
-    this.dispatchEvent(new CustomEvent('drawn', { bubbles: true }));
   }
 
   showVerdict(reading, wanted) {
@@ -199,12 +195,13 @@ export class Board extends HTMLElement {
     this.sayStep(position, message.t);
   }
 
-  /** Show the finished image. */
+  /** Show the finished image, beside the noise that it began with. */
   showResult() {
     this.sayStep(0);
   }
 
   sayStep(position, t) {
+    this.classList.toggle('done', position === 0);
     const text = position === 0 ? 'the end' : `${position} before the end, code t = ${t}`;
     this.querySelector('output[name=step]').textContent = text;
     this.querySelector('input[name=step]').setAttribute('aria-valuetext', text);

@@ -34,6 +34,10 @@ export function weightSlider(step, value) {
   return slider('w', 'strength of guidance w', { min: -1, max: 8, step, value, below });
 }
 
+/** What is below a picture, while it is drawn and when it is done. */
+export const caption = (during, after) =>
+  `<figcaption><span class="during">${during}</span><span class="after">${after}</span></figcaption>`;
+
 /** One of several choices. */
 export function choice(name, value, text, isChosen = false) {
   return `<label class="choice"><input type="radio" name="${name}" value="${value}" ${isChosen ? 'checked' : ''}>

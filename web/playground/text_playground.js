@@ -3,7 +3,7 @@
 import { ACTIONS, Board, RESULTS, sayings } from './board.js';
 import { parseCaption } from './caption.js';
 import { Mask } from './mask.js';
-import { choice, latentColours, paintImage, slider, weightSlider } from './parts.js';
+import { caption, choice, latentColours, paintImage, slider, weightSlider } from './parts.js';
 import { splitWords } from '../engine/text.js';
 import { WordField } from './word_field.js';
 
@@ -41,10 +41,10 @@ class TextPlayground extends Board {
                 <canvas class="pixels mask" tabindex="0" role="application" aria-label="The part to draw anew: paint it, or move the brush with the arrow keys and paint with the space bar"></canvas></div>
               <figcaption></figcaption></figure>
             <figure class="state"><canvas class="pixels noisy" width="16" height="16" role="img" aria-label="The noisy latent"></canvas>
-              <figcaption>z<sub>t</sub>, the noisy latent: three of its four channels as colours</figcaption></figure>
+              ${caption('z<sub>t</sub>, the noisy latent: three of its four channels as colours', 'z<sub>T</sub>, the latent noise it began with: three of four channels')}</figure>
             <figure class="guess"><div class="layers"><canvas class="pixels clean" width="64" height="64" role="img" aria-label="The picture that the network predicts"></canvas>
                 <canvas class="map" width="${MAP_SIDE}" height="${MAP_SIDE}" aria-hidden="true"></canvas></div>
-              <figcaption>x̂<sub>0</sub>, decoded from what the network takes it for</figcaption></figure>
+              ${caption('x̂<sub>0</sub>, decoded from what the network takes it for', 'x<sub>0</sub>, what it has drawn, decoded')}</figure>
           </div>
           <label class="slider">step <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled>
             <output name="step">nothing drawn yet</output></label>
@@ -186,8 +186,8 @@ class TextPlayground extends Board {
   showResult() {
     super.showResult();
     paintImage(this.querySelector('.clean'), this.result.image);
-    const last = this.steps.at(-1);
-    if (last) paintImage(this.querySelector('.noisy'), latentColours(last.noisy[0]));
+    const { noise } = this.result; // none where no step was taken
+    if (noise) paintImage(this.querySelector('.noisy'), latentColours(noise));
     this.maps = this.meanMaps();
     this.showWords();
     this.showMap();
@@ -204,7 +204,7 @@ class TextPlayground extends Board {
 
   /** The words of the drawing as buttons. */
   showWords() {
-    const words = this.words();
+    const words = splitWords(this.result.text);
     this.querySelector('.looking').hidden = !this.maps;
     this.querySelector('.words').replaceChildren(
       ...words.map((word, n) => {
