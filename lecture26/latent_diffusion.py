@@ -925,7 +925,10 @@ def load_stable_diffusion(name="stable-diffusion-v1-5/stable-diffusion-v1-5"):
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
         schedule = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
     except OSError as error:
-        raise ValueError(f"{name!r} could not be read or downloaded: {error}") from error
+        raise ValueError(
+            f"{name!r} could not be read or downloaded: name must be the folder of a model, or that of one "
+            f"on the Hugging Face hub, which takes a connection ({error})"
+        ) from error
     predictions = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
     diffusion = Diffusion(schedule.betas.double(), predictions[schedule.config.prediction_type])
     return LatentDiffusion(

@@ -13,7 +13,7 @@ import torch
 from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.ddpm import ddim_step, noise_like, reverse_chain
 from lecture26.kit.validation import check_positive_int
-from lecture26.latent_diffusion import checked_prompts, from_latents
+from lecture26.latent_diffusion import checked_prompts, from_latents, initial_noise
 
 # --- A miniature Stable Diffusion ---
 
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
     """What a text-to-image model is made of; each may be exchanged for another that is called alike.
 
     Fields as `words_to_images` takes them, and:
-        tokenizer: callable, B texts -> tokens (B, L).
+        tokenizer: callable, B texts -> tokens (B, L), on the device where the parts compute.
         shape: of the latents of one image, (c, h, w).
     """
 
@@ -84,7 +84,7 @@ def parts_of(pipeline, w=2.0, steps=25):
     """The parts of a LatentDiffusion, this course's or a `load_stable_diffusion`.
 
     Args:
-        pipeline: the LatentDiffusion.
+        pipeline: the LatentDiffusion, on the device where it stays.
         w: weight of classifier-free guidance.
         steps: of DDIM.
 
@@ -95,8 +95,9 @@ def parts_of(pipeline, w=2.0, steps=25):
         TypeError: if steps is no int.
         ValueError: if steps is out of the pipeline's range.
     """
+    device = pipeline.example().device
     return Parts(
-        tokenizer=pipeline.text_encoder.tokenizer,
+        tokenizer=lambda texts: pipeline.text_encoder.tokenizer(texts).to(device),
         encode_text=pipeline.text_encoder,
         denoiser=pipeline.denoiser,
         guide=partial(classifier_free_guided, w=w),
@@ -125,9 +126,10 @@ def draw(parts, prompts, generator=None):
         ValueError: if there is none, or one is empty.
     """
     prompts = checked_prompts(prompts)
-    z_T = torch.randn(len(prompts), *parts.shape, generator=generator)
+    tokens = parts.tokenizer(prompts)
+    z_T = initial_noise((len(prompts), *parts.shape), generator, torch.empty(0, device=tokens.device))
     return words_to_images(
-        parts.tokenizer(prompts),
+        tokens,
         parts.tokenizer([""] * len(prompts)),
         parts.encode_text,
         parts.denoiser,
@@ -199,16 +201,18 @@ def serve(requests, answer, batch_size):
         while batch[-1] is not None and len(batch) < batch_size and not requests.empty():
             batch.append(requests.get())
         is_open = batch[-1] is not None
-        batch = [request for request in batch if request is not None]
+        # the None is left out, and whoever waits no more
+        batch = [one for one in batch if one is not None and one.reply.set_running_or_notify_cancel()]
         try:
             with torch.inference_mode():
                 images = torch.stack([request.image for request in batch]) if batch else None
                 answers = answer(images, [request.task for request in batch]) if batch else []
+            answered = list(zip(batch, answers, strict=True))
         except Exception as error:
             for request in batch:
                 request.reply.set_exception(error)
         else:
-            for request, one in zip(batch, answers, strict=True):
+            for request, one in answered:
                 request.reply.set_result(one)
 
 

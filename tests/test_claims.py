@@ -11,6 +11,7 @@ from lecture26.kit.claims import (
     Measurement,
     Verdict,
     count_verdicts,
+    exceeds,
     is_above,
     share_error,
 )
@@ -57,6 +58,13 @@ def test_where_nothing_was_measured_the_row_says_so():
     assert Claim("topic", "It works", "", Verdict.WRONG, "Why.").measured() == NOTHING_MEASURED
 
 
+def test_what_is_shown_without_a_measurement_says_where(stored):
+    told = Claim("topic", "It works", "", Verdict.WRONG, "Why.", shown="chapter 01, (1.1)")
+    assert told.measured() == "nothing was measured; shown in chapter 01, (1.1)"
+    with pytest.raises(ValueError, match=r"shown is for what has no measurement; got 'chapter 01'"):
+        Claim("topic", "", "", Verdict.HOLDS, "", claim().measurement, "chapter 01")
+
+
 def test_a_card_is_a_source(monkeypatch):
     monkeypatch.setattr(kit, "load_card", {"model": {"seconds": 60}}.__getitem__)
     told = Measurement((CARD + "model",), lambda card: card, "{seconds}", lambda numbers: True)
@@ -64,6 +72,8 @@ def test_a_card_is_a_source(monkeypatch):
 
 
 def test_two_standard_errors_decide():
+    # 2 * hypot(3, 4) = 10
+    assert exceeds(10.1, 3, 4) and not exceeds(9.9, 3, 4)
     assert share_error(0.5, 100) == pytest.approx(0.05)
     # 0.1 apart, with a standard error of 0.0707 for the difference of two shares near a half
     assert not is_above(0.6, 0.5, 100)
@@ -76,6 +86,61 @@ def test_every_verdict_stands_on_what_is_stored(of_lecture):
     assert of_lecture.measured()
     assert of_lecture.why.endswith(".") and of_lecture.papers
     assert not any("|" in cell for cell in of_lecture.row())
+
+
+# Numbers that would turn a verdict over, one set for each of its reasons.
+TURNED = {
+    "A larger gradient scale s enforces the class more strongly": [
+        {"high": 0.5},
+        {"high_distance": 55.0},
+        {"large": 0.5},
+    ],
+    "CLIP guidance works like classifier guidance": [{"in_errors": 2.1}],
+    "A guiding classifier has to be trained separately": [
+        {"clean": 0.97},
+        {"clean": 0.6},
+        {"through": 0.02},
+    ],
+    "Classifier-free guidance needs no classifier and simplifies the workflow": [
+        {"one": 2.5},
+        {"free_least": 1.4},
+    ],
+    "w controls how strongly the condition acts": [{"some": 0.6}, {"most": 1.0}],
+    "Its weight needs careful tuning": [{"twice": 40.0}, {"kept": 30.0}],
+    "It costs about four times less than diffusion of pixels": [{"plain": 2.9}, {"folded": 3.1}],
+    "It saves 75 % of the training costs": [{"plain": 0.5}, {"folded": 0.7}],
+    "What is stored for a task is 0.1 % of the parameters": [
+        {"shallow": 0.01},
+        {"short": 0.01},
+        {"long": 0.001},
+    ],
+    "Many tasks need 100 to 1000 times less storage": [
+        {"shallow": 900.0},
+        {"short": 90.0},
+        {"long": 110.0},
+        {"bank": 10.5},
+    ],
+    "It prevents catastrophic forgetting": [{"moved": 0.001}, {"prompted": 0.78}, {"full": 0.78}],
+    "It outperforms linear probing": [
+        {"behind": 1},
+        {"ahead": 3},
+        {"solved_ahead": 5},
+        {"quarters_ahead": 3},
+    ],
+    "It matches full fine-tuning on many tasks": [{"ahead": 1}, {"behind": 3}],
+    "Prompts at every block adapt more deeply than at the first": [{"behind": 1}, {"ahead": 0}, {"ahead": 5}],
+    "It works consistently for ViT-Base, Large and Huge": [{"kept": 4}],
+}
+
+
+def test_every_verdict_could_come_out_otherwise():
+    measured = {one.slide: one.measurement for one in CLAIMS if one.measurement}
+    assert set(TURNED) == set(measured)
+    for slide, changes in TURNED.items():
+        numbers = measured[slide].numbers()
+        for change in changes:
+            assert change.keys() <= numbers.keys(), slide
+            assert not measured[slide].stands(numbers | change), (slide, change)
 
 
 def test_sources_are_stored_results_or_cards():

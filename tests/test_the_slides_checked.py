@@ -7,6 +7,7 @@ from queue import Queue
 
 import pytest
 import torch
+from simulated_device import SIMULATED, simulated_device, values_of
 
 from lecture26.classifier_free_guidance import classifier_free_guided
 from lecture26.ddpm import Diffusion, ddim_step, linear_betas
@@ -63,6 +64,13 @@ def test_a_seed_decides_what_is_drawn_and_each_part_leaves_its_mark(parts):
 def test_the_scale_is_left_once(parts):
     images = draw(parts, ["one"], seeded())
     assert torch.allclose(draw(parts._replace(latent_scale=1.0), ["one"], seeded()), 2 * images)
+
+
+def test_all_is_drawn_where_the_tokens_are(parts):
+    with simulated_device():
+        elsewhere = parts._replace(tokenizer=lambda texts: parts.tokenizer(texts).to(SIMULATED))
+        images = values_of(draw(elsewhere, ["one", "three"], seeded()))
+    assert torch.allclose(images, draw(parts, ["one", "three"], seeded()), atol=1e-5)
 
 
 @pytest.mark.parametrize("prompts", [[], [""], ["one", "  "]])
@@ -172,6 +180,27 @@ def test_an_error_is_handed_to_its_batch_and_the_server_goes_on():
     serve(queue, SeparateModels(TASKS), batch_size=1)
     assert isinstance(replies[1].exception(), KeyError)
     assert values(replies[::2]) == [[0.0] * 4, [8.0]]
+
+
+def test_who_waits_no_more_is_left_out():
+    seen = []
+
+    def answer(images, names):
+        seen.extend(images[:, 0, 0, 0].tolist())
+        return SeparateModels(TASKS)(images, names)
+
+    queue, replies = asked(["sum", "sum", "sum", "sum"])
+    for number in (1, 3):
+        assert replies[number].cancel()
+    serve(queue, answer, batch_size=2)
+    assert values(replies[::2]) == [[0.0], [8.0]] and seen == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("missing", [1, -1])
+def test_too_few_or_too_many_answers_are_an_error_of_their_batch(missing):
+    queue, replies = asked(["sum", "sum", "sum"])
+    serve(queue, lambda images, names: [0.0] * (len(names) - missing), batch_size=2)
+    assert all(isinstance(reply.exception(timeout=60), ValueError) for reply in replies)
 
 
 def test_a_batch_size_below_one_is_refused():

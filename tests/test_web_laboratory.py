@@ -6,6 +6,7 @@ import pytest
 import torch
 from browser_code import run_in_node
 from scipy.integrate import solve_ivp
+from scipy.stats import wasserstein_distance
 
 from lecture26.classifier_free_guidance import classifier_free_guided, exact_conditional_denoiser
 from lecture26.classifier_guidance import classifier_guided, exact_classifier
@@ -218,6 +219,7 @@ def test_a_density_on_a_grid(found):
     mean = values @ grid
     variance = values @ ((grid - mean) ** 2).sum(dim=1) / 2
     assert_close(found["grid"]["spread"], variance.sqrt())
+    assert_close(found["grid"]["share"], values @ (log_class(grid) > -0.693147).double())
     # the contour at a level goes where the density has it, and encloses half of the mass
     level, segments = found["contour"]["level"], torch.tensor(found["contour"]["segments"])
     assert values[values >= level].sum().item() == pytest.approx(0.5, abs=0.02)
@@ -226,6 +228,16 @@ def test_a_density_on_a_grid(found):
     log_values = (1 + W) * OWN.log_prob(grid) - W * ALL.log_prob(grid)
     wanted = torch.tensor(level).log() + log_values.logsumexp(dim=0)
     assert (log_at - wanted).abs().max() < 0.15
+
+
+def test_the_distance_of_points_from_a_density_on_a_grid(found, points):
+    centres = (torch.arange(SIZE, dtype=torch.float64) + 0.5) / SIZE * 2 * REACH - REACH
+    values = torch.tensor(found["grid"]["values"], dtype=torch.float64).reshape(SIZE, SIZE)
+    along = [
+        wasserstein_distance(points[:, axis], centres, v_weights=values.sum(dim=axis)) for axis in (0, 1)
+    ]
+    assert found["grid"]["distance"] == pytest.approx(sum(along) / 2, abs=0.01)  # the width of a cell: .03
+    assert along[0] > 0.3 and along[1] > 0.3  # far more than what the test allows
 
 
 def test_what_is_measured_of_points(found, points):

@@ -25,6 +25,7 @@ from lecture26.kit.checkpoints import list_checkpoints, load_card
 from lecture26.kit.claims import COLUMNS, count_verdicts, share_error
 from lecture26.kit.figures import markdown_table
 from lecture26.kit.results import load_results
+from lecture26.recipes import classifiers, ddpm, latent
 from lecture26.studies.claims import ADAPTED, CLAIMS, mean_accuracy
 from lecture26.studies.guidances import NAMES, Way, standard_error
 
@@ -36,8 +37,9 @@ What this course has measured, in tables. The page is made from stored results b
 which command, on which machine and with which versions they were made.
 `python -m lecture26 measure NAME --replace` makes a measurement anew.
 
-Two settings are called different where they lie more than two standard errors apart. A Fréchet distance
-always stands beside that of real images against real ones, with as many samples."""
+Two settings are called different where they lie more than two standard errors apart; ± is two standard
+errors. A Fréchet distance always stands beside that of real images against real ones, with as many
+samples."""
 
 Rows = list[list[str]]
 
@@ -90,7 +92,7 @@ GALLERY = (
         "stars.png",
         'sample --model ddpm_shapes32 --guidance classifier --class "red star" --sampler ddpm --count 36',
         ("ddpm_shapes32", "noisy_classifier_shapes32"),
-        "A six by six grid, nearly all of them red stars",
+        "A six by six grid, most of them red stars",
     ),
     Drawing(
         "moons.png",
@@ -342,18 +344,23 @@ def made(name: str) -> str:
 
 def page() -> str:
     """docs/results.md."""
+    on_axis = load_results("guidances_on_one_axis")["runs"][0]
+    seeds = load_results(ADAPTED[0])["seeds"]
+    batch_size = load_results("benchmark_serving")["batch_size"]
     parts = [
         PAGE_HEAD,
         section(
             "Models",
             "The checkpoints that come with the course, by their cards. *Last training* is that of the "
-            "card; some go on from earlier ones.",
+            f"card; some go on from earlier ones. Distances are of {ddpm.EVALUATION_SAMPLES} samples; a "
+            f"classifier's shares of {classifiers.EVALUATION_IMAGES:,} unseen images, those of text to image "
+            f"of {latent.EVALUATION_SAMPLES} drawings of each kind.",
             models(),
         ),
         section(
             "Guidance on one axis",
-            "At strength 1 each is Bayes' rule. 50 ancestral steps; ± is two standard errors, > the lower "
-            "end of 95 % where all are right. (Chapters 03 to 05.)",
+            f"At strength 1 each is Bayes' rule. {on_axis['num_samples']} samples a row, {on_axis['steps']} "
+            "ancestral steps; > is the lower end of 95 % where all are right. (Chapters 03 to 05.)",
             guidances(),
             ["guidances_on_one_axis"],
         ),
@@ -365,7 +372,7 @@ def page() -> str:
         ),
         section(
             "Adapting a frozen backbone",
-            "Test accuracy in %, mean of three seeds (least to most). (Chapter 08.)",
+            f"Test accuracy in %, mean of {len(seeds)} seeds (least to most). (Chapter 08.)",
             adaptation(),
             ADAPTED,
         ),
@@ -378,7 +385,9 @@ def page() -> str:
         ),
         section(
             "Many tasks, one backbone",
-            "A server of chapter 09 with a prompt bank, and with a network for each task.",
+            "A server of chapter 09 with a prompt bank, and with a network for each task, up to "
+            f"{batch_size} requests in a batch: memory of all parameters, requests at the median time of "
+            "alternating runs; of the ratio median (least to most).",
             serving(),
             ["benchmark_serving"],
         ),
@@ -396,7 +405,11 @@ def page() -> str:
             ["benchmark_unet"],
         ),
         section("What a chapter takes", "A whole run of its notebook.", chapters(), ["chapters"]),
-        section("The lecture's statements", "What chapter 09 makes of them.", verdicts()),
+        section(
+            "The lecture's statements",
+            "What chapter 09 makes of them; (s) is a paper's number as others quote it.",
+            verdicts(),
+        ),
         *(
             f"### {topic.capitalize()}\n\n"
             + markdown_table([claim.row() for claim in CLAIMS if claim.topic == topic], COLUMNS)

@@ -65,6 +65,7 @@ class Claim:
         verdict: what is left of it.
         why: one sentence.
         measurement: what stored results say; None where nothing was measured.
+        shown: where the course shows it without one, by a proof or a cell that runs; "" for nowhere.
     """
 
     topic: str
@@ -73,15 +74,20 @@ class Claim:
     verdict: Verdict
     why: str
     measurement: Measurement | None = None
+    shown: str = ""
+
+    def __post_init__(self) -> None:
+        if self.measurement is not None and self.shown:
+            raise ValueError(f"shown is for what has no measurement; got {self.shown!r} besides one")
 
     def measured(self) -> str:
-        """What was measured, as a sentence with the numbers that are stored now.
+        """What was measured, as a sentence with the numbers that are stored now; or where it is shown.
 
         Raises:
             ValueError: if these numbers no longer bear the verdict out, or a result is missing.
         """
         if self.measurement is None:
-            return NOTHING_MEASURED
+            return f"{NOTHING_MEASURED}; shown in {self.shown}" if self.shown else NOTHING_MEASURED
         numbers = self.measurement.numbers()
         sentence = self.measurement.sentence.format(**numbers)
         if not self.measurement.stands(numbers):
@@ -109,7 +115,12 @@ def share_error(share: float, count: int) -> float:
 
 def is_above(share: float, other: float, count: int) -> bool:
     """Whether share lies above other by more than two standard errors, each being of count samples."""
-    return share - other > 2 * math.hypot(share_error(share, count), share_error(other, count))
+    return exceeds(share - other, share_error(share, count), share_error(other, count))
+
+
+def exceeds(difference: float, *errors: float) -> bool:
+    """Whether a difference is above two standard errors; `errors` are those of what is subtracted."""
+    return difference > 2 * math.hypot(*errors)
 
 
 def _content(source: str) -> dict:

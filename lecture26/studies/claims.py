@@ -1,13 +1,16 @@
 """The lecture's quantitative and comparative statements, each beside papers and this course's measurements.
 
-Chapter 09 shows them, and docs/results.md. The papers' numbers were established as far as they could be;
-those marked (s) are quoted after a secondary source.
+Chapter 09 shows them, and docs/results.md. The papers' numbers were held against the papers' own text, but
+those that are marked (s): these are as others quote them. Where ± stands, it is two standard errors.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from lecture26.kit.claims import CARD, Claim, Measurement, Verdict, is_above, share_error
+from lecture26.kit.claims import CARD, Claim, Measurement, Verdict, exceeds, is_above, share_error
+from lecture26.recipes.classifiers import EVALUATION_IMAGES
+from lecture26.studies.adaptation import UPSTREAM_IMAGES
 
 ADAPTED = tuple(
     f"adaptation_{task}"
@@ -17,7 +20,9 @@ ONE_AXIS = "guidances_on_one_axis"
 LATENT = "pixel_against_latent"
 CLASSIFIER, CLEAN = "noisy_classifier_shapes32", "clean_classifier_shapes32"
 CLEAN_STEP = 400  # of 1000, at which what the two classifiers still read is compared
+THROUGH_SCALE = 800.0  # chapter 04's, of guidance through the predicted image
 VIT_B = "ViT-B/16"
+SIZES = "{seeds} seeds, {fewest} to {most_tested} test images"  # of measurements of accuracy
 
 
 def chosen(runs: Sequence[Mapping], **wanted: object) -> Mapping:
@@ -51,7 +56,7 @@ def difference(run: Mapping, other: Mapping) -> tuple[float, float]:
         seeds_error(run),
         seeds_error(other),
     )
-    return p - q, sum(error**2 for error in errors) ** 0.5
+    return p - q, math.hypot(*errors)
 
 
 def differences(results: Sequence[Mapping], method: str, other: str) -> list[tuple[str, float, float]]:
@@ -65,9 +70,15 @@ def differences(results: Sequence[Mapping], method: str, other: str) -> list[tup
 
 def _ahead(rows: Sequence[tuple[str, float, float]]) -> dict[str, int]:
     """On how many tasks the difference is above two standard errors, below minus two, or between."""
-    ahead = sum(value > 2 * error for _, value, error in rows)
-    behind = sum(value < -2 * error for _, value, error in rows)
+    ahead = sum(exceeds(value, error) for _, value, error in rows)
+    behind = sum(exceeds(-value, error) for _, value, error in rows)
     return {"ahead": ahead, "behind": behind, "ties": len(rows) - ahead - behind, "tasks": len(rows)}
+
+
+def _sizes(results: Sequence[Mapping]) -> dict[str, int]:
+    """How many seeds each run has, and on how few and how many images they were tested."""
+    tested = [run["tested"] for result in results for run in result["runs"]]
+    return {"seeds": len(results[0]["seeds"]), "fewest": min(tested), "most_tested": max(tested)}
 
 
 # --- Guidance ---
@@ -83,7 +94,9 @@ def _strength(axis: Mapping) -> dict:
         "high_s": high["strength"],
         "samples": low["num_samples"],
         "low_distance": low["frechet_distance"],
+        "low_bound": 2 * low["frechet_distance_error"],
         "high_distance": high["frechet_distance"],
+        "high_bound": 2 * high["frechet_distance_error"],
         "real": low["frechet_distance_real"],
         "large": high["share_large"],
     }
@@ -100,35 +113,48 @@ def _clip_beside_classifier(axis: Mapping) -> dict:
     pairs = list(zip(_of(axis, "classifier"), _of(axis, "CLIP"), strict=True))
     gaps = [abs(one["accuracy_all"] - other["accuracy_all"]) for one, other in pairs]
     errors = [
-        sum(share_error(run["accuracy_all"], run["num_samples"]) ** 2 for run in pair) ** 0.5
-        for pair in pairs
+        math.hypot(*(share_error(run["accuracy_all"], run["num_samples"]) for run in pair)) for pair in pairs
     ]
+    in_errors, gap = max((gap / error, gap) for gap, error in zip(gaps, errors, strict=True))
     return {
-        "gap": max(gaps),
-        "in_errors": max(gap / error for gap, error in zip(gaps, errors, strict=True)),
+        "gap": gap,
+        "in_errors": in_errors,
         "strengths": len(pairs),
         "samples": pairs[0][0]["num_samples"],
     }
 
 
 def _two_networks(cost: Mapping, plain: Mapping, classifier: Mapping, told: Mapping) -> dict:
-    ratios = {name: of["ratio"]["median"] for name, of in cost["guided_over_unguided"].items()}
+    free, by_classifier = (
+        cost["guided_over_unguided"][name]["ratio"] for name in ("classifier-free", "classifier")
+    )
     return {
         "one": told["parameters"] / 1e6,
         "denoiser": plain["parameters"] / 1e6,
         "classifier": classifier["parameters"] / 1e6,
-        "free_time": ratios["classifier-free"],
-        "classifier_time": ratios["classifier"],
+        "free": free["median"],
+        "free_least": free["min"],
+        "free_most": free["max"],
+        "by_classifier": by_classifier["median"],
+        "by_classifier_least": by_classifier["min"],
+        "by_classifier_most": by_classifier["max"],
     }
 
 
-def _noisy_and_clean(noisy: Mapping, clean: Mapping) -> dict:
+def _noisy_and_clean(noisy: Mapping, clean: Mapping, sweep: Mapping) -> dict:
     label = f"accuracy_shape_{CLEAN_STEP}"
+    unguided = chosen(sweep["runs"], through="none", sampler="ddpm")
+    through = chosen(sweep["runs"], through="x_0", scale=THROUGH_SCALE, below=None)
     return {
         "minutes": noisy["seconds"] / 60,
         "noisy": noisy["metrics"][label],
         "clean": clean["metrics"][label],
+        "of_clean": clean["metrics"]["accuracy_shape_0"],
         "step": CLEAN_STEP,
+        "images": EVALUATION_IMAGES,
+        "through": through["accuracy_all"],
+        "unguided": unguided["accuracy_all"],
+        "samples": through["num_samples"],
     }
 
 
@@ -152,14 +178,14 @@ def _delicate_weight(axis: Mapping) -> dict:
     kept = next(run for run in axis["runs"] if run["interval"] is not None)
     return {
         "bayes": bayes["frechet_distance"],
-        "bayes_error": bayes["frechet_distance_error"],
+        "bayes_bound": 2 * bayes["frechet_distance_error"],
         "bayes_w": bayes["strength"] - 1,
         "twice": twice["frechet_distance"],
-        "twice_error": twice["frechet_distance_error"],
+        "twice_bound": 2 * twice["frechet_distance_error"],
         "twice_w": twice["strength"] - 1,
         "real": bayes["frechet_distance_real"],
         "kept": kept["frechet_distance"],
-        "kept_error": kept["frechet_distance_error"],
+        "kept_bound": 2 * kept["frechet_distance_error"],
         "kept_w": kept["strength"] - 1,
         "samples": bayes["num_samples"],
     }
@@ -169,20 +195,23 @@ GUIDANCE = (
     Claim(
         "guidance",
         "A larger gradient scale s enforces the class more strongly",
-        "Dhariwal and Nichol 2021, table 4, ImageNet at 256 pixels, FID and IS. Unconditional model: 26.21 "
-        "and 39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = 10. Conditional model: 10.94 "
-        "and 100.98; 4.59 and 186.70; 9.11 and 283.92",
+        "Dhariwal and Nichol 2021, table 4 (3 in the proceedings), ImageNet at 256 pixels, FID and IS. "
+        "Unconditional model: 26.21 and 39.70 unguided, 33.03 and 32.92 at s = 1, 12.00 and 95.41 at s = "
+        "10. Conditional model: 10.94 and 100.98; 4.59 and 186.70; 9.11 and 283.92",
         Verdict.HOLDS,
-        "Obedience rises with s, but so does the distance from the data, in the paper from some s on, here "
-        "at once: it is a trade, with a best s.",
+        "Obedience rises with s here, and there but for the unconditional model's first step; the distance "
+        "from the data rises with it here, and from some s on in the paper's conditional model. It is a "
+        "trade.",
         Measurement(
             (ONE_AXIS,),
             _strength,
             "{low:.0%} as asked for at s = {low_s:g}, {high:.0%} at s = {high_s:g}; Fréchet distance "
-            "{low_distance:.0f} and {high_distance:.0f} (real images {real:.0f}), most shapes being large "
-            "then ({large:.0%}); {samples} samples each",
+            "{low_distance:.0f} ± {low_bound:.0f} and {high_distance:.0f} ± {high_bound:.0f} (real images "
+            "{real:.0f}), most shapes being large then ({large:.0%}); {samples} samples each",
             lambda n: (
-                is_above(n["high"], n["low"], n["samples"]) and n["high_distance"] > 2 * n["low_distance"]
+                is_above(n["high"], n["low"], n["samples"])
+                and n["high_distance"] - n["low_distance"] > math.hypot(n["low_bound"], n["high_bound"])
+                and n["large"] > 0.5
             ),
         ),
     ),
@@ -197,23 +226,31 @@ GUIDANCE = (
         Measurement(
             (ONE_AXIS,),
             _clip_beside_classifier,
-            "at each of {strengths} equal strengths the shares as asked for differ by at most {gap:.0%}, "
-            "{in_errors:.1f} standard errors; {samples} samples each",
+            "at each of {strengths} equal strengths the shares as asked for are a tie: where they lie "
+            "furthest apart, by {gap:.0%}, it is {in_errors:.1f} standard errors; {samples} samples each",
             lambda n: n["in_errors"] < 2,
         ),
     ),
     Claim(
         "guidance",
         "A guiding classifier has to be trained separately",
-        "Dhariwal and Nichol 2021, section 4: trained on noisy images, by the step",
+        "Dhariwal and Nichol 2021, section 4: trained on noisy images, by the step. Bansal et al. 2023, "
+        "section 3: what was trained on clean images guides as well, through the predicted image",
         Verdict.HOLDS,
-        "What was trained on clean images cannot read the noisy ones that it would have to guide.",
+        "A second network it is in any case. One for clean images reads few of the noisy ones; shown the "
+        "predicted image it does guide, at the price of a way back through the denoiser (chapter 04).",
         Measurement(
-            (CARD + CLASSIFIER, CARD + CLEAN),
+            (CARD + CLASSIFIER, CARD + CLEAN, "clip_guidance_sweep"),
             _noisy_and_clean,
-            "{minutes:.0f} minutes of training; at step {step} it reads {noisy:.0%} of the shapes, one "
-            "trained on clean images {clean:.0%}",
-            lambda n: n["noisy"] > 0.9 and n["clean"] < 0.5,
+            "{minutes:.0f} minutes of training; at step {step} it reads the shape of {noisy:.0%} of {images} "
+            "images. One that was trained on clean images reads {of_clean:.0%} of these, and {clean:.0%} at "
+            "that step. Through the predicted image a CLIP for clean ones guides: {through:.0%} of {samples} "
+            "as asked for, {unguided:.0%} without it",
+            lambda n: (
+                is_above(n["noisy"], n["clean"], n["images"])
+                and n["clean"] < 0.5
+                and is_above(n["through"], n["unguided"], n["samples"])
+            ),
         ),
     ),
     Claim(
@@ -231,8 +268,9 @@ GUIDANCE = (
             ),
             _two_networks,
             "{one:.2f} million parameters instead of {denoiser:.2f} and {classifier:.2f}; a guided step "
-            "takes {free_time:.1f} times an unguided one, with a classifier {classifier_time:.1f} times",
-            lambda n: n["one"] < n["denoiser"] + n["classifier"] and n["free_time"] > n["classifier_time"],
+            "takes {free:.1f} times an unguided one ({free_least:.1f} to {free_most:.1f}), with a "
+            "classifier {by_classifier:.1f} times ({by_classifier_least:.1f} to {by_classifier_most:.1f})",
+            lambda n: n["one"] < n["denoiser"] + n["classifier"] and n["free_least"] > 1.5,
         ),
     ),
     Claim(
@@ -241,7 +279,7 @@ GUIDANCE = (
         "Ho and Salimans 2022, table 1, ImageNet at 64 pixels: IS 53.71 at w = 0, 170.1 at w = 1, 260.2 at "
         "w = 4",
         Verdict.HOLDS,
-        "Up to where there is nothing more to be granted: beyond that w moves other things than obedience.",
+        "Up to a point: from there on more weight moves other things, and no more is granted.",
         Measurement(
             ("text_to_image_evaluation",),
             _weight_of_words,
@@ -260,6 +298,7 @@ GUIDANCE = (
         Verdict.WRONG,
         "The two weights add up to 1, but one of them is negative: guidance walks on beyond the conditional "
         "answer, away from the unconditional one.",
+        shown="chapter 05, (5.5)",
     ),
     Claim(
         "guidance",
@@ -267,17 +306,17 @@ GUIDANCE = (
         "Ho and Salimans 2022, FID. Table 1, 64 pixels: 1.80 at w = 0, 1.55 at 0.1, 12.6 at 1, 26.22 at 4. "
         "Table 2, 128 pixels: 7.27 at 0, 2.43 at 0.3, 21.53 at 4",
         Verdict.HOLDS,
-        "Small changes of w cost much; but most of the cost comes from the noisiest steps, and without these "
-        "w is not delicate any more.",
+        "From w = 0 to 1 the distance grows many times over; but that comes from the noisiest steps: without "
+        "guidance there, w is not delicate any more.",
         Measurement(
             (ONE_AXIS,),
             _delicate_weight,
-            "Fréchet distance {bayes:.0f} ± {bayes_error:.0f} at w = {bayes_w:g}, {twice:.0f} ± "
-            "{twice_error:.0f} at w = {twice_w:g}; with the noisiest steps left unguided {kept:.0f} ± "
-            "{kept_error:.0f} even at w = {kept_w:g} (real images {real:.0f}; {samples} samples)",
+            "Fréchet distance {bayes:.0f} ± {bayes_bound:.0f} at w = {bayes_w:g}, {twice:.0f} ± "
+            "{twice_bound:.0f} at w = {twice_w:g}; with the noisiest steps left unguided {kept:.0f} ± "
+            "{kept_bound:.0f} even at w = {kept_w:g} (real images {real:.0f}; {samples} samples)",
             lambda n: (
-                n["twice"] - n["bayes"] > 2 * (n["twice_error"] ** 2 + n["bayes_error"] ** 2) ** 0.5
-                and n["kept"] - n["bayes"] < 2 * (n["kept_error"] ** 2 + n["bayes_error"] ** 2) ** 0.5
+                n["twice"] - n["bayes"] > math.hypot(n["twice_bound"], n["bayes_bound"])
+                and n["kept"] - n["bayes"] < math.hypot(n["kept_bound"], n["bayes_bound"])
             ),
         ),
     ),
@@ -314,11 +353,11 @@ LATENT_DIFFUSION = (
     Claim(
         "latent diffusion",
         "It costs about four times less than diffusion of pixels",
-        "Rombach et al. 2022, table 18 (s): 232 against 60 V100 days on LSUN bedrooms, 962 against 271 (3.5 "
-        "times) on ImageNet",
+        "Rombach et al. 2022, table 18, training: 232 against 60 V100 days on LSUN bedrooms (3.9 times; "
+        "FID 1.90 and 2.95), 962 against 271 on ImageNet (3.5 times; FID 4.59 and 3.60, both guided)",
         Verdict.HERE_ONLY,
-        "The factor belongs to a data set, a compression and a rival: nobody has to put wide layers at the "
-        "highest resolution of a pixel model.",
+        "The factor belongs to a data set, a compression and a rival, and is no equal quality's: nobody "
+        "has to put wide layers at the highest resolution of a pixel model.",
         Measurement(
             (LATENT,),
             _operations,
@@ -330,8 +369,8 @@ LATENT_DIFFUSION = (
     Claim(
         "latent diffusion",
         "It saves 75 % of the training costs",
-        "Rombach et al. 2022, table 6 (s): 0.32 against 0.11 training images a second, inpainting, at "
-        "least 2.7 times; the abstract and section 1 speak of computing, in words",
+        "Rombach et al. 2022, table 6, inpainting with as many parameters: 7.66 against 20.66 hours an "
+        "epoch, 63 % less; the abstract and section 1 speak of computing, in words",
         Verdict.HERE_ONLY,
         "The same claim once more, since 75 % less is four times less; and somebody has to train the "
         "autoencoder.",
@@ -398,6 +437,7 @@ def _forgotten(*results: Mapping) -> dict:
         "prompted": min(kept("vpt-deep", "upstream_prompted")),
         "full": statistics.mean(kept("full", "upstream")),
         "tasks": len(results),
+        "images": UPSTREAM_IMAGES,
     }
 
 
@@ -415,24 +455,32 @@ def _against_probe(*results: Mapping) -> dict:
             for run in solved["runs"]
         )
 
-    return _ahead(rows) | {
-        "smallest": min(value for _, value, _ in rows),
-        "largest": max(value for _, value, _ in rows),
-        "solved_ahead": ahead("vpt-deep", "class token"),
-        "patches_ahead": max(ahead(reader, "vpt-deep") for reader in ("patches", "quarters")),
-    }
+    return (
+        _ahead(rows)
+        | _sizes(adapted)
+        | {
+            "smallest": min(value for _, value, _ in rows),
+            "largest": max(value for _, value, _ in rows),
+            "solved_ahead": ahead("vpt-deep", "class token"),
+            "quarters_ahead": ahead("quarters", "vpt-deep"),
+        }
+    )
 
 
 def _against_full(*results: Mapping) -> dict:
     rows = differences(results, "vpt-deep", "full")
-    return _ahead(rows) | {
-        "least": -max(value for _, value, _ in rows),
-        "most": -min(value for _, value, _ in rows),
-    }
+    return (
+        _ahead(rows)
+        | _sizes(results)
+        | {
+            "least": -max(value for _, value, _ in rows),
+            "most": -min(value for _, value, _ in rows),
+        }
+    )
 
 
 def _deep_and_shallow(*results: Mapping) -> dict:
-    return _ahead(differences(results, "vpt-deep", "vpt-shallow"))
+    return _ahead(differences(results, "vpt-deep", "vpt-shallow")) | _sizes(results)
 
 
 def _widths(*results: Mapping) -> dict:
@@ -446,14 +494,15 @@ def _widths(*results: Mapping) -> dict:
             kept += all(value > 2 * error for value, error in pairs)
             compared += 1
             backbones.add(place[0])
-    return {"kept": kept, "compared": compared, "widths": len(backbones)}
+    return {"kept": kept, "compared": compared, "widths": len(backbones)} | _sizes(results)
 
 
 PROMPT_TUNING = (
     Claim(
         "prompt tuning",
         "What is stored for a task is 0.1 % of the parameters",
-        "Jia et al. 2022, abstract: less than 1 % of the parameters",
+        "Jia et al. 2022, abstract: less than 1 % of the parameters; on average of the five fine-grained "
+        "tasks 0.85 of 86 million with deep prompts, heads included (s)",
         Verdict.HERE_ONLY,
         "Shallow prompts, or few deep ones, and without the head.",
         Measurement(
@@ -467,10 +516,11 @@ PROMPT_TUNING = (
     Claim(
         "prompt tuning",
         "Many tasks need 100 to 1000 times less storage",
-        "by the same count",
+        "Jia et al. 2022, table 1 (s): 24 tasks take 1.04 backbones in all with shallow prompts, 1.18 with "
+        "deep ones, 24.02 with full fine-tuning, so 23 and 20 times less",
         Verdict.HERE_ONLY,
-        "That is a further task's factor, and the head is left out; a server of T tasks saves at most T "
-        "times, since it keeps the backbone.",
+        "That is a further task's factor, and the head is left out; T tasks save at most T times, since the "
+        "backbone is kept.",
         Measurement(
             ("prompt_storage", "benchmark_adaptation"),
             _less_storage,
@@ -490,54 +540,68 @@ PROMPT_TUNING = (
         Measurement(
             ADAPTED,
             _forgotten,
-            "photographs named: {before:.0%} before and after on {tasks} tasks; down to {prompted:.0%} "
-            "with a task's prompts left in; {full:.0%} on average after full fine-tuning",
-            lambda n: n["moved"] == 0 and n["prompted"] < n["before"] and n["full"] < n["before"] / 2,
+            "of {images} photographs {before:.0%} are named right before and after each of {tasks} tasks; "
+            "down to {prompted:.0%} with a task's prompts left in; {full:.0%} on average after full "
+            "fine-tuning",
+            lambda n: (
+                n["moved"] == 0
+                and is_above(n["before"], n["prompted"], n["images"])
+                and is_above(n["before"], n["full"], n["images"])
+            ),
         ),
     ),
     Claim(
         "prompt tuning",
         "It outperforms linear probing",
-        "Jia et al. 2022, table 1, mean of five fine-grained tasks: 89.11 against 79.32 (s)",
+        "Jia et al. 2022, table 1, mean of five fine-grained tasks: 89.11 against 79.32, and ahead in the "
+        "means of the other three groups (s)",
         Verdict.HERE_ONLY,
-        "Against a probe that is trained as long; part of the lead is the probe's unfinished training, and a "
-        "solved head that reads the patches is ahead of prompts on most tasks.",
+        "Against a probe that reads the class token and is trained as long; a solved one is nearer, and one "
+        "that reads the picture's quarters is ahead of prompts on most tasks.",
         Measurement(
             (*ADAPTED, "adaptation_solved"),
             _against_probe,
             "deep prompts are ahead on {ahead} of {tasks} tasks, and tie on {ties} ({smallest:+.0%} to "
-            "{largest:+.0%}); with solved heads on both sides on {solved_ahead}, and a solved head on "
-            "patches or quarters is ahead of them on {patches_ahead}",
-            lambda n: n["behind"] == 0 and n["ahead"] > n["tasks"] / 2 and n["solved_ahead"] < n["ahead"],
+            "{largest:+.0%}); with solved heads on both sides on {solved_ahead}, and a solved head on the "
+            "picture's quarters is ahead of them on {quarters_ahead}; " + SIZES,
+            lambda n: (
+                n["behind"] == 0
+                and n["ahead"] > n["tasks"] / 2
+                and n["solved_ahead"] < n["ahead"]
+                and n["quarters_ahead"] > n["tasks"] / 2
+            ),
         ),
     ),
     Claim(
         "prompt tuning",
         "It matches full fine-tuning on many tasks",
-        "Jia et al. 2022, table 1 (s): means of 89.11 against 88.54 on five fine-grained tasks, Cars 83.6 "
-        "against 84.5 among them; ahead on 20 of 24 tasks in all",
+        "Jia et al. 2022, table 1 (s): means of 89.11 against 88.54 on five fine-grained tasks; ahead on "
+        "20 of 24 tasks in all, behind on cars, 83.6 against 84.5 (table 14 (s)). Behind in the mean of "
+        "every group with a Swin (table 2 (s)), and with a ViT pretrained without labels: 36.0 against "
+        "59.3 on natural tasks (table 4 (s))",
         Verdict.HERE_ONLY,
-        "There, with a backbone trained on 14 million images and tasks of photographs; not here, with a "
-        "small backbone and tasks far from its photographs.",
+        "There, with a ViT that was trained with labels on 14 million pictures; less with the paper's other "
+        "backbones, and not with our small one.",
         Measurement(
             ADAPTED,
             _against_full,
             "deep prompts are ahead on {ahead} of {tasks} tasks, tie on {ties}, and are {least:.0%} to "
-            "{most:.0%} behind",
+            "{most:.0%} behind; " + SIZES,
             lambda n: n["ahead"] == 0 and n["behind"] > n["tasks"] / 2,
         ),
     ),
     Claim(
         "prompt tuning",
         "Prompts at every block adapt more deeply than at the first",
-        "Jia et al. 2022, table 1, mean of five fine-grained tasks: 89.11 against 84.62 (s)",
+        "Jia et al. 2022, table 1, mean of five fine-grained tasks: 89.11 against 84.62 (s); with a Swin "
+        "shallow ones are ahead on natural tasks, 79.85 against 76.78 (table 2 (s))",
         Verdict.HERE_ONLY,
         "Never behind, but ahead beyond doubt on few of the small tasks here.",
         Measurement(
             ADAPTED,
             _deep_and_shallow,
-            "deep prompts are ahead of shallow ones on {ahead} of {tasks} tasks, and tie on {ties}",
-            lambda n: n["behind"] == 0 and n["ahead"] > 0,
+            "deep prompts are ahead of shallow ones on {ahead} of {tasks} tasks, and tie on {ties}; " + SIZES,
+            lambda n: n["behind"] == 0 and 0 < n["ahead"] < n["tasks"] / 2,
         ),
     ),
     Claim(
@@ -545,20 +609,22 @@ PROMPT_TUNING = (
         "VPT-Deep reaches 72.3 % on FGVC-Aircraft, full fine-tuning 68.1 %",
         "no source found: the paper's fine-grained tasks are CUB, NABirds, Flowers, Dogs and Cars",
         Verdict.NOT_SUPPORTED,
-        "Aircraft are neither there nor in its other collection of tasks; chapter 08 has the command that "
-        "puts it to the test.",
+        "Aircraft are neither there nor in its other collection of tasks, VTAB; chapter 08 has the command "
+        "that puts it to the test.",
     ),
     Claim(
         "prompt tuning",
         "It works consistently for ViT-Base, Large and Huge",
-        "Jia et al. 2022, section 4.2, on backbones of these three sizes",
+        "Jia et al. 2022, figure 4, on backbones of these three sizes: deep prompts ahead of full "
+        "fine-tuning in two groups of tasks, level in the third (s)",
         Verdict.HERE_ONLY,
-        "The order of the methods is the same for three small widths; the large ones were not tried.",
+        "Three small widths have the same order, but another one than the paper's; the large ones were not "
+        "tried.",
         Measurement(
             ("adaptation_widths", "adaptation_counting", "adaptation_xray"),
             _widths,
             "probe, deep prompts, full fine-tuning, in this order, in {kept} of {compared} comparisons with "
-            "{widths} widths",
+            "{widths} widths, apart by more than two standard errors; {seeds} seeds, {fewest} test images",
             lambda n: n["kept"] >= n["compared"] - 1,
         ),
     ),
@@ -567,8 +633,8 @@ PROMPT_TUNING = (
         "In the slide's code, prompts and head alone are trained",
         "Jia et al. 2022, section 3.2: the backbone is frozen",
         Verdict.WRONG,
-        "A comment freezes nothing: the backbone's weights are still given to the optimiser, as chapter 08 "
-        "finds by experiment.",
+        "A comment freezes nothing: the backbone's weights are still given to the optimiser.",
+        shown="chapter 08, 'A wrapper with nine faults'",
     ),
 )
 

@@ -65,6 +65,11 @@ def test_a_sentence_a_picture_and_a_part_of_one(open_page, address):
     element = page.locator("text-playground")
     draw(page, "text-playground")
     assert element.locator(".verdict").inner_text().startswith("✓")
+    # what the network takes it for is there at each step
+    assert (
+        page.evaluate("document.querySelector('text-playground').steps.filter(({ images }) => images).length")
+        == 25
+    )
     # the attention map of a word
     element.get_by_role("button", name="star", exact=True).hover()
     assert "shown" in element.locator(".map").get_attribute("class")
@@ -87,6 +92,31 @@ def test_a_sentence_a_picture_and_a_part_of_one(open_page, address):
     rows = range(3 * 64)
     assert all(filled[64 * row : 64 * row + 32] == again[64 * row : 64 * row + 32] for row in rows)
     assert filled != again
+
+
+@from_files
+@pytest.mark.parametrize("without", ["WebAssembly.validate = () => false;", "delete globalThis.WebAssembly;"])
+def test_it_draws_without_the_kernel_and_says_so(open_page, address, without):
+    page = open_page("index.html")
+    page.evaluate("(without) => { LECTURE26.worker = without + LECTURE26.worker; }", without)
+    page.locator("class-playground input[name=steps]").fill("5")
+    draw(page, "class-playground")
+    assert "red star" in page.locator("class-playground .verdict").inner_text()
+    assert "slower" in page.locator("class-playground .said").inner_text()
+
+
+@pytest.mark.parametrize("address", ["http"], indirect=True)
+def test_weights_that_do_not_come_are_named_and_can_be_asked_for_again(open_page, address):
+    page = open_page("index.html")
+    page.locator("class-playground input[name=steps]").fill("5")
+    page.route("**/weights/reader_shapes32.js", lambda route: route.fulfill(body=""))
+    page.locator("class-playground").get_by_role("button", name="Draw", exact=True).click()
+    said = page.locator("class-playground .said.error")
+    said.wait_for()
+    assert "weights/reader_shapes32.js could not be loaded" in said.inner_text()
+    page.unroute("**/weights/reader_shapes32.js")
+    draw(page, "class-playground")
+    assert said.count() == 0
 
 
 @from_files
@@ -116,6 +146,18 @@ def test_words_are_offered_and_unknown_ones_named(open_page, address):
 
 
 @from_files
+def test_a_sentence_is_put_together_by_thumb(open_page, address):
+    page = open_page("index.html", has_touch=True, viewport={"width": 390, "height": 800})
+    field = page.locator("text-playground input[name=prompt]")
+    field.fill("")
+    for word in "a green heart on a light background".split():
+        field.tap()
+        page.locator("text-playground").get_by_role("option", name=word, exact=True).tap()
+    assert field.input_value().strip() == "a green heart on a light background"
+    assert page.evaluate("globalThis.LECTURE26_WEIGHTS") is None  # no tap went through to what lies below
+
+
+@from_files
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["index.html", "laboratory.html"])
@@ -133,7 +175,7 @@ def test_pages_fit_and_can_be_named(open_page, address, name, width, scheme):
 def test_the_laboratory_moves_and_answers(open_page, address):
     page = open_page("laboratory.html")
     element = "document.querySelector('guidance-laboratory')"
-    ready = f"{element}.panels.every((panel) => panel.paths && !panel.isStale)"
+    ready = f"{element}.stale.size === 0"
     page.wait_for_function(ready)
     assert page.evaluate(f"{element}.isPlaying")
     spread = page.locator("[data-way=free] [data-fact=spread]").inner_text()
@@ -153,9 +195,52 @@ def test_the_laboratory_moves_and_answers(open_page, address):
 
 
 @from_files
+def test_in_the_laboratory_no_square_waits_while_a_slider_moves(open_page, address):
+    page = open_page("laboratory.html")
+    element = "document.querySelector('guidance-laboratory')"
+    page.wait_for_function(f"{element}.stale.size === 0")
+    waiting = page.evaluate("""async () => {
+        const laboratory = document.querySelector('guidance-laboratory');
+        const before = laboratory.panels.map((panel) => panel.paths);
+        for (let frame = 0; frame < 8; frame++) {
+            laboratory.prepare();
+            await new Promise(requestAnimationFrame);
+        }
+        return laboratory.panels.filter((panel, n) => panel.paths === before[n]).length;
+    }""")
+    assert waiting == 0
+
+
+@from_files
+def test_the_laboratory_by_thumb_and_in_the_dark(open_page, address):
+    page = open_page(
+        "laboratory.html", has_touch=True, viewport={"width": 390, "height": 800}, color_scheme="light"
+    )
+    element = "document.querySelector('guidance-laboratory')"
+    page.wait_for_function(f"{element}.stale.size === 0")
+    handle = page.locator(".handle").first
+    handle.scroll_into_view_if_needed()
+    box, scrolled = handle.bounding_box(), page.evaluate("scrollY")
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    touch = page.context.new_cdp_session(page)
+    for kind, down in (("touchStart", 0), ("touchMove", 15), ("touchMove", 30)):
+        points = [{"x": x, "y": y + down}]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.wait_for_function(f"{element}.components[0].y < -0.6")
+    assert page.evaluate("scrollY") == scrolled
+    # the small plots change their colours, too
+    picture = "document.querySelector('[data-way=free] .marginal').toDataURL()"
+    page.wait_for_function(f"{element}.stale.size === 0")
+    light = page.evaluate(picture)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{picture} !== {light!r}")
+
+
+@from_files
 def test_the_laboratory_stands_still_where_motion_is_not_wanted(open_page, address):
     page = open_page("laboratory.html", reduced_motion="reduce")
     element = "document.querySelector('guidance-laboratory')"
-    page.wait_for_function(f"{element}.panels.every((panel) => panel.paths)")
+    page.wait_for_function(f"{element}.stale.size === 0")
     assert page.evaluate(f"{element}.isPlaying") is False
     assert page.evaluate(f"{element}.time") == 0

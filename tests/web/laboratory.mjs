@@ -4,7 +4,7 @@
 import { readFileSync } from 'node:fs';
 import { Schedule, cosineBetas } from '../../web/engine/diffusion.js';
 import { WAYS, canBeNormalised, logTilted } from '../../web/laboratory/guidance.js';
-import { GridDensity, histogram, shareInClass, spreadOf } from '../../web/laboratory/measure.js';
+import { GridDensity, histogram, shareOf, spreadOf } from '../../web/laboratory/measure.js';
 import { Densities, Mixture } from '../../web/laboratory/mixture.js';
 import { SAMPLERS, guidedEps, samplePaths } from '../../web/laboratory/samplers.js';
 
@@ -37,6 +37,7 @@ function ends(sampler, way, steps) {
 const grid = new GridDensity((x, y) => logTilted(WAYS.free, densities, job.w, x, y), job.reach, job.size);
 const flat = Float32Array.from(job.points.flat());
 const [level] = grid.levels([0.5]);
+const isInClass = (x, y) => densities.isInClass(x, y);
 const results = {
   own: job.levels.map((alphaBar) => mixtureAt(densities.own, alphaBar)),
   all: job.levels.map((alphaBar) => mixtureAt(densities.all, alphaBar)),
@@ -52,10 +53,10 @@ const results = {
   ends: Object.fromEntries(
     Object.keys(SAMPLERS).map((sampler) => [sampler, job.steps.map((steps) => ends(sampler, 'free', steps))]),
   ),
-  grid: { values: grid.values, marginal: grid.marginal(), spread: grid.spread() },
+  grid: { values: grid.values, marginal: grid.marginal(), spread: grid.spread(), share: grid.shareOf(isInClass), distance: grid.distanceFrom(flat) },
   contour: { level, segments: grid.contour(level) },
   spread: spreadOf(flat),
-  share: shareInClass(flat, densities),
+  share: shareOf(flat, isInClass),
   histogram: histogram(flat, job.reach, 7),
 };
 process.stdout.write(JSON.stringify(results, (_, value) => (ArrayBuffer.isView(value) ? Array.from(value) : value)));

@@ -15,10 +15,10 @@ export class Memory {
    * @param {{simd?: boolean}} options without SIMD, matrices are multiplied in JavaScript, some 15 times slower.
    */
   constructor(megabytes, { simd = true } = {}) {
-    this.memory = new WebAssembly.Memory({ initial: megabytes * PAGES_PER_MEGABYTE });
-    this.numbers = new Float32Array(this.memory.buffer);
+    const memory = simd && globalThis.WebAssembly ? new WebAssembly.Memory({ initial: megabytes * PAGES_PER_MEGABYTE }) : null;
+    this.numbers = new Float32Array(memory ? memory.buffer : new ArrayBuffer(megabytes * 2 ** 20));
     this.used = 0;
-    this.kernel = simd ? instantiateKernel(this.memory) : null;
+    this.kernel = memory && instantiateKernel(memory);
   }
 
   /**

@@ -23,7 +23,7 @@ function subtract(out, from) {
 /** base = push = the score of the class that is asked for. */
 function ownScore({ own }, x, y, alphaBar, out) {
   own.at(x, y, alphaBar);
-  for (const part of [out.base, out.push]) [part[0], part[1]] = own.gradient;
+  for (let i = 0; i < 2; i++) out.base[i] = out.push[i] = own.gradient[i];
 }
 
 /** A way that pushes from another density to that of the class. */
@@ -50,7 +50,7 @@ function byClassifier(name, isClean, texts) {
       // g = grad log p(y | x_t) = grad log q(x_t | y) - grad log q(x_t)
       const level = isClean ? 1 : alphaBar;
       own.at(x, y, level);
-      [out.push[0], out.push[1]] = own.gradient;
+      for (let i = 0; i < 2; i++) out.push[i] = own.gradient[i];
       all.at(x, y, level);
       subtract(out, all.gradient);
       // (1 + w) g on top of the unconditional score

@@ -3,11 +3,12 @@
 import { Schedule, cosineBetas } from '../engine/diffusion.js';
 import { normalNoise } from '../engine/noise.js';
 import { WAYS, canBeNormalised, logTilted } from './guidance.js';
-import { GridDensity, histogram, shareInClass, spreadOf } from './measure.js';
+import { GridDensity, histogram, shareOf, spreadOf } from './measure.js';
 import { Densities } from './mixture.js';
-import { Plane, Shade, drawMarginal } from './painting.js';
+import { Plane, Shade, drawMarginal, pathOf } from './painting.js';
 import { SAMPLERS, guidedEps, samplePaths } from './samplers.js';
 import { markup } from './markup.js';
+import { numberText } from '../playground/parts.js';
 
 const REACH = 2; // the squares show the plane from -REACH to REACH
 const COUNT = 360; // points in each square
@@ -18,6 +19,8 @@ const BINS = 36;
 const SECONDS = 4; // from noise to data
 const REST = 2.5; // seconds before it begins again
 const ARROWS = 9; // across
+const LEVELS = [0.5, 0.9]; // shares of the tilted density inside its two lines
+const BUDGET = 8; // milliseconds of a frame for what has to be computed anew
 const LABEL_NAMES = ['blue', 'orange'];
 const START = [
   { weight: 0.3, x: -0.65, y: -0.4, std: 0.15, label: 0 },
@@ -28,57 +31,65 @@ const START = [
 const PANELS = ['conditional', 'classifier', 'free', 'negative', 'auto'];
 const whole = Schedule.fromBetas(cosineBetas(1000));
 
-/** One square: a way to guide, the paths of its points, and what its ends are compared with. */
+/** One square: a way to guide, the paths of its points, and what their ends are compared with. */
 class Panel {
   constructor(figure, way) {
-    Object.assign(this, { figure, way, paths: null, isStale: true });
+    Object.assign(this, { figure, way, paths: null, arrows: [] });
     this.plane = new Plane(figure.querySelector('.plane canvas'), REACH);
     this.marginal = figure.querySelector('.marginal');
+    this.between = new Float32Array(2 * COUNT); // points between two steps
   }
 
   /** Compute paths and densities anew. */
   compute({ way, densities, w, sampler, schedule, start, fresh }) {
     this.way = way;
+    this.numSteps = schedule.numSteps;
     this.paths = samplePaths(sampler, guidedEps(way, densities, w), schedule, start, fresh);
     this.hasTilted = canBeNormalised(way, densities, w);
-    const grid = new GridDensity((x, y) => logTilted(way, densities, w, x, y), REACH, GRID);
-    this.contours = this.hasTilted ? grid.levels([0.5, 0.9]).flatMap((level) => grid.contour(level)) : [];
-    this.tilted = grid;
+    this.tilted = new GridDensity((x, y) => logTilted(way, densities, w, x, y), REACH, GRID);
+    const levels = this.tilted.levels(LEVELS);
+    this.contours = pathOf(this.hasTilted ? levels.flatMap((level) => this.tilted.contour(level)) : []);
     const ends = this.points(0);
+    const isInClass = (x, y) => densities.isInClass(x, y);
     this.measures = {
-      share: shareInClass(ends, densities),
-      spread: spreadOf(ends),
-      tilted: grid.spread(),
+      samples: { share: shareOf(ends, isInClass), spread: spreadOf(ends) },
+      tilted: { share: this.tilted.shareOf(isInClass), spread: this.tilted.spread() },
+      distance: this.tilted.distanceFrom(ends),
     };
-    this.isStale = false;
+  }
+
+  /** Whether the tilted density exists and is seen as a whole. */
+  get isComparable() {
+    return this.hasTilted && !this.tilted.isCut;
   }
 
   /** The points at a time between the steps, 0 being the end. */
   points(time) {
-    const steps = this.paths.length / (2 * COUNT) - 1;
-    const below = Math.min(Math.floor(time), steps - 1);
+    const below = Math.min(Math.floor(time), this.numSteps - 1);
     const share = time - below;
     const at = below * 2 * COUNT;
     if (share === 0) return this.paths.subarray(at, at + 2 * COUNT);
-    return Float32Array.from({ length: 2 * COUNT }, (_, i) => (1 - share) * this.paths[at + i] + share * this.paths[at + 2 * COUNT + i]);
+    for (let i = 0; i < 2 * COUNT; i++) {
+      this.between[i] = (1 - share) * this.paths[at + i] + share * this.paths[at + 2 * COUNT + i];
+    }
+    return this.between;
   }
 
-  /** The paths of the first points up to a time, as segments. */
+  /** The paths of the first points up to a time. */
   trails(time) {
-    const segments = [];
-    const steps = this.paths.length / (2 * COUNT) - 1;
+    const { paths } = this;
     const now = this.points(time);
+    const path = new Path2D();
     for (let n = 0; n < TRAILS; n++) {
-      const place = (step) => this.paths.subarray((step * COUNT + n) * 2, (step * COUNT + n) * 2 + 2);
-      let from = place(steps);
-      for (let step = steps - 1; step >= time; step--) {
-        const to = place(step);
-        segments.push([...from, ...to]);
-        from = to;
+      let at = 2 * (this.numSteps * COUNT + n);
+      path.moveTo(paths[at], paths[at + 1]);
+      for (let step = this.numSteps - 1; step >= time; step--) {
+        at -= 2 * COUNT;
+        path.lineTo(paths[at], paths[at + 1]);
       }
-      segments.push([...from, now[2 * n], now[2 * n + 1]]);
+      path.lineTo(now[2 * n], now[2 * n + 1]);
     }
-    return segments;
+    return path;
   }
 }
 
@@ -91,8 +102,10 @@ class GuidanceLaboratory extends HTMLElement {
     this.time = 0;
     this.rest = 0;
     this.probe = null;
+    this.chosen = 0; // the component that was touched last
+    this.stale = new Set(); // squares to be computed anew, those that have waited longest first
     const figures = [...this.querySelectorAll('.panel')];
-    this.dataPlane = new Plane(figures[0].querySelector('canvas'), REACH);
+    this.plane = new Plane(figures[0].querySelector('canvas'), REACH);
     this.panels = figures.slice(1).map((figure) => new Panel(figure, WAYS[figure.dataset.way]));
     this.shade = new Shade(REACH);
     this.dataShade = new Shade(REACH);
@@ -113,7 +126,7 @@ class GuidanceLaboratory extends HTMLElement {
 
   /** Draw when the size or the colours change, and only while the element can be seen. */
   watch() {
-    const resized = new ResizeObserver(() => this.draw());
+    const resized = new ResizeObserver(() => this.fit());
     resized.observe(this);
     const seen = new IntersectionObserver(([entry]) => {
       this.isSeen = entry.isIntersecting;
@@ -127,14 +140,29 @@ class GuidanceLaboratory extends HTMLElement {
     this.observers = [resized, seen, recoloured];
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.readColours());
     this.readColours();
+    this.fit();
+    this.querySelector('[data-do=screen]').hidden = !document.fullscreenEnabled;
   }
 
   readColours() {
     const style = getComputedStyle(this);
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
-    this.colours = { ink: colour('ink'), soft: colour('soft'), warm: colour('warm'), classes: [colour('blue'), colour('orange')] };
+    this.colours = { ink: colour('ink'), push: colour('push'), score: colour('score'), classes: [colour('blue'), colour('orange')] };
     this.colours.rgb = this.colours.classes.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
-    if (this.panels) this.draw();
+    this.paintAnew();
+  }
+
+  /** Give all canvases the size that they have on the screen. */
+  fit() {
+    for (const { plane } of [this, ...this.panels]) plane.fit();
+    this.paintAnew();
+  }
+
+  /** Paint also what does not change from frame to frame. */
+  paintAnew() {
+    this.paintedStep = null;
+    for (const panel of this.panels) if (panel.paths) this.paintMarginal(panel);
+    this.draw();
   }
 
   listen() {
@@ -156,19 +184,19 @@ class GuidanceLaboratory extends HTMLElement {
         this.seed++;
         this.prepare();
       }
+      if (action === 'wider') this.widen(this.chosen, 1.15);
+      if (action === 'narrower') this.widen(this.chosen, 1 / 1.15);
+      if (action === 'screen') document.fullscreenElement ? document.exitFullscreen() : this.requestFullscreen();
       if (action === 'reset') {
         START.forEach((component, k) => Object.assign(this.components[k], component));
         this.placeHandles();
         this.prepare();
       }
     });
-    for (const { figure, plane } of this.panels) {
+    for (const { figure } of this.panels) {
       const canvas = figure.querySelector('.plane');
       canvas.addEventListener('pointermove', (event) => {
-        const box = canvas.getBoundingClientRect();
-        const x = ((event.clientX - box.left) / box.width) * 2 * REACH - REACH;
-        const y = REACH - ((event.clientY - box.top) / box.height) * 2 * REACH;
-        this.probe = { x, y, plane };
+        this.probe = placeIn(canvas, event);
         this.draw();
       });
       canvas.addEventListener('pointerleave', () => {
@@ -187,32 +215,44 @@ class GuidanceLaboratory extends HTMLElement {
       handle.className = 'handle';
       handle.type = 'button';
       handle.dataset.label = component.label;
-      handle.addEventListener('pointerdown', (event) => handle.setPointerCapture(event.pointerId));
+      handle.addEventListener('pointerdown', (event) => {
+        handle.setPointerCapture(event.pointerId);
+        this.choose(k);
+      });
       handle.addEventListener('pointermove', (event) => {
         if (!handle.hasPointerCapture(event.pointerId)) return;
-        const box = plane.getBoundingClientRect();
-        const x = ((event.clientX - box.left) / box.width) * 2 * REACH - REACH;
-        const y = REACH - ((event.clientY - box.top) / box.height) * 2 * REACH;
+        const { x, y } = placeIn(plane, event);
         this.move(k, x, y);
       });
+      handle.addEventListener('focus', () => this.choose(k));
       handle.addEventListener('keydown', (event) => this.moveByKey(k, event));
       plane.append(handle);
       return handle;
     });
     this.placeHandles();
+    this.choose(0);
+  }
+
+  /** Let the buttons for the spread be about a component. */
+  choose(k) {
+    this.chosen = k;
+    this.handles.forEach((handle, n) => handle.classList.toggle('chosen', n === k));
   }
 
   moveByKey(k, event) {
     const steps = { ArrowLeft: [-0.05, 0], ArrowRight: [0.05, 0], ArrowUp: [0, 0.05], ArrowDown: [0, -0.05] };
     const component = this.components[k];
-    if (event.key in steps) {
-      const [right, up] = steps[event.key];
-      this.move(k, component.x + right, component.y + up);
-    } else if (event.key === '+' || event.key === '-') {
-      component.std = Math.min(0.5, Math.max(0.06, component.std * (event.key === '+' ? 1.1 : 1 / 1.1)));
-      this.move(k, component.x, component.y);
-    } else return;
+    if (event.key in steps) this.move(k, component.x + steps[event.key][0], component.y + steps[event.key][1]);
+    else if (event.key === '+') this.widen(k, 1.15);
+    else if (event.key === '-') this.widen(k, 1 / 1.15);
+    else return;
     event.preventDefault();
+  }
+
+  widen(k, factor) {
+    const component = this.components[k];
+    component.std = Math.min(0.5, Math.max(0.06, component.std * factor));
+    this.move(k, component.x, component.y);
   }
 
   move(k, x, y) {
@@ -240,10 +280,12 @@ class GuidanceLaboratory extends HTMLElement {
     const share = this.schedule ? this.time / this.schedule.numSteps : 1;
     this.w = Number(value('w'));
     this.label = Number(chosen('label'));
+    this.style.setProperty('--class', `var(--${LABEL_NAMES[this.label]})`);
     this.densities = new Densities(this.components, this.label, BLUR);
     this.sampler = SAMPLERS[chosen('sampler')];
     this.schedule = whole.respace(Number(value('steps')));
-    this.shows = Object.fromEntries(['arrows', 'trails', 'tilted'].map((name) => [name, this.querySelector(`input[name=${name}]`).checked]));
+    this.shows = Object.fromEntries(['trails', 'tilted'].map((name) => [name, this.querySelector(`input[name=${name}]`).checked]));
+    this.shows.arrows = chosen('arrows');
     this.isClean = this.querySelector('[name=clean]').checked;
     this.time = Math.min(this.schedule.numSteps, share * this.schedule.numSteps);
     this.noise = normalNoise(2 * COUNT, this.seed);
@@ -252,11 +294,13 @@ class GuidanceLaboratory extends HTMLElement {
       this.freshSeed = `${this.seed} ${this.schedule.numSteps}`;
     }
     this.ownMarginal = new GridDensity((x, y) => this.densities.own.at(x, y, 1), REACH, GRID).marginal();
-    for (const panel of this.panels) panel.isStale = true;
+    for (const panel of this.panels) this.stale.add(panel);
     const output = (name, text) => (this.querySelector(`output[name=${name}]`).textContent = text);
-    output('w', `${this.w.toFixed(1)}, s = ${(1 + this.w).toFixed(1)}`);
-    output('steps', this.schedule.numSteps);
-    this.querySelector('input[name=time]').max = this.schedule.numSteps;
+    output('w', numberText(this.w.toFixed(1)));
+    const { numSteps } = this.schedule;
+    output('steps', this.sampler.evaluations === 1 ? numSteps : `${numSteps} (${this.sampler.evaluations * numSteps} evaluations)`);
+    this.querySelector('input[name=time]').max = numSteps;
+    this.paintedStep = null;
     this.draw();
   }
 
@@ -266,23 +310,60 @@ class GuidanceLaboratory extends HTMLElement {
     return WAYS[name === 'classifier' && this.isClean ? 'cleanClassifier' : name];
   }
 
+  /** The weight in a square; one of them is never guided. */
+  weightOf(panel) {
+    return panel.figure.dataset.way === 'conditional' ? 0 : this.w;
+  }
+
+  /** Compute stale squares for some milliseconds; the others wait for the next frame. */
+  computeSome() {
+    const end = performance.now() + BUDGET;
+    for (const panel of this.stale) {
+      this.stale.delete(panel);
+      this.computeOne(panel);
+      if (performance.now() > end) return;
+    }
+  }
+
   computeOne(panel) {
     const { densities, sampler, schedule, fresh } = this;
-    const w = panel.figure.dataset.way === 'conditional' ? 0 : this.w;
-    panel.compute({ way: this.wayOf(panel), densities, w, sampler, schedule, start: this.noise, fresh });
-    const { share, spread, tilted } = panel.measures;
-    const text = {
-      share: `${Math.round(100 * share)} %`,
-      spread: spread.toFixed(2),
-      tilted: panel.hasTilted ? (panel.tilted.isCut ? 'outside' : tilted.toFixed(2)) : 'none: grows without end',
-    };
-    for (const [name, said] of Object.entries(text)) panel.figure.querySelector(`[data-fact=${name}]`).textContent = said;
+    panel.compute({ way: this.wayOf(panel), densities, w: this.weightOf(panel), sampler, schedule, start: this.noise, fresh });
+    const { samples, tilted, distance } = panel.measures;
+    const say = (name, text) => (panel.figure.querySelector(`[data-fact=${name}]`).textContent = text);
+    const sayTilted = (name, text) => say(name, panel.isComparable ? text : '–');
+    const percent = (share) => `${Math.round(100 * share)} %`;
+    say('share', percent(samples.share));
+    say('spread', samples.spread.toFixed(2));
+    sayTilted('share-tilted', percent(tilted.share));
+    sayTilted('spread-tilted', tilted.spread.toFixed(2));
+    sayTilted('distance', distance.toFixed(2));
+    panel.figure.querySelector('.missing').textContent = panel.hasTilted
+      ? panel.tilted.isCut ? 'The tilted density lies outside.' : ''
+      : 'There is no tilted density: it would grow without end.';
     const { formula, note } = panel.way;
     if (panel.shownFormula !== formula) {
       panel.figure.querySelector('.formula').innerHTML = formula;
       panel.figure.querySelector('.note').textContent = note;
       panel.shownFormula = formula;
     }
+    if (!this.stale.size) this.querySelector('.seen').textContent = this.sentence();
+    this.paintMarginal(panel);
+  }
+
+  /** What is seen, in words. */
+  sentence() {
+    const { w } = this;
+    if (w === -1) return 'Nothing is asked for: classifier-free guidance draws all of the data.';
+    if (w < 0) return 'The class is asked for in part: some samples stay with the other one.';
+    if (w === 0) return 'The class is asked for, and not guided: the samples spread over it as the data do.';
+    const [unguided, , free] = this.panels;
+    const seen = 'Guided: the samples crowd together, away from the other class';
+    if (!free.isComparable) return `${seen}.`;
+    const far = (panel) => panel.measures.distance.toFixed(2);
+    return `${seen}. Those of classifier-free guidance end ${far(free)} from the tilted density; by chance it would be ${far(unguided)}.`;
+  }
+
+  paintMarginal(panel) {
     const lines = [{ values: this.ownMarginal, colour: this.colours.classes[this.label], dashes: [4, 3] }];
     if (panel.hasTilted) lines.unshift({ values: panel.tilted.marginal(), colour: this.colours.ink, dashes: [] });
     drawMarginal(panel.marginal, { counts: histogram(panel.points(0), REACH, BINS), lines, colour: this.colours.ink });
@@ -304,11 +385,9 @@ class GuidanceLaboratory extends HTMLElement {
     this.frame = requestAnimationFrame((now) => {
       this.frame = null;
       this.advance(now);
-      const stale = this.panels.filter((panel) => panel.isStale);
-      const never = stale.filter((panel) => !panel.paths);
-      (never.length ? never : stale.slice(0, 1)).forEach((panel) => this.computeOne(panel));
+      this.computeSome();
       this.paint();
-      if (this.isPlaying || stale.length > 1) this.draw();
+      if (this.isPlaying || this.stale.size) this.draw();
     });
   }
 
@@ -327,76 +406,89 @@ class GuidanceLaboratory extends HTMLElement {
   // --- Pictures ---
 
   paint() {
-    const begun = performance.now();
     const step = Math.round(this.time) - 1; // the step whose noise level is shown; -1 for the data
-    const alphaBar = step >= 0 ? this.schedule.alphaBar[step] : 1;
-    const scrubber = this.querySelector('input[name=time]');
-    scrubber.value = this.time;
-    const said = step >= 0 ? `x_t at step ${step + 1} of ${this.schedule.numSteps}` : 'x_0, the end';
-    if (scrubber.getAttribute('aria-valuetext') !== said) {
-      scrubber.setAttribute('aria-valuetext', said);
-      this.querySelector('output[name=time]').textContent = said.replace('x_t', 'xₜ').replace('x_0', 'x₀');
-    }
-    this.dataPlane.fit();
-    this.dataPlane.clear();
-    this.dataPlane.picture(this.dataShade.draw(this.components, 1, this.colours.rgb, 0.85));
-    this.shade.draw(this.components, alphaBar, this.colours.rgb, 0.42);
-    for (const panel of this.panels) if (panel.paths) this.paintPanel(panel, alphaBar);
-    this.milliseconds = performance.now() - begun;
+    if (step !== this.paintedStep) this.paintStep(step);
+    this.querySelector('input[name=time]').value = this.time;
+    for (const panel of this.panels) if (panel.paths) this.paintPanel(panel);
   }
 
-  paintPanel(panel, alphaBar) {
+  /** What changes with the step, and not with every frame. */
+  paintStep(step) {
+    const scrubber = this.querySelector('input[name=time]');
+    const said = step >= 0 ? `x_t at step ${step + 1} of ${this.schedule.numSteps}` : 'x_0, the end';
+    scrubber.setAttribute('aria-valuetext', said);
+    this.querySelector('output[name=time]').textContent = said.replace('x_t', 'xₜ').replace('x_0', 'x₀');
+    if (this.paintedStep === null) {
+      this.plane.clear();
+      this.plane.picture(this.dataShade.draw(this.components, 1, this.colours.rgb, 0.85));
+    }
+    this.alphaBar = step >= 0 ? this.schedule.alphaBar[step] : 1;
+    this.shade.draw(this.components, this.alphaBar, this.colours.rgb, 0.42);
+    for (const panel of this.panels) panel.arrows = step >= 0 ? this.field(panel) : [];
+    this.paintedStep = step;
+  }
+
+  paintPanel(panel) {
     const { plane } = panel;
-    const { ink, warm } = this.colours;
-    plane.fit();
+    const { ink } = this.colours;
     plane.clear();
     plane.picture(this.shade.canvas);
-    if (this.shows.trails) plane.segments(panel.trails(this.time), ink, 0.7, 0.13);
+    if (this.shows.trails) plane.stroke(panel.trails(this.time), ink, 0.7, 0.13);
     const arrival = 1 - Math.min(1, this.time / (0.25 * this.schedule.numSteps));
-    if (this.shows.tilted && arrival > 0) plane.segments(panel.contours, ink, 1.4, arrival);
+    if (this.shows.tilted && arrival > 0) plane.stroke(panel.contours, ink, 1.4, arrival);
     plane.dots(panel.points(this.time), ink, 2.1, 0.75);
-    const w = panel.figure.dataset.way === 'conditional' ? 0 : this.w;
-    if (this.shows.arrows && this.time > 0.5) this.paintField(panel, w, alphaBar);
-    if (this.probe) this.paintProbe(panel, w, alphaBar, warm);
+    for (const { path, colour } of panel.arrows) plane.stroke(path, colour, 1.2, 0.85);
+    if (this.probe) this.paintProbe(panel);
   }
 
-  /** The guided score on a grid: eps, so that all noise levels look alike. */
-  paintField(panel, w, alphaBar) {
-    const out = { base: [0, 0], push: [0, 0] };
-    const arrows = [];
+  /** The scores in all of a square as paths, each with its colour. */
+  field(panel) {
+    const kinds = { none: [], score: ['score'], parts: ['base', 'push'] }[this.shows.arrows];
+    const arrows = Object.fromEntries(kinds.map((kind) => [kind, []]));
     const gap = (2 * REACH) / ARROWS;
     for (let x = gap / 2 - REACH; x < REACH; x += gap) {
       for (let y = gap / 2 - REACH; y < REACH; y += gap) {
-        panel.way.score(this.densities, x, y, alphaBar, out);
-        arrows.push([x, y, ...shortened(out.base.map((base, i) => base + w * out.push[i]), alphaBar, 0.85 * gap)]);
+        const scores = this.scoresAt(panel, x, y, 0.85 * gap);
+        for (const kind of kinds) arrows[kind].push([x, y, ...scores[kind]]);
       }
     }
-    panel.plane.arrows(arrows, this.colours.warm, 1.2, 0.85);
+    return kinds.map((kind) => ({ path: panel.plane.arrows(arrows[kind]), colour: this.colourOf(kind) }));
   }
 
-  /** At the pointer, in every square: the class's score, the push behind it, and their sum. */
-  paintProbe(panel, w, alphaBar, colour) {
-    const { x, y } = this.probe;
+  colourOf(kind) {
+    return { base: this.colours.classes[this.label], push: this.colours.push, score: this.colours.score }[kind];
+  }
+
+  /**
+   * At a point: what guidance begins from, what it adds, and their sum, which is followed. All are made shorter
+   * alike, to the limit or less, and grow with the predicted noise, so that every noise level can be seen.
+   */
+  scoresAt(panel, x, y, limit) {
     const out = { base: [0, 0], push: [0, 0] };
-    panel.way.score(this.densities, x, y, alphaBar, out);
-    const size = 0.45 * Math.sqrt(1 - Math.min(alphaBar, 0.995));
-    const limit = (vector) => {
-      const length = Math.hypot(...vector) * size;
-      return vector.map((value) => value * size * Math.min(1, 1.4 / Math.max(length, 1e-9)));
-    };
-    const base = limit(out.base);
-    const push = limit(out.push.map((value) => value * w));
-    panel.plane.arrows([[x, y, ...base]], this.colours.classes[this.label], 2.6);
-    panel.plane.arrows([[x + base[0], y + base[1], ...push]], this.colours.ink, 2.2, 0.8);
-    panel.plane.arrows([[x, y, base[0] + push[0], base[1] + push[1]]], colour, 2.6);
+    this.wayOf(panel).score(this.densities, x, y, this.alphaBar, out);
+    const push = out.push.map((value) => value * this.weightOf(panel));
+    const scores = { base: out.base, push, score: out.base.map((value, i) => value + push[i]) };
+    const longest = Math.max(...Object.values(scores).map((score) => Math.hypot(...score)), 1e-9);
+    const noise = Math.sqrt(1 - Math.min(this.alphaBar, 0.995));
+    const factor = (limit * Math.tanh(0.6 * longest * noise)) / longest;
+    return Object.fromEntries(Object.entries(scores).map(([kind, score]) => [kind, score.map((value) => value * factor)]));
+  }
+
+  /** At the pointer, in every square: the two parts one behind the other, and their sum. */
+  paintProbe(panel) {
+    const { x, y } = this.probe;
+    const { base, push, score } = this.scoresAt(panel, x, y, 1.2);
+    const arrows = { base: [x, y, ...base], push: [x + base[0], y + base[1], ...push], score: [x, y, ...score] };
+    for (const [kind, arrow] of Object.entries(arrows)) panel.plane.stroke(panel.plane.arrows([arrow]), this.colourOf(kind), 2.6);
   }
 }
 
-/** A score as an arrow: its direction, and a length that grows with it up to a limit. */
-function shortened(score, alphaBar, limit) {
-  const length = Math.hypot(...score) * Math.sqrt(1 - alphaBar);
-  const wanted = limit * Math.tanh(0.6 * length);
-  return score.map((value) => (value * wanted) / Math.max(Math.hypot(...score), 1e-9));
+/** The point of the plane that an event of the pointer is at. */
+function placeIn(square, event) {
+  const box = square.getBoundingClientRect();
+  const x = ((event.clientX - box.left) / box.width) * 2 * REACH - REACH;
+  const y = REACH - ((event.clientY - box.top) / box.height) * 2 * REACH;
+  return { x, y };
 }
 
 customElements.define('guidance-laboratory', GuidanceLaboratory);

@@ -29,10 +29,10 @@ export class GridDensity {
     return this.values.reduce((sum, value, at) => sum + atBorder(value, at), 0) > 0.01;
   }
 
-  /** The distribution of the first coordinate: one number for each column. */
-  marginal() {
+  /** The distribution of the first coordinate, or of the second one (axis 1): one number for each column, or row. */
+  marginal(axis = 0) {
     const sums = new Float64Array(this.size);
-    this.values.forEach((value, at) => (sums[at % this.size] += value));
+    this.values.forEach((value, at) => (sums[axis === 0 ? at % this.size : Math.floor(at / this.size)] += value));
     return sums;
   }
 
@@ -46,6 +46,36 @@ export class GridDensity {
       squares += value * (x * x + y * y);
     });
     return Math.sqrt(Math.max(0, squares - sumX ** 2 - sumY ** 2) / 2);
+  }
+
+  /** How much of it lies where something is true. */
+  shareOf(isTrue) {
+    return this.values.reduce((sum, value, at) => {
+      const [x, y] = [this.centres[at % this.size], this.centres[Math.floor(at / this.size)]];
+      return isTrue(x, y) ? sum + value : sum;
+    }, 0);
+  }
+
+  /**
+   * How far points (count, 2) would have to go, on average, to be spread as it is: the Wasserstein distance of each
+   * coordinate's distribution, and of both the mean.
+   */
+  distanceFrom(points) {
+    return (this.distanceAlong(points, 0) + this.distanceAlong(points, 1)) / 2;
+  }
+
+  distanceAlong(points, axis) {
+    const values = points.filter((_, at) => at % 2 === axis).sort();
+    const masses = this.marginal(axis);
+    const width = (2 * this.reach) / this.size;
+    let [cell, before, sum] = [0, 0, 0]; // before: the mass below the cell
+    values.forEach((value, n) => {
+      const mass = (n + 0.5) / values.length;
+      while (cell < this.size - 1 && before + masses[cell] < mass) before += masses[cell++];
+      const goal = cell * width - this.reach + (width * (mass - before)) / Math.max(masses[cell], Number.MIN_VALUE);
+      sum += Math.abs(value - goal);
+    });
+    return sum / values.length;
   }
 
   /** The densities whose contours enclose these shares of the whole. */
@@ -63,23 +93,18 @@ export class GridDensity {
   /** Segments [x1, y1, x2, y2] of the contour at a level. */
   contour(level) {
     const segments = [];
-    const value = (row, column) => this.values[row * this.size + column];
     for (let row = 0; row + 1 < this.size; row++) {
       for (let column = 0; column + 1 < this.size; column++) {
-        const corners = [
-          [row, column],
-          [row, column + 1],
-          [row + 1, column + 1],
-          [row + 1, column],
-        ];
+        const first = row * this.size + column;
+        const corners = [first, first + 1, first + this.size + 1, first + this.size];
         const crossings = [];
         for (let i = 0; i < 4; i++) {
           const [a, b] = [corners[i], corners[(i + 1) % 4]];
-          const [from, to] = [value(...a), value(...b)];
+          const [from, to] = [this.values[a], this.values[b]];
           if (from >= level === to >= level) continue;
           const share = (level - from) / (to - from);
-          const between = (k) => this.centres[a[k]] + share * (this.centres[b[k]] - this.centres[a[k]]);
-          crossings.push(between(1), between(0));
+          const between = (start, end) => this.centres[start] + share * (this.centres[end] - this.centres[start]);
+          crossings.push(between(a % this.size, b % this.size), between(Math.floor(a / this.size), Math.floor(b / this.size)));
         }
         for (let i = 0; i + 3 < crossings.length; i += 4) segments.push(crossings.slice(i, i + 4));
       }
@@ -100,13 +125,11 @@ export function spreadOf(points) {
   return Math.sqrt(Math.max(0, squares / count - (sumX / count) ** 2 - (sumY / count) ** 2) / 2);
 }
 
-/** The share of points (count, 2) whose likeliest class is the one that is asked for. */
-export function shareInClass(points, densities) {
-  let inside = 0;
-  for (let at = 0; at < points.length; at += 2) {
-    if (densities.logClass(points[at], points[at + 1], 1) > Math.log(0.5)) inside++;
-  }
-  return inside / (points.length / 2);
+/** The share of points (count, 2) of which something is true. */
+export function shareOf(points, isTrue) {
+  let count = 0;
+  for (let at = 0; at < points.length; at += 2) if (isTrue(points[at], points[at + 1])) count++;
+  return count / (points.length / 2);
 }
 
 /** How many of the first coordinates of points (count, 2) lie in each of `bins` cells of [-reach, reach]. */

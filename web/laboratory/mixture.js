@@ -17,8 +17,18 @@ export class Mixture {
     this.parts = components.map(({ weight, x, y, std }) => {
       return { logWeight: Math.log(weight / total), x, y, variance: std ** 2 + blur ** 2 };
     });
-    this.logs = new Float64Array(components.length);
+    this.levels = new Map(); // what the components are at the noise levels that were asked for
     this.gradient = [0, 0];
+  }
+
+  /** The components at a noise level: centre, variance v, and the log of what stands in front of the exponential. */
+  noisyParts(alphaBar) {
+    const signal = Math.sqrt(alphaBar);
+    return this.parts.map(({ logWeight, x, y, variance }) => {
+      // pi_k N(x_t; sqrt(alpha_bar) mu_k, (alpha_bar s_k^2 + 1 - alpha_bar) I)
+      const v = alphaBar * variance + 1 - alphaBar;
+      return { x: signal * x, y: signal * y, v, logFactor: logWeight - Math.log(2 * Math.PI * v), log: 0 };
+    });
   }
 
   /**
@@ -28,25 +38,22 @@ export class Mixture {
    * @param {number} alphaBar the signal that is left; 1 for the data themselves.
    */
   at(x, y, alphaBar) {
-    const signal = Math.sqrt(alphaBar);
+    let parts = this.levels.get(alphaBar);
+    if (!parts) this.levels.set(alphaBar, (parts = this.noisyParts(alphaBar)));
     let highest = -Infinity;
-    this.parts.forEach((part, k) => {
-      // log pi_k + log N(x_t; sqrt(alpha_bar) mu_k, (alpha_bar s_k^2 + 1 - alpha_bar) I)
-      const v = alphaBar * part.variance + 1 - alphaBar;
-      const squared = (x - signal * part.x) ** 2 + (y - signal * part.y) ** 2;
-      this.logs[k] = part.logWeight - Math.log(2 * Math.PI * v) - squared / (2 * v);
-      if (this.logs[k] > highest) highest = this.logs[k];
-    });
+    for (const part of parts) {
+      part.log = part.logFactor - ((x - part.x) ** 2 + (y - part.y) ** 2) / (2 * part.v);
+      if (part.log > highest) highest = part.log;
+    }
     let total = 0;
     let right = 0;
     let up = 0;
-    this.parts.forEach((part, k) => {
-      const v = alphaBar * part.variance + 1 - alphaBar;
-      const share = Math.exp(this.logs[k] - highest);
+    for (const part of parts) {
+      const share = Math.exp(part.log - highest);
       total += share;
-      right += (share * (signal * part.x - x)) / v;
-      up += (share * (signal * part.y - y)) / v;
-    });
+      right += (share * (part.x - x)) / part.v;
+      up += (share * (part.y - y)) / part.v;
+    }
     this.gradient[0] = right / total;
     this.gradient[1] = up / total;
     return highest + Math.log(total);
@@ -74,5 +81,10 @@ export class Densities {
   /** log p(y | x_t) of the class that is asked for: the exact noisy classifier. */
   logClass(x, y, alphaBar) {
     return this.logPrior + this.own.at(x, y, alphaBar) - this.all.at(x, y, alphaBar);
+  }
+
+  /** Whether a clean point's likeliest class is the one that is asked for. */
+  isInClass(x, y) {
+    return this.logClass(x, y, 1) > Math.log(0.5);
   }
 }

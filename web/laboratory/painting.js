@@ -2,7 +2,7 @@
 
 const SHADE_SIZE = 64; // pixels across of the picture of a density
 
-/** A square of the plane on a canvas, from -reach to reach, y upwards. */
+/** A square of the plane on a canvas, from -reach to reach, y upwards. Its pen draws in units of the plane. */
 export class Plane {
   constructor(canvas, reach) {
     Object.assign(this, { canvas, reach, pen: canvas.getContext('2d') });
@@ -10,81 +10,70 @@ export class Plane {
 
   /** Give the canvas as many pixels as the screen has for it; whatever was drawn is gone. */
   fit() {
-    const pixels = Math.max(1, Math.round(this.canvas.clientWidth * Math.min(devicePixelRatio, 2)));
-    if (this.canvas.width !== pixels) this.canvas.width = this.canvas.height = pixels;
-    this.unit = pixels / (2 * this.reach); // pixels to the unit of the plane
-    this.thin = Math.min(devicePixelRatio, 2); // pixels of a thin line
-  }
-
-  right(x) {
-    return (x + this.reach) * this.unit;
-  }
-
-  down(y) {
-    return (this.reach - y) * this.unit;
+    const sharpness = Math.min(devicePixelRatio, 2);
+    const pixels = Math.max(1, Math.round(this.canvas.clientWidth * sharpness));
+    const unit = pixels / (2 * this.reach);
+    this.canvas.width = this.canvas.height = pixels;
+    this.pen.setTransform(unit, 0, 0, -unit, pixels / 2, pixels / 2);
+    this.pen.lineCap = 'round';
+    this.thin = sharpness / unit; // the width of a thin line
   }
 
   clear() {
-    this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    this.pen.clearRect(-this.reach, -this.reach, 2 * this.reach, 2 * this.reach);
   }
 
-  /** A picture that fills the square. */
-  picture(picture, alpha = 1) {
-    this.pen.globalAlpha = alpha;
-    this.pen.imageSmoothingEnabled = true;
-    this.pen.drawImage(picture, 0, 0, this.canvas.width, this.canvas.height);
-    this.pen.globalAlpha = 1;
-  }
-
-  /** Segments [x1, y1, x2, y2]. */
-  segments(segments, colour, width, alpha = 1) {
-    this.pen.beginPath();
-    for (const [x1, y1, x2, y2] of segments) {
-      this.pen.moveTo(this.right(x1), this.down(y1));
-      this.pen.lineTo(this.right(x2), this.down(y2));
-    }
-    this.stroke(colour, width, alpha);
+  /** A picture that fills the square, its rows from the bottom up. */
+  picture(picture) {
+    this.pen.drawImage(picture, -this.reach, -this.reach, 2 * this.reach, 2 * this.reach);
   }
 
   /** Dots (count, 2). */
-  dots(points, colour, size, alpha = 1) {
+  dots(points, colour, size, alpha) {
+    const side = size * this.thin;
     this.pen.fillStyle = colour;
     this.pen.globalAlpha = alpha;
-    const side = size * this.thin;
-    for (let at = 0; at < points.length; at += 2) {
-      this.pen.fillRect(this.right(points[at]) - side / 2, this.down(points[at + 1]) - side / 2, side, side);
-    }
+    for (let at = 0; at < points.length; at += 2) this.pen.fillRect(points[at] - side / 2, points[at + 1] - side / 2, side, side);
     this.pen.globalAlpha = 1;
   }
 
-  /** Arrows [x, y, dx, dy]. */
-  arrows(arrows, colour, width, alpha = 1) {
-    const head = 3.5 * this.thin + width;
-    this.pen.beginPath();
-    for (const [x, y, dx, dy] of arrows) {
-      const [fromX, fromY, toX, toY] = [this.right(x), this.down(y), this.right(x + dx), this.down(y + dy)];
-      const angle = Math.atan2(toY - fromY, toX - fromX);
-      this.pen.moveTo(fromX, fromY);
-      this.pen.lineTo(toX, toY);
-      for (const turn of [2.6, -2.6]) {
-        this.pen.moveTo(toX, toY);
-        this.pen.lineTo(toX + head * Math.cos(angle + turn), toY + head * Math.sin(angle + turn));
-      }
-    }
-    this.stroke(colour, width, alpha);
-  }
-
-  stroke(colour, width, alpha) {
+  stroke(path, colour, width, alpha = 1) {
     this.pen.strokeStyle = colour;
     this.pen.lineWidth = width * this.thin;
-    this.pen.lineCap = 'round';
     this.pen.globalAlpha = alpha;
-    this.pen.stroke();
+    this.pen.stroke(path);
     this.pen.globalAlpha = 1;
+  }
+
+  /** Arrows [x, y, dx, dy] as a path; those of no length are left out. */
+  arrows(arrows) {
+    const head = 4.5 * this.thin;
+    const path = new Path2D();
+    for (const [x, y, dx, dy] of arrows) {
+      if (dx === 0 && dy === 0) continue;
+      const angle = Math.atan2(dy, dx);
+      path.moveTo(x, y);
+      path.lineTo(x + dx, y + dy);
+      for (const turn of [2.6, -2.6]) {
+        path.moveTo(x + dx, y + dy);
+        path.lineTo(x + dx + head * Math.cos(angle + turn), y + dy + head * Math.sin(angle + turn));
+      }
+    }
+    return path;
   }
 }
 
-/** The noisy density of all data as a small picture, in which each class has its colour. */
+/** Segments [x1, y1, x2, y2] as a path. */
+export function pathOf(segments) {
+  const path = new Path2D();
+  for (const [x1, y1, x2, y2] of segments) {
+    path.moveTo(x1, y1);
+    path.lineTo(x2, y2);
+  }
+  return path;
+}
+
+/** The noisy density of all data as a small picture, rows from the bottom up, in which each class has its colour. */
 export class Shade {
   constructor(reach) {
     this.reach = reach;
@@ -108,7 +97,7 @@ export class Shade {
       const along = (mean) => centres.map((c) => Math.exp(-((c - Math.sqrt(alphaBar) * mean) ** 2) / (2 * variance)));
       const [right, up] = [along(x), along(y)];
       for (let row = 0, at = 0; row < SHADE_SIZE; row++) {
-        const factor = (weight / variance) * up[SHADE_SIZE - 1 - row];
+        const factor = (weight / variance) * up[row];
         for (let column = 0; column < SHADE_SIZE; column++) densities[label][at++] += factor * right[column];
       }
     }

@@ -1,10 +1,23 @@
 /** Samplers of points in the plane, from noise to data (chapter 01). */
 
-/** The predicted clean data, x_0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar). */
-function cleanOf(x, eps, alphaBar) {
-  const noise = [0, 0];
+/** The denoiser's predicted noise at x into `noise`, and the clean data x_0 that go with it into `clean`. */
+function predict(x, eps, alphaBar, noise, clean) {
   eps(x, alphaBar, noise);
-  return x.map((value, i) => (value - Math.sqrt(1 - alphaBar) * noise[i]) / Math.sqrt(alphaBar));
+  for (let i = 0; i < 2; i++) {
+    // x_0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
+    clean[i] = (x[i] - Math.sqrt(1 - alphaBar) * noise[i]) / Math.sqrt(alphaBar);
+  }
+}
+
+// what a step works with: written anew for every point
+const noise = [0, 0];
+const clean = [0, 0];
+const ahead = [0, 0];
+const start = [0, 0];
+
+/** x_{t-1} = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev) eps, from what was predicted. */
+function moveByDdim(x, alphaBarPrev) {
+  for (let i = 0; i < 2; i++) x[i] = Math.sqrt(alphaBarPrev) * clean[i] + Math.sqrt(1 - alphaBarPrev) * noise[i];
 }
 
 /**
@@ -16,45 +29,40 @@ export const SAMPLERS = {
   ddim: {
     name: 'DDIM',
     evaluations: 1,
-    step(x, eps, { alphaBar, alphaBarPrev }) {
-      const clean = cleanOf(x, eps, alphaBar);
-      for (const i of [0, 1]) {
-        // x_{t-1} = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev) eps
-        const noise = (x[i] - Math.sqrt(alphaBar) * clean[i]) / Math.sqrt(1 - alphaBar);
-        x[i] = Math.sqrt(alphaBarPrev) * clean[i] + Math.sqrt(1 - alphaBarPrev) * noise;
-      }
+    step(x, eps, alphaBar, alphaBarPrev) {
+      predict(x, eps, alphaBar, noise, clean);
+      moveByDdim(x, alphaBarPrev);
     },
   },
   ddpm: {
     name: 'DDPM',
     evaluations: 1,
-    step(x, eps, { alphaBar, alphaBarPrev }, z) {
-      const clean = cleanOf(x, eps, alphaBar);
+    step(x, eps, alphaBar, alphaBarPrev, z) {
+      predict(x, eps, alphaBar, noise, clean);
       const beta = 1 - alphaBar / alphaBarPrev;
-      const variance = ((1 - alphaBarPrev) / (1 - alphaBar)) * beta; // 0 at the last step
-      for (const i of [0, 1]) {
-        const ofClean = (Math.sqrt(alphaBarPrev) * beta) / (1 - alphaBar);
-        const ofNoisy = (Math.sqrt(1 - beta) * (1 - alphaBarPrev)) / (1 - alphaBar);
-        x[i] = ofClean * clean[i] + ofNoisy * x[i] + Math.sqrt(variance) * z[i];
-      }
+      const std = Math.sqrt(((1 - alphaBarPrev) / (1 - alphaBar)) * beta); // 0 at the last step
+      const ofClean = (Math.sqrt(alphaBarPrev) * beta) / (1 - alphaBar);
+      const ofNoisy = (Math.sqrt(1 - beta) * (1 - alphaBarPrev)) / (1 - alphaBar);
+      for (let i = 0; i < 2; i++) x[i] = ofClean * clean[i] + ofNoisy * x[i] + std * z[i];
     },
   },
   second: {
     name: 'DPM-Solver++, second order',
     evaluations: 2,
-    step(x, eps, { alphaBar, alphaBarPrev }) {
+    step(x, eps, alphaBar, alphaBarPrev) {
       // x / sigma moves by e^lambda x_0 d(lambda), sigma = sqrt(1 - alpha_bar), lambda = log(sqrt(alpha_bar) / sigma).
       // DDIM holds x_0 for a step; here it goes along a line from its value at one end to that at the other
       // (Lu et al. 2022, "DPM-Solver++", algorithm 1 with r = 1). The last step, to no noise, stays DDIM's.
-      const clean = cleanOf(x, eps, alphaBar);
-      const start = [...x];
-      SAMPLERS.ddim.step(x, eps, { alphaBar, alphaBarPrev });
+      for (let i = 0; i < 2; i++) start[i] = x[i];
+      predict(x, eps, alphaBar, noise, clean);
+      moveByDdim(x, alphaBarPrev);
       if (alphaBarPrev === 1) return;
-      const ahead = cleanOf(x, eps, alphaBarPrev);
-      const [ratio, ratioPrev] = [alphaBar, alphaBarPrev].map((kept) => Math.sqrt(kept / (1 - kept))); // e^lambda
+      predict(x, eps, alphaBarPrev, noise, ahead);
+      const ratio = Math.sqrt(alphaBar / (1 - alphaBar)); // e^lambda
+      const ratioPrev = Math.sqrt(alphaBarPrev / (1 - alphaBarPrev));
       const change = ratioPrev - ratio;
       const slope = ratioPrev - change / Math.log(ratioPrev / ratio);
-      for (const i of [0, 1]) {
+      for (let i = 0; i < 2; i++) {
         const scaled = start[i] / Math.sqrt(1 - alphaBar) + change * clean[i] + slope * (ahead[i] - clean[i]);
         x[i] = Math.sqrt(1 - alphaBarPrev) * scaled;
       }
@@ -67,7 +75,7 @@ export function guidedEps(way, densities, w) {
   const out = { base: [0, 0], push: [0, 0] };
   return (x, alphaBar, noise) => {
     way.score(densities, x[0], x[1], alphaBar, out);
-    for (const i of [0, 1]) noise[i] = -Math.sqrt(1 - alphaBar) * (out.base[i] + w * out.push[i]);
+    for (let i = 0; i < 2; i++) noise[i] = -Math.sqrt(1 - alphaBar) * (out.base[i] + w * out.push[i]);
   };
 }
 
@@ -85,15 +93,18 @@ export function samplePaths(sampler, eps, schedule, start, fresh) {
   const count = start.length / 2;
   const paths = new Float32Array((steps + 1) * 2 * count);
   paths.set(start, steps * 2 * count);
+  const x = [0, 0];
+  const z = [0, 0];
   for (let step = steps - 1; step >= 0; step--) {
-    const levels = { alphaBar: schedule.alphaBar[step], alphaBarPrev: schedule.alphaBarPrev(step) };
-    for (let n = 0; n < count; n++) {
-      const from = ((step + 1) * count + n) * 2;
-      const x = [paths[from], paths[from + 1]];
-      const noise = (step * count + n) * 2;
-      sampler.step(x, eps, levels, [fresh[noise], fresh[noise + 1]]);
-      paths[from - 2 * count] = x[0];
-      paths[from - 2 * count + 1] = x[1];
+    const alphaBar = schedule.alphaBar[step];
+    const alphaBarPrev = schedule.alphaBarPrev(step);
+    for (let n = 0, to = 2 * step * count; n < count; n++, to += 2) {
+      for (let i = 0; i < 2; i++) {
+        x[i] = paths[to + 2 * count + i];
+        z[i] = fresh[to + i];
+      }
+      sampler.step(x, eps, alphaBar, alphaBarPrev, z);
+      for (let i = 0; i < 2; i++) paths[to + i] = x[i];
     }
   }
   return paths;

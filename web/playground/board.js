@@ -12,19 +12,25 @@ const SHELF = 12;
 /** The parts below the controls, as HTML. */
 export const RESULTS = `
   <section class="results" hidden>
-    <h3 tabindex="-1"></h3><div class="tiles"></div><p class="note" aria-live="polite"></p>
+    <h3></h3><div class="tiles"></div><p class="note" aria-live="polite"></p>
   </section>
   <section class="shelf" hidden>
     <h3>Drawn so far</h3><div class="tiles"></div>
     <button type="button" data-do="clear">Clear</button>
   </section>`;
 
+/** What all boards can do. */
 export const ACTIONS = `
   <div class="row"><button type="button" class="go" data-do="draw">Draw</button>
     <button type="button" data-do="seed">New seed</button></div>
   <div class="row"><button type="button" data-do="strip">w from −1 to 8</button>
-    <button type="button" data-do="judge">Draw ${JUDGED}, and judge them</button></div>
-  <progress max="1" value="0" aria-label="progress of the drawing"></progress>`;
+    <button type="button" data-do="judge">Draw ${JUDGED}, and judge them</button></div>`;
+
+/** What all boards say; `text` at first. */
+export const sayings = (text) => `
+  <progress max="1" value="0" aria-label="progress of the drawing"></progress>
+  <p class="said note" aria-live="polite">${text}</p>
+  <p class="verdict" aria-live="polite"></p>`;
 
 /** An element that draws; subclasses say what, and how a step looks. */
 export class Board extends HTMLElement {
@@ -43,6 +49,11 @@ export class Board extends HTMLElement {
   /** What was asked for in words, and what the reader must see: {text, wanted: null | {label: number}}. */
   asked() {
     throw new Error('a board says what it asks for');
+  }
+
+  /** What else makes an image what it is, besides weight, steps and seed: words that go behind these. */
+  get circumstances() {
+    return '';
   }
 
   /** Show a step of the single drawing. */
@@ -101,19 +112,28 @@ export class Board extends HTMLElement {
   async start(images, listen) {
     try {
       const wish = { ...this.wish(), ...images };
-      if (!this.isLoaded) this.say('Loading the networks…');
+      this.classList.add('started');
+      if (!this.isLoaded) {
+        this.say('Loading the networks…');
+        this.querySelector('progress').removeAttribute('value');
+      }
       const request = (this.request = Symbol('the latest'));
       await this.studio.load();
       this.isLoaded = true;
       if (request !== this.request) return;
       this.begun = performance.now();
       this.studio.draw(wish, (message) => {
-        if (message.kind === 'error') this.say(message.text, true);
+        if (message.kind === 'error') this.fail(message.text);
         else listen(message);
       });
     } catch (error) {
-      this.say(error.message, true);
+      this.fail(error.message);
     }
+  }
+
+  fail(text) {
+    this.progress(0);
+    this.say(text, true);
   }
 
   progress(share) {
@@ -123,42 +143,39 @@ export class Board extends HTMLElement {
   // --- One image, step by step ---
 
   drawOne() {
-    const settings = { w: this.value('w'), n: this.value('steps'), seed: this.value('seed') };
+    const [w, steps, seed] = ['w', 'steps', 'seed'].map((name) => this.value(name));
+    const told = { ...this.asked(), settings: `w = ${numberText(w)}, ${steps} steps, seed ${seed}${this.circumstances}` };
     this.isDone = false;
-    return this.start({ ws: [settings.w], seeds: [settings.seed] }, (message) => {
-      if (message.kind === 'step') this.addStep(message, settings.n);
-      if (message.kind === 'drawn') this.finish(message, settings);
-      if (message.kind === 'decoded') this.steps.find(({ step }) => step === message.step).images = message.images;
+    this.steps = [];
+    return this.start({ ws: [w], seeds: [seed] }, (message) => {
+      if (message.kind === 'step') this.addStep(message, steps);
+      if (message.kind === 'drawn') this.finish(message, told);
     });
   }
 
   addStep(message, count) {
-    if (!this.steps.length || message.step >= this.steps.at(-1).step) this.steps = [];
     this.steps.push(message);
     this.progress(1 - message.step / count);
     const scrubber = this.querySelector('input[name=step]');
     scrubber.disabled = false;
     scrubber.max = count;
-    if (this.steps.length === 1) scrubber.min = 0;
     scrubber.value = message.step + 1;
     this.showStep(message);
     this.sayStep(message.step + 1, message.t);
   }
 
-  finish({ images, readings }, settings) {
-    const asked = this.asked();
-    const [image] = images;
-    this.result = { image, reading: readings[0], ...settings };
-    const scrubber = this.querySelector('input[name=step]');
-    scrubber.value = 0;
+  /** The end of a drawing, of which it was told: {text, wanted, settings}. */
+  finish({ images: [image], readings: [reading] }, { text, wanted, settings }) {
+    this.result = { image, noise: this.steps[0]?.noisy[0], text };
+    this.querySelector('input[name=step]').value = 0;
     this.progress(1);
     this.showResult();
     const seconds = ((performance.now() - this.begun) / 1000).toFixed(1);
-    this.say(`${asked.text}, w = ${numberText(settings.w)}, seed ${settings.seed}: ${this.steps.length} steps in ${seconds} s`);
-    this.showVerdict(readings[0], asked.wanted);
-    this.putOnShelf(image, `${asked.text}; w = ${numberText(settings.w)}, ${settings.n} steps, seed ${settings.seed}`);
+    const slow = this.studio.isFast ? '' : ', some 15 times slower than in a browser that has SIMD';
+    this.say(`${this.steps.length} steps in ${seconds} s${slow}`);
+    this.showVerdict(reading, wanted);
+    this.putOnShelf(image, text, settings);
     this.isDone = true;
-    this.dispatchEvent(new CustomEvent('drawn', { bubbles: true }));
   }
 
   showVerdict(reading, wanted) {
@@ -178,12 +195,13 @@ export class Board extends HTMLElement {
     this.sayStep(position, message.t);
   }
 
-  /** Show the finished image. */
+  /** Show the finished image, beside the noise that it began with. */
   showResult() {
     this.sayStep(0);
   }
 
   sayStep(position, t) {
+    this.classList.toggle('done', position === 0);
     const text = position === 0 ? 'the end' : `${position} before the end, code t = ${t}`;
     this.querySelector('output[name=step]').textContent = text;
     this.querySelector('input[name=step]').setAttribute('aria-valuetext', text);
@@ -204,11 +222,15 @@ export class Board extends HTMLElement {
       tile.className = 'tile';
       tile.innerHTML = '<canvas class="pixels" width="32" height="32"></canvas><span></span>';
       tile.querySelector('span').textContent = text;
-      tile.addEventListener('click', onClick);
+      tile.addEventListener('click', () => {
+        onClick();
+        this.querySelector('.pair').scrollIntoView({ block: 'nearest' });
+      });
       return tile;
     });
     section.querySelector('.tiles').classList.toggle('strip', isStrip);
     section.querySelector('.tiles').replaceChildren(...tiles);
+    section.scrollIntoView({ block: 'nearest' });
     return tiles;
   }
 
@@ -282,16 +304,17 @@ export class Board extends HTMLElement {
 
   // --- Shelf ---
 
-  putOnShelf(image, text) {
+  putOnShelf(image, text, settings) {
     const shelf = this.querySelector('.shelf');
     const figure = document.createElement('figure');
     const canvas = document.createElement('canvas');
     canvas.className = 'pixels';
     canvas.setAttribute('role', 'img');
-    canvas.setAttribute('aria-label', text);
+    canvas.setAttribute('aria-label', `${text}; ${settings}`);
     paintImage(canvas, image);
     const caption = document.createElement('figcaption');
-    caption.textContent = text;
+    caption.innerHTML = `<b>${settings}</b><span></span>`;
+    caption.querySelector('span').textContent = caption.title = text;
     figure.append(canvas, caption);
     const tiles = shelf.querySelector('.tiles');
     tiles.prepend(figure);

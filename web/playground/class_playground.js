@@ -1,7 +1,7 @@
 /** <class-playground>: the class-conditional model of chapter 05, guided by itself. */
 
-import { ACTIONS, Board, RESULTS } from './board.js';
-import { choice, paintImage, slider } from './parts.js';
+import { ACTIONS, Board, RESULTS, sayings } from './board.js';
+import { caption, choice, paintImage, slider, weightSlider } from './parts.js';
 
 const ANY = 8; // the number of the label that says nothing
 const COLOURS = {
@@ -44,22 +44,21 @@ class ClassPlayground extends Board {
         <div class="stack">
           <div class="pair">
             <figure><canvas class="pixels noisy" width="32" height="32" role="img" aria-label="The noisy image"></canvas>
-              <figcaption>x<sub>t</sub>, what the network is given</figcaption></figure>
-            <figure><canvas class="pixels clean" width="32" height="32" role="img" aria-label="The clean image that the network predicts"></canvas>
-              <figcaption>x̂<sub>0</sub>, what it takes it for</figcaption></figure>
+              ${caption('x<sub>t</sub>, what the network is given', 'x<sub>T</sub>, the noise it began with')}</figure>
+            <figure class="guess"><canvas class="pixels clean" width="32" height="32" role="img" aria-label="The clean image that the network predicts"></canvas>
+              ${caption('x̂<sub>0</sub>, what it takes it for', 'x<sub>0</sub>, what it has drawn')}</figure>
           </div>
           <label class="slider">step <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled>
             <output name="step">nothing drawn yet</output></label>
-          <p class="verdict" aria-live="polite"></p>
+          ${ACTIONS}
+          ${sayings('The network has 2 million weights (6 MB). It is loaded when you first draw, and runs on your own device.')}
         </div>
         <div class="stack" data-redraws>
           <fieldset><legend>Colour</legend><div class="choices">${colours.join('')}${choice('colour', ANY, 'any')}</div></fieldset>
           <fieldset><legend>Shape</legend><div class="choices">${shapes.join('')}${choice('shape', ANY, 'any')}</div></fieldset>
-          ${slider('w', 'strength of guidance w', { min: -1, max: 8, step: 0.5, value: 1 })}
+          ${weightSlider(0.5, 1)}
           ${slider('steps', 'steps of DDIM', { min: 5, max: 100, step: 5, value: 25 })}
           ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
-          ${ACTIONS}
-          <p class="said note" aria-live="polite">The network has 2 million weights (6 MB). It is loaded when you first draw, and runs on your own device.</p>
         </div>
       </div>
       ${RESULTS}`;
@@ -95,7 +94,8 @@ class ClassPlayground extends Board {
 
   showResult() {
     super.showResult();
-    for (const canvas of this.querySelectorAll('.pair canvas')) paintImage(canvas, this.result.image);
+    paintImage(this.querySelector('.noisy'), this.result.noise);
+    paintImage(this.querySelector('.clean'), this.result.image);
   }
 }
 

@@ -42,6 +42,7 @@ class GuidedStrips extends HTMLElement {
     for (const section of this.querySelectorAll('section')) {
       const { scales, rows } = this.strips[section.dataset.kind];
       const { asked, images, right } = rows[number];
+      section.querySelector('.tiles').style.setProperty('--columns', images.length);
       section.querySelector('.tiles').replaceChildren(
         ...images.map((source, n) => {
           const figure = document.createElement('figure');

@@ -19,13 +19,24 @@ export function paintImage(canvas, image) {
 /** Three of a latent's channels as red, green and blue, three standard deviations wide. */
 export const latentColours = (latent) => latent.slice(0, (3 * latent.length) / 4).map((value) => value / 3);
 
-/** A slider with its name and its value. */
-export function slider(name, text, { min, max, step, value }) {
+/** A slider with its name and its value, and perhaps something below it. */
+export function slider(name, text, { min, max, step, value, below = '' }) {
   // the output comes behind the input, since a label names the first of them
   return `<label class="slider">${text}
     <input type="range" name="${name}" min="${min}" max="${max}" step="${step}" value="${value}">
-    <output name="${name}">${value}</output></label>`;
+    <output name="${name}">${value}</output>${below}</label>`;
 }
+
+/** The slider for the weight w, from -1 to 8. */
+export function weightSlider(step, value) {
+  const marks = '<span style="left:0">−1</span><span style="left:11.1%">0: not guided</span><span style="left:100%">8</span>';
+  const below = `<span class="marks" aria-hidden="true">${marks}</span>`;
+  return slider('w', 'strength of guidance w', { min: -1, max: 8, step, value, below });
+}
+
+/** What is below a picture, while it is drawn and when it is done. */
+export const caption = (during, after) =>
+  `<figcaption><span class="during">${during}</span><span class="after">${after}</span></figcaption>`;
 
 /** One of several choices. */
 export function choice(name, value, text, isChosen = false) {

@@ -25,13 +25,16 @@ function theWorker() {
   return worker;
 }
 
+const notLoaded = (path) =>
+  new Error(`${path} could not be loaded. Is the connection there, and the site complete? The next try loads it again.`);
+
 /** Run a script of the site. */
 function loadScript(path) {
   return new Promise((resolve, reject) => {
     const script = document.createElement('script');
     script.src = new URL(path, BASE).href;
     script.onload = resolve;
-    script.onerror = () => reject(new Error(`${path} could not be loaded`));
+    script.onerror = () => reject(notLoaded(path));
     document.head.append(script);
   });
 }
@@ -39,6 +42,7 @@ function loadScript(path) {
 /** A value that a script of the site has entered into a table; the script is loaded if it has not been. */
 export async function siteValue(table, name, path) {
   if (!globalThis[table]?.[name]) await loadScript(path);
+  if (!globalThis[table]?.[name]) throw notLoaded(path); // what was sent is something else
   return globalThis[table][name];
 }
 
@@ -50,7 +54,7 @@ export class Studio {
     this.job = null;
   }
 
-  /** The settings of the denoiser's card; loads everything, the first time. */
+  /** Loads everything, the first time; `isFast` says then whether the kernel runs. */
   load() {
     this.loading ??= this.loadAll().catch((error) => {
       this.loading = null; // so that it can be tried again
@@ -68,10 +72,9 @@ export class Studio {
     await new Promise((resolve, reject) => {
       this.send('load', { checkpoints }, (message) => {
         if (message.kind === 'error') reject(new Error(message.text));
-        else resolve();
+        else resolve((this.isFast = message.isFast));
       });
     });
-    return checkpoints.denoiser.settings;
   }
 
   /**

@@ -1,15 +1,19 @@
 /** <text-playground>: latent diffusion told a sentence (chapter 07): from noise, from a picture, or a part of one. */
 
-import { ACTIONS, Board, RESULTS } from './board.js';
+import { ACTIONS, Board, RESULTS, sayings } from './board.js';
 import { parseCaption } from './caption.js';
 import { Mask } from './mask.js';
-import { choice, latentColours, paintImage, slider } from './parts.js';
+import { caption, choice, latentColours, paintImage, slider, weightSlider } from './parts.js';
 import { splitWords } from '../engine/text.js';
 import { WordField } from './word_field.js';
 
 const MAP_SIDE = 8; // of a word's map
 const PROMPT = 'a large red star to the left of a small blue ring on a dark background';
-const EXAMPLES = [PROMPT, 'a small yellow heart above a large green cross on a light background', 'a large purple crescent on a striped background'];
+const EXAMPLES = {
+  'star and ring': PROMPT,
+  'heart above cross': 'a small yellow heart above a large green cross on a light background',
+  'crescent on stripes': 'a large purple crescent on a striped background',
+};
 let instances = 0;
 
 class TextPlayground extends Board {
@@ -22,13 +26,13 @@ class TextPlayground extends Board {
     const id = `words-${++instances}`;
     const field = (name, text, value, more = '') => `
       <div class="field"><label class="label" for="${id}-${name}">${text}</label>
-        <input type="text" id="${id}-${name}" name="${name}" value="${value}" autocomplete="off" autocapitalize="off" spellcheck="false"
+        <input type="search" id="${id}-${name}" name="${name}" value="${value}" autocomplete="off" autocapitalize="off" spellcheck="false"
           role="combobox" aria-autocomplete="list" aria-expanded="false" aria-controls="${id}-${name}-list" ${more}>
         <ul role="listbox" id="${id}-${name}-list" aria-label="words that may come next" hidden></ul></div>`;
     this.innerHTML = `
       <div class="sentence stack">
         ${field('prompt', 'What to draw', PROMPT)}
-        <div class="row examples">${EXAMPLES.map((text, n) => `<button type="button" data-example="${n}">example ${n + 1}</button>`).join('')}</div>
+        <div class="row examples"><span class="note">or</span>${Object.keys(EXAMPLES).map((name) => `<button type="button" data-example="${name}">${name}</button>`).join('')}</div>
       </div>
       <div class="columns">
         <div class="stack">
@@ -37,15 +41,16 @@ class TextPlayground extends Board {
                 <canvas class="pixels mask" tabindex="0" role="application" aria-label="The part to draw anew: paint it, or move the brush with the arrow keys and paint with the space bar"></canvas></div>
               <figcaption></figcaption></figure>
             <figure class="state"><canvas class="pixels noisy" width="16" height="16" role="img" aria-label="The noisy latent"></canvas>
-              <figcaption>z<sub>t</sub>, the noisy latent: three of its four channels as colours</figcaption></figure>
-            <figure><div class="layers"><canvas class="pixels clean" width="64" height="64" role="img" aria-label="The picture that the network predicts"></canvas>
+              ${caption('z<sub>t</sub>, the noisy latent: three of its four channels as colours', 'z<sub>T</sub>, the latent noise it began with: three of four channels')}</figure>
+            <figure class="guess"><div class="layers"><canvas class="pixels clean" width="64" height="64" role="img" aria-label="The picture that the network predicts"></canvas>
                 <canvas class="map" width="${MAP_SIDE}" height="${MAP_SIDE}" aria-hidden="true"></canvas></div>
-              <figcaption>x̂<sub>0</sub>, decoded from what the network takes it for</figcaption></figure>
+              ${caption('x̂<sub>0</sub>, decoded from what the network takes it for', 'x<sub>0</sub>, what it has drawn, decoded')}</figure>
           </div>
           <label class="slider">step <input type="range" name="step" class="backwards" min="0" max="25" step="1" value="25" disabled>
             <output name="step">nothing drawn yet</output></label>
-          <div class="looking" hidden><p class="label">Where the places look at a word: point at it</p><div class="words"></div></div>
-          <p class="verdict" aria-live="polite"></p>
+          ${ACTIONS}
+          <div class="looking" hidden><p class="label">Point at a word: yellow is where the network looks at it most</p><div class="words"></div></div>
+          ${sayings('Text encoder, U-Net, decoder and readers (4.3 million weights, 12 MB) are loaded when you first draw.')}
         </div>
         <div class="stack">
           <fieldset><legend>Begin</legend><div class="choices">
@@ -60,12 +65,10 @@ class TextPlayground extends Board {
           </div>
           <details><summary>What not to draw</summary>${field('negative', 'Negative prompt', '')}</details>
           <div class="stack" data-redraws>
-            ${slider('w', 'strength of guidance w', { min: -1, max: 8, step: 0.5, value: 2 })}
+            ${weightSlider(0.5, 2)}
             ${slider('steps', 'steps of DDIM', { min: 5, max: 50, step: 5, value: 25 })}
             ${slider('seed', 'seed: the noise it begins with', { min: 0, max: 99, step: 1, value: 6 })}
           </div>
-          ${ACTIONS}
-          <p class="said note" aria-live="polite">Text encoder, U-Net, decoder and readers (4.3 million weights, 12 MB) are loaded when you first draw.</p>
         </div>
       </div>
       ${RESULTS}`;
@@ -161,6 +164,12 @@ class TextPlayground extends Board {
     return { text: words.join(' '), wanted: parseCaption(words)?.wanted ?? null };
   }
 
+  get circumstances() {
+    const begun = { noise: '', picture: `, from a picture at strength ${this.value('strength')}`, fill: ', filled in' }[this.mode];
+    const negative = this.words('negative').join(' ');
+    return negative ? `${begun}, not: ${negative}` : begun;
+  }
+
   // --- What is shown ---
 
   noisePicture(noise) {
@@ -177,8 +186,8 @@ class TextPlayground extends Board {
   showResult() {
     super.showResult();
     paintImage(this.querySelector('.clean'), this.result.image);
-    const last = this.steps.at(-1);
-    if (last) paintImage(this.querySelector('.noisy'), latentColours(last.noisy[0]));
+    const { noise } = this.result; // none where no step was taken
+    if (noise) paintImage(this.querySelector('.noisy'), latentColours(noise));
     this.maps = this.meanMaps();
     this.showWords();
     this.showMap();
@@ -195,7 +204,7 @@ class TextPlayground extends Board {
 
   /** The words of the drawing as buttons. */
   showWords() {
-    const words = this.words();
+    const words = splitWords(this.result.text);
     this.querySelector('.looking').hidden = !this.maps;
     this.querySelector('.words').replaceChildren(
       ...words.map((word, n) => {

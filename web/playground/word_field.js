@@ -2,8 +2,6 @@
 
 import { nextWords } from './caption.js';
 
-const MOST = 12; // words that are offered at once
-
 export class WordField {
   /**
    * @param {HTMLInputElement} input with a list of words beside it, the element that aria-controls names.
@@ -16,8 +14,8 @@ export class WordField {
     input.addEventListener('focus', () => this.offer());
     input.addEventListener('blur', () => this.close());
     input.addEventListener('keydown', (event) => this.onKey(event));
-    this.list.addEventListener('pointerdown', (event) => {
-      event.preventDefault(); // the field keeps the focus
+    this.list.addEventListener('mousedown', (event) => event.preventDefault()); // the field keeps the focus
+    this.list.addEventListener('click', (event) => {
       const option = event.target.closest('[role=option]');
       if (option) this.take(option.textContent);
     });
@@ -35,7 +33,7 @@ export class WordField {
     const fitting = nextWords(words).filter((word) => word.startsWith(typed) && word !== typed);
     this.chosen = -1;
     this.list.replaceChildren(
-      ...fitting.slice(0, MOST).map((word, n) => {
+      ...fitting.map((word, n) => {
         const option = document.createElement('li');
         option.id = `${this.list.id}-${n}`;
         option.setAttribute('role', 'option');

@@ -5,7 +5,7 @@ import { normalNoise } from '../engine/noise.js';
 import { decodeBase64 } from '../engine/safetensors.js';
 
 const TOGETHER = 8; // images that are drawn at once, at most; ten for a strip
-const DECODE_EVERY = 3; // steps; the others are decoded when all is drawn
+const DECODE_EVERY = 3; // steps, where several images are drawn; of a single one each is seen
 const MAP_SIDE = 8; // of the layers whose word weights are shown, as in chapter 07
 
 const MODELS = { class: ClassModel, text: TextModel };
@@ -55,7 +55,6 @@ async function draw({ job, model, wish }, post) {
     }
     const images = artist.images();
     post({ kind: 'drawn', first, images, readings: artist.read(images), isLast: first + together >= wish.seeds.length });
-    await artist.finish(post, isCurrent);
   }
 }
 
@@ -81,13 +80,11 @@ class ClassArtist {
   read(images) {
     return this.network.reader.read(images);
   }
-
-  async finish() {}
 }
 
 class TextArtist {
   constructor(network, wish) {
-    Object.assign(this, { network, wish, undecoded: [] });
+    Object.assign(this, { network, wish });
     this.isSingle = wish.ws.length === 1;
   }
 
@@ -114,8 +111,7 @@ class TextArtist {
     const maps = this.count ? Float32Array.from(this.sums, (sum) => sum / this.count) : null;
     this.sums.fill(0);
     this.count = 0;
-    const isShown = step % DECODE_EVERY === 0;
-    if (!isShown && this.isSingle) this.undecoded.push({ step, clean });
+    const isShown = this.isSingle || step % DECODE_EVERY === 0;
     return { step, t, noisy: before, images: isShown ? this.decoded(clean) : null, maps };
   }
 
@@ -133,15 +129,6 @@ class TextArtist {
   read(images) {
     const reader = this.wish.reads === 'scenes' ? this.network.scenesReader : this.network.shapesReader;
     return reader.read(images);
-  }
-
-  /** Decode the steps that were passed over, for the scrubber. */
-  async finish(post, isCurrent) {
-    for (const { step, clean } of this.undecoded) {
-      await nextTask();
-      if (!isCurrent()) return;
-      post({ kind: 'decoded', step, images: this.decoded(clean) });
-    }
   }
 }
 
