@@ -1418,6 +1418,7 @@ few = {task: load_results(f"adaptation_few_{task}") for task in ("photos", "text
 print(few["photos"]["command"], "and", few["textures"]["command"])
 by_method = {
     task: {f"frozen, {reading}": shares for reading, shares in of_task["solved"].items()}
+    | {"frozen, without penalty": of_task["solved_without_penalty"]}
     | {run["method"]: run["accuracy"] for run in of_task["runs"]}
     for task, of_task in few.items()
 }
@@ -1437,7 +1438,7 @@ show_table(
     ["test accuracy, %", *titles],
 )
 
-# %% slide=["# Ten images of each class", "[picture]", "Each line is a seed, with images of its own; the bars are means. The three on the left train nothing but a head."] tags=["draw"]
+# %% slide=["# Ten images of each class", "[picture]", "Each line is a seed, with images of its own; the bars are means. The four on the left have solved heads."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 for axis, of_method, title in zip(axes, by_method.values(), titles):
     places = range(len(of_method))
@@ -1455,23 +1456,47 @@ for axis, of_method, title in zip(axes, by_method.values(), titles):
     )
 show(
     figure,
-    "Test accuracy of seven methods with ten images of each class, a line for each of five seeds, on two tasks.",
+    "Test accuracy of eight methods with ten images of each class, a line for each of five seeds, on two tasks.",
 )
 
 # %%
 pairs = (
     ("vpt-deep", "full"),
-    ("vpt-deep", "frozen, class token"),
     ("vpt-deep", "vpt-shallow"),
+    ("vpt-deep", "frozen, class token"),
+    ("full", "frozen, class token"),
+    ("full", "frozen, without penalty"),
     ("lora", "full"),
+    ("lora", "frozen, patches"),
+    ("full", "frozen, patches"),
 )
 show_table(
     [[f"{one} over {other}", *(apart(task, one, other) for task in few)] for one, other in pairs],
     ["points", *titles],
 )
 
+# %%
+assert apart("photos", "vpt-deep", "full").endswith("tie")
+trained_methods = [run["method"] for run in few["photos"]["runs"]]
+assert all(apart("photos", method, "frozen, class token").endswith("behind") for method in trained_methods)
+assert apart("photos", "full", "frozen, without penalty").endswith("tie")
+assert all(apart("textures", "vpt-deep", method).endswith("behind") for method in ("lora", "full"))
+assert apart("textures", "vpt-deep", "frozen, class token").endswith("tie")
+assert all(apart("textures", method, "frozen, patches").endswith("tie") for method in ("lora", "full"))
+
 # %% [markdown]
-# CONCLUSIONS
+# *Near*: deep prompts and full fine-tuning tie. With ten images of each class full fine-tuning has lost the lead that it had
+# with hundreds; the lead that the paper gives to prompts does not show. And neither is the best that one can do: a solved head
+# on the *frozen* class token is ahead of all that was trained, by some five points. The control: its penalty was chosen by 400
+# validation images, while the others' weight decay was not searched for. With next to no penalty (the fourth place in the
+# figure) it ties with full fine-tuning. So most of its lead is that penalty.
+#
+# *Far*: as with 800 images, what changes the layers is far ahead of prompts, which are level with a head on the class token.
+# And a head on the mean of the *patches* is level with LoRA and with full fine-tuning: the next section asks why.
+#
+# What this does not say. The error is that of the five draws of training images; all share a thousand test images, and the
+# backbone has seen the training photographs, upright. Photographs of classes that it never saw, 40 images a class, weight decay
+# searched for every method as the paper does, heads solved behind prompts: all these were not measured.
 
 # %% [markdown] tags=["core"]
 # ## What a head reads
@@ -2276,7 +2301,7 @@ show_milestone(
 #   final norm, and freezes nothing.
 # - *72.3 % vs 68.1 % for full fine-tuning on FGVC-Aircraft.* No source was found; aircraft are not among the paper's tasks.
 # - *Outperforms linear probing and matches full fine-tuning on many tasks.* In the paper's regime. In ours: ahead of a finished
-#   probe on four tasks of seven, behind full fine-tuning on nearly all.
+#   probe on four tasks of seven, behind full fine-tuning on nearly all; level with it on one task of ten images a class.
 # - *0.1 % of the parameters*, *100 to 1000 times less storage.* For shallow prompts and short deep ones.
 # - *Prevents catastrophic forgetting.* By construction, with the prompts taken out.
 # - *Works consistently across model sizes.* ViT-B, L and H were not tried here.

@@ -26,7 +26,7 @@ from lecture26.kit.claims import COLUMNS, count_verdicts, share_error
 from lecture26.kit.figures import markdown_table
 from lecture26.kit.results import load_results
 from lecture26.recipes import classifiers, ddpm, latent
-from lecture26.studies.claims import ADAPTED, CLAIMS, mean_accuracy
+from lecture26.studies.claims import ADAPTED, CLAIMS, mean_accuracy, seeds_error
 from lecture26.studies.guidances import NAMES, Way, standard_error
 
 PAGE = Path("docs") / "results.md"
@@ -146,6 +146,8 @@ def share_of(value: float, count: int) -> str:
 # --- Tables ---
 
 
+FROM_FEW = ("adaptation_few_photos", "adaptation_few_textures")
+
 METRICS = {  # by the family of the recipe: what is told of a model, and the card's names of it
     "ddpm": [("Fréchet distance {:.0f}, of real images {:.0f}", "frechet_distance", "frechet_distance_real")],
     "noisy_classifier": [
@@ -246,6 +248,21 @@ def solved() -> tuple[Rows, list[str]]:
         for run in load_results("adaptation_solved")["runs"]
     ]
     return rows, ["task", "class token", "mean of patches", "quarters", "class token, deep prompts"]
+
+
+def from_few() -> tuple[Rows, list[str]]:
+    def told(of_task: Mapping) -> dict[str, str]:
+        accuracies = {f"solved head on the {name}": shares for name, shares in of_task["solved"].items()}
+        accuracies["the first without penalty"] = of_task["solved_without_penalty"]
+        runs = [{"method": name, "accuracy": shares} for name, shares in accuracies.items()]
+        return {
+            run["method"]: with_error(100 * mean_accuracy(run), 100 * seeds_error(run), digits=1)
+            for run in [*runs, *of_task["runs"]]
+        }
+
+    photographs, textures = (told(load_results(name)) for name in FROM_FEW)
+    rows = [[method, photographs[method], textures[method]] for method in photographs]
+    return rows, ["method", "photographs, upside down", "textures"]
 
 
 def latents() -> tuple[Rows, list[str]]:
@@ -382,6 +399,13 @@ def page() -> str:
             "trained. (Chapter 08.)",
             solved(),
             ["adaptation_solved"],
+        ),
+        section(
+            "Ten images of each class",
+            "Test accuracy in %, mean of five seeds, each with training images of its own; ± is two standard "
+            "errors of that mean. (Chapter 08.)",
+            from_few(),
+            FROM_FEW,
         ),
         section(
             "Many tasks, one backbone",
