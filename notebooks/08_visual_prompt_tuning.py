@@ -1438,22 +1438,20 @@ show_table(
     ["test accuracy, %", *titles],
 )
 
-# %% slide=["# Ten images of each class", "[picture]", "Each line is a seed, with images of its own; the bars are means. The four on the left have solved heads."] tags=["draw"]
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+# %% slide=["# Ten images of each class", "[picture]", "Each line is a seed, with images of its own; the bars are means. The four at the top have solved heads."] tags=["draw"]
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
 for axis, of_method, title in zip(axes, by_method.values(), titles):
-    places = range(len(of_method))
-    axis.plot(places, list(of_method.values()), ".-", color="grey", linewidth=0.7, markersize=4)
-    axis.hlines(
-        [mean(v) for v in of_method.values()],
-        [p - 0.3 for p in places],
-        [p + 0.3 for p in places],
-        color=colours[3],
-        linewidth=3,
+    rows = range(len(of_method))
+    axis.plot(
+        list(of_method.values()), rows, ".-", color="grey", linewidth=0.7, markersize=4
+    )  # a line a seed
+    means = [mean(shares) for shares in of_method.values()]
+    axis.vlines(
+        means, [row - 0.3 for row in rows], [row + 0.3 for row in rows], color=colours[3], linewidth=3
     )
-    axis.set(title=title, ylabel="test accuracy")
-    axis.set_xticks(
-        places, [m.replace("frozen, ", "frozen,\n").replace("vpt-", "vpt-\n") for m in of_method], fontsize=8
-    )
+    axis.set(title=title, xlabel="test accuracy")
+axes[0].set_yticks(rows, by_method["photos"])
+axes[0].invert_yaxis()
 show(
     figure,
     "Test accuracy of eight methods with ten images of each class, a line for each of five seeds, on two tasks.",
@@ -1488,7 +1486,7 @@ assert all(apart("textures", method, "frozen, patches").endswith("tie") for meth
 # *Near*: deep prompts and full fine-tuning tie. With ten images of each class full fine-tuning has lost the lead that it had
 # with hundreds; the lead that the paper gives to prompts does not show. And neither is the best that one can do: a solved head
 # on the *frozen* class token is ahead of all that was trained, by some five points. The control: its penalty was chosen by 400
-# validation images, while the others' weight decay was not searched for. With next to no penalty (the fourth place in the
+# validation images, while the others' weight decay was not searched for. With next to no penalty (the fourth row of the
 # figure) it ties with full fine-tuning. So most of its lead is that penalty.
 #
 # *Far*: as with 800 images, what changes the layers is far ahead of prompts, which are level with a head on the class token.
