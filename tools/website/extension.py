@@ -10,11 +10,11 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 from course import EQUATION_TAG
+from website.sources import HOLDS
 
 NUMBER = re.compile(r"\((\d{1,2}\.\d{1,2})\)")
 CHAPTERS = r"\b[Cc]hapters?\s+\d\d\b(?:(?:,|,? and|,? or| to)\s+\d\d\b)*"  # "chapters 03 and 04"
 MENTION = re.compile(rf"{NUMBER.pattern}|({CHAPTERS})")
-HOLDS = re.compile(r"\((\d+\.\d+)\) holds: (.*)")  # what `verify` prints
 PASSED = re.compile(r"'?[\w.]+: (?:passed|right)\b.*", re.DOTALL)  # what `check` and `check_answer` say
 PLACEHOLDER = "course-equation"
 log = logging.getLogger(__name__)

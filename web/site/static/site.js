@@ -3,12 +3,33 @@
 // A browser lets no page read another one from a disk, so the search there does without excerpts.
 if (location.protocol === 'file:' && typeof DOCUMENTATION_OPTIONS !== 'undefined') DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 
+const FORMULAS_AT_ONCE = 6; // some 30 ms of work: nobody waits for a page that sets formulas
+const whenIdle = () => new Promise((resolve) => (globalThis.requestIdleCallback ?? setTimeout)(resolve));
+
+/**
+ * MathJax sets the formulas near the screen. This sets all others while the page has nothing else to do, so that
+ * none is blank when it is scrolled to.
+ */
+async function setFormulas() {
+  if (!globalThis.MathJax?.startup) return;
+  await MathJax.startup.promise;
+  const math = MathJax.startup.document;
+  for (;;) {
+    const waiting = [...document.querySelectorAll('mjx-lazy')].slice(0, FORMULAS_AT_ONCE);
+    if (!waiting.length) break;
+    await whenIdle();
+    math.lazyObserve(waiting.map((target) => ({ target, isIntersecting: true })));
+    await whenIdle(); // MathJax takes them up when idle as well, and was there first
+    await math.lazyPromise;
+  }
+  reachScrollers();
+}
+
 /** What is wider than its place scrolls, and so must be reached by the keyboard. */
 function reachScrollers() {
-  for (const box of document.querySelectorAll('pre, .table-wrapper, .equation, div.math, mjx-container[display=true]')) {
-    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
-    else box.removeAttribute('tabindex');
-  }
+  const boxes = [...document.querySelectorAll('pre, .table-wrapper, .equation, div.math, mjx-container[display=true]')];
+  const areWide = boxes.map((box) => box.scrollWidth > box.clientWidth + 1); // all are measured before one is changed
+  boxes.forEach((box, index) => (areWide[index] ? box.setAttribute('tabindex', '0') : box.removeAttribute('tabindex')));
 }
 
 /** On paper everything is open. */
@@ -26,7 +47,7 @@ function closeAgain() {
   }
 }
 
-addEventListener('load', reachScrollers);
+addEventListener('load', () => whenIdle().then(reachScrollers).then(setFormulas));
 addEventListener('resize', reachScrollers);
 addEventListener('toggle', reachScrollers, true);
 addEventListener('beforeprint', openAll);
