@@ -94,7 +94,8 @@ def gallery_page(chapters: list[ChapterPage], folder: Path) -> str:
             alt = html.escape(figure.description)
             items.append(
                 f'<li><a href="{chapter.docname}.html#figure-{number}"><img src="gallery/{name}"'
-                f' loading="lazy" width="{width}" height="{height}" alt="{alt}"></a></li>'
+                f' loading="lazy" width="{width}" height="{height}" alt="{alt}">'
+                f"<span>{html.escape(MARKS.sub('', figure.section))}</span></a></li>"
             )
         if items:
             parts.append(f'## {chapter.title}\n\n<ul class="gallery">{"".join(items)}</ul>\n')

@@ -22,7 +22,17 @@ async function setFormulas() {
     await whenIdle(); // MathJax takes them up when idle as well, and was there first
     await math.lazyPromise;
   }
+  noteWidths();
   reachScrollers();
+}
+
+/** The style for paper makes formulas small that would not fit, and has to know how wide they are. */
+function noteWidths() {
+  for (const formula of document.querySelectorAll('mjx-container[display=true]')) {
+    const drawn = formula.querySelector('svg');
+    const width = drawn?.style.minWidth || drawn?.getAttribute('width'); // of a numbered one, or of one without a number
+    if (width?.endsWith('ex')) formula.style.setProperty('--width-in-ex', parseFloat(width));
+  }
 }
 
 /** What is wider than its place scrolls, and so must be reached by the keyboard. */
@@ -34,6 +44,7 @@ function reachScrollers() {
 
 /** On paper everything is open. */
 function openAll() {
+  noteWidths();
   for (const details of document.querySelectorAll('article details:not([open])')) {
     details.open = true;
     details.dataset.wasClosed = '';
