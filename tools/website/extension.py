@@ -182,7 +182,7 @@ class Figures(SphinxTransform):
     default_priority = 720
 
     def apply(self) -> None:
-        descriptions = self.env.app.config.course_figures.get(self.env.docname, [])
+        descriptions = self.config.course_figures.get(self.env.docname, [])
         shown = [image for image in self.document.findall(nodes.image) if is_output(image)]
         if len(shown) != len(descriptions):
             log.warning(
