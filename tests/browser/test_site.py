@@ -244,6 +244,15 @@ def test_the_keyboard_s_place_is_seen(open_page, address, name, scheme):
     assert [focus["what"] for focus in seen if not focus["isMarked"]] == []
 
 
+@pytest.mark.parametrize("address", ["http"], indirect=True)
+def test_a_link_into_a_chapter_leads_there_although_formulas_and_pictures_come_later(open_page, address):
+    page = open_page(f"{CHAPTERS[5]}#eq-5-9", viewport={"width": 1280, "height": 900})
+    page.wait_for_function("document.querySelector('mjx-container') && !document.querySelector('mjx-lazy')")
+    place = page.locator("#eq-5-9").bounding_box()
+    assert 0 <= place["y"] <= 300
+    assert page.locator("article img:not([width][height])").count() == 0
+
+
 @both
 def test_the_search_finds_what_is_to_be_read_first(open_page, address):
     page = open_page("search.html?q=rescaling")

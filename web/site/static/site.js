@@ -24,6 +24,7 @@ async function setFormulas() {
   }
   noteWidths();
   reachScrollers();
+  dispatchEvent(new Event('formulas-set'));
 }
 
 /** The style for paper makes formulas small that would not fit, and has to know how wide they are. */
@@ -42,6 +43,20 @@ function reachScrollers() {
   boxes.forEach((box, index) => (areWide[index] ? box.setAttribute('tabindex', '0') : box.removeAttribute('tabindex')));
 }
 
+/**
+ * A link into a page leads to its target, wherever that moves while what is above it gets its height: until all
+ * formulas are set, or the reader goes elsewhere.
+ */
+function keepTarget() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const article = document.querySelector('article');
+  if (!target || !article) return;
+  const observer = new ResizeObserver(() => target.scrollIntoView({ behavior: 'instant' }));
+  const stop = () => observer.disconnect();
+  for (const event of ['wheel', 'touchstart', 'pointerdown', 'keydown', 'formulas-set']) addEventListener(event, stop, { once: true });
+  observer.observe(article);
+}
+
 /** On paper everything is open. */
 function openAll() {
   noteWidths();
@@ -58,6 +73,9 @@ function closeAgain() {
   }
 }
 
+// who comes back, or loads anew, is where he was
+if (performance.getEntriesByType('navigation')[0]?.type === 'navigate') keepTarget();
+addEventListener('hashchange', keepTarget);
 addEventListener('load', () => whenIdle().then(reachScrollers).then(setFormulas));
 addEventListener('resize', reachScrollers);
 addEventListener('toggle', reachScrollers, true);
