@@ -28,6 +28,12 @@ def test_links_lead_to_pages_or_to_the_repository_or_are_text():
     )
 
 
+def test_a_picture_that_leads_to_the_site_leads_nowhere_on_it():
+    text = "[![A red\nstar](docs/star.png)][site], [the site][site]\n\n[site]: web/site/publish.md\n"
+    expected = "![A red star](docs/star.png), [the site][site]\n\n[site]: publish.md\n"
+    assert with_site_links(text, "README.md", None) == expected
+
+
 def test_a_chapter_s_page_has_its_links_and_no_open_answer():
     (source,) = notebook_sources(ROOT, ["05_classifier_free_guidance"])
     page = chapter_page(source, None)
@@ -45,6 +51,30 @@ def test_a_chapter_s_page_has_its_links_and_no_open_answer():
     assert len(page.figures) >= 10 and all(
         figure.description and figure.section for figure in page.figures[1:]
     )
+
+
+def test_what_a_chapter_has_is_counted_and_its_proofs_are_known():
+    (source,) = notebook_sources(ROOT, ["01_ddpm"])
+    page = chapter_page(source, None)
+    assert "1.4" in page.equations and "\\tag" not in page.equations["1.4"]
+    assert page.proved and page.proved < set(page.equations)
+    text = source.read_text(encoding="utf-8")
+    assert page.num_exercises == text.count("\n# #### Exercise ") > 5
+    assert pages.contents(page).startswith(
+        f"{len(page.equations)} equations · {page.num_exercises} exercises"
+    )
+    listed = pages.equations_page([page])
+    for number in page.equations:
+        assert f"[({number}){' ✓' * (number in page.proved)}]{{.number}}" in listed
+
+
+def test_modules_are_listed_with_what_they_are(tmp_path):
+    pages.write_api_pages(ROOT, tmp_path)
+    index = (tmp_path / "index.md").read_text(encoding="utf-8")
+    assert (
+        "[`lecture26.ddpm`](lecture26.ddpm.md)\n: DDPM: denoising diffusion probabilistic models.\n" in index
+    )
+    assert "\nkit.figures <lecture26.kit.figures>\n" in index
 
 
 def test_the_cloud_is_linked_where_the_repository_is_known():

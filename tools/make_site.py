@@ -79,13 +79,13 @@ def write_sources(root: Path, source: Path, extra: Path, repository: str | None)
     write_repository_pages(root, source, repository)
     for page in OWN.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        cards = pages.chapter_cards(chapters, readme, "")
+        cards = pages.chapter_cards(chapters, readme, "notebooks/{name}.html")
         (source / page.name).write_text(text.replace(CHAPTERS_HERE, cards), encoding="utf-8")
     made = {
         "notebooks/index.md": pages.chapters_page(chapters, readme),
         "gallery.md": pages.gallery_page(chapters, extra / "gallery"),
         "equations.md": pages.equations_page(chapters),
-        "slides.md": pages.slides_page(chapters),
+        "slides.md": pages.slides_page(chapters, readme),
     }
     for name, text in made.items():
         (source / name).write_text(text, encoding="utf-8")
@@ -134,6 +134,7 @@ def run_sphinx(source: Path, extra: Path, folder: Path, doctrees: Path, figures:
         "html_static_path": [str(source / "static")],
         "templates_path": [str(OWN / "templates")],
         "html_favicon": str(OWN / "static" / "icon.svg"),
+        "html_search_scorer": str(OWN / "scorer.js"),
     }
     nocolor()
     warnings = io.StringIO()

@@ -59,6 +59,14 @@ FOCUS = """() => {
     return { what: found.outerHTML.slice(0, 120), isMarked };
 }"""
 
+PAPER = 673  # pixels: the width of A4 within its margins
+CUT_OFF = """() => {
+    const edge = document.documentElement.clientWidth + 1;
+    const shown = document.querySelectorAll('article :is(pre, table, img, mjx-container > svg)');
+    const wide = [...shown].filter((box) => box.getBoundingClientRect().right > edge);
+    return wide.map((box) => box.outerHTML.slice(0, 200));
+}"""
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
@@ -136,6 +144,7 @@ def test_every_picture_is_described(pages):
         for image in page.images:
             assert image.get("alt", "").strip(), f"{file.name}: {image}"
             assert not re.search(r"\.(png|webp|svg)$|^_images", image["alt"]), f"{file.name}: {image}"
+            assert re.search(r"\.(png|webp|svg)$|^data:", image["src"]), f"{file.name}: {image}"
 
 
 @pytest.mark.parametrize("source", notebook_sources(ROOT), ids=lambda source: source.stem)
@@ -164,6 +173,15 @@ def test_equations_and_chapters_are_linked_from_one_chapter_to_another(folder):
     text = (folder / "notebooks/05_classifier_free_guidance.html").read_text(encoding="utf-8")
     assert re.search(r'href="01_ddpm.html#eq-1-18"', text)
     assert re.search(r'href="03_classifier_guidance.html"><span class="doc">[Cc]hapter 03', text)
+
+
+def test_an_instructor_s_own_exercises_are_not_on_the_site(folder):
+    example = next((ROOT / "homework" / "private_example" / "notebooks").glob("*.py"))
+    names = re.findall(r"^def (\w+)", example.read_text(encoding="utf-8"), re.MULTILINE)
+    assert names
+    for file in [*folder.rglob("*.html"), *folder.rglob("*.ipynb"), folder / "searchindex.js"]:
+        text = file.read_text(encoding="utf-8")
+        assert not any(re.search(rf"\b{name}\b", text) for name in names), file.name
 
 
 # --- What is shown ---
@@ -226,11 +244,20 @@ def test_the_keyboard_s_place_is_seen(open_page, address, name, scheme):
     assert [focus["what"] for focus in seen if not focus["isMarked"]] == []
 
 
+@pytest.mark.parametrize("address", ["http"], indirect=True)
+def test_a_link_into_a_chapter_leads_there_although_formulas_and_pictures_come_later(open_page, address):
+    page = open_page(f"{CHAPTERS[5]}#eq-5-9", viewport={"width": 1280, "height": 900})
+    page.wait_for_function("document.querySelector('mjx-container') && !document.querySelector('mjx-lazy')")
+    place = page.locator("#eq-5-9").bounding_box()
+    assert 0 <= place["y"] <= 300
+    assert page.locator("article img:not([width][height])").count() == 0
+
+
 @both
-def test_the_search_finds(open_page, address):
-    page = open_page("search.html?q=rescaling")
+def test_the_search_finds_what_is_to_be_read_first(open_page, address):
+    page = open_page("search.html?q=guidance")  # which many functions have in their names
     page.wait_for_selector("#search-results li a")
-    assert "Classifier-free guidance" in page.locator("#search-results").inner_text()
+    assert "Classifier guidance: steering" in page.locator("#search-results li a").first.inner_text()
 
 
 @from_files
@@ -245,6 +272,21 @@ def test_light_dark_and_paper(open_page, address):
     assert page.locator(".sidebar-drawer").is_hidden() and page.locator("class-playground").is_hidden()
     assert page.locator("article details:not([open])").count() == 0
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+@from_files
+@pytest.mark.parametrize("name", [CHAPTERS[3], "docs/results.html"])
+def test_all_of_a_page_is_on_paper(open_page, address, name):
+    """Nobody has scrolled, so that the formulas were set by themselves; and nothing is cut off."""
+    page = open_page(name, color_scheme="dark", viewport={"width": PAPER, "height": 900})
+    page.wait_for_function("document.querySelector('mjx-container') && !document.querySelector('mjx-lazy')")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(CUT_OFF) == []
+    assert page.locator("article details.hide > summary").filter(visible=True).count() == 0
+    outlined = page.locator("mjx-container [stroke-width='0']")  # printers make these bold
+    assert outlined.evaluate_all("(all) => all.every((drawn) => getComputedStyle(drawn).stroke === 'none')")
+    assert page.evaluate("getComputedStyle(document.querySelector('article')).color") == "rgb(0, 0, 0)"
 
 
 @both

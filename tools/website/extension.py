@@ -4,17 +4,18 @@ import html
 import re
 
 from docutils import nodes
+from PIL import Image
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 from course import EQUATION_TAG
+from website.sources import HOLDS
 
 NUMBER = re.compile(r"\((\d{1,2}\.\d{1,2})\)")
 CHAPTERS = r"\b[Cc]hapters?\s+\d\d\b(?:(?:,|,? and|,? or| to)\s+\d\d\b)*"  # "chapters 03 and 04"
 MENTION = re.compile(rf"{NUMBER.pattern}|({CHAPTERS})")
-HOLDS = re.compile(r"\((\d+\.\d+)\) holds: (.*)")  # what `verify` prints
 PASSED = re.compile(r"'?[\w.]+: (?:passed|right)\b.*", re.DOTALL)  # what `check` and `check_answer` say
 PLACEHOLDER = "course-equation"
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class Figures(SphinxTransform):
     default_priority = 720
 
     def apply(self) -> None:
-        descriptions = self.env.app.config.course_figures.get(self.env.docname, [])
+        descriptions = self.config.course_figures.get(self.env.docname, [])
         shown = [image for image in self.document.findall(nodes.image) if is_output(image)]
         if len(shown) != len(descriptions):
             log.warning(
@@ -238,6 +239,21 @@ REPAIRED = {  # HTML of furo and of myst-nb that a screen reader stumbles over
 }
 
 
+IMAGE = re.compile(r'<img (?P<rest>[^>]*?src="[^"]*_images/(?P<name>[^"/]+\.png)")')
+
+
+def add_sizes(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Tell how large each picture is, so that nothing moves when it comes."""
+    files = {name: app.srcdir / path for path, name in app.builder.images.items()}
+
+    def sized(found: re.Match) -> str:
+        with Image.open(files[found["name"]]) as picture:
+            width, height = picture.size
+        return f'<img width="{width}" height="{height}" {found["rest"]}'
+
+    context["body"] = IMAGE.sub(sized, context.get("body", ""))
+
+
 def repair(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
     """Mend what other packages have written into a page."""
     for part in ("body", "furo_navigation_tree"):
@@ -263,6 +279,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("env-merge-info", merge)
     app.connect("env-purge-doc", forget)
     app.connect("html-page-context", add_elements)
+    app.connect("html-page-context", add_sizes)
     app.connect("html-page-context", repair, priority=900)  # when furo has made its navigation
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

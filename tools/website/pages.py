@@ -9,11 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from course import EQUATION_TAG, CourseError, module_name, notebook_sources
+from course import CourseError, module_name, notebook_sources
 from website.sources import ChapterPage
 
 THUMBNAIL = (560, 420)  # pixels
 DESCRIBED = re.compile(r"^\| \[(\d\d) [^]]*\]\(notebooks/[^)]*\) \| ([^|]+) \|", re.MULTILINE)
+MARKS = re.compile(r"[*`]|\(at a second reading\)")  # of a heading, which a caption does without
 PACKAGES = {  # of the API pages, in this order
     "lecture26": "Chapters",
     "lecture26/kit": "The kit",
@@ -32,27 +33,51 @@ def descriptions(readme: str) -> dict[str, str]:
     return found
 
 
-def chapter_cards(chapters: list[ChapterPage], readme: str, up: str) -> str:
-    """Cards that lead to the chapters, as HTML; `up` leads from the page to the site's root."""
+def chapter_cards(chapters: list[ChapterPage], readme: str, page: str, up: str = "") -> str:
+    """Cards with each chapter's first picture, as HTML.
+
+    Args:
+        chapters: in the order of the cards.
+        readme: the text of the README, which describes them.
+        page: where a card leads, such as `notebooks/{name}.html`.
+        up: leads from the page with the cards to the site's root.
+    """
     described = descriptions(readme)
     cards = []
     for chapter in chapters:
         number, _, title = chapter.title.partition(" ")
         text = described.get(number, "")
+        picture = ""
+        if chapter.figures:
+            alt = html.escape(chapter.figures[0].description)
+            picture = f'<img src="{up}gallery/{chapter.name}-1.webp" loading="lazy" alt="{alt}">'
         cards.append(
-            f'<li><a href="{up}{chapter.docname}.html"><b>{number}</b><strong>{html.escape(title)}</strong>'
-            f"<span>{html.escape(text[:1].upper() + text[1:])}</span></a></li>"
+            f'<li><a href="{up}{page.format(name=chapter.name)}">{picture}<b>{number}</b>'
+            f"<strong>{html.escape(title)}</strong>"
+            f"<span>{html.escape(text[:1].upper() + text[1:])}</span>"
+            f"<small>{contents(chapter)}</small></a></li>"
         )
     return f'<ul class="cards">{"".join(cards)}</ul>'
+
+
+def contents(chapter: ChapterPage) -> str:
+    """How much a chapter has, in words."""
+    counts = {
+        "equation": len(chapter.equations),
+        "exercise": chapter.num_exercises,
+        "figure": len(chapter.figures),
+    }
+    return " · ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items() if count)
 
 
 def chapters_page(chapters: list[ChapterPage], readme: str) -> str:
     """The page of all chapters, with their table of contents."""
     entries = "\n".join(chapter.name for chapter in chapters)
+    cards = chapter_cards(chapters, readme, "notebooks/{name}.html", up="../")
     return (
         "# Chapters\n\nEach derives its equations, proves every result by a cell that fails if it does not"
         " hold, and builds the method from scratch. [What builds on what](../README.md#what-is-inside).\n\n"
-        f"{chapter_cards(chapters, readme, '../')}\n\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
+        f"{cards}\n\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
     )
 
 
@@ -69,7 +94,8 @@ def gallery_page(chapters: list[ChapterPage], folder: Path) -> str:
             alt = html.escape(figure.description)
             items.append(
                 f'<li><a href="{chapter.docname}.html#figure-{number}"><img src="gallery/{name}"'
-                f' loading="lazy" width="{width}" height="{height}" alt="{alt}"></a></li>'
+                f' loading="lazy" width="{width}" height="{height}" alt="{alt}">'
+                f"<span>{html.escape(MARKS.sub('', figure.section))}</span></a></li>"
             )
         if items:
             parts.append(f'## {chapter.title}\n\n<ul class="gallery">{"".join(items)}</ul>\n')
@@ -90,33 +116,24 @@ def write_thumbnail(png: str, path: Path) -> tuple[int, int]:
 def equations_page(chapters: list[ChapterPage]) -> str:
     """All numbered equations, chapter by chapter."""
     parts = [
-        "# Equations\n\nEvery numbered equation; its number leads to where it is derived. Results are proved"
-        " there by a cell that computes both sides.\n"
+        "# Equations\n\nEvery numbered equation; its number leads to where it is derived. A tick: a cell"
+        " there computes both sides, and fails where they differ.\n"
     ]
     for chapter in chapters:
-        blocks = []
-        for cell in chapter.notebook.cells:
-            if cell.cell_type == "markdown":
-                for tex in re.findall(r"\$\$(.+?)\$\$", cell.source, re.DOTALL):
-                    blocks += [(number, tex) for number in EQUATION_TAG.findall(tex)]
-        if blocks:
+        if chapter.equations:
             parts.append(f"## {chapter.title}\n")
-            parts += [
-                f"({number})\n\n$$\n{EQUATION_TAG.sub('', tex).strip()}\n$$\n" for number, tex in blocks
-            ]
+        for number, tex in chapter.equations.items():
+            tick = " ✓" * (number in chapter.proved)
+            parts.append(f"[({number}){tick}]{{.number}}\n\n$$\n{tex}\n$$\n")
     return "\n".join(parts)
 
 
-def slides_page(chapters: list[ChapterPage]) -> str:
+def slides_page(chapters: list[ChapterPage], readme: str) -> str:
     """The page that leads to the slides."""
-    items = "\n".join(
-        f'<li><a href="slides/{chapter.name}.html">{html.escape(chapter.title)}</a></li>'
-        for chapter in chapters
-    )
     return (
-        "# Slides\n\nA deck for each chapter, from its equations, figures and notes. Space goes on, *D* is"
-        " light or dark, *S* shows what the speaker says, *Esc* shows all slides.\n\n"
-        f'<ul class="decks">\n{items}\n</ul>\n'
+        "---\nhide-toc: true\n---\n\n# Slides\n\nA deck for each chapter, from its equations, figures and"
+        " notes. Space goes on, *D* is light or dark, *S* shows what the speaker says, *Esc* shows all"
+        f" slides.\n\n{chapter_cards(chapters, readme, 'slides/{name}.html')}\n"
     )
 
 
@@ -130,26 +147,31 @@ def write_api_pages(root: Path, folder: Path) -> None:
         "# API\n\nThe package `lecture26`: one module for each chapter, made from its notebook, and the parts"
         " around them. Each function shows its source.\n"
     ]
+    entries = []
     for package, title in PACKAGES.items():
-        names = modules_of(root, package)
-        for name in names:
+        parts.append(f"## {title}\n")
+        for file in modules_of(root, package):
+            name = module_path(file, root)
             (folder / f"{name}.md").write_text(module_page(name), encoding="utf-8")
-        entries = "\n".join(names)
-        parts.append(f"```{{toctree}}\n:caption: {title}\n:maxdepth: 1\n\n{entries}\n```\n")
+            parts.append(f"[`{name}`]({name}.md)\n: {summary(file)}\n")
+            entries.append(f"{name.removeprefix('lecture26.')} <{name}>")
+    parts.append("```{toctree}\n:hidden:\n\n" + "\n".join(entries) + "\n```\n")
     (folder / "index.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def modules_of(root: Path, package: str) -> list[str]:
-    """The modules of a package, by the names by which they are imported; those of chapters in their order."""
+def modules_of(root: Path, package: str) -> list[Path]:
+    """The modules of a package that have a page; those of chapters in their order."""
     files = [file for file in sorted((root / package).glob("*.py")) if not file.stem.startswith("__")]
     if package == "lecture26":
         order = [module_name(source) for source in notebook_sources(root)]
-        files = sorted(
-            (file for file in files if file.stem in order), key=lambda file: order.index(file.stem)
-        )
-    elif defines_something(root / package / "__init__.py"):
-        files.insert(0, root / package / "__init__.py")
-    return [module_path(file, root) for file in files]
+        return sorted((file for file in files if file.stem in order), key=lambda file: order.index(file.stem))
+    own = root / package / "__init__.py"
+    return [own, *files] if defines_something(own) else files
+
+
+def summary(file: Path) -> str:
+    """The first line of a module's docstring."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
 
 
 def defines_something(file: Path) -> bool:

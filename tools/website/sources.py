@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from course import Cell, notebook_sources, own_metadata
+from course import EQUATION_TAG, Cell, notebook_sources, own_metadata
 from editions import answer, is_to_solve, learners_copy, to_fill_in, unpaired
 
 SITE = re.compile(r"^\[site\]: (?!https?:).*$", re.MULTILINE)  # where the README's links to the site lead
@@ -27,7 +27,10 @@ PAGES = (
     "docs/students.md",
 )
 INSTEAD = {"notebooks": "notebooks/index.md", "web/site/publish.md": "publish.md"}
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+LINKED_PICTURE = re.compile(r"\[(!\[[^\]]*\]\([^)\s]+\))\]\[site\]")  # it would lead from the site to itself
+HOLDS = re.compile(r"\((\d+\.\d+)\) holds: (.*)")  # what `verify` prints
+EXERCISE = re.compile(r"^#+ Exercise \d", re.MULTILINE)
 
 EMBEDDED = {  # what a chapter's page lets one try: after its first cell
     "03_classifier_guidance": (
@@ -60,12 +63,15 @@ class Figure:
 
 @dataclass
 class ChapterPage:
-    """A chapter as Sphinx gets it."""
+    """A chapter as Sphinx gets it, and what is in it."""
 
     name: str  # 01_ddpm
     title: str
     notebook: nbformat.NotebookNode
     figures: list[Figure] = field(default_factory=list)
+    equations: dict[str, str] = field(default_factory=dict)  # number: TeX, without the number
+    proved: set[str] = field(default_factory=set)  # the numbers that a cell has proved
+    num_exercises: int = 0
 
     @property
     def docname(self) -> str:
@@ -86,8 +92,13 @@ def chapter_page(source: Path, cloud: str | None) -> ChapterPage:
     for number, cell in enumerate(stored.cells, start=1):
         if cell.cell_type == "markdown":
             section = ([section] + re.findall(r"^## (.+)$", cell.source, re.MULTILINE))[-1]
+            page.equations |= numbered_equations(cell.source)
+            page.num_exercises += len(EXERCISE.findall(cell.source))
             cells.append(cell)
             continue
+        page.proved |= {
+            number for output in cell.outputs for number, _ in HOLDS.findall(output.get("text", ""))
+        }
         page.figures += [
             Figure(output.data["image/png"], output.metadata.get("image/png", {}).get("alt", ""), section)
             for output in cell.outputs
@@ -110,6 +121,14 @@ def chapter_page(source: Path, cloud: str | None) -> ChapterPage:
         cells.insert(1, new_markdown_cell(f"**{heading}**\n\n<div>{element}</div>"))
     stored.cells = cells
     return page
+
+
+def numbered_equations(markdown: str) -> dict[str, str]:
+    """The TeX of a cell's equations, without its number, by their numbers."""
+    blocks = re.findall(r"\$\$(.+?)\$\$", markdown, re.DOTALL)
+    return {
+        number: EQUATION_TAG.sub("", tex).strip() for tex in blocks for number in EQUATION_TAG.findall(tex)
+    }
 
 
 def fold(cell: nbformat.NotebookNode, what: str) -> None:
@@ -147,16 +166,17 @@ def with_site_links(text: str, page: str, repository: str | None) -> str:
     """A Markdown text whose links to files that are no pages lead to the repository, or are plain text."""
 
     def link(found: re.Match) -> str:
-        mark, words, target = found.groups()
+        mark, words, target = found[1], " ".join(found[2].split()), found[3]
         path, _, fragment = target.partition("#")
         whole = normal(PurePosixPath(page).parent / path)
         if whole in INSTEAD:
             depth = len(PurePosixPath(page).parts) - 1
             return f"[{words}]({'../' * depth}{INSTEAD[whole]})"
         if mark or whole in PAGES or re.fullmatch(r"notebooks/\d\d_\w+\.ipynb", whole):
-            return found[0]
+            return f"{mark}[{words}]({target})"
         return f"[{words}]({repository}/blob/HEAD/{whole})" if repository else words
 
+    text = LINKED_PICTURE.sub(r"\1", text)
     return LINK.sub(link, SITE.sub("[site]: publish.md", text))
 
 

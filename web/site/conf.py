@@ -20,9 +20,9 @@ myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "deflist"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "ref.python"]
 
-# mathematics: MathJax from this site, formulas set when they come near the screen
+# mathematics: MathJax from this site, formulas set when they come near the screen (the others: site.js)
 mathjax_path = "mathjax/tex-svg-full.js"
-mathjax_options = {"defer": "defer"}
+mathjax_options = {"async": "async"}  # nothing waits for it
 mathjax3_config = {
     "loader": {"load": ["ui/lazy"]},
     "options": {"enableMenu": False, "lazyMargin": "1500px"},
@@ -47,7 +47,7 @@ html_title = "Lecture 26"
 html_static_path = ["static"]
 templates_path = ["templates"]
 html_css_files = ["site.css"]
-html_js_files = [("site.js", {"loading_method": "defer"})]
+html_js_files = [("site.js", {"defer": "defer"})]
 html_favicon = "static/icon.svg"
 html_show_sourcelink = False
 html_copy_source = False
