@@ -154,7 +154,7 @@ def run_sphinx(source: Path, extra: Path, folder: Path, doctrees: Path, figures:
 def take_picture(folder: Path, file: Path) -> None:
     """Let the playground draw, and keep what is seen of it for the README."""
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1120, "height": 1000}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1120, "height": 1400}, color_scheme="light")
         page.goto((folder / "playground.html").as_uri())
         element = page.locator("class-playground")
         for button in ("Draw", "w from \u22121 to 8"):

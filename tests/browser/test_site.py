@@ -293,7 +293,7 @@ def test_all_of_a_page_is_on_paper(open_page, address, name):
 def test_the_landing_page_s_laboratory_is_alive(open_page, address):
     page = open_page("index.html")
     element = "document.querySelector('guidance-laboratory')"
-    page.wait_for_function(f"{element}.panels?.every((panel) => panel.paths && !panel.isStale)")
+    page.wait_for_function(f"{element}.stale?.size === 0")
     assert page.evaluate(f"{element}.isPlaying")
     time = page.evaluate(f"{element}.time")
     page.wait_for_function(f"{element}.time !== {time}")
