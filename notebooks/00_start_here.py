@@ -186,8 +186,8 @@ show(
 # | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, both conventions of the scale, what samplers draw, label dropout, negative prompts, intervals, autoguidance, what a distance has measured | 03 (04 to compare) | 88 s | 1.9 GB |
 # | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 85 s | 2.3 GB |
 # | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 74 s | 2.2 GB |
-# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 94 s | 2.7 GB |
-# | [09 The slides, checked](09_the_slides_checked.ipynb) | a miniature Stable Diffusion; the lecture's numbers beside the papers' and our own; a real Stable Diffusion, medical images, a server of many tasks | all | 36 s | 2.0 GB |
+# | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 89 s | 2.7 GB |
+# | [09 The slides, checked](09_the_slides_checked.ipynb) | a miniature Stable Diffusion; the lecture's numbers beside the papers' and our own; a real Stable Diffusion, medical images, a server of many tasks | all | 45 s | 2.1 GB |
 #
 # Chapters import what they need of earlier ones: begin anywhere.
 

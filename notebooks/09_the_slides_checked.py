@@ -910,7 +910,7 @@ check_answer(
 # %% [markdown]
 # The lecture's 100 to 1000 times is what *one more* task saves. A server keeps the backbone, so $T$ tasks save at most $T$
 # times. By `benchmarks/serving.py`, on one thread, with up to 64 requests in a batch; time is the median of alternating runs,
-# memory that of all parameters:
+# memory that of all parameters. Each cell says bank / networks:
 
 # %% slide=["# Memory is what a bank saves", "[table]", "Each further task is some kilobytes. Time is saved where batches would be small."]
 serving = load_results("benchmark_serving")
@@ -925,7 +925,7 @@ rows = [
 ]
 show_table(
     rows,
-    ["tasks", "MB: bank / networks", "requests a second: bank / networks", "networks' time / bank's"],
+    ["tasks", "MB", "requests a second", "networks' time / bank's"],
 )
 
 # %% [markdown]
