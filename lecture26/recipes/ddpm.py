@@ -160,7 +160,8 @@ SHAPES_32 = replace(
 # A larger model of shapes, which is to take the place of the one above. It takes longer than one sitting, so
 # it is made in parts. Each begins with the averaged weights of the one before, and draws images and noise of
 # its own. The rate stays the same until the last part, in which it falls to 0. (At 2e-3 the loss leapt from
-# 0.04 to 0.7 after 4,200 steps, and stayed there.)
+# 0.04 to 0.7 after 4,200 steps, and stayed there.) After two parts it reached what was asked of it: its
+# card has a Fréchet distance of 25, of real images 18, and 98 % of its pictures can be named.
 SHAPES_32_PART = replace(
     IMAGES_32,
     data="shapes",
