@@ -1410,8 +1410,8 @@ print(
 # - two tasks: the backbone's ten kinds of photographs, but upside down (near to what it knows), and textures (far);
 # - shallow and deep prompts, LoRA, full fine-tuning, each at a rate of its own; heads on the frozen backbone are solved, on
 #   the same ten images, for three readings of its tokens: class token, mean of the patches, quarters;
-# - a seed gives all methods the same images, so differences are taken seed by seed. What the paper claims would be seen as
-#   deep prompts ahead of full fine-tuning on the near task.
+# - a seed gives all methods the same images, so differences are taken seed by seed; ± is one standard error, and less than two
+#   are a tie. What the paper claims would be seen as deep prompts ahead of full fine-tuning on the near task.
 
 # %%
 few = {task: load_results(f"adaptation_few_{task}") for task in ("photos", "textures")}
