@@ -15,8 +15,8 @@ from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.results import save_results
 from lecture26.recipes import load_diffusion, load_model
 
-MODEL, CLASSIFIER = "ddpm_shapes32", "noisy_classifier_shapes32"
-CONDITIONAL = "conditional_ddpm_shapes32"
+MODEL, CONDITIONAL = "small_ddpm_shapes32", "conditional_ddpm_shapes32"  # of one size
+CLASSIFIER = "noisy_classifier_shapes32"
 CLIPS = {"x_t": "noisy_clip_shapes32", "x_0": "clip_shapes32"}
 BATCH_SIZE, STEPS, REPEATS = 64, 5, 9
 

@@ -1,7 +1,7 @@
 """The time that samplers take apart from the network: python benchmarks/sampler_overhead.py
 
 Writes data/results/benchmark_sampler.json. The same sampler runs with a denoiser that returns its input
-at once; its time is set against as many evaluations of the shipped network, in the same run.
+at once; its time is set against as many evaluations of the smallest network of shapes, in the same run.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from lecture26.ddpm import ddim_step, ddpm_step, sample
 from lecture26.kit.results import save_results
 from lecture26.recipes import load_diffusion, load_model
 
-MODEL, BATCH_SIZE, STEPS, REPEATS = "ddpm_shapes32", 64, 50, 9
+MODEL, BATCH_SIZE, STEPS, REPEATS = "small_ddpm_shapes32", 64, 50, 9
 
 
 @torch.no_grad()

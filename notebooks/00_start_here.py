@@ -180,10 +180,10 @@ show(
 # |---|---|---|---|---|
 # | [00 Start here](00_start_here.ipynb) | first pictures, the problem, a self-test, notation, proofs and checks, data | | 10 s | 1.0 GB |
 # | [01 DDPM](01_ddpm.ipynb) | forward process, posterior, bound and simple loss; noise, data or velocity as target; learned variance; DDPM and DDIM sampling; on a Gaussian mixture, where all is known | 00 | 26 s | 1.8 GB |
-# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, averaged weights; a DDPM of images | 01 | 62 s | 2.2 GB |
-# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, mean-shift and noise form, why a clean classifier fails | 02 | 63 s | 2.0 GB |
-# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by similarity | 03 | 56 s | 2.0 GB |
-# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, both conventions of the scale, what samplers draw, label dropout, negative prompts, intervals, autoguidance, what a distance has measured | 03 (04 to compare) | 88 s | 1.9 GB |
+# | [02 The U-Net](02_unet.ipynb) | time embedding, residual block, attention, averaged weights; a DDPM of images | 01 | 79 s | 2.1 GB |
+# | [03 Classifier guidance](03_classifier_guidance.ipynb) | Bayes' rule on scores, a classifier of noisy images, mean-shift and noise form, why a clean classifier fails | 02 | 75 s | 1.9 GB |
+# | [04 CLIP guidance](04_clip_guidance.ipynb) | contrastive learning, a small CLIP, zero-shot classification, guidance by similarity | 03 | 64 s | 2.1 GB |
+# | [05 Classifier-free guidance](05_classifier_free_guidance.ipynb) | implicit classifier, both conventions of the scale, what samplers draw, label dropout, negative prompts, intervals, autoguidance, what a distance has measured | 03 (04 to compare) | 92 s | 2.0 GB |
 # | [06 VAE](06_vae.ipynb) | evidence lower bound, reparameterisation, an autoencoder with a KL term, the latent scale | 01, 02 | 85 s | 2.3 GB |
 # | [07 Latent diffusion](07_latent_diffusion.ipynb) | cross-attention, text to image, image to image, inpainting; pixels against latents in compute, memory, time and quality | 04, 05, 06 | 74 s | 2.2 GB |
 # | [08 Visual prompt tuning](08_visual_prompt_tuning.ipynb) | a vision transformer; prompts for a frozen one beside linear probe, biases and full fine-tuning; storage, forgetting, many tasks | 02 (attention) | 89 s | 2.7 GB |

@@ -90,7 +90,7 @@ x_T = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 first_drawn = sample(trained_diffusion.respace(50), trained, x_T.shape, ddim_step, x_T=x_T)
 show(
     show_grid(first_drawn),
-    "Thirty-two pictures of coloured shapes, many of them misshapen, on plain, striped and checkered grounds.",
+    "Thirty-two pictures of coloured shapes, nearly all of them well formed, on plain, striped and checkered grounds.",
 )
 
 # %% [markdown]
@@ -116,8 +116,8 @@ show_table(
 )
 
 # %% [markdown]
-# Backgrounds, colours and sharp outlines are there; a good part of the shapes, mostly small ones, have no name. What is
-# such a network made of, what does it know, and where does it fail?
+# Backgrounds, colours and sharp outlines are there, and nearly every shape has a name. What is such a network made of,
+# what does it know, and what still separates its pictures from real ones?
 
 # %% [markdown] tags=["core"]
 # ## What the network has to do
@@ -1646,8 +1646,8 @@ show(
 # %% [markdown] tags=["core"]
 # ## The long-trained model
 #
-# The network of this chapter's first picture is the same code, wider at the bottom, with attention at two levels, and
-# trained far longer; `python -m lecture26 train ddpm_shapes32` makes it anew.
+# The network of this chapter's first picture is the same code, wider, with attention at two levels, and trained far longer,
+# in two parts: `python -m lecture26 train ddpm_shapes32_part1`, and then the same with `ddpm_shapes32`, make it anew.
 #
 # ### What it expects
 #
@@ -1784,7 +1784,7 @@ with torch.no_grad():
     trained(x_t, t)
 hook.remove()
 
-# %% slide=["# Attention has found the object", "[picture]", "Bright is where the marked pixel looks: from the object to the object, from the corner to the ground."] tags=["draw"]
+# %% slide=["# Attention has found the object", "[picture]", "Bright is where the marked pixel looks: from the object at the object, from the corner at its outline, and not inside it."] tags=["draw"]
 tokens = layer.norm(seen[0]).flatten(2).transpose(1, 2)  # (3, 64, C)
 q, k, _ = layer.qkv(tokens).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
 looks_at = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)  # (3, 64, 64)
@@ -1804,13 +1804,13 @@ for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
 show(
     figure,
-    "Three noisy pictures and their attention: from the object brightest on it, from the corner on the background.",
+    "Three noisy pictures and their attention: from the object brightest on it, from the corner along its outline, and darkest inside it.",
 )
 
 # %% [markdown]
 # *Bright is where the pixel marked + looks, the mean over the heads; each map has a scale of its own. From the object, the
-# brightest places lie on it or at its edge; from the corner they lie on the background. Nobody told the network what an
-# object is.*
+# brightest places lie on it; from the corner they lie along its outline, and its inside is darkest. Nobody told the network
+# what an object is.*
 
 # %% [markdown] tags=["core"]
 # ## How many steps?
@@ -1862,7 +1862,7 @@ show_table(
     ],
 )
 
-# %% slide=["# Fifty steps do", "[picture]", "More steps bring little: what is illegible after fifty is the network's part, not the sampler's."] tags=["draw"]
+# %% slide=["# Fifty steps do", "[picture]", "More steps bring nothing that these numbers show: what still separates the pictures from real ones is the network's part, not the sampler's."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[3, 2], layout="constrained")
 for sampler, marker, colour in zip(("ddpm", "ddim"), "os", colours):
     own = [run for (_, name), run in runs.items() if name == sampler]
@@ -1876,7 +1876,7 @@ for sampler, marker, colour in zip(("ddpm", "ddim"), "os", colours):
     ratios = [run["frechet_distance"] / run["frechet_distance_real"] for run in many]
     axes[1].loglog([run["steps"] for run in many], ratios, marker + "-", **style)
 axes[0].axhline(100, color="grey", linestyle="--")
-axes[0].set(xscale="log", xlabel="number of steps", ylabel="legible, %", ylim=(50, 102))
+axes[0].set(xscale="log", xlabel="number of steps", ylabel="legible, %", ylim=(89, 101))
 axes[0].set_xticks([10, 20, 50, 100, 250, 1000], [10, 20, 50, 100, 250, 1000])
 axes[1].axhline(1, color="grey", linestyle="--", label="as real images")
 axes[1].set(xlabel="number of steps", ylabel="Fréchet distance,\nreal against real = 1")
@@ -1887,35 +1887,33 @@ for axis in axes:
     axis.minorticks_off()
 show(
     figure,
-    "The legible share against steps, nearly level from 50 on and below 100 %; the Fréchet distance against steps, "
+    "The legible share against steps, level from 50 on and just below 100 %; the Fréchet distance against steps, "
     "falling towards that of real images.",
 )
 
 # %% [markdown]
-# *Left: up to some 50 steps, more steps make more pictures legible; beyond, DDIM gains nothing, DDPM less than ten per cent.
-# Right: the distance, where there are a thousand images. DDIM is ahead.*
+# *Left: up to some 50 steps, more steps make more pictures legible; beyond, nothing is gained outside the errors. Right: the
+# distance, where there are a thousand images. DDIM is ahead at every number of steps, although at 50 a little more of DDPM's
+# pictures are legible: the two numbers ask for different things.*
 #
-# So 50 steps do. But the network is short of real, whatever the sampler: a good part of its pictures cannot be read, its
-# distance is more than twice that of real images, and it draws less variety. No number of steps mends that. (A hundred
-# images hide it: real and real are then as far apart as what is to be measured.)
+# So 50 steps do, and nearly all pictures can be read. Are they as good as real? Not quite, whatever the sampler: their
+# distance is half as large again as that of real images, or twice, and they show a little less of the variety. No number of
+# steps mends that; it is the network's part. (A hundred images would hide it: real and real are then as far apart as what is
+# to be measured.)
 
 # %%
 for sampler in ("ddpm", "ddim"):
     few, many = runs[50, sampler], runs[1000, sampler]
-    is_short = few["confident_share"] < 0.99 - 3 * standard_error(few)
-    is_far = few["frechet_distance"] > 2 * few["frechet_distance_real"] and few["recall"] < few["recall_real"]
-    levels_off = many["confident_share"] < few["confident_share"] + 0.1
-    print(
-        f"{sampler}, 50 steps: short of real: {is_short and is_far}; 1000 gain less than 10 %: {levels_off}"
-    )
-    assert is_short and is_far and levels_off
+    nearly_all = few["confident_share"] > 0.95
+    two_errors = 2 * math.hypot(standard_error(few), standard_error(many))
+    levels_off = many["confident_share"] < few["confident_share"] + two_errors
+    less_varied = few["recall"] + 2 * standard_error(few, "recall") < few["recall_real"]
+    is_far = few["frechet_distance"] > 1.4 * few["frechet_distance_real"]
+    print(f"{sampler}, 50 steps: nearly all legible: {nearly_all}; 1000 gain nothing: {levels_off}; ", end="")
+    print(f"short of real in variety: {less_varied}, in distance: {is_far}")
+    assert nearly_all and levels_off and less_varied and is_far
 for count in (10, 20, 50):
     assert runs[count, "ddim"]["frechet_distance"] < runs[count, "ddpm"]["frechet_distance"]
-two_errors = 2 * math.hypot(standard_error(few), standard_error(many))
-print(
-    f"ddim: no gain beyond two standard errors: {many['confident_share'] < few['confident_share'] + two_errors}"
-)
-assert many["confident_share"] < few["confident_share"] + two_errors
 
 # %% [markdown]
 # A small version, live: the first 64 of the stored images again; their distances must agree to 10 %.
@@ -2124,7 +2122,7 @@ show_milestone(
 # - Attention mixes all pixels, wherever they are (2.12), at a quadratic price (2.13); so it is for coarse levels.
 # - Averaged weights (2.17) look back over a window, and are better than the last ones.
 # - What the network says is an expectation: a blur where much is open.
-# - Fifty steps do for this network, and more bring little; what is illegible, and missing, is the network's part.
+# - Fifty steps do for this network, and more bring nothing; what separates its pictures from real ones is its own part.
 # - Good samples and short codes are different virtues: bits per dimension (2.23) count what nobody sees.
 #
 # [Chapter 03](03_classifier_guidance.ipynb) takes the long-trained network as it is, and makes it draw what is asked for.

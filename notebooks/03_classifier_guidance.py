@@ -1417,12 +1417,12 @@ show(
 # class 'red star'; and scales from none to large:
 
 # %%
-image_noise = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+image_noise = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 stars_wanted = torch.full((8,), red_star)
 by_scale = {}
 for scale in (0.0, 1.0, 4.0, 8.0, 16.0, 40.0):
     star_denoiser = classifier_guided(unconditional, trained_classifier, stars_wanted, scale, diffusion)
-    source = torch.Generator().manual_seed(16)
+    source = torch.Generator().manual_seed(14)
     by_scale[f"s = {scale:g}"] = sample(
         short, star_denoiser, image_noise.shape, ddpm_step, source, image_noise
     )
@@ -1433,12 +1433,13 @@ show(figure, "Rows of eight pictures, from unguided to strongly guided: more and
 
 # %% [markdown]
 # *Each column begins with the same noise. Colour obeys first, at $s=1$; the outline follows in most columns. Larger
-# scales change the whole picture, background included; and the shapes have grown, which nobody asked for.*
+# scales change the whole picture, background included; and the shapes have grown, which nobody asked for.* Eight pictures
+# of one class are no count; *How strong?* counts.
 #
 # The same by the lecture's form, with the loop of exercise 5:
 
-# %% slide=["# Both forms draw nearly the same", "[picture]", "Wrapped denoiser and moved mean at the same scale, from the same noise."]
-source = torch.Generator().manual_seed(16)
+# %% slide=["# Both forms obey alike", "[picture]", "Wrapped denoiser and moved mean at the same scale, from the same noise: as many stars, not always on the same ground."]
+source = torch.Generator().manual_seed(14)
 by_form = {
     "wrapped": by_scale["s = 8"],
     "shifted": sample_mean_shifted(
@@ -1446,10 +1447,13 @@ by_form = {
     ),
 }
 figure = show_grid(torch.cat(list(by_form.values())), row_titles=list(by_form), inches_per_image=1.0)
-show(figure, "Two rows of eight pictures, by the wrapped denoiser and by the shifted mean, nearly alike.")
+show(
+    figure,
+    "Two rows of eight pictures, by the wrapped denoiser and by the shifted mean, nearly all of them red stars.",
+)
 
 # %% [markdown]
-# *Both forms at $s=8$, from the same noise.* The command line does it too, with words for the class:
+# *Both forms at $s=8$, from the same noise: as many stars, not always on the same ground.* The command line does it too, with words for the class:
 #
 # ```
 # python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out
@@ -1506,7 +1510,7 @@ def clipped(x_t, t):
 def by_both_samplers(path, denoiser):
     """Eight pictures by DDPM and by DDIM, from the same noise, by the sampler's name."""
     return {
-        name: sample(path, denoiser, image_noise.shape, step, torch.Generator().manual_seed(16), image_noise)
+        name: sample(path, denoiser, image_noise.shape, step, torch.Generator().manual_seed(14), image_noise)
         for name, step in {"DDPM": ddpm_step, "DDIM": ddim_step}.items()
     }
 
@@ -1760,8 +1764,8 @@ show(
 # *Left: both right, with two standard errors. Middle and right: real images of which a chosen share is large (grey), and
 # guided ones at the share that they have.*
 #
-# Above $s=1$ the guided points lie on the grey curve, within their errors: what the distance shows here is mostly which
-# *sizes* are drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
+# The guided points lie on the grey curve, within their errors: what the distance shows here is mostly which *sizes* are
+# drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
 # images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$
 # it is lower than sizes alone would make it.)
 #
@@ -1785,6 +1789,35 @@ assert all(float(large) > float(small) for _, large, small in legible)
 # So there is no one best scale: 1 for the distribution, some 8 for obedience; beyond that nothing is gained. And a
 # distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb) puts all three guidances
 # on this axis.
+#
+# One in ten or more is not as asked for, whatever the scale. Is it the network's fault, which by itself draws things without a name?
+# That can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same noise. Of the
+# pictures that each draws on its own, how many are *legible*, as chapter 02 counts them, and how many obey when guided?
+
+# %% slide=["# Is the network to blame for what does not obey?", "? The same classifier guides a better network. Will more pictures be as asked for?", "[table]", "Far more of its own pictures are legible, and no more of the guided ones obey: what limits is the guide."]
+small_sweep = load_results("classifier_guidance_sweep_small")
+by_network = {
+    name: {run["scale"]: run for run in stored["runs"] if run["sampler"] == "ddpm" and run["split"] == "test"
+           and run["form"] in ("none", "denoiser")}
+    for name, stored in (("smaller", small_sweep), ("chapter 02's", sweep))
+}  # fmt: skip
+rows = [["0, legible", *(counted(runs[0.0], "confident_share") for runs in by_network.values())]]
+rows += [
+    [f"{scale:g}, both right", *(counted(runs[scale], "accuracy_all") for runs in by_network.values())]
+    for scale in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+]
+show_table(rows, columns=["scale $s$", *by_network])
+smaller, larger = by_network.values()
+assert larger[0.0]["confident_share"] > smaller[0.0]["confident_share"] + 0.1
+for scale in (2.0, 4.0, 8.0, 16.0, 32.0):
+    both = [runs[scale]["accuracy_all"] for runs in by_network.values()]
+    assert abs(both[1] - both[0]) < 2 * sum(share * (1 - share) / 512 for share in both) ** 0.5
+
+# %% [markdown]
+# From $s=2$ on the two obey alike, within two standard errors, though a fifth of what the smaller one draws on its own
+# has no name; at $s=1$ the smaller one is even a little ahead. So what limits obedience here is not the network but the
+# guide: its gradient is not the exact one. [Chapter 05](05_classifier_free_guidance.ipynb) shows how much of it is
+# missing, and at which steps.
 #
 # And DDIM, which is far behind in the left picture? At the first step the push is mostly error (*Where to clip*), and
 # DDIM has no noise that would cover what it does. So leave the guidance out there, once:
@@ -1860,12 +1893,12 @@ show_table(
 )
 
 # %% [markdown]
-# The two forms obey alike, within the error; their distances differ by a little more than two errors. The exact shift
+# The two forms obey alike, within the error, and their distances are a tie, too. The exact shift
 # of the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing
 # holds it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the
 # clipping, the lecture's form by its $\Sigma$, which is far smaller there.
 #
-# And the sum of two labels (3.17) carries over to pairs that were never seen: nearly as many are right. (Their
+# And the sum of two labels (3.17) carries over to pairs that were never seen, of which somewhat fewer are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
 
 # %% [markdown] tags=["core"]

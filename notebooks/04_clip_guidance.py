@@ -1615,7 +1615,7 @@ for step in compared:
         cosine_to_noise_aware.setdefault(name, []).append(mean_and_error)
         lengths.setdefault(name, []).append(back.flatten(1).norm(dim=1).mean())
 
-# %% slide=["# Two CLIPs, two gradients", "[picture]", "They agree in part while the picture is clear, and hardly in the noisiest steps; detached, the gradient grows without bound."] tags=["draw"]
+# %% slide=["# Two CLIPs, two gradients", "[picture]", "They agree in part while the picture is clear, and hardly in the noisiest steps; detached, the gradient is ten times longer."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 for (name, pairs), marker, colour in zip(cosine_to_noise_aware.items(), "os", colours[1:]):
     middle, error = torch.tensor(pairs).T
@@ -1629,13 +1629,14 @@ axes[1].set(xlabel="step t", ylabel="length of the gradient")
 axes[1].legend()
 show(
     figure,
-    "Left, two curves between 0.2 and 0.3 that fall towards 0 from t = 600 on; right, lengths: the detached one grows nearly a hundredfold.",
+    "Left, two curves that fall from 0.2 or 0.3 to below 0.1; right, lengths: the one through the denoiser first falls, the detached one only grows, and lies ten times higher from t = 200 on.",
 )
 
 # %% [markdown]
 # *Left: how far the clean CLIP's gradients point where the noise-aware one's does, with two standard errors of 32 pictures.
-# Two random directions of 3,072 pixels would have a cosine near 0. Right: their lengths. So the denoiser keeps the gradient
-# in bounds where the detached one grows; but to read $\hat x_0$ in the noisiest steps is not yet to know which way to push.*
+# Two random directions of 3,072 pixels would have a cosine near 0. Right: their lengths. From $t=200$ on,
+# the way through the denoiser makes the gradient some ten times shorter than the detached one, and points no better in the
+# noisiest steps: to read $\hat x_0$ there is not yet to know which way to push.*
 #
 # #### Exercise 11: data on a line
 #
@@ -1954,8 +1955,9 @@ figure.set_figheight(7)  # room for the titles
 show(figure, "Eight prompts in columns; rows without guidance, and with both kinds at two scales each.")
 
 # %% [markdown]
-# *The same noise in each column. Through the noisy images ($x_t$) all eight colours come right and most sizes; two backgrounds
-# do not, and some small shapes. Through $\hat x_0$, with the clean CLIP, the shapes follow sooner than the colours.*
+# *The same noise in each column. Through the noisy images ($x_t$), at $s=400$, all eight colours and sizes come right; two
+# backgrounds do not, and two shapes. Through $\hat x_0$, with the clean CLIP, at $s=800$, it is the shapes that all come right,
+# and half of the colours do not.*
 #
 # Prompts that no training picture showed, neither for the network nor for the CLIPs: the held-out pairs.
 
@@ -1983,7 +1985,7 @@ show(figure, "The eight held-out pairs, drawn through noisy images and through p
 # %% [markdown] tags=["core"]
 # ## Which scale?
 #
-# Chapter 03's classifier was at its best for $s$ near 8, and this CLIP is asked with 400. Which of them pushes harder? One
+# Chapter 03's classifier gains nothing beyond $s$ near 8, and this CLIP is asked with 400. Which of them pushes harder? One
 # axis serves both: by (4.22), Bayes' rule is $s=1$ there and $s=\kappa$ here, so the strengths to compare are $s$ and
 # $s/\kappa$. `python -m lecture26 measure guidances_on_one_axis` has drawn 512 pictures at each of four strengths, asked sample
 # $i$ for shape and colour of test image $i$ ('a red star'), and had the reader of chapter 02 read them:
@@ -2007,7 +2009,7 @@ show_table(rows, columns=["classifier, $s$", "shape and colour right"])
 # %% tags=["question"]
 ### BEGIN SOLUTION
 # both have learned log q(c | x_t) up to what does not depend on x_t, so about what the classifier gets
-share_by_clip = 0.86
+share_by_clip = 0.83
 ### END SOLUTION
 
 # %%
@@ -2019,11 +2021,11 @@ check_answer(
     hint="What is the gradient of the best critic, and what that of the best classifier?",
 )
 
-# %% slide=["# A classifier and a CLIP, on one axis", "? Bayes' rule is $s=1$ for the one and $s=\\kappa$ for the other. How far will they differ?", "[picture]", "They are hard to tell apart, as (4.22) predicts. And both draw ever more large shapes, which nobody asked for."] tags=["draw"]
+# %% slide=["# A classifier and a CLIP, on one axis", "? Bayes' rule is $s=1$ for the one and $s=\\kappa$ for the other. How far will they differ?", "[picture]", "At 5 and 9 they are right alike, as (4.22) predicts; at 1 and 2 the classifier is ahead by 8 points. And both draw ever more large shapes, which nobody asked for."] tags=["draw"]
 figure = draw_guidances(one_axis, [Way("classifier", "unconditional"), Way("CLIP", "unconditional")])
 show(
     figure,
-    "Accuracy, distance and share of large shapes against the strength: two curves that nearly coincide.",
+    "Accuracy, distance and share of large shapes against the strength: two curves that lie close to each other.",
 )
 
 # %%
@@ -2036,12 +2038,15 @@ for strength, first in by_classifier.items():
         row.append(f"{(second[quantity] - first[quantity]) / error:+.1f}")
     rows.append(row)
 show_table(rows, columns=["strength", "both right", "distance", "share of large"])
-assert all(abs(float(difference)) < 2 for row in rows for difference in row[1:])
+both_right = {row[0]: float(row[1]) for row in rows}
+assert max(both_right["1"], both_right["2"]) < -2 and max(map(abs, (both_right["5"], both_right["9"]))) < 2
 
 # %% [markdown]
 # *CLIP minus classifier, in standard errors of the difference, for 512 pictures each, one seed: below two, a tie. Two guides
-# that learned in different ways push alike, as (4.22) predicts; the list of alternatives that a similarity does without,
-# (4.23), costs nothing that these numbers could show.*
+# that learned in different ways push nearly alike, as (4.22) predicts of exact ones. At 1 and 2 the classifier is right more
+# often, by 8 points; at 5 and 9 they tie. At 9 the CLIP draws fewer large shapes, so that its distance is lower. What makes
+# these differences was not measured; the list of alternatives that a similarity does without, (4.23), is one candidate, the two
+# networks and their trainings are others.*
 #
 # Both are more often right the harder they push, far beyond Bayes' rule, as in chapter 03. And with both the distance to the
 # test images grows, since they draw more and more *large* shapes, though nobody has asked for a size. Real images with about as many
@@ -2122,7 +2127,7 @@ show(
 # follow. Through $\hat x_0$ the shapes are nearly as often right, but not the colours, at any scale.
 #
 # Is it the factor $1+sV$ of (4.30), the plug-in's excess in the noisiest steps? Then leaving the guidance out there would
-# help. It does the opposite: with guidance below $t=800$ only, shapes *and* colours are less often right. So these steps'
+# help. It does not: with guidance below $t=800$ only, colours are right less often, and shapes no more often. So these steps'
 # push is needed, and what it lacks is direction: the colour is decided in them, and there the two gradients above have little in
 # common. What (4.30) says of normal data and a known $f$ is not what fails here.
 
@@ -2142,7 +2147,7 @@ def clearly_less(lower, higher, quantity="accuracy_all"):
 assert best["scale"] == SCALES["x_t"] and clearly_less(at_x_t[1600.0], best)
 assert all(clearly_less(run, best) for run in [*by_x_0.values(), *by_ddim.values()])
 assert all(clearly_less(run, best, "accuracy_colour") for run in by_x_0.values())
-assert clearly_less(late_run, by_x_0[late_run["scale"]], "accuracy_shape")
+assert not clearly_less(by_x_0[late_run["scale"]], late_run, "accuracy_shape")
 assert clearly_less(late_run, by_x_0[late_run["scale"]], "accuracy_colour")
 print(f"most are right at s = {best['scale']:g}: {best['accuracy_all']:.0%}")
 print(f"through x_0-hat, at s = {late_run['scale']:g}: {by_x_0[late_run['scale']]['accuracy_all']:.0%}")

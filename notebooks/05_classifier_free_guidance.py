@@ -1533,8 +1533,8 @@ digits_table(named_digits)
 # ## A conditional U-Net
 #
 # Back to the network of the first section. `UNet(..., num_classes=(8, 8))` of chapter 02 has one table for the shape and one for
-# the colour, each with a row more for 'no label'. Training began with the weights of the unconditional model of chapter 02 and
-# with tables of **zeros**: then its answers are those of that model, whatever it is told.
+# the colour, each with a row more for 'no label'. Training began with the weights of an unconditional model, a smaller one than
+# chapter 02's, and with tables of **zeros**: then its answers are those of that model, whatever it is told.
 
 # %%
 card = load_card("conditional_ddpm_shapes32")
@@ -1944,7 +1944,7 @@ show_table(
 # a similarity and a log-probability, (4.22); $1+w$ here, (5.3). And two controls: the classifier in the place of the difference,
 # added to the null answer or to the conditional one.
 
-# %% slide=["# Three guidances on one axis", "[picture]", "Classifier and CLIP coincide. What makes the difference is the answer that was trained with labels."] tags=["draw"]
+# %% slide=["# Three guidances on one axis", "[picture]", "Classifier and CLIP lie close together. What makes the difference is the answer that was trained with labels."] tags=["draw"]
 figure = draw_guidances(on_axis)
 show(
     figure,
@@ -1954,13 +1954,65 @@ show(
 # %% [markdown]
 # *512 pictures each, one seed, with two standard errors.*
 #
-# - **Classifier and CLIP** coincide at every strength, in all three panels, as (4.22) says of a CLIP that has learned the classes.
-# - **Classifier-free guidance** is far more often right. Is it the mixing? The classifier on the *null* answer does as on the
-#   unconditional model; on the *conditional* answer it is right every time. So it is the conditional answer, which training has
-#   told the labels, and which is right at strength 1 already. For exact networks the difference of the answers and the
+# - **Classifier and CLIP** lie close together, as (4.22) says of exact ones: right alike at 5 and 9, and 8 points apart at 1 and 2.
+# - **Classifier-free guidance** is far more often right. Is it the mixing? The classifier on the *null* answer is right as often
+#   as on chapter 02's unconditional model, which is the larger network; on the *conditional* answer it is right every time. So it is the conditional answer, which
+#   training has told the labels, and which is right at strength 1 already. For exact networks the difference of the answers and the
 #   classifier's gradient would be the same, (5.3): what lies between the curves are errors.
 # - **The share of large shapes** rises under every guidance, and the distance with it; most steeply by the difference of the two
 #   answers. The interval leaves both where they were.
+#
+# Whose errors, and where? The difference of the answers draws what is asked for at strength 1, so hold the classifier's gradient
+# against it: noisy pictures, each asked for the shape and colour of another one, as guidance has to do.
+
+# %%
+asked_of_others = its_labels.roll(1, dims=0)
+class_of_others = 8 * asked_of_others[:, 0] + asked_of_others[:, 1]
+compared_at, agreement = (350, 450, 550, 650, 750, 850, 950), []
+for t in (torch.full((128,), step) for step in compared_at):
+    x_t = diffusion.q_sample(test_pictures["image"], t, same_noise)
+    with torch.no_grad():
+        answers = [
+            diffusion.eps_from_v(x_t, t, trained(x_t, t, cond))
+            for cond in (asked_of_others, recipe.null_conditions(128))
+        ]
+    by_answers = implicit_gradient(*answers, diffusion.alpha_bar[t, None, None, None].float()).flatten(1)
+    by_classifier = log_prob_gradient(noisy_classifier, x_t, t, class_of_others).flatten(1)
+    inner = (by_answers * by_classifier).sum(dim=1)  # (128,)
+    agreement.append([inner / by_answers.norm(dim=1) ** 2, F.cosine_similarity(by_answers, by_classifier)])
+agreement = torch.stack([torch.stack(pair) for pair in agreement])  # (steps, share and cosine, 128)
+
+# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes are decided, its gradient has three tenths of what is needed, and at the noisiest steps eight tenths: no single scale mends both."] tags=["draw"]
+figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+for values, name, style, colour in zip(
+    agreement.unbind(dim=1),
+    ("share of the difference that is in the gradient", "cosine of the angle between the two"),
+    ("o-", "s--"),
+    colours,
+):
+    bars = 2 * values.std(dim=1) / 128**0.5
+    axis.errorbar(compared_at, values.mean(dim=1), bars, fmt=style, color=colour, capsize=3, label=name)
+axis.set(xlabel="step t", ylim=(0, 1), xlim=(1000, 300))
+axis.legend(loc="upper right")
+show(
+    figure,
+    "Two falling curves, from the noisiest step to t = 350: the share from 0.8 to nearly nothing, the cosine "
+    "from 0.8 to 0.2.",
+)
+
+# %%
+at_650, at_950 = (agreement[compared_at.index(step), 0].mean() for step in (650, 950))
+print(
+    f"at t = 650 less than 0.4 of the difference, at t = 950 more than 0.6: {at_650 < 0.4 and at_950 > 0.6}"
+)
+assert at_650 < 0.4 and at_950 > 0.6
+
+# %% [markdown]
+# *128 pictures, noise at the left, with two standard errors. The gradient's part along the difference, as a share of the
+# difference; and the cosine of their angle.* In the noisiest steps, which decide the size, the classifier has most of what Bayes'
+# rule asks for. At $t=650$, where shapes are decided, it has three tenths, and the rest of its gradient points elsewhere. Three
+# times the strength makes up for that, and is more than twice too much at $t=950$: more are right, and more of them are large. So
+# no single scale repairs it. (Below $t=300$ the difference is itself mostly error, as above, and no reference.)
 
 # %% tags=["draw"]
 clip = load_model("noisy_clip_shapes32")
@@ -1983,7 +2035,7 @@ for guidance, style, colour, low in (
             f"{run['strength']:g}", (run["share_large"], run["accuracy_all"]), xytext=(5 if right else -5, -14 if low else 6),
             ha="left" if right else "right", textcoords="offset points", color=colour,
         )  # fmt: skip
-axis.set(xlabel="share of large shapes", ylabel="shape and colour as asked for", ylim=(0.35, 1.07))
+axis.set(xlabel="share of large shapes", ylabel="shape and colour as asked for", ylim=(0.28, 1.07))
 axis.legend(loc="lower right")
 show(
     figure,

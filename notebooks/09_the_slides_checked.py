@@ -499,7 +499,7 @@ show_ledger("guidance")
 # %% [markdown]
 # Where a picture decides: all three guidances at equal strengths, where strength 1 is Bayes' rule for each.
 
-# %% slide=["# All guidances on one axis", "[picture]", "Obedience is bought; what is paid is the distribution. CLIP and classifier lie on one line."]
+# %% slide=["# All guidances on one axis", "[picture]", "Obedience is bought; what is paid is the distribution. CLIP and classifier lie close together."]
 stored = load_results("guidances_on_one_axis")
 three = [
     Way("classifier", "unconditional"),
@@ -515,7 +515,7 @@ show(
 )
 
 # %% [markdown]
-# *Bars are two standard errors; 512 samples a point, 50 ancestral steps.* CLIP and classifier lie on one line. Two answers of
+# *Bars are two standard errors; 512 samples a point, 50 ancestral steps.* CLIP and classifier lie close together. Two answers of
 # one network obey at once; all three pay with the distribution: they draw large shapes, of which class and words are surest.
 # Leave out the noisiest steps, where it is decided how large a shape becomes, and the price is not paid ([chapter
 # 05](05_classifier_free_guidance.ipynb)).

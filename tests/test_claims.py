@@ -91,11 +91,11 @@ def test_every_verdict_stands_on_what_is_stored(of_lecture):
 # Numbers that would turn a verdict over, one set for each of its reasons.
 TURNED = {
     "A larger gradient scale s enforces the class more strongly": [
-        {"high": 0.5},
-        {"high_distance": 55.0},
+        {"high": 0.45},
+        {"high_distance": 45.0},
         {"large": 0.5},
     ],
-    "CLIP guidance works like classifier guidance": [{"in_errors": 2.1}],
+    "CLIP guidance works like classifier guidance": [{"gap": 0.15}, {"most": 0.6}],
     "A guiding classifier has to be trained separately": [
         {"clean": 0.97},
         {"clean": 0.6},

@@ -146,6 +146,7 @@ def share_of(value: float, count: int) -> str:
 # --- Tables ---
 
 
+SWEEPS = ("classifier_guidance_sweep_small", "classifier_guidance_sweep")
 FROM_FEW = ("adaptation_few_photos", "adaptation_few_textures")
 
 METRICS = {  # by the family of the recipe: what is told of a model, and the card's names of it
@@ -219,6 +220,28 @@ def guidances() -> tuple[Rows, list[str]]:
         )
     columns = ["guidance, and its strength", "strength", "as asked for, %", "Fréchet distance"]
     return rows, [*columns, "of real images", "recall", "large shapes, %"]
+
+
+def of_two_networks() -> tuple[Rows, list[str]]:
+    """The same classifier with a smaller network and with a larger one, by ancestral sampling."""
+    of_network = [
+        {
+            run["scale"]: run
+            for run in load_results(name)["runs"]
+            if (run["sampler"], run["split"]) == ("ddpm", "test") and run["form"] != "mean shift"
+        }
+        for name in SWEEPS
+    ]
+    rows = []
+    for scale in of_network[0]:
+        row = [f"{scale:g}"]
+        for quantity in ("confident_share", "accuracy_all"):
+            row += [share_of(runs[scale][quantity], runs[scale]["num_samples"]) for runs in of_network]
+        rows.append(row)
+    columns = [
+        f"{what}, %: {network}" for what in ("legible", "as asked for") for network in ("small", "large")
+    ]
+    return rows, ["scale", *columns]
 
 
 def adaptation() -> tuple[Rows, list[str]]:
@@ -369,7 +392,8 @@ def page() -> str:
         section(
             "Models",
             "The checkpoints that come with the course, by their cards. *Last training* is that of the "
-            f"card; some go on from earlier ones. Distances are of {ddpm.EVALUATION_SAMPLES} samples; a "
+            "card; some go on from earlier ones, and that of `ddpm_shapes32` counts hours in which it was "
+            f"stopped. Distances are of {ddpm.EVALUATION_SAMPLES} samples; a "
             f"classifier's shares of {classifiers.EVALUATION_IMAGES:,} unseen images, those of text to image "
             f"of {latent.EVALUATION_SAMPLES} drawings of each kind.",
             models(),
@@ -380,6 +404,14 @@ def page() -> str:
             "ancestral steps; > is the lower end of 95 % where all are right. (Chapters 03 to 05.)",
             guidances(),
             ["guidances_on_one_axis"],
+        ),
+        section(
+            "One classifier, two networks",
+            "`small_ddpm_shapes32` and `ddpm_shapes32`, guided by the same classifier from the same "
+            "noise: of how many pictures all attributes can be read, and how many have the shape and the "
+            "colour that were asked for. (Chapter 03.)",
+            of_two_networks(),
+            SWEEPS,
         ),
         section(
             "What guidance costs",

@@ -12,7 +12,7 @@ from lecture26.kit.evaluation import attribute_accuracy, sample_quality
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes.ddpm import DDPM, EVALUATION_SAMPLES
-from lecture26.recipes.ddpm import SHAPES_32 as UNCONDITIONAL
+from lecture26.recipes.ddpm import SMALL_SHAPES_32 as UNCONDITIONAL
 from lecture26.recipes.readers import find_reader
 from lecture26.recipes.recipe import count_classes, register
 from lecture26.unet import UNet, zero_init

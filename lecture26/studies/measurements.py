@@ -63,6 +63,9 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     "classifier_guidance_sweep": partial(
         classifier_guidance_sweep, "ddpm_shapes32", "noisy_classifier_shapes32", "reader_shapes32"
     ),
+    "classifier_guidance_sweep_small": partial(
+        classifier_guidance_sweep, "small_ddpm_shapes32", "noisy_classifier_shapes32", "reader_shapes32"
+    ),
     "classifier_guidance_ways": partial(
         classifier_guidance_ways,
         "ddpm_shapes32",

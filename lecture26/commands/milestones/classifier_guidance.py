@@ -35,11 +35,11 @@ def stars() -> tuple["Figure", str]:
         label: torch.full((STARS,), images.labels[label].index(name)) for label, name in wanted.items()
     }
     y, path = guide.recipe.classes(attributes), trained.diffusion.respace(STAR_STEPS)
-    x_T = torch.randn(STARS, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    x_T = torch.randn(STARS, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     guided = classifier_guided(trained.network, guide.network, y, STAR_SCALE, trained.diffusion)
-    generator = torch.Generator().manual_seed(16)
+    generator = torch.Generator().manual_seed(14)
     shown = [sample(path, guided, x_T.shape, ddpm_step, generator, x_T, progress=False)]
-    generator = torch.Generator().manual_seed(16)
+    generator = torch.Generator().manual_seed(14)
     shown.append(sample_mean_shifted(path, trained.network, guide.network, y, STAR_SCALE, x_T, generator))
 
     figure, axes = plt.subplots(3, 1, figsize=(8, 5.5), height_ratios=[1, 1, 1.6], layout="constrained")
