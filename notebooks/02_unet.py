@@ -1897,9 +1897,9 @@ show(
 # pictures are legible: the two numbers ask for different things.*
 #
 # So 50 steps do, and nearly all pictures can be read. Are they as good as real? Not quite, whatever the sampler: their
-# distance is half as large again as that of real images, or twice, and they show a little less of the variety. No number of
-# steps mends that; it is the network's part. (A hundred images would hide it: real and real are then as far apart as what is
-# to be measured.)
+# distance is half as large again as that of real images, or twice, and they show a little less of the variety. More steps do
+# not mend that, as far as 128 images can show: from 100 steps to 1000 their distance does not fall. So it is the network's
+# part. (How large it is, 128 images cannot say: real and real are then nearly as far apart.)
 
 # %%
 for sampler in ("ddpm", "ddim"):

@@ -1634,9 +1634,9 @@ show(
 
 # %% [markdown]
 # *Left: how far the clean CLIP's gradients point where the noise-aware one's does, with two standard errors of 32 pictures.
-# Two random directions of 3,072 pixels would have a cosine near 0. Right: their lengths. From $t=200$ on,
-# the way through the denoiser makes the gradient some ten times shorter than the detached one, and points no better in the
-# noisiest steps: to read $\hat x_0$ there is not yet to know which way to push.*
+# Two random directions of 3,072 pixels would have a cosine near 0. Right: their lengths. From $t=200$ on, the gradient through
+# the denoiser is some ten times shorter than the detached one; in the noisiest steps it points little better. To read
+# $\hat x_0$ there is not yet to know which way to push.*
 #
 # #### Exercise 11: data on a line
 #

@@ -1956,9 +1956,9 @@ show(
 #
 # - **Classifier and CLIP** lie close together, as (4.22) says of exact ones: right alike at 5 and 9, and 8 points apart at 1 and 2.
 # - **Classifier-free guidance** is far more often right. Is it the mixing? The classifier on the *null* answer is right as often
-#   as on chapter 02's unconditional model, which is the larger network; on the *conditional* answer it is right every time. So it is the conditional answer, which
-#   training has told the labels, and which is right at strength 1 already. For exact networks the difference of the answers and the
-#   classifier's gradient would be the same, (5.3): what lies between the curves are errors.
+#   as on chapter 02's unconditional model, which is the larger network; on the *conditional* answer it is right every time. So it
+#   is the conditional answer, which training has told the labels, and which is right at strength 1 already. For exact networks the
+#   difference of the answers and the classifier's gradient would be the same, (5.3): what lies between the curves are errors.
 # - **The share of large shapes** rises under every guidance, and the distance with it; most steeply by the difference of the two
 #   answers. The interval leaves both where they were.
 #
