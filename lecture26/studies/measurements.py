@@ -14,6 +14,7 @@ from lecture26.studies.few_images import adaptation_from_few, photographs_upside
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.probes import solved_heads
+from lecture26.studies.scale_by_step import classifier_scale_by_step
 from lecture26.studies.steering_ways import classifier_guidance_ways
 from lecture26.studies.storage import prompt_storage
 from lecture26.studies.sweeps import (
@@ -72,6 +73,14 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         "noisy_classifier_shapes32",
         "reader_shapes32",
         state="classifier_guidance_ways",
+    ),
+    "classifier_scale_by_step": partial(
+        classifier_scale_by_step,
+        "ddpm_shapes32",
+        "conditional_ddpm_shapes32",
+        "noisy_classifier_shapes32",
+        "reader_shapes32",
+        state="classifier_scale_by_step",
     ),
     "clip_guidance_sweep": partial(
         clip_guidance_sweep,
