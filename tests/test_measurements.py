@@ -37,7 +37,7 @@ from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
-from lecture26.studies import guidances, measurements, steering_ways, sweeps, text_to_image
+from lecture26.studies import guidances, measurements, scale_by_step, steering_ways, sweeps, text_to_image
 from lecture26.studies.sizes import Sizes
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -229,6 +229,48 @@ def test_the_exact_shift_of_the_mean_is_a_guided_denoiser_where_nothing_is_clipp
     by_mean = ddpm_step(short, denoiser, x_t, t, noise, mean_shift=shift)
     assert torch.allclose(by_mean, ddpm_step(short, guided, x_t, t, noise), atol=1e-10)
     assert not torch.allclose(by_mean, ddpm_step(short, denoiser, x_t, t, noise), atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0, -0.2])
+def test_the_share_of_a_gradient_is_its_part_along_the_difference(monkeypatch, share):
+    difference = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    across = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    along = (across * difference).flatten(1).sum(1) / difference.square().flatten(1).sum(1)
+    across -= along[:, None, None, None] * difference
+    asked = []
+
+    def gradient(classifier, x_t, t, y):
+        asked.append(y)
+        return share * difference + across
+
+    monkeypatch.setattr(scale_by_step, "implicit_gradient", lambda *answers: difference)
+    monkeypatch.setattr(scale_by_step, "log_prob_gradient", gradient)
+    told = scale_by_step.gradient_shares(recipes.Trained("told"), recipes.Trained("guide"), (300, 900), 8)
+    assert told["shares"] == pytest.approx([share, share], abs=1e-5)
+    assert max(told["share_errors"]) < 1e-5
+    shown = load("shapes", "validation").attributes(range(8))
+    assert torch.equal(asked[0], (8 * shown["shape"] + shown["colour"]).roll(1))  # of the picture before
+
+
+def test_a_scale_by_step_is_the_inverse_share_of_its_step(monkeypatch):
+    scales = []
+
+    def scaled(denoiser, classifier, y, scale, diffusion):
+        scales.append(scale)
+        return denoiser
+
+    shares = {"shares": [0.1, 0.5], "share_errors": [0.0, 0.0]}
+    monkeypatch.setattr(scale_by_step, "gradient_shares", lambda *of: shares)
+    monkeypatch.setattr(scale_by_step, "classifier_guided", scaled)
+    study = scale_by_step.classifier_scale_by_step(
+        *("drawer", "told", "guide", "judge"), (2.0,), (300, 700), 8, 24, 6, batch_size=8, steps=3
+    )
+    # steps 999, 500 and 0: beyond the ends the share is that of the end
+    assert scales == pytest.approx(3 * [2 / 0.5, 2 / 0.3, 2 / 0.1], rel=0.01)  # in three batches
+    (run,) = study["runs"]
+    assert run["factor"] == 2.0 and {"accuracy_all", "share_large", "frechet_distance_error"} <= run.keys()
+    assert study["shares"] == shares["shares"]
+    json.dumps(study)
 
 
 def test_guidance_from_the_second_step_spares_the_first_one_only():

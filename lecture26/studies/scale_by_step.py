@@ -103,7 +103,7 @@ def classifier_scale_by_step(
 def gradient_shares(conditional: Trained, classifier: Trained, steps: Sequence[int], count: int) -> dict:
     """How much of the difference of a conditional denoiser's answers there is in a classifier's gradient.
 
-    Each of `count` validation pictures is asked for the labels of the next one. The share is that of the
+    Each of `count` validation pictures is asked for the labels of the one before. The share is that of the
     gradient's part along the difference: their inner product over the square of the difference.
 
     Returns:
