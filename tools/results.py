@@ -222,6 +222,21 @@ def guidances() -> tuple[Rows, list[str]]:
     return rows, [*columns, "of real images", "recall", "large shapes, %"]
 
 
+def scales_by_step() -> tuple[Rows, list[str]]:
+    rows = [
+        [
+            f"{run['factor']:g}",
+            share_of(run["accuracy_all"], run["num_samples"]),
+            with_error(run["frechet_distance"], run["frechet_distance_error"]),
+            f"{run['frechet_distance_real']:.0f}",
+            share_of(run["share_large"], run["num_samples"]),
+        ]
+        for run in load_results("classifier_scale_by_step")["runs"]
+    ]
+    columns = ["factor", "as asked for, %", "Fréchet distance", "of real images", "large shapes, %"]
+    return rows, columns
+
+
 def of_two_networks() -> tuple[Rows, list[str]]:
     """The same classifier with a smaller network and with a larger one, by ancestral sampling."""
     of_network = [
@@ -404,6 +419,13 @@ def page() -> str:
             "ancestral steps; > is the lower end of 95 % where all are right. (Chapters 03 to 05.)",
             guidances(),
             ["guidances_on_one_axis"],
+        ),
+        section(
+            "A classifier's scale by step",
+            "At each step the scale is the factor over the share of the exact gradient that the classifier's "
+            "has there. Samples as above. (Chapter 05.)",
+            scales_by_step(),
+            ["classifier_scale_by_step"],
         ),
         section(
             "One classifier, two networks",
