@@ -2021,7 +2021,7 @@ check_answer(
     hint="What is the gradient of the best critic, and what that of the best classifier?",
 )
 
-# %% slide=["# A classifier and a CLIP, on one axis", "? Bayes' rule is $s=1$ for the one and $s=\\kappa$ for the other. How far will they differ?", "[picture]", "At 5 and 9 they are right alike, as (4.22) predicts; at 1 and 2 the classifier is ahead by 8 points. And both draw ever more large shapes, which nobody asked for."] tags=["draw"]
+# %% slide=["# A classifier and a CLIP, on one axis", "? Bayes' rule is $s=1$ for the one and $s=\\kappa$ for the other. How far will they differ?", "[picture]", "At 5 and 9 they are right alike, as (4.22) predicts; at 1 and 2 the classifier leads. Both draw ever more large shapes, which nobody asked for."] tags=["draw"]
 figure = draw_guidances(one_axis, [Way("classifier", "unconditional"), Way("CLIP", "unconditional")])
 show(
     figure,

@@ -1567,7 +1567,7 @@ print(f"right labels lower the loss by 5 % or more at every step: {min(gains) > 
 assert min(gains) > 0.05 and min(map(min, read_by_itself[:4])) > 0.98
 assert read_by_itself[6][1] > read_by_itself[6][0] + 0.2  # t = 700: the large ones more often
 
-# %% slide=["# A label helps, even where it tells nothing", "By how much is the loss lower with the right labels than with none?", "- at noisy steps by about a third: they say what nothing else says", "- at the cleanest, where the picture says all by itself, still by a tenth", "? What can that tenth be?", "The null branch's larger error: it has had an eighth of the training."] tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output"]
 show_table(
     [
         [f"{step}", *(f"{share:.0%}" for share in by_size), f"{gain:.0%}"]
@@ -1982,7 +1982,7 @@ for t in (torch.full((128,), step) for step in compared_at):
     agreement.append([inner / by_answers.norm(dim=1) ** 2, F.cosine_similarity(by_answers, by_classifier)])
 agreement = torch.stack([torch.stack(pair) for pair in agreement])  # (steps, share and cosine, 128)
 
-# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes are decided, its gradient has three tenths of what is needed, and at the noisiest steps eight tenths: no single scale mends both."] tags=["draw"]
+# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes are decided, its gradient has three tenths of what is needed. A scale of one over the share keeps the sizes, and is right three times of four."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
 for values, name, style, colour in zip(
     agreement.unbind(dim=1),
@@ -2018,7 +2018,7 @@ assert at_650 < 0.4 and at_950 > 0.6
 # scale at which as many shapes are large. `python -m lecture26 measure classifier_scale_by_step` has measured the shares on 512
 # other pictures, and drawn with the inverse, with half of it, and with twice as much:
 
-# %% slide=["# The test: a scale that follows the share", "? If that is the reason, what must a scale of one over the share do, step by step?", "[table]", "With the sizes and the distance of real pictures three of four are right; with a single scale at which as many are large, every second."]
+# %%
 by_step = load_results("classifier_scale_by_step")
 constant = {
     f"{run['strength']:g}": run
