@@ -1794,7 +1794,7 @@ assert all(float(large) > float(small) for _, large, small in legible)
 # That can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same noise. Of the
 # pictures that each draws on its own, how many are *legible*, as chapter 02 counts them, and how many obey when guided?
 
-# %% slide=["# Is the network to blame for what does not obey?", "? The same classifier guides a better network. Will more pictures be as asked for?", "[table]", "Far more of its own pictures are legible, and no more of the guided ones obey: what limits is the guide."]
+# %% slide=["# Is the network to blame for what does not obey?", "[table]", "Far more of the larger one's own pictures are legible, and no more of the guided ones obey: what limits is the guide."]
 small_sweep = load_results("classifier_guidance_sweep_small")
 by_network = {
     name: {run["scale"]: run for run in stored["runs"] if run["sampler"] == "ddpm" and run["split"] == "test"
