@@ -92,6 +92,7 @@ def train(
     state_file: str | os.PathLike | None = None,
     state_every: float = 60.0,
     settings: dict | None = None,
+    watch: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> History:
     """Train a model with AdamW, on whatever device and however many processes Accelerate finds.
@@ -121,6 +122,8 @@ def train(
         state_file: where to keep the state; None keeps none.
         state_every: seconds between two states written.
         settings: dict of plain values that name what is trained on what; a state with others is refused.
+        watch: None, or watch(steps taken so far), called after each step, to measure something on the way.
+            A run that goes on from its state repeats the steps, and calls, since it was written.
         progress: whether to show a progress bar (the environment variable TQDM_DISABLE hides it too).
 
     Returns:
@@ -222,6 +225,8 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{_smoothed(history.losses):.4f}", refresh=False)
 
+            if watch is not None:
+                watch(step + 1)
             finished = step == steps - 1
             if told_to_stop or finished or time.monotonic() - saved >= state_every:
                 run.save(history)

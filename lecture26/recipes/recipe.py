@@ -202,12 +202,15 @@ def sole_use(name: str) -> Iterator[None]:
         yield
 
 
-def train_network(recipe: Recipe, images: ImageSet, **state) -> tuple[nn.Module, History]:
+def train_network(
+    recipe: Recipe, images: ImageSet, watch: Callable[[int, nn.Module], None] | None = None, **state
+) -> tuple[nn.Module, History]:
     """Train the network of a recipe.
 
     Args:
         recipe: what to train, with what the data decide filled in.
         images: what to train it on.
+        watch: None, or watch(steps taken so far, averaged network), called after each step.
         state: `state_file`, `state_every` and `settings` of `lecture26.kit.training.train`.
 
     Returns:
@@ -231,6 +234,7 @@ def train_network(recipe: Recipe, images: ImageSet, **state) -> tuple[nn.Module,
         average=average,
         seed=recipe.seed,
         precision=recipe.precision,
+        watch=None if watch is None else lambda steps: watch(steps, average.model),
         **state,
     )
     return average.model, history
