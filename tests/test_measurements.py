@@ -37,7 +37,15 @@ from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
-from lecture26.studies import guidances, measurements, scale_by_step, steering_ways, sweeps, text_to_image
+from lecture26.studies import (
+    guidances,
+    measurements,
+    placing,
+    scale_by_step,
+    steering_ways,
+    sweeps,
+    text_to_image,
+)
 from lecture26.studies.sizes import Sizes
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -647,6 +655,71 @@ def test_outcomes_of_scenes_without_two_objects(monkeypatch):
     one_object = load("shapes", "test", 64).batch(range(200))["image"]
     outcomes = text_to_image.scene_outcomes(None, one_object, WANTED)
     assert outcomes.count("not two objects") > 195
+
+
+PLACING_ARMS = {name: placing.ARMS[name] for name in ("neither", "coordinates")}
+
+
+def study_of_placing(monkeypatch, state):
+    """The study of placing with tiny networks, small batches and few pictures."""
+    common = placing._base
+    monkeypatch.setattr(placing, "_base", lambda *of: replace(common(*of), batch_size=4, precision="fp32"))
+    return placing.placing(
+        "tiny_text", "judge_scenes", PLACING_ARMS, 4, every=2, look=(8, 2), final=(16, 2), state=state
+    )
+
+
+def test_models_with_and_without_an_aid_learn_the_same_otherwise(text_folder, monkeypatch):
+    trained = {}
+    train_network = placing.train_network
+
+    def kept(recipe, images, **options):
+        network, history = train_network(recipe, images, **options)
+        trained[recipe.coordinates] = network
+        return network, history
+
+    monkeypatch.setattr(placing, "train_network", kept)
+    study = study_of_placing(monkeypatch, state=None)
+    for arm, name in zip(study["arms"], PLACING_ARMS, strict=True):
+        assert arm["name"] == name and arm["lesson"] == 0.0
+        assert [(look["step"], look["num_samples"]) for look in arm["looks"]] == [(2, 8), (4, 16)]
+        told = dict(trained[arm["coordinates"]].named_parameters())
+        matrices = [weight for key, weight in told.items() if key.endswith("where.weight")]
+        assert matrices and all(weight.any() == arm["coordinates"] for weight in matrices)
+    json.dumps(study)
+
+
+def test_a_study_of_placing_goes_on_where_it_was_stopped(text_folder, monkeypatch):
+    at_once = study_of_placing(monkeypatch, state=None)
+    monkeypatch.undo()
+    looked, looks_before = placing.drawn_by, []
+
+    def stop_at_the_third_look(*of):
+        looks_before.append(of)
+        if len(looks_before) == 3:
+            raise KeyboardInterrupt
+        return looked(*of)
+
+    monkeypatch.setattr(placing, "drawn_by", stop_at_the_third_look)
+    with pytest.raises(KeyboardInterrupt):
+        study_of_placing(monkeypatch, state="stopped")
+    monkeypatch.undo()
+    resumed = study_of_placing(monkeypatch, state="stopped")
+    assert [arm["looks"] for arm in resumed["arms"]] == [arm["looks"] for arm in at_once["arms"]]
+
+
+def test_order_is_told_by_colours_on_the_right_axis():
+    asked = {"relation": [0, 0, 0, 0, 0], "colour_1": [1, 1, 1, 1, 3], "colour_2": [2, 2, 2, 2, 3]}
+    #        as asked, exchanged, on another axis, another colour; and asked for one colour twice
+    seen = {"relation": [0, 0, 2, 0, 0], "colour_1": [1, 2, 1, 1, 3], "colour_2": [2, 1, 2, 4, 3]}
+    asked, seen = ({name: torch.tensor(numbers) for name, numbers in d.items()} for d in (asked, seen))
+    assert placing.order_of_colours(seen, asked) == {"num_told": 2, "in_order": 0.5}
+    off_axis = seen | {"relation": torch.full((5,), 2)}
+    assert placing.order_of_colours(off_axis, asked) == {"num_told": 0, "in_order": None}
+    real = canonical(WANTED)
+    assert placing.order_of_colours(real, real)["in_order"] == 1.0
+    turned = real | {"colour_1": real["colour_2"], "colour_2": real["colour_1"]}
+    assert placing.order_of_colours(turned, real)["in_order"] == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,19 @@ def tiny_run(model, **changes):
     return train(model, normal_batch, mean_squared_output, **settings)
 
 
+def test_a_run_is_watched_step_by_step_and_not_changed_by_it():
+    alone, watched, seen = nn.Linear(3, 1), nn.Linear(3, 1), []
+    watched.load_state_dict(alone.state_dict())
+
+    def watch(steps):
+        seen.append((steps, watched.weight.clone()))
+        torch.rand(3)  # what is drawn here belongs to nobody's batch
+
+    assert tiny_run(watched, watch=watch).losses == tiny_run(alone).losses
+    assert [steps for steps, _ in seen] == [1, 2, 3, 4]
+    assert torch.equal(seen[-1][1], alone.weight) and not torch.equal(seen[0][1], seen[1][1])
+
+
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     tiny_run(nn.Linear(3, 1))  # Accelerate looks for other processes once
     monkeypatch.setenv("WORLD_SIZE", "2")
