@@ -3,11 +3,11 @@
 The design, written before the first run (chapter 07). Four models from nothing, alike in everything but two
 aids: places that are told where they are, and the lesson that asks the text encoder on which side a noun
 stands. The recipe is that of the shipped model, with half as many images, all steps of the diffusion drawn
-alike and a constant rate of 1e-3; equal training steps, the same images, noise and first weights. On the way and at the end each
-draws unseen scenes (w = 2). A reader says whether the axis is the one that was asked for, side by side or one
-above the other; and where it is, and both colours are there and differ, whether they are the right way round,
-as half would be by tossing a coin. Colours, not shapes, since they are learned first. One seed each; two
-shares are called different where they lie more than two standard errors of counting apart.
+alike and a constant rate of 1e-3; equal training steps, the same images, noise and first weights. On the way
+and at the end each draws unseen scenes (w = 2). A reader says whether the axis is the one that was asked for,
+side by side or one above the other; and where it is, and both colours are there and differ, whether they are
+the right way round, as half would be by tossing a coin. Colours, not shapes, since they are learned first.
+One seed each; two shares are called different where they lie more than two standard errors of counting apart.
 """
 
 from collections.abc import Mapping
