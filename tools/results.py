@@ -259,6 +259,21 @@ def of_two_networks() -> tuple[Rows, list[str]]:
     return rows, ["scale", *columns]
 
 
+def places() -> tuple[Rows, list[str]]:
+    rows = [
+        [
+            arm["name"],
+            f"{look['step']:,}",
+            share_of(look["accuracy_relation"], look["num_samples"]),
+            "-" if look["in_order"] is None else share_of(look["in_order"], look["num_told"]),
+            str(look["num_told"]),
+        ]
+        for arm in load_results("placing")["arms"]
+        for look in arm["looks"]
+    ]
+    return rows, ["aids", "training steps", "axis right, %", "in the right order, %", "of so many scenes"]
+
+
 def adaptation() -> tuple[Rows, list[str]]:
     rows, methods = [], ("linear", "vpt-shallow", "vpt-deep", "full")
     for name in ADAPTED:
@@ -468,6 +483,14 @@ def page() -> str:
             "alternating runs; of the ratio median (least to most).",
             serving(),
             ["benchmark_serving"],
+        ),
+        section(
+            "Which one goes where",
+            "Two models of text to image from nothing, with none of two aids and with both: coordinates, and a "
+            "lesson on the sides of nouns. Scenes on the right axis, and of those that can be told by their "
+            "colours the ones that are the right way round. One seed. (Chapter 07.)",
+            places(),
+            ["placing"],
         ),
         section(
             "Latents against pixels",
