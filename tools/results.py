@@ -148,6 +148,7 @@ def share_of(value: float, count: int) -> str:
 
 SWEEPS = ("classifier_guidance_sweep_small", "classifier_guidance_sweep")
 FROM_FEW = ("adaptation_few_photos", "adaptation_few_textures")
+FEWEST_TOLD = 20  # scenes of which a share is told
 
 METRICS = {  # by the family of the recipe: what is told of a model, and the card's names of it
     "ddpm": [("Fréchet distance {:.0f}, of real images {:.0f}", "frechet_distance", "frechet_distance_real")],
@@ -265,7 +266,7 @@ def places() -> tuple[Rows, list[str]]:
             arm["name"],
             f"{look['step']:,}",
             share_of(look["accuracy_relation"], look["num_samples"]),
-            "-" if look["in_order"] is None else share_of(look["in_order"], look["num_told"]),
+            share_of(look["in_order"], look["num_told"]) if look["num_told"] >= FEWEST_TOLD else "-",
             str(look["num_told"]),
         ]
         for arm in load_results("placing")["arms"]
@@ -486,9 +487,9 @@ def page() -> str:
         ),
         section(
             "Which one goes where",
-            "Two models of text to image from nothing, with none of two aids and with both: coordinates, and a "
-            "lesson on the sides of nouns. Scenes on the right axis, and of those that can be told by their "
-            "colours the ones that are the right way round. One seed. (Chapter 07.)",
+            "Two models of text to image from nothing, with none of two aids and with both: coordinates, "
+            "and a lesson on the sides of nouns. Scenes on the right axis, and of those whose order can be "
+            "told by their colours the ones that are the right way round. One seed. (Chapter 07.)",
             places(),
             ["placing"],
         ),
