@@ -702,9 +702,9 @@ def test_a_study_of_placing_goes_on_where_it_was_stopped(text_folder, monkeypatc
 
     monkeypatch.setattr(placing, "drawn_by", stop_at_the_third_look)
     with pytest.raises(KeyboardInterrupt):
-        study_of_placing(monkeypatch, state="stopped")
+        study_of_placing(monkeypatch, state="stopped_placing")
     monkeypatch.undo()
-    resumed = study_of_placing(monkeypatch, state="stopped")
+    resumed = study_of_placing(monkeypatch, state="stopped_placing")
     assert [arm["looks"] for arm in resumed["arms"]] == [arm["looks"] for arm in at_once["arms"]]
 
 
