@@ -1453,7 +1453,8 @@ show(
 )
 
 # %% [markdown]
-# *Both forms at $s=8$, from the same noise: as many stars, not always on the same ground.* The command line does it too, with words for the class:
+# *Both forms at $s=8$, from the same noise: as many stars, not always on the same ground.* The command line does it too,
+# with words for the class:
 #
 # ```
 # python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out
@@ -1790,9 +1791,10 @@ assert all(float(large) > float(small) for _, large, small in legible)
 # distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb) puts all three guidances
 # on this axis.
 #
-# One in ten or more is not as asked for, whatever the scale. Is it the network's fault, which by itself draws things without a name?
-# That can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same noise. Of the
-# pictures that each draws on its own, how many are *legible*, as chapter 02 counts them, and how many obey when guided?
+# One in ten or more is not as asked for, whatever the scale. Is it the network's fault, which by itself draws things
+# without a name? That can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same
+# noise. Of the pictures that each draws on its own, how many are *legible*, as chapter 02 counts them, and how many obey
+# when guided?
 
 # %% slide=["# Is the network to blame for what does not obey?", "[table]", "Far more of the larger one's own pictures are legible, and no more of the guided ones obey: what limits is the guide."]
 small_sweep = load_results("classifier_guidance_sweep_small")
