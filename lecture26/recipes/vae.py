@@ -1,7 +1,7 @@
 """Variational autoencoders of images (chapter 06)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -174,4 +174,10 @@ VAE_SHAPES_64 = VAERecipe(
     batch_size=32,
     learning_rate=2e-3,
 )
-register(VAE_SHAPES_64)
+# Sides eight times smaller: 256 numbers of 12,288, a quarter of what the other one keeps.
+VAE_SHAPES_64_F8 = replace(
+    VAE_SHAPES_64,
+    name="vae_shapes64_f8",
+    model=VAE_SHAPES_64.model | {"channel_multipliers": (1, 2, 2)},
+)
+register(VAE_SHAPES_64, VAE_SHAPES_64_F8)
