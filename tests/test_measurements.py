@@ -39,6 +39,7 @@ from lecture26.kit.sample_draws import SampleDraws
 from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
 from lecture26.studies import (
     guidances,
+    latents_and_pixels,
     measurements,
     placing,
     scale_by_step,
@@ -47,6 +48,7 @@ from lecture26.studies import (
     text_to_image,
 )
 from lecture26.studies.sizes import Sizes
+from lecture26.unet import UNet
 
 NETWORK = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
 CLASSIFIER = {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (), "patch_size": 4}
@@ -722,75 +724,128 @@ def test_order_is_told_by_colours_on_the_right_axis():
     assert placing.order_of_colours(turned, real)["in_order"] == 0.0
 
 
+SMALL_MODELS = {
+    "latents": {"vae": "tiny_vae", "model": latents_and_pixels._network(1, 1)},
+    "plain": {"model": latents_and_pixels._network(1, 1)},
+    "folded": {"model": latents_and_pixels._network(1, 1, patch_size=4)},
+}
+
+
+def study_of_latents(state=None, models=SMALL_MODELS):
+    """The study of latents and pixels: small networks, two steps of training, few pictures, fixed times."""
+    common, measured = latents_and_pixels._recipe, latents_and_pixels.seconds_of_step
+
+    def fixed_seconds(recipe, images):
+        assert measured(recipe, images) > 0
+        return 3.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents_and_pixels, "TIMED_STEPS", 1)
+        patch.setattr(latents_and_pixels, "TIMED_ROUNDS", 1)
+        patch.setattr(latents_and_pixels, "TIMED_ENCODINGS", 4)
+        patch.setattr(latents_and_pixels, "seconds_of_step", fixed_seconds)
+        patch.setattr(
+            latents_and_pixels,
+            "_recipe",
+            lambda **of: replace(common(**of), batch_size=4, precision="fp32"),
+        )
+        return latents_and_pixels.pixel_against_latent(
+            "judge_shapes",
+            models,
+            minutes=0.1,
+            num_looks=2,
+            num_samples=16,
+            sampling_steps=2,
+            num_encoded=12,
+            state=state,
+        )
+
+
 @pytest.fixture(scope="module")
 def comparison(text_folder):
-    plain = {"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": 1, "attention_levels": ()}
-    return text_to_image.pixel_against_latent(
-        "tiny_text",
-        JUDGES,
-        seconds=1e-3,
-        num_samples=8,
-        batch_size=4,
-        steps=2,
-        num_encoded=12,
-        pixel_models={"plain": plain, "folded": plain | {"patch_size": 4}},
-    )
+    return study_of_latents()
 
 
 def test_pixels_and_latents_are_compared_in_cost_and_quality(comparison):
-    latents, plain, folded = comparison["models"]
-    assert [model["name"] for model in comparison["models"]] == ["latents", "plain", "folded"]
-    assert (comparison["num_images"], comparison["num_samples"], comparison["steps"]) == (12, 8, 2)
-    assert comparison["vae"]["name"] == "tiny_vae" and comparison["vae"]["seconds"] == 12
+    costs = comparison["costs"]["models"]
+    assert [model["name"] for model in comparison["models"]] == list(costs) == list(SMALL_MODELS)
+    assert [model["vae"] for model in comparison["models"]] == ["tiny_vae", None, None]
     for model in comparison["models"]:
-        assert model["training_steps"] == 1 and model["training_seconds"] > 0
-        assert model["seconds_per_step"] > 0
-        for part in ("shapes", "scenes"):
-            assert model[f"{part}_sampling_seconds_per_image"] > 0
-            assert math.isfinite(model[f"{part}_frechet_distance"])
-            assert 0 <= model[f"{part}_accuracy_all"] <= 1
-            picture = Image.open(io.BytesIO(base64.b64decode(model[f"{part}_pictures"])))
-            assert picture.size == (8 * 66 + 2, 66 + 2)
-        assert sum(model["scenes_outcomes"].values()) == 8
-    assert latents["encoding_seconds"] > 0 == plain["encoding_seconds"] == folded["encoding_seconds"]
-    assert plain["gflops_per_step"] > 10 * folded["gflops_per_step"]
-    assert plain["activation_bytes"] > 10 * folded["activation_bytes"]
+        assert [(look["step"], look["seconds"]) for look in model["looks"]] == [(1, 3.0), (2, 6.0)]
+        assert all(look["frechet_distance"] > 0 and "recall" in look for look in model["looks"])
+        assert all(look["frechet_distance_error"] > 0 for look in model["looks"])
+        picture = Image.open(io.BytesIO(base64.b64decode(model["looks"][-1]["pictures"])))
+        assert picture.size == (8 * 66 + 2, 66 + 2)
+        assert costs[model["name"]]["sampling_seconds_per_image"] > 0
+    assert costs["plain"]["gflops_per_step"] > 10 * costs["folded"]["gflops_per_step"]
+    assert costs["plain"]["activation_bytes"] > 10 * costs["folded"]["activation_bytes"]
+    (vae,) = comparison["costs"]["vaes"].values()
+    assert vae["encoding_seconds_per_image"] > 0 and vae["training_steps"] == 0
+    assert comparison["reconstructed"].keys() == {"tiny_vae"}
     json.dumps(comparison)
 
 
 def test_parameters_and_operations_of_a_step_are_those_of_its_network(comparison):
     """Counted a second time, on the network alone, forwards and backwards."""
-    recipe = find_recipe("tiny_text")
-    recipe = replace(recipe, batch_size=4).fitted_to(recipe.load_images("train"))
-    model = recipe.build()
-    latents = comparison["models"][0]
-    assert latents["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    model = UNet(4, **SMALL_MODELS["latents"]["model"])
+    cost = comparison["costs"]["models"]["latents"]
+    assert cost["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     with FlopCounterMode(display=False) as counter:
-        tokens = recipe.tokenizer(["a red star"] * 4)
-        output, sides = model(torch.randn(4, 4, 16, 16), torch.arange(4), tokens)
-        (output.sum() + sides.sum()).backward()
-    assert latents["gflops_per_step"] == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
+        model(torch.randn(4, 4, 16, 16), torch.arange(4)).sum().backward()
+    assert cost["gflops_per_step"] == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
 
 
-def test_the_pixel_model_draws_images_and_no_latents(text_folder):
-    recipe = find_recipe("tiny_text")
-    images = text_to_image.KeptImages(recipe.load_images("train").images, "tiny_vae", 12)
-    settings = recipe.fitted_to(images).settings()
-    pixels = text_to_image.PixelRecipe(**settings)
-    batch = pixels.draw(images, SampleDraws(0, torch.arange(6)))
-    indices = pixels.draw_indices(images, SampleDraws(0, torch.arange(6)))
-    assert torch.equal(batch["x_0"], images.batch(indices)["image"])
-    assert batch["noise"].shape == (6, 3, 64, 64)
+def test_models_of_latents_learn_from_scaled_latents_and_those_of_pixels_from_images(text_folder):
+    images, random = load("shapes", "train", 64), SampleDraws(0, torch.arange(6))
+    latents, pixels = (latents_and_pixels._recipe(**SMALL_MODELS[name]) for name in ("latents", "plain"))
+    assert (latents.clip, pixels.clip) == (False, True)
+    drawn = latents.draw(latents_and_pixels.seen_by(latents, images, 12), random)["x_0"]
+    random = SampleDraws(0, torch.arange(6))
+    x = images.batch(random.integers(12))["image"]
+    mean, log_variance = load_model("tiny_vae").encode(x)
+    expected = 1.2 * (mean + (log_variance / 2).exp() * random.normal(*mean.shape[1:]))
+    torch.testing.assert_close(drawn, expected, atol=0.01, rtol=0.01)  # kept in half precision
+    random = SampleDraws(0, torch.arange(6))
+    drawn = pixels.draw(latents_and_pixels.seen_by(pixels, images, 12), random)["x_0"]
+    torch.testing.assert_close(
+        drawn, images.batch(SampleDraws(0, torch.arange(6)).integers(len(images)))["image"]
+    )
 
 
-@pytest.mark.parametrize("name", ["text_to_image_evaluation", "pixel_against_latent"])
-def test_stored_measurements_are_of_models_that_have_a_recipe(name):
-    model, readers = measurements.MEASUREMENTS[name].args
+def test_what_is_drawn_of_latents_is_decoded_at_the_decoder_s_scale(text_folder, monkeypatch):
+    recipe = latents_and_pixels._recipe(**SMALL_MODELS["latents"])
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(latents_and_pixels, "sample", lambda *of, **others: latents)
+    drawn = latents_and_pixels.draw_images(replace(recipe, precision="fp32"), None, 2, 2)
+    torch.testing.assert_close(drawn, load_model("tiny_vae").decode(latents / 1.2))
+
+
+def test_a_study_of_latents_goes_on_where_it_was_stopped(comparison, text_folder, monkeypatch):
+    draw, drawn = latents_and_pixels.sample_quality, []
+
+    def stop_at_the_fourth_look(*of):
+        drawn.append(of)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return draw(*of)
+
+    monkeypatch.setattr(latents_and_pixels, "sample_quality", stop_at_the_fourth_look)
+    with pytest.raises(KeyboardInterrupt):
+        study_of_latents(state="stopped_latents")
+    monkeypatch.undo()
+    resumed = study_of_latents(state="stopped_latents")
+    assert resumed["models"] == comparison["models"]
+
+
+def test_stored_measurements_are_of_models_that_have_a_recipe():
+    model, readers = measurements.MEASUREMENTS["text_to_image_evaluation"].args
     assert {model, *readers.values()} <= set(recipes.recipe_names())
     assert {part: find_recipe(reader).data for part, reader in readers.items()} == {
         "shapes": "shapes",
         "scenes": "scenes",
     }
+    vaes = {model["vae"] for model in latents_and_pixels.MODELS.values() if "vae" in model}
+    assert {find_recipe(vae).build().factor for vae in vaes} == {4, 8}
 
 
 def test_unknown_readers_and_models_end_before_anything_is_drawn(text_folder):

@@ -78,12 +78,16 @@ class DDPM(Recipe):
         return Diffusion(betas, prediction=self.prediction, clip=self.clip)
 
     def draw(self, images: ImageSet, random: SampleDraws) -> dict[str, Tensor]:
-        x_0 = images.batch(random.integers(len(images)))["image"]  # (B, C, H, W)
+        x_0 = self.draw_x_0(images, random)  # (B, C, H, W)
         return {
             "x_0": x_0,
             "t": self.draw_steps(random),  # (B,)
             "noise": random.normal(*x_0.shape[1:]),  # (B, C, H, W)
         }
+
+    def draw_x_0(self, images: ImageSet, random: SampleDraws) -> Tensor:
+        """What is made noisy, (B, C, H, W): some of the images."""
+        return images.batch(random.integers(len(images)))["image"]
 
     def draw_steps(self, random: SampleDraws) -> Tensor:
         """Steps t of the recipe's density, (B,) int64."""

@@ -12,6 +12,7 @@ from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.few_images import adaptation_from_few, photographs_upside_down, textures
 from lecture26.studies.guidances import guidances_on_one_axis
+from lecture26.studies.latents_and_pixels import pixel_against_latent
 from lecture26.studies.ledger import forget_ledger
 from lecture26.studies.placing import ARMS, placing
 from lecture26.studies.probes import solved_heads
@@ -26,7 +27,7 @@ from lecture26.studies.sweeps import (
     classifier_guidance_sweep,
     clip_guidance_sweep,
 )
-from lecture26.studies.text_to_image import pixel_against_latent, text_to_image_evaluation
+from lecture26.studies.text_to_image import text_to_image_evaluation
 
 # With how many samples each number of steps is measured: the many steps take seconds for each image.
 STEPS_NUM_SAMPLES = {10: 1024, 20: 1024, 50: 1024, 100: 128, 250: 128, 1000: 128}
@@ -110,7 +111,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         arms={name: ARMS[name] for name in ("neither", "both")},
         state="placing",
     ),
-    "pixel_against_latent": partial(pixel_against_latent, "text_to_image_shapes64", READERS_64),
+    "pixel_against_latent": partial(pixel_against_latent, READERS_64["shapes"], state="pixel_against_latent"),
     **{
         f"adaptation_{task}": partial(adaptation, tasks=(task,), state=f"adaptation_{task}")
         for task in SMALL_TASKS
