@@ -10,7 +10,7 @@ by 2 have one level more, plain ones two, of 32 channels.
 Time is that of a training step, measured for all models in turn on one core, times the steps: so it does not
 matter what else a machine does while they are trained. To that of latents belong the encoding of their
 images, and the training of their autoencoder, which is told by itself, since other models can use it as well.
-Each model is trained for equally many minutes. At six times on the way it draws 512 images from the same
+Each model is trained for equally many minutes. At five times on the way it draws 512 images from the same
 noise (DDIM, 25 steps). A reader's features give the Fréchet distance to 512 real ones, and the share of
 images of which every label is read with confidence. No model of latents can be better than what its decoder
 makes of real images, which is measured the same way. The comparison is of the minutes to the same distance:
@@ -72,8 +72,8 @@ MODELS = {
     "pixels, 2 x 2 folded": {"model": _network(2, 2, 3, levels_in_front=1, patch_size=2)},
     "pixels": {"model": _network(2, 2, 3, levels_in_front=2)},
 }
-MINUTES = 30.0  # of training for each
-NUM_LOOKS = 6
+MINUTES = 25.0  # of training for each
+NUM_LOOKS = 5
 NUM_SAMPLES, SAMPLING_STEPS = 512, 25
 NUM_ENCODED = 50_000
 TIMED_ROUNDS, TIMED_STEPS, TIMED_ENCODINGS = 5, 4, 256
