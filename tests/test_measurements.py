@@ -837,6 +837,15 @@ def test_a_study_of_latents_goes_on_where_it_was_stopped(comparison, text_folder
     assert resumed["models"] == comparison["models"]
 
 
+def test_when_a_distance_is_reached():
+    looks = [(100.0, 400.0), (200.0, 100.0), (300.0, 120.0), (400.0, 25.0)]
+    looks = [{"seconds": seconds, "frechet_distance": distance} for seconds, distance in looks]
+    reached = partial(latents_and_pixels.seconds_to_reach, looks)
+    assert [reached(distance) for distance in (500.0, 400.0, 100.0, 25.0, 24.0)] == [100, 100, 200, 400, None]
+    assert reached(200.0) == pytest.approx(150.0)  # half of the way in logarithms
+    assert reached(50.0) == pytest.approx(300 + 100 * math.log(120 / 50) / math.log(120 / 25))
+
+
 def test_stored_measurements_are_of_models_that_have_a_recipe():
     model, readers = measurements.MEASUREMENTS["text_to_image_evaluation"].args
     assert {model, *readers.values()} <= set(recipes.recipe_names())

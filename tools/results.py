@@ -321,23 +321,25 @@ def from_few() -> tuple[Rows, list[str]]:
 
 def latents() -> tuple[Rows, list[str]]:
     stored = load_results("pixel_against_latent")
-    rows = [
-        [
-            model["name"],
-            f"{model['parameters']:,}",
-            f"{model['gflops_per_step']:.0f}",
-            f"{model['seconds_per_step']:.2f}",
-            f"{model['activation_bytes'] / 1e6:.0f}",
-            f"{model['shapes_sampling_seconds_per_image']:.2f}",
-            f"{model['training_steps']}",
-            f"{model['shapes_frechet_distance']:.0f}",
-            f"{model['shapes_frechet_distance_real']:.0f}",
-        ]
-        for model in stored["models"]
-    ]
+    rows = []
+    for model in stored["models"]:
+        cost, last = stored["costs"]["models"][model["name"]], model["looks"][-1]
+        rows.append(
+            [
+                model["name"],
+                f"{cost['parameters']:,}",
+                f"{cost['gflops_per_step']:.0f}",
+                f"{cost['seconds_per_step']:.2f}",
+                f"{cost['activation_bytes'] / 1e6:.0f}",
+                f"{cost['sampling_seconds_per_image']:.2f}",
+                f"{last['step']:,}",
+                with_error(last["frechet_distance"], last["frechet_distance_error"]),
+                share_of(last["confident_share"], stored["num_samples"]),
+            ]
+        )
     columns = ["model", "parameters", "GFLOP a step", "seconds a step", "MB kept", "seconds an image"]
-    minutes_each = f"{stored['seconds'] / 60:.0f}"
-    return rows, [*columns, f"steps in {minutes_each} min", "Fréchet distance then", "of real images"]
+    columns += [f"steps in {stored['minutes']:.0f} min", "Fréchet distance then", "confident, %"]
+    return rows, columns
 
 
 def against_diffusers() -> tuple[Rows, list[str]]:

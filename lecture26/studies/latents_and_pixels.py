@@ -20,9 +20,10 @@ seeds may come out otherwise. The error of a distance is that of drawing anew.
 
 import base64
 import io
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ClassVar
@@ -317,6 +318,30 @@ def after_round_trip(vae: str, judge: Reader, unseen: ImageSet, num_samples: int
     others = torch.arange(num_samples, 2 * num_samples)  # the first ones are what they are compared with
     trips = round_trips(load_model(vae).to(process_state().device), unseen, others)
     return sample_quality(judge, torch.cat([trip["x_hat"] for trip in trips]), unseen)
+
+
+def seconds_to_reach(looks: Sequence[Mapping], distance: float) -> float | None:
+    """When a model's Fréchet distance falls to some distance for the first time; None if it never does.
+
+    Args:
+        looks: of one model, as `pixel_against_latent` returns them.
+        distance: above 0.
+
+    Returns:
+        Seconds of training. Between two looks the logarithm of the distance is taken as linear in time; a
+        model that is there at the first look may have been earlier.
+    """
+    before = None
+    for look in looks:
+        if look["frechet_distance"] <= distance:
+            if before is None:
+                return look["seconds"]
+            # the share of the way, in logarithms, from the look before to this one
+            way = math.log(before["frechet_distance"] / look["frechet_distance"])
+            share = math.log(before["frechet_distance"] / distance) / way
+            return before["seconds"] + share * (look["seconds"] - before["seconds"])
+        before = look
+    return None
 
 
 def png(images: Tensor) -> str:
