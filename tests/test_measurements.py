@@ -752,8 +752,7 @@ def study_of_latents(state=None, models=SMALL_MODELS):
         return latents_and_pixels.pixel_against_latent(
             "judge_shapes",
             models,
-            minutes=0.1,
-            num_looks=2,
+            looks=(0.05, 0.1),
             num_samples=16,
             sampling_steps=2,
             num_encoded=12,

@@ -10,12 +10,14 @@ by 2 have one level more, plain ones two, of 32 channels.
 Time is that of a training step, measured for all models in turn on one core, times the steps: so it does not
 matter what else a machine does while they are trained. To that of latents belong the encoding of their
 images, and the training of their autoencoder, which is told by itself, since other models can use it as well.
-Each model is trained for equally many minutes. At five times on the way it draws 512 images from the same
-noise (DDIM, 25 steps). A reader's features give the Fréchet distance to 512 real ones, and the share of
-images of which every label is read with confidence. No model of latents can be better than what its decoder
-makes of real images, which is measured the same way. The comparison is of the minutes to the same distance:
-that which the slowest model to get there reaches at the end, and 50, 100 and 200. Each is trained once: other
-seeds may come out otherwise. The error of a distance is that of drawing anew.
+Each model is trained for 25 minutes. At seven times on the way it draws 512 images from the same noise (DDIM,
+25 steps). A reader's features give the Fréchet distance to 512 real ones, and the share of images of which
+every label is read with confidence. No model of latents can be better than what its decoder makes of real
+images, which is measured the same way. The comparison is of the minutes to the same distance: that which the
+slowest model to get there reaches at the end, and 50, 100 and 200. Each is trained once: other seeds may come
+out otherwise. The error of a distance is that of drawing anew.
+
+Added when the first model had drawn once: the looks after one and two minutes, since it was near after five.
 """
 
 import base64
@@ -73,8 +75,7 @@ MODELS = {
     "pixels, 2 x 2 folded": {"model": _network(2, 2, 3, levels_in_front=1, patch_size=2)},
     "pixels": {"model": _network(2, 2, 3, levels_in_front=2)},
 }
-MINUTES = 25.0  # of training for each
-NUM_LOOKS = 5
+LOOKS = (1, 2, 5, 10, 15, 20, 25)  # minutes of training, the last of them the end
 NUM_SAMPLES, SAMPLING_STEPS = 512, 25
 NUM_ENCODED = 50_000
 TIMED_ROUNDS, TIMED_STEPS, TIMED_ENCODINGS = 5, 4, 256
@@ -116,8 +117,7 @@ class LatentDDPM(DDPM):
 def pixel_against_latent(
     reader: str,
     models: Mapping[str, Mapping] = MODELS,
-    minutes: float = MINUTES,
-    num_looks: int = NUM_LOOKS,
+    looks: Sequence[float] = LOOKS,
     num_samples: int = NUM_SAMPLES,
     sampling_steps: int = SAMPLING_STEPS,
     num_encoded: int = NUM_ENCODED,
@@ -128,51 +128,49 @@ def pixel_against_latent(
     Args:
         reader: a reader's checkpoint for single shapes.
         models: `LatentDDPM`'s vae and model, or `DDPM`'s model, by name.
-        minutes: of training for each, in steps of the time measured.
-        num_looks: how often it draws, the last time at the end.
+        looks: after how many minutes of training each of them draws, rising; the last ends it.
         num_samples, sampling_steps: how many images it draws then, with how many steps of DDIM.
         num_encoded: how many images those of latents learn from; those of pixels learn from all there are.
         state: a name under which what is finished is kept, so that it resumes; None: nowhere.
 
     Returns:
-        "reader", "minutes", "num_samples", "sampling_steps", "num_encoded"; "costs": what `measure_costs`
-        says; "reconstructed": what `sample_quality` says of real images after the round trip, by VAE; and
-        "models": for each "name", "vae" (None for pixels), and "looks", each with "step", "seconds" of
-        training so far, what `sample_quality` says, "frechet_distance_error" and, the last one, "pictures",
-        the first images as a PNG in base64.
+        "reader", "num_samples", "sampling_steps", "num_encoded"; "costs": what `measure_costs` says;
+        "reconstructed": what `sample_quality` says of real images after the round trip, by VAE; and "models":
+        for each "name", "vae" (None for pixels), and "looks", each with "step", "seconds" of training so far,
+        what `sample_quality` says, "frechet_distance_error" and, the last one, "pictures", the first images
+        as a PNG in base64.
     """
     judge = load_model(reader).to(process_state().device)
     recipes = {name: _recipe(**settings) for name, settings in models.items()}
     images, unseen = (load("shapes", split=split, image_size=64) for split in ("train", "test"))
     settings = {
         "reader": reader,
-        "minutes": minutes,
         "num_samples": num_samples,
         "sampling_steps": sampling_steps,
         "num_encoded": num_encoded,
     }
-    ledger = Ledger(None if state is None else ledger_file(state), settings | {"num_looks": num_looks})
+    ledger = Ledger(None if state is None else ledger_file(state), settings | {"looks": looks})
     costs = ledger.once("costs", lambda: measure_costs(recipes, images, sampling_steps))
     sizes = Sizes(judge, unseen, num_samples, NUM_WITHIN)
 
     def run(name: str) -> dict:
         recipe, seconds = recipes[name], costs["models"][name]["seconds_per_step"]
-        looks = [int(60 * minutes * (k + 1) / num_looks / seconds) for k in range(num_looks)]
+        steps = [int(60 * minutes / seconds) for minutes in looks]
 
         def look_at(step: int, network: nn.Module) -> dict:
             drawn = draw_images(recipe, network, num_samples, sampling_steps)
             error = sizes.distance_error(drawn, num_samples // ERROR_GROUPS)
             look = {"step": step, "seconds": step * seconds, "frechet_distance_error": error}
-            pictures = {"pictures": png(drawn[:PICTURES])} if step == looks[-1] else {}
+            pictures = {"pictures": png(drawn[:PICTURES])} if step == steps[-1] else {}
             return look | sample_quality(judge, drawn, unseen) | pictures
 
         def watch(step: int, network: nn.Module) -> None:
-            if step in looks:
+            if step in steps:
                 ledger.once(f"{name}, {step}", lambda: look_at(step, network))
 
         file = None if state is None else state_file(f"{state}_{name}")
         train_network(
-            replace(recipe, steps=looks[-1]),
+            replace(recipe, steps=steps[-1]),
             seen_by(recipe, images, num_encoded),
             watch=watch,
             state_file=file,
@@ -180,7 +178,7 @@ def pixel_against_latent(
         )
         if file is not None:
             file.unlink()
-        said = [ledger.once(f"{name}, {step}", dict) for step in looks]
+        said = [ledger.once(f"{name}, {step}", dict) for step in steps]
         return {"name": name, "vae": models[name].get("vae"), "looks": said}
 
     runs = [ledger.once(name, lambda name=name: run(name)) for name in models]
