@@ -14,7 +14,7 @@ from lecture26.studies.few_images import adaptation_from_few, photographs_upside
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.latents_and_pixels import pixel_against_latent
 from lecture26.studies.ledger import forget_ledger
-from lecture26.studies.placing import ARMS, placing
+from lecture26.studies.placing import placing
 from lecture26.studies.probes import solved_heads
 from lecture26.studies.scale_by_step import classifier_scale_by_step
 from lecture26.studies.steering_ways import classifier_guidance_ways
@@ -104,13 +104,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         state="guidances_on_one_axis",
     ),
     "text_to_image_evaluation": partial(text_to_image_evaluation, "text_to_image_shapes64", READERS_64),
-    "placing": partial(
-        placing,
-        "text_to_image_shapes64",
-        READERS_64["scenes"],
-        arms={name: ARMS[name] for name in ("neither", "both")},
-        state="placing",
-    ),
+    "placing": partial(placing, "text_to_image_shapes64", READERS_64["scenes"], state="placing"),
     "pixel_against_latent": partial(pixel_against_latent, READERS_64["shapes"], state="pixel_against_latent"),
     **{
         f"adaptation_{task}": partial(adaptation, tasks=(task,), state=f"adaptation_{task}")

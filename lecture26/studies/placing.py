@@ -8,7 +8,6 @@ and at the end each draws unseen scenes (w = 2). A reader says whether the axis 
 side by side or one above the other; and where it is, and both colours are there and differ, whether they are
 the right way round, as half would be by tossing a coin. Colours, not shapes, since they are learned first.
 One seed each; two shares are called different where they lie more than two standard errors of counting apart.
-Of the four, `measure placing` makes two, with neither aid and with both.
 """
 
 from collections.abc import Mapping
