@@ -29,9 +29,9 @@ from lecture26.studies.text_to_image import WEIGHT, judged
 
 ARMS = {
     "neither": {"coordinates": False, "lesson": 0.0},
-    "both": {"coordinates": True, "lesson": 3.0},
     "coordinates": {"coordinates": True, "lesson": 0.0},
     "lesson": {"coordinates": False, "lesson": 3.0},
+    "both": {"coordinates": True, "lesson": 3.0},
 }
 TRAINING_STEPS = 6_000
 EVERY = 1_000  # steps from one look to the next
