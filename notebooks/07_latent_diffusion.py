@@ -55,6 +55,7 @@ from lecture26.kit.shapes import NO_SIDE, SIDES, noun_sides
 from lecture26.kit.training import train
 from lecture26.recipes import load_model
 from lecture26.recipes.latent import draw_captions, load_pipeline
+from lecture26.studies.latents_and_pixels import seconds_to_reach
 from lecture26.studies.text_to_image import MISPLACED, NOT_TWO, OTHER, RIGHT, SWAPPED
 from lecture26.unet import attention
 from lecture26.vae import psnr
@@ -2309,101 +2310,116 @@ assert by_replacement < 0.9 < chance
 # %% [markdown] tags=["core"]
 # ## Pixels against latents
 #
-# Three whole models, with the same text encoder, captions and images, and numbers of parameters within ten per cent of each
-# other: one of latents, the long-trained model's U-Net; a plain one of pixels, the same with two levels more in front, for
-# sides of 64 and 32; and one of pixels with chapter 02's folding of $2\times2$ pixels, with one level more. Each is trained
-# for the same time on one core of the same machine, once. For the one of latents, the encoding of the images is a part of
-# that time; the VAE's own training is not. All draw their steps evenly; the learning rate is the latent model's.
+# What do latents save, and against whom? Five models of single shapes at 64 pixels, without words, so that each learns to draw
+# within half an hour on one core. The design was written before the first run, at the head of
+# `lecture26/studies/latents_and_pixels.py`:
 #
-# This takes twenty minutes, so it is a stored result: `python -m lecture26 measure pixel_against_latent`.
+# | model | a picture is | levels of its U-Net, in places a side |
+# |---|---|---|
+# | latents, $f=4$ | $4\times16\times16$ numbers | 16, 8, 4 |
+# | latents, $f=8$ | $4\times8\times8$ | 8, 4 |
+# | pixels, $4\times4$ folded | $48\times16\times16$ | 16, 8, 4 |
+# | pixels, $2\times2$ folded | $12\times32\times32$ | 32, 16, 8, 4 |
+# | pixels | $3\times64\times64$ | 64, 32, 16, 8, 4 |
+#
+# All else is alike. A level has 32 channels at 64 and 32 places a side, 64 at 16 and 8, and 96 at 4; steps are drawn as for
+# chapter 02's model of shapes. *Pixels, $4\times4$ folded* are the **control**: as many places as latents with $f=4$, the same
+# network behind the first layer, all numbers of the picture, and no autoencoder.
+#
+# A step, measured for all five in turn; the whole, some three hours of a core, is `python -m lecture26 measure
+# pixel_against_latent`:
 
 # %%
 compared = load_results("pixel_against_latent")
-models = {model["name"]: model for model in compared["models"]}
-in_latents, vae_cost = models["latents"], compared["vae"]
+models = {model["name"]: model["looks"] for model in compared["models"]}
+of_step, of_vae = compared["costs"]["models"], compared["costs"]["vaes"]
+vae_of = {model["name"]: model["vae"] for model in compared["models"]}
+short_names = dict(zip(models, ("f = 4", "f = 8", "4 x 4", "2 x 2", "plain")))
 costs = {
     "operations a step": "gflops_per_step",
     "seconds a step": "seconds_per_step",
     "memory a step": "activation_bytes",
-    "seconds an image": "shapes_sampling_seconds_per_image",
+    "seconds an image": "sampling_seconds_per_image",
 }
-ratios = {title: [model[key] / in_latents[key] for model in models.values()] for title, key in costs.items()}
+of_latents = of_step["latents, f = 4"]
+ratios = {title: [of_step[name][key] / of_latents[key] for name in models] for title, key in costs.items()}
 
-# %% slide=["# Pixels against latents: it depends on what one compares", "[picture]", "In units of the latent model's cost: a plain U-Net of pixels, and one that folds 2 x 2 of them."] tags=["draw"]
+# %% slide=["# Pixels against latents: it depends on what one compares", "[picture]", "In units of latents with $f=4$. Pixels folded 4 by 4 cost the same, and need no autoencoder."] tags=["draw"]
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
 for axis, (title, values) in zip(axes, ratios.items()):
-    drawn_bars = axis.bar(["latents", "pixels", "folded"], values, color=colours[:3])
+    drawn_bars = axis.bar(list(short_names.values()), values, color=colours[:5])
     axis.bar_label(drawn_bars, [f"{value:.1f}" for value in values])
     axis.set(title=title, yticks=[])
     axis.margins(y=0.15)
-show(figure, "Four bar charts of the costs of three models, in units of those of the latent one.")
+show(figure, "Four bar charts of the costs of five models, in units of those of latents with f = 4.")
 
 # %% [markdown]
-# *Costs in units of the latent model's, at equal batches of 64, on one core. (Measured before the blocks got their
-# coordinates, which add less than 0.1 % to the parameters of all three.)*
+# *Batches of 64.* PLACEHOLDER costs.
 #
-# The plain model of pixels costs about five times as much in operations and time, and more in memory and sampling. The
-# one that folds costs about twice as much or less, and needs no autoencoder. How much latents save depends on what they
-# are compared with.
-#
-# That is a step. What does a *picture* cost? What each model drew after the same time:
+# That is a step. What does a *picture* cost? Each was trained for equally many minutes, and has drawn 512 images at five times
+# on the way. The reader's features give the distance from real ones. An autoencoder's training is told by itself: on the
+# right it is counted, on the left it is there already, as it is for all models after the first.
 
 # %%
-lines = {
-    "training steps in the time": ("training_steps", "{:.0f}"),
-    "parameters (million)": ("parameters", "{:.2f}"),
-    "single objects: background right (%)": ("shapes_accuracy_background", "{:.0f}"),
-    "all four attributes right (%)": ("shapes_accuracy_all", "{:.0f}"),
-    "Fréchet distance": ("shapes_frechet_distance", "{:.0f}"),
-    "of real images": ("shapes_frechet_distance_real", "{:.0f}"),
-    "scenes: background right (%)": ("scenes_accuracy_background", "{:.0f}"),
-    "Fréchet distance of scenes": ("scenes_frechet_distance", "{:.0f}"),
-    "of real scenes": ("scenes_frechet_distance_real", "{:.0f}"),
-}
-factors = {"parameters": 1e-6} | {key: 100 for key, _ in lines.values() if "accuracy" in key}
-show_table(
-    [
-        [label, *(shape.format(model[key] * factors.get(key, 1)) for model in models.values())]
-        for label, (key, shape) in lines.items()
-    ],
-    columns=[
-        f"after {compared['seconds'] / 60:.0f} minutes, {compared['num_samples']} samples each",
-        *models,
-    ],
-)
+def first_stage_minutes(name):
+    """Minutes in which a model's autoencoder is trained and its images are encoded; none for pixels."""
+    if vae_of[name] is None:
+        return 0.0
+    vae = of_vae[vae_of[name]]
+    encoding = compared["num_encoded"] * vae["encoding_seconds_per_image"]
+    return (vae["training_steps"] * vae["seconds_per_step"] + encoding) / 60
+
+
+real_distance = next(iter(models.values()))[-1]["frechet_distance_real"]
+
+# %% slide=["# Minutes to a picture", "[picture]", "Left, the autoencoder is there; right, its training is counted. Dashed: what its decoder makes of real images."] tags=["draw"]
+figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
+for axis, counted in zip(axes, (False, True)):
+    for (name, looks), marker, colour in zip(models.items(), "osD^v", colours):
+        start = first_stage_minutes(name) if counted else 0.0
+        minutes = [start + look["seconds"] / 60 for look in looks]
+        distances = [look["frechet_distance"] for look in looks]
+        bars = [2 * look["frechet_distance_error"] for look in looks]
+        axis.errorbar(minutes, distances, bars, marker=marker, color=colour, capsize=3, label=name)
+    axis.axhline(real_distance, color="black", linestyle=":", label="real images")
+    axis.set(yscale="log", xlim=(0, None), xlabel="minutes of one core")
+axes[0].set(ylabel="Fréchet distance", title="the autoencoder is there")
+axes[1].set(title="its training and the encoding counted")
+axes[0].legend(loc="upper right", fontsize="small")
+show(figure, "PLACEHOLDER")
 
 # %% tags=["draw"]
-figure, axes = plt.subplots(6, 1, figsize=(9, 7.4), layout="constrained")
-for axis, (part, name) in zip(axes, [(part, name) for part in ("shapes", "scenes") for name in models]):
-    axis.imshow(plt.imread(io.BytesIO(base64.b64decode(models[name][f"{part}_pictures"])), format="png"))
+figure, axes = plt.subplots(5, 1, figsize=(9, 6.4), layout="constrained")
+for axis, (name, looks) in zip(axes, models.items()):
+    axis.imshow(plt.imread(io.BytesIO(base64.b64decode(looks[-1]["pictures"])), format="png"))
     axis.set(xticks=[], yticks=[])
     axis.set_ylabel(name, rotation=0, ha="right", va="center")
     axis.grid(False)
-show(figure, "Six rows of eight pictures: three models after the same training time, shapes and scenes.")
-
-# %% [markdown]
-# *The first eight samples of each model after the same training time, for the same captions: shapes above, scenes
-# below.*
-#
-# Four minutes on one core are little for any of them: **no model draws a shape yet**, so which one is cheaper at equal
-# quality is not answered here. The one of latents has taken several times as many steps as the plain one of pixels, and
-# is the only one that has most backgrounds right (one of four is chance; the standard error is about 4 points). One run
-# each, so other seeds may come out otherwise.
+show(figure, "Five rows of eight pictures: what five models draw after the same training time.")
 
 # %%
-repaid = {
-    name: (vae_cost["seconds"] + in_latents["encoding_seconds"])
-    / (models[name]["seconds_per_step"] - in_latents["seconds_per_step"])
-    for name in models
-    if name != "latents"
-}
+slowest = max(looks[-1]["frechet_distance"] for looks in models.values())
+levels = [slowest, 200.0, 100.0, 50.0]
+
+
+def told_minutes(name, distance):
+    """Minutes to a distance, without and with the first stage."""
+    seconds = seconds_to_reach(models[name], distance)
+    if seconds is None:
+        return "not reached"
+    first = first_stage_minutes(name)
+    alone = f"{seconds / 60:.1f}" if seconds > models[name][0]["seconds"] else f"below {seconds / 60:.0f}"
+    return f"{alone} (+ {first:.0f})" if first else alone
+
+
 show_table(
-    [[name, f"{steps:,.0f}"] for name, steps in repaid.items()],
-    columns=["against", "steps that repay the VAE's training and the encoding"],
+    [[name, *(told_minutes(name, level) for level in levels)] for name in models],
+    columns=["minutes to a distance of", *(f"{level:.0f}" for level in levels)],
 )
 
+
 # %% [markdown]
-# These last numbers are rough: the VAE was trained on another processor, in bfloat16 (its card says so).
+# CONCLUSIONS
 
 # %% [markdown] tags=["optional"]
 # ## Saved, loaded, exchanged *(at a second reading)*

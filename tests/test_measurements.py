@@ -756,6 +756,7 @@ def study_of_latents(state=None, models=SMALL_MODELS):
             num_samples=16,
             sampling_steps=2,
             num_encoded=12,
+            more_steps={"folded": 3},
             state=state,
         )
 
@@ -776,6 +777,12 @@ def test_pixels_and_latents_are_compared_in_cost_and_quality(comparison):
         picture = Image.open(io.BytesIO(base64.b64decode(model["looks"][-1]["pictures"])))
         assert picture.size == (8 * 66 + 2, 66 + 2)
         assert costs[model["name"]]["sampling_seconds_per_image"] > 0
+    *_, folded = comparison["models"]
+    last = folded["looks"][-1]
+    finer = last["with_more_steps"]
+    assert finer["sampling_steps"] == 3 and finer["frechet_distance"] != last["frechet_distance"]
+    assert sum(last["backgrounds"].values()) == sum(finer["backgrounds"].values()) == 16
+    assert not any("with_more_steps" in model["looks"][-1] for model in comparison["models"][:-1])
     assert costs["plain"]["gflops_per_step"] > 10 * costs["folded"]["gflops_per_step"]
     assert costs["plain"]["activation_bytes"] > 10 * costs["folded"]["activation_bytes"]
     (vae,) = comparison["costs"]["vaes"].values()
@@ -834,6 +841,15 @@ def test_a_study_of_latents_goes_on_where_it_was_stopped(comparison, text_folder
     monkeypatch.undo()
     resumed = study_of_latents(state="stopped_latents")
     assert resumed["models"] == comparison["models"]
+
+
+def test_backgrounds_are_counted():
+    images = load("shapes", "test", 64)
+    wanted = images.attributes(range(200))["background"].bincount(minlength=4).tolist()
+    counted = latents_and_pixels.count_backgrounds(
+        load_model("reader_shapes64"), images.batch(range(200))["image"]
+    )
+    assert counted == dict(zip(images.labels["background"], wanted, strict=True))
 
 
 def test_when_a_distance_is_reached():

@@ -18,6 +18,8 @@ slowest model to get there reaches at the end, and 50, 100 and 200. Each is trai
 out otherwise. The error of a distance is that of drawing anew.
 
 Added when the first model had drawn once: the looks after one and two minutes, since it was near after five.
+Added when the folded pixels were seen to have too few plain backgrounds: at the end the two models that fold
+draw with 100 steps as well, to tell what of their distance is owed to the 25.
 """
 
 import base64
@@ -38,7 +40,7 @@ from tqdm import tqdm
 from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import sample_quality
+from lecture26.kit.evaluation import read, sample_quality
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.precision import autocast
 from lecture26.kit.processes import process_state
@@ -79,6 +81,7 @@ LOOKS = (1, 2, 5, 10, 15, 20, 25)  # minutes of training, the last of them the e
 NUM_SAMPLES, SAMPLING_STEPS = 512, 25
 NUM_ENCODED = 50_000
 TIMED_ROUNDS, TIMED_STEPS, TIMED_ENCODINGS = 5, 4, 256
+MORE_STEPS = {"pixels, 4 x 4 folded": 100, "pixels, 2 x 2 folded": 100}  # of sampling, for the control
 ERROR_GROUPS = 8  # of the samples, each of them left out once for the error of a distance
 PICTURES = 8
 
@@ -121,6 +124,7 @@ def pixel_against_latent(
     num_samples: int = NUM_SAMPLES,
     sampling_steps: int = SAMPLING_STEPS,
     num_encoded: int = NUM_ENCODED,
+    more_steps: Mapping[str, int] = MORE_STEPS,
     state: str | None = None,
 ) -> dict:
     """What a step of some models costs, and how far each gets in equally much time.
@@ -131,14 +135,16 @@ def pixel_against_latent(
         looks: after how many minutes of training each of them draws, rising; the last ends it.
         num_samples, sampling_steps: how many images it draws then, with how many steps of DDIM.
         num_encoded: how many images those of latents learn from; those of pixels learn from all there are.
+        more_steps: of DDIM, by the names of models that draw with so many once more at the end.
         state: a name under which what is finished is kept, so that it resumes; None: nowhere.
 
     Returns:
         "reader", "num_samples", "sampling_steps", "num_encoded"; "costs": what `measure_costs` says;
         "reconstructed": what `sample_quality` says of real images after the round trip, by VAE; and "models":
         for each "name", "vae" (None for pixels), and "looks", each with "step", "seconds" of training so far,
-        what `sample_quality` says, "frechet_distance_error" and, the last one, "pictures", the first images
-        as a PNG in base64.
+        what `sample_quality` says, and "frechet_distance_error". The last one has "pictures", the first
+        images as a PNG in base64; where there is to be one with more steps, also "backgrounds", as
+        `count_backgrounds` says, and the same of the images drawn with more steps as "with_more_steps".
     """
     judge = load_model(reader).to(process_state().device)
     recipes = {name: _recipe(**settings) for name, settings in models.items()}
@@ -157,12 +163,23 @@ def pixel_against_latent(
         recipe, seconds = recipes[name], costs["models"][name]["seconds_per_step"]
         steps = [int(60 * minutes / seconds) for minutes in looks]
 
+        def said_of(drawn: Tensor) -> dict:
+            error = sizes.distance_error(drawn, num_samples // ERROR_GROUPS)
+            return sample_quality(judge, drawn, unseen) | {"frechet_distance_error": error}
+
         def look_at(step: int, network: nn.Module) -> dict:
             drawn = draw_images(recipe, network, num_samples, sampling_steps)
-            error = sizes.distance_error(drawn, num_samples // ERROR_GROUPS)
-            look = {"step": step, "seconds": step * seconds, "frechet_distance_error": error}
-            pictures = {"pictures": png(drawn[:PICTURES])} if step == steps[-1] else {}
-            return look | sample_quality(judge, drawn, unseen) | pictures
+            look = {"step": step, "seconds": step * seconds} | said_of(drawn)
+            if step == steps[-1]:
+                look["pictures"] = png(drawn[:PICTURES])
+                if name in more_steps:
+                    finer = draw_images(recipe, network, num_samples, more_steps[name])
+                    look["backgrounds"] = count_backgrounds(judge, drawn)
+                    look["with_more_steps"] = said_of(finer) | {
+                        "sampling_steps": more_steps[name],
+                        "backgrounds": count_backgrounds(judge, finer),
+                    }
+            return look
 
         def watch(step: int, network: nn.Module) -> None:
             if step in steps:
@@ -309,6 +326,13 @@ def draw_images(recipe: DDPM, network: nn.Module, count: int, steps: int) -> Ten
                 (from_latents(decoder, x_0, recipe.latent_scale) if is_latent else x_0).float().cpu()
             )
     return torch.cat(drawn)
+
+
+def count_backgrounds(judge: Reader, images: Tensor) -> dict[str, int]:
+    """How many of some images have each background; of real ones it is one in four."""
+    seen = read(judge, images).predicted["background"]  # (B,)
+    counts = seen.bincount(minlength=len(judge.labels["background"])).tolist()
+    return dict(zip(judge.labels["background"], counts, strict=True))
 
 
 def after_round_trip(vae: str, judge: Reader, unseen: ImageSet, num_samples: int) -> dict:
