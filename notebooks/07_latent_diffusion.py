@@ -55,7 +55,7 @@ from lecture26.kit.shapes import NO_SIDE, SIDES, noun_sides
 from lecture26.kit.training import train
 from lecture26.recipes import load_model
 from lecture26.recipes.latent import draw_captions, load_pipeline
-from lecture26.studies.latents_and_pixels import seconds_to_reach
+from lecture26.studies.latents_and_pixels import first_stage_seconds, seconds_to_reach
 from lecture26.studies.text_to_image import MISPLACED, NOT_TWO, OTHER, RIGHT, SWAPPED
 from lecture26.unet import attention
 from lecture26.vae import psnr
@@ -2332,8 +2332,7 @@ assert by_replacement < 0.9 < chance
 # %%
 compared = load_results("pixel_against_latent")
 models = {model["name"]: model["looks"] for model in compared["models"]}
-of_step, of_vae = compared["costs"]["models"], compared["costs"]["vaes"]
-vae_of = {model["name"]: model["vae"] for model in compared["models"]}
+of_step = compared["costs"]["models"]
 short_names = dict(zip(models, ("f = 4", "f = 8", "4 x 4", "2 x 2", "plain")))
 costs = {
     "operations a step": "gflops_per_step",
@@ -2361,22 +2360,14 @@ show(figure, "Four bar charts of the costs of five models, in units of those of 
 # right it is counted, on the left it is there already, as it is for all models after the first.
 
 # %%
-def first_stage_minutes(name):
-    """Minutes in which a model's autoencoder is trained and its images are encoded; none for pixels."""
-    if vae_of[name] is None:
-        return 0.0
-    vae = of_vae[vae_of[name]]
-    encoding = compared["num_encoded"] * vae["encoding_seconds_per_image"]
-    return (vae["training_steps"] * vae["seconds_per_step"] + encoding) / 60
-
-
+first_stage = {name: first_stage_seconds(compared, name) / 60 for name in models}  # minutes
 real_distance = next(iter(models.values()))[-1]["frechet_distance_real"]
 
 # %% slide=["# Minutes to a picture", "[picture]", "Left, the autoencoder is there; right, its training is counted. Dashed: what its decoder makes of real images."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
 for axis, counted in zip(axes, (False, True)):
     for (name, looks), marker, colour in zip(models.items(), "osD^v", colours):
-        start = first_stage_minutes(name) if counted else 0.0
+        start = first_stage[name] if counted else 0.0
         minutes = [start + look["seconds"] / 60 for look in looks]
         distances = [look["frechet_distance"] for look in looks]
         bars = [2 * look["frechet_distance_error"] for look in looks]
@@ -2407,9 +2398,8 @@ def told_minutes(name, distance):
     seconds = seconds_to_reach(models[name], distance)
     if seconds is None:
         return "not reached"
-    first = first_stage_minutes(name)
     alone = f"{seconds / 60:.1f}" if seconds > models[name][0]["seconds"] else f"below {seconds / 60:.0f}"
-    return f"{alone} (+ {first:.0f})" if first else alone
+    return f"{alone} (+ {first_stage[name]:.0f})" if first_stage[name] else alone
 
 
 show_table(

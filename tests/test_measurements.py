@@ -852,13 +852,29 @@ def test_backgrounds_are_counted():
     assert counted == dict(zip(images.labels["background"], wanted, strict=True))
 
 
-def test_when_a_distance_is_reached():
-    looks = [(100.0, 400.0), (200.0, 100.0), (300.0, 120.0), (400.0, 25.0)]
-    looks = [{"seconds": seconds, "frechet_distance": distance} for seconds, distance in looks]
-    reached = partial(latents_and_pixels.seconds_to_reach, looks)
-    assert [reached(distance) for distance in (500.0, 400.0, 100.0, 25.0, 24.0)] == [100, 100, 200, 400, None]
+def test_when_a_distance_or_a_share_is_reached():
+    looks = [(100.0, 400.0, 0.1), (200.0, 100.0, 0.4), (300.0, 120.0, 0.3), (400.0, 25.0, 0.6)]
+    looks = [
+        {"seconds": seconds, "frechet_distance": distance, "confident_share": share}
+        for seconds, distance, share in looks
+    ]
+    reached = partial(latents_and_pixels.seconds_to_reach, looks, "frechet_distance")
+    assert [reached(distance) for distance in (500.0, 400.0, 100.0, 24.0)] == [100, 100, 200, None]
     assert reached(200.0) == pytest.approx(150.0)  # half of the way in logarithms
     assert reached(50.0) == pytest.approx(300 + 100 * math.log(120 / 50) / math.log(120 / 25))
+    reached = partial(latents_and_pixels.seconds_to_reach, looks, "confident_share")
+    assert [reached(share) for share in (0.05, 0.1, 0.7)] == [100, 100, None]
+    assert reached(0.2) == pytest.approx(150.0)
+    assert reached(0.45) == pytest.approx(300 + 100 * math.log(1.5) / math.log(2))
+
+
+def test_the_first_stage_takes_training_and_encoding(comparison):
+    (vae,) = comparison["costs"]["vaes"].values()
+    costs = comparison["costs"] | {"vaes": {"tiny_vae": vae | {"training_steps": 10}}}
+    seconds = partial(latents_and_pixels.first_stage_seconds, comparison | {"costs": costs})
+    assert seconds("plain") == 0.0
+    expected = 10 * vae["seconds_per_step"] + 12 * vae["encoding_seconds_per_image"]
+    assert seconds("latents") == pytest.approx(expected)
 
 
 def test_stored_measurements_are_of_models_that_have_a_recipe():

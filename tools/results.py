@@ -339,7 +339,7 @@ def latents() -> tuple[Rows, list[str]]:
         )
     columns = ["model", "parameters", "GFLOP a step", "seconds a step", "MB kept", "seconds an image"]
     minutes_each = round(stored["models"][0]["looks"][-1]["seconds"] / 60)
-    columns += [f"steps in {minutes_each} min", "Fréchet distance then", "confident, %"]
+    columns += [f"steps in {minutes_each} min", "Fréchet distance then", "legible, %"]
     return rows, columns
 
 

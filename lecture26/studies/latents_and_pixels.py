@@ -18,8 +18,8 @@ slowest model to get there reaches at the end, and 50, 100 and 200. Each is trai
 out otherwise. The error of a distance is that of drawing anew.
 
 Added when the first model had drawn once: the looks after one and two minutes, since it was near after five.
-Added when the folded pixels were seen to have too few plain backgrounds: at the end the two models that fold
-draw with 100 steps as well, to tell what of their distance is owed to the 25.
+Added when the folded pixels were seen to have too few plain backgrounds: at the end the two models that fold,
+and latents with f = 8, draw with 100 steps as well, to tell what of their distance is owed to the 25.
 """
 
 import base64
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -81,7 +82,11 @@ LOOKS = (1, 2, 5, 10, 15, 20, 25)  # minutes of training, the last of them the e
 NUM_SAMPLES, SAMPLING_STEPS = 512, 25
 NUM_ENCODED = 50_000
 TIMED_ROUNDS, TIMED_STEPS, TIMED_ENCODINGS = 5, 4, 256
-MORE_STEPS = {"pixels, 4 x 4 folded": 100, "pixels, 2 x 2 folded": 100}  # of sampling, for the control
+MORE_STEPS = {  # of sampling, for the control
+    "latents, f = 8": 100,
+    "pixels, 4 x 4 folded": 100,
+    "pixels, 2 x 2 folded": 100,
+}
 ERROR_GROUPS = 8  # of the samples, each of them left out once for the error of a distance
 PICTURES = 8
 
@@ -342,27 +347,42 @@ def after_round_trip(vae: str, judge: Reader, unseen: ImageSet, num_samples: int
     return sample_quality(judge, torch.cat([trip["x_hat"] for trip in trips]), unseen)
 
 
-def seconds_to_reach(looks: Sequence[Mapping], distance: float) -> float | None:
-    """When a model's Fréchet distance falls to some distance for the first time; None if it never does.
+def first_stage_seconds(compared: Mapping, name: str) -> float:
+    """How long a model's VAE is trained and its images are encoded; 0 for one of pixels.
+
+    Args:
+        compared: what `pixel_against_latent` returns.
+        name: the model's.
+    """
+    (vae,) = (model["vae"] for model in compared["models"] if model["name"] == name)
+    if vae is None:
+        return 0.0
+    cost = compared["costs"]["vaes"][vae]
+    encoding = compared["num_encoded"] * cost["encoding_seconds_per_image"]
+    return cost["training_steps"] * cost["seconds_per_step"] + encoding
+
+
+def seconds_to_reach(looks: Sequence[Mapping], quantity: str, value: float) -> float | None:
+    """When a model first has a Fréchet distance as low, or a share as high, as some value; None if never.
 
     Args:
         looks: of one model, as `pixel_against_latent` returns them.
-        distance: above 0.
+        quantity: "frechet_distance", which falls in training, or "confident_share", which rises.
+        value: above 0.
 
     Returns:
-        Seconds of training. Between two looks the logarithm of the distance is taken as linear in time; a
+        Seconds of training. Between two looks the logarithm of the quantity is taken as linear in time; a
         model that is there at the first look may have been earlier.
     """
-    before = None
-    for look in looks:
-        if look["frechet_distance"] <= distance:
-            if before is None:
-                return look["seconds"]
-            # the share of the way, in logarithms, from the look before to this one
-            way = math.log(before["frechet_distance"] / look["frechet_distance"])
-            share = math.log(before["frechet_distance"] / distance) / way
-            return before["seconds"] + share * (look["seconds"] - before["seconds"])
-        before = look
+    # in logarithms, and turned round if it falls: the way to the value is up
+    sign = -1 if quantity == "frechet_distance" else 1
+    wanted = sign * math.log(value)
+    points = [(look["seconds"], sign * math.log(look[quantity])) for look in looks]
+    if points[0][1] >= wanted:
+        return points[0][0]
+    for (before, low), (after, high) in pairwise(points):
+        if high >= wanted:
+            return before + (wanted - low) / (high - low) * (after - before)
     return None
 
 
