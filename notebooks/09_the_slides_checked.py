@@ -537,7 +537,8 @@ costs = {
 }
 figure, axis = plt.subplots(figsize=(8.6, 3.3), layout="constrained")
 factors = {
-    name: [cost[key] / of_step["latents, f = 4"][key] for key in costs.values()] for name, cost in rivals.items()
+    name: [cost[key] / of_step["latents, f = 4"][key] for key in costs.values()]
+    for name, cost in rivals.items()
 }
 assert min(factors["pixels"]) > 4 and max(factors["pixels, 4 x 4 folded"]) < 1.2
 for number, (name, heights) in enumerate(reversed(factors.items())):
