@@ -107,8 +107,13 @@ TURNED = {
     ],
     "w controls how strongly the condition acts": [{"some": 0.6}, {"most": 1.0}],
     "Its weight needs careful tuning": [{"twice": 40.0}, {"kept": 30.0}],
-    "It costs about four times less than diffusion of pixels": [{"plain": 2.9}, {"folded": 3.1}],
-    "It saves 75 % of the training costs": [{"plain": 0.5}, {"folded": 0.7}],
+    "It costs about four times less than diffusion of pixels": [{"plain": 2.9}, {"same": 1.6}],
+    "It saves 75 % of the training costs": [
+        {"distance": 0.5},
+        {"finer": -0.1},
+        {"legible": -0.1},
+        {"finer": 0.7, "legible": 0.7},
+    ],
     "What is stored for a task is 0.1 % of the parameters": [
         {"shallow": 0.01},
         {"short": 0.01},
