@@ -1369,8 +1369,9 @@ assert min(last["lesson"]["in_order"], last["both"]["in_order"]) > 0.95
 # scenes.* All four learn the axis. Which one goes where, the two with the lesson have learned, of hundreds of scenes all; the
 # other two toss a coin, and have not begun to learn it when the axis is right nearly always. So it is **the lesson that
 # teaches it, and the coordinates alone do nothing for it**: what is hard is a question about the sentence, not about where a
-# place is. With both aids the order is there at 2,000 steps, with the lesson alone at 4,000: one seed each, so that the
-# coordinates may or may not have helped there. Nor is it said whether more pictures would teach it in the end: the models
+# place is. The axis comes sooner with it, too: at 2,000 steps it is right in 90 % with the lesson, in 56 without, in both pairs.
+# With both aids the order is there at 2,000 steps, with the lesson alone at 4,000: one seed each, so that the coordinates
+# may or may not have helped there. Nor is it said whether more pictures would teach it in the end: the models
 # without the lesson were stopped at 6,000 steps.
 #
 # The lesson needs no picture, since it is a question of words. The noun's own vector is asked for its side, by a linear
@@ -2363,7 +2364,7 @@ show(figure, "Four bar charts of the costs of five models, in units of those of 
 
 # %%
 first_stage = {name: first_stage_seconds(compared, name) / 60 for name in models}  # minutes
-first_look, last_look = (next(iter(models.values()))[place] for place in (0, -1))
+real_distance = models["latents, f = 4"][-1]["frechet_distance_real"]
 qualities = {
     "Fréchet distance": ("frechet_distance", lambda look: look["frechet_distance_error"]),
     "legible share": (
@@ -2381,8 +2382,8 @@ for axis, (title, (quantity, error)) in zip(axes, qualities.items()):
         bars = [2 * error(look) for look in looks]
         axis.errorbar(minutes, values, bars, marker=marker, color=colour, capsize=3, label=label)
     axis.set(xlabel="minutes of training on one core", title=title, xlim=(0, None))
-axes[0].axhline(last_look["frechet_distance_real"], color="black", linestyle=":", label="real images")
-axes[0].set(yscale="log")
+axes[0].axhline(real_distance, color="black", linestyle=":", label="real images")
+axes[0].set(yscale="log", ylim=(12, 9000))
 axes[1].set(ylim=(0, 1))
 axes[0].legend(loc="upper right", fontsize="small", ncols=2)
 show(
@@ -2411,7 +2412,7 @@ def told_minutes(name, quantity, value):
     seconds = seconds_to_reach(models[name], quantity, value)
     if seconds is None:
         return "not in 25"
-    return f"{seconds / 60:.1f}" if seconds > first_look["seconds"] else "1 or less"
+    return f"{seconds / 60:.1f}" if seconds > models[name][0]["seconds"] else "1 or less"
 
 
 slowest = max(looks[-1]["frechet_distance"] for looks in models.values())
@@ -2475,6 +2476,8 @@ assert needed[0] < 0.4 < needed[1] < needed[2] < 0.9
 # - **How much faster depends on the measure.** To the control's distance they take a good quarter of its time. With 100 steps the
 #   control draws more plain backgrounds and comes a third nearer; to that they take half of its time, and to its legible share
 #   three quarters. (With $f=4$, 100 steps were not tried; they may be a little faster than that.)
+# - **Places are not all.** Pixels folded $2\times2$ take twice as long for a step as the control, and are behind it after
+#   equal time by both measures: more places, and nothing gained by them here.
 # - **Why backgrounds?** The more pixels show an area, the more noise it can be seen through: in large pictures more is decided
 #   in the noisiest steps, and Hoogeboom et al. 2023 shift the schedule for it. That was not tried here, and may bring pixels
 #   nearer still.
@@ -2500,7 +2503,7 @@ show_table(
     columns=[
         "after the round trip",
         "decibels",
-        f"distance (real {last_look['frechet_distance_real']:.0f})",
+        f"distance (real {real_distance:.0f})",
         "shapes read right",
         "scenes read right",
     ],
