@@ -2323,11 +2323,12 @@ assert by_replacement < 0.9 < chance
 # | pixels, $2\times2$ folded | $12\times32\times32$ | 32, 16, 8, 4 |
 # | pixels | $3\times64\times64$ | 64, 32, 16, 8, 4 |
 #
-# All else is alike. A level has 32 channels at 64 and 32 places a side, 64 at 16 and 8, and 96 at 4; steps are drawn as for
-# chapter 02's model of shapes. *Pixels, $4\times4$ folded* are the **control**: as many places as latents with $f=4$, the same
-# network behind the first layer, all numbers of the picture, and no autoencoder.
+# All else is alike. A level has 32 channels at 64 and 32 places a side, 64 at 16 and 8, and 96 at 4; there is attention at 8 and
+# 4 (with $f=8$ at 4 alone), and steps are drawn as for chapter 02's model of shapes. *Pixels, $4\times4$ folded* are the
+# **control**: as many places as latents with $f=4$, the same network behind the first layer, all numbers of the picture, and no
+# autoencoder. Latents are of 50,000 encoded images; pixels have all 200,000 to learn from.
 #
-# A step, measured for all five in turn; the whole, some three hours of a core, is `python -m lecture26 measure
+# A step, measured for all five in turn; the whole, some two and a half hours of a core, is `python -m lecture26 measure
 # pixel_against_latent`:
 
 # %%
@@ -2426,9 +2427,9 @@ show_table(
 )
 
 # %% [markdown]
-# By the distance latents win by far. But is it the *picture* that is worse in pixels? The folded models' have hardly any plain
-# backgrounds. What a background is like is decided in the noisiest steps, and 25 steps of sampling pass these in two or three
-# strides. The control: the same networks with 100 steps.
+# By the distance latents win by far. But is it the network that is worse in pixels, or the sampling? The folded models' pictures
+# have few plain backgrounds. What a background is like is decided in the noisiest steps, and 25 steps of sampling pass these in
+# a few strides. So the same networks once more, with 100 steps:
 
 # %%
 finer = {
@@ -2471,16 +2472,17 @@ needed = [seconds_to_reach(models["latents, f = 4"], *aim) / control["seconds"] 
 assert needed[0] < 0.4 < needed[1] < needed[2] < 0.9
 
 # %% [markdown]
-# - **A cheap step is not the point.** Latents with $f=4$ and the control cost the same, and the latents learn faster: they
-#   leave the decoder what is fine, and have a twelfth of the numbers to learn.
+# - **A cheap step is not the point.** Latents with $f=4$ and the control cost the same, and the latents learn faster. They have a
+#   twelfth of the numbers to learn, and leave the decoder what is fine; that this is why was not measured by itself.
 # - **How much faster depends on the measure.** To the control's distance they take a good quarter of its time. With 100 steps the
-#   control draws more plain backgrounds and comes a third nearer; to that they take half of its time, and to its legible share
-#   three quarters. (With $f=4$, 100 steps were not tried; they may be a little faster than that.)
-# - **Places are not all.** Pixels folded $2\times2$ take twice as long for a step as the control, and are behind it after
-#   equal time by both measures: more places, and nothing gained by them here.
-# - **Why backgrounds?** The more pixels show an area, the more noise it can be seen through: in large pictures more is decided
-#   in the noisiest steps, and Hoogeboom et al. 2023 shift the schedule for it. That was not tried here, and may bring pixels
-#   nearer still.
+#   control draws twice as many plain backgrounds (still half of what the data have) and comes a third nearer; to that they take
+#   half of its time, and to its legible share three quarters. (With $f=4$, 100 steps were not tried; with $f=8$ they change
+#   little.)
+# - **More places are no gain here.** Pixels folded $2\times2$ take twice as long for a step as the control, and after equal time
+#   are behind it by both measures.
+# - **Why backgrounds?** A likely reason: the more pixels show an area, the more noise it can be seen through, so that in large
+#   pictures more is decided in the noisiest steps. Hoogeboom et al. 2023 shift the schedule for that, which was not tried here
+#   and may bring pixels nearer still.
 # - **The autoencoder's training counted,** latents with $f=4$ are ahead of the control by the distance with 25 steps alone. It is
 #   repaid by longer trainings, larger pictures, and each further model that uses it.
 # - **$f=8$** is far ahead at first: after five minutes it is where $f=4$ comes after fourteen. At the end it no longer is. Its steps

@@ -5,7 +5,7 @@ words, so that a model can learn to draw within the hour. One recipe, chapter 02
 alpha_bar is uniform, a constant rate of 1e-3, 64 images a step, bfloat16. The network at 16 by 16 places is
 chapter 02's. It works on latents with f = 4, and on pixels folded 4 by 4: there the two differ by what they
 are shown alone, and cost about the same. With f = 8 it lacks its first level; in front of it, pixels folded 2
-by 2 have one level more, plain ones two, of 32 channels.
+by 2 have one level more, plain ones two, of 32 channels and without attention.
 
 Time is that of a training step, measured for all models in turn on one core, times the steps: so it does not
 matter what else a machine does while they are trained. To that of latents belong the encoding of their
