@@ -562,7 +562,9 @@ show(
 )
 
 # %% [markdown]
-# *Batches of 64 on one core.* Against plain pixels all four factors are above four, against folded ones about two.
+# *Batches of 64 on one core; latents with $f=4$.* Against plain pixels all four factors are above four, against pixels folded two
+# by two about two; folded four by four, they cost the same. What a picture costs, and not a step, is in [chapter
+# 07](07_latent_diffusion.ipynb): it depends on how quality is measured.
 
 # %% [markdown] slide=["# Prompt tuning: numbers with conditions", "- 0.1 %, and 100 to 1000 times less: for shallow or short prompts, without the head.", "- Nothing forgotten: **holds**, with the prompts taken out.", "- 72.3 against 68.1 on aircraft: no source. The paper never used these pictures.", "- The comment 'frozen' freezes nothing: **wrong**."]
 # ### Prompt tuning
