@@ -40,6 +40,7 @@ from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
 from lecture26.studies import (
     guidances,
     latents_and_pixels,
+    ledger,
     measurements,
     placing,
     scale_by_step,
@@ -659,6 +660,19 @@ def test_outcomes_of_scenes_without_two_objects(monkeypatch):
     assert outcomes.count("not two objects") > 195
 
 
+def interrupted(function, at_call):
+    """The function, but that the call of this number is interrupted."""
+    calls = []
+
+    def stopping(*of):
+        calls.append(of)
+        if len(calls) == at_call:
+            raise KeyboardInterrupt
+        return function(*of)
+
+    return stopping
+
+
 PLACING_ARMS = {name: placing.ARMS[name] for name in ("neither", "coordinates")}
 
 
@@ -673,14 +687,14 @@ def study_of_placing(monkeypatch, state):
 
 def test_models_with_and_without_an_aid_learn_the_same_otherwise(text_folder, monkeypatch):
     trained = {}
-    train_network = placing.train_network
+    train_network = ledger.train_network
 
     def kept(recipe, images, **options):
         network, history = train_network(recipe, images, **options)
         trained[recipe.coordinates] = network
         return network, history
 
-    monkeypatch.setattr(placing, "train_network", kept)
+    monkeypatch.setattr(ledger, "train_network", kept)
     study = study_of_placing(monkeypatch, state=None)
     for arm, name in zip(study["arms"], PLACING_ARMS, strict=True):
         assert arm["name"] == name and arm["lesson"] == 0.0
@@ -694,15 +708,7 @@ def test_models_with_and_without_an_aid_learn_the_same_otherwise(text_folder, mo
 def test_a_study_of_placing_goes_on_where_it_was_stopped(text_folder, monkeypatch):
     at_once = study_of_placing(monkeypatch, state=None)
     monkeypatch.undo()
-    looked, looks_before = placing.drawn_by, []
-
-    def stop_at_the_third_look(*of):
-        looks_before.append(of)
-        if len(looks_before) == 3:
-            raise KeyboardInterrupt
-        return looked(*of)
-
-    monkeypatch.setattr(placing, "drawn_by", stop_at_the_third_look)
+    monkeypatch.setattr(placing, "drawn_by", interrupted(placing.drawn_by, at_call=3))
     with pytest.raises(KeyboardInterrupt):
         study_of_placing(monkeypatch, state="stopped_placing")
     monkeypatch.undo()
@@ -731,7 +737,7 @@ SMALL_MODELS = {
 }
 
 
-def study_of_latents(state=None, models=SMALL_MODELS):
+def study_of_latents(state=None):
     """The study of latents and pixels: small networks, two steps of training, few pictures, fixed times."""
     common, measured = latents_and_pixels._recipe, latents_and_pixels.seconds_of_step
 
@@ -751,7 +757,7 @@ def study_of_latents(state=None, models=SMALL_MODELS):
         )
         return latents_and_pixels.pixel_against_latent(
             "judge_shapes",
-            models,
+            SMALL_MODELS,
             looks=(0.05, 0.1),
             num_samples=16,
             sampling_steps=2,
@@ -827,15 +833,8 @@ def test_what_is_drawn_of_latents_is_decoded_at_the_decoder_s_scale(text_folder,
 
 
 def test_a_study_of_latents_goes_on_where_it_was_stopped(comparison, text_folder, monkeypatch):
-    draw, drawn = latents_and_pixels.sample_quality, []
-
-    def stop_at_the_fourth_look(*of):
-        drawn.append(of)
-        if len(drawn) == 4:
-            raise KeyboardInterrupt
-        return draw(*of)
-
-    monkeypatch.setattr(latents_and_pixels, "sample_quality", stop_at_the_fourth_look)
+    stopping = interrupted(latents_and_pixels.sample_quality, at_call=4)
+    monkeypatch.setattr(latents_and_pixels, "sample_quality", stopping)
     with pytest.raises(KeyboardInterrupt):
         study_of_latents(state="stopped_latents")
     monkeypatch.undo()

@@ -52,9 +52,9 @@ from lecture26.latent_diffusion import from_latents, to_latents
 from lecture26.recipes import Trained, load_model
 from lecture26.recipes.ddpm import DDPM
 from lecture26.recipes.latent import EncodedImages
-from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, seeded, state_file, train_network
+from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, seeded, train_network
 from lecture26.recipes.vae import round_trips
-from lecture26.studies.ledger import Ledger, ledger_file
+from lecture26.studies.ledger import Ledger, ledger_file, train_and_look
 from lecture26.studies.sizes import NUM_WITHIN, Sizes
 from lecture26.unet import UNet
 
@@ -186,22 +186,10 @@ def pixel_against_latent(
                     }
             return look
 
-        def watch(step: int, network: nn.Module) -> None:
-            if step in steps:
-                ledger.once(f"{name}, {step}", lambda: look_at(step, network))
-
-        file = None if state is None else state_file(f"{state}_{name}")
-        train_network(
-            replace(recipe, steps=steps[-1]),
-            seen_by(recipe, images, num_encoded),
-            watch=watch,
-            state_file=file,
-            settings=recipe.settings() | {"num_encoded": num_encoded},
-        )
-        if file is not None:
-            file.unlink()
-        said = [ledger.once(f"{name}, {step}", dict) for step in steps]
-        return {"name": name, "vae": models[name].get("vae"), "looks": said}
+        trained, seen = replace(recipe, steps=steps[-1]), seen_by(recipe, images, num_encoded)
+        named = recipe.settings() | {"num_encoded": num_encoded}
+        found, _ = train_and_look(trained, seen, look_at, steps, ledger, name, state, named)
+        return {"name": name, "vae": models[name].get("vae"), "looks": found}
 
     runs = [ledger.once(name, lambda name=name: run(name)) for name in models]
     reconstructed = {vae: after_round_trip(vae, judge, unseen, num_samples) for vae in costs["vaes"]}

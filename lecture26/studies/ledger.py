@@ -1,12 +1,16 @@
 """What a long study has found so far, in a file, so that it goes on where it was stopped."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from lecture26.kit.files import write_json
+from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
-from lecture26.recipes.recipe import state_file
+from lecture26.kit.training import History
+from lecture26.recipes.recipe import Recipe, state_file, train_network
 
 
 class Ledger:
@@ -45,6 +49,42 @@ class Ledger:
             if self._file is not None and process_state().is_main_process:
                 write_json(self._file, {"settings": self._settings, "done": self._done})
         return self._done[key]
+
+
+def train_and_look(
+    recipe: Recipe,
+    images: ImageSet,
+    look_at: Callable[[int, nn.Module], dict],
+    steps: Sequence[int],
+    ledger: Ledger,
+    name: str,
+    state: str | None,
+    settings: dict,
+) -> tuple[list[dict], History]:
+    """Train a network and look at it on the way, going on where it was stopped.
+
+    Args:
+        recipe, images: as `train_network` takes them.
+        look_at: look_at(steps taken so far, averaged network) -> what was found.
+        steps: after which to look, rising; the last is that of the end.
+        ledger: where what was found is kept.
+        name: of the network in the ledger.
+        state: the study's name for states; None keeps none.
+        settings: what names the state, see `train_network`.
+
+    Returns:
+        What was found, in the order of `steps`; and the History of the losses.
+    """
+
+    def watch(step: int, network: nn.Module) -> None:
+        if step in steps:
+            ledger.once(f"{name}, {step}", lambda: look_at(step, network))
+
+    file = None if state is None else state_file(f"{state}_{name}")
+    _, history = train_network(recipe, images, watch=watch, state_file=file, settings=settings)
+    if file is not None:
+        file.unlink()
+    return [ledger.once(f"{name}, {step}", dict) for step in steps], history
 
 
 def ledger_file(name: str) -> Path:

@@ -23,8 +23,7 @@ from lecture26.kit.readers import Reader, canonical
 from lecture26.latent_diffusion import TextAttention, TextDenoiser
 from lecture26.recipes import find_recipe, load_model
 from lecture26.recipes.latent import EncodedImages, LatentDiffusionRecipe, draw_captions
-from lecture26.recipes.recipe import state_file, train_network
-from lecture26.studies.ledger import Ledger, ledger_file
+from lecture26.studies.ledger import Ledger, ledger_file, train_and_look
 from lecture26.studies.text_to_image import WEIGHT, judged
 
 ARMS = {
@@ -100,17 +99,9 @@ def placing(
             count, steps = final if step == training_steps else look
             return {"step": step, "num_samples": count} | drawn_by(arm, network, judge, unseen, count, steps)
 
-        def watch(step: int, network: TextDenoiser) -> None:
-            if step % every == 0:
-                ledger.once(f"{name}, {step}", lambda: look_at(step, network))
-
-        file = None if state is None else state_file(f"{state}_{name}")
-        _, history = train_network(
-            arm, images, watch=watch, state_file=file, settings=arm.settings() | {"arm": name}
-        )
-        if file is not None:
-            file.unlink()
-        looks = [ledger.once(f"{name}, {step}", dict) for step in range(every, training_steps + 1, every)]
+        steps = range(every, training_steps + 1, every)
+        named = arm.settings() | {"arm": name}
+        looks, history = train_and_look(arm, images, look_at, steps, ledger, name, state, named)
         return {"name": name, **arms[name], "seconds": history.seconds, "looks": looks}
 
     runs = [ledger.once(name, lambda name=name: run(name)) for name in arms]
