@@ -814,8 +814,8 @@ show_table(
 # %% [markdown]
 # At $4\times4$ places, where a convolution spans most of the map, a place knows fairly well where it is; at $16\times16$
 # it hardly does. So the block below tells it outright: row and column, from $-1$ to 1, through a matrix of their own, are
-# added to the features of a place before it asks. (Is that needed? *Which one goes where* has measured it.) The last matrix of each branch begins at zero, as everywhere in this
-# network: at first the words say nothing.
+# added to the features of a place before it asks. (Is that needed? *Which one goes where* has measured it.) The last matrix
+# of each branch begins at zero, as everywhere in this network: at first the words say nothing.
 
 
 # %% tags=["export"]
@@ -1369,9 +1369,9 @@ assert min(last["lesson"]["in_order"], last["both"]["in_order"]) > 0.95
 # scenes.* All four learn the axis. Which one goes where, the two with the lesson have learned, of hundreds of scenes all; the
 # other two toss a coin, and have not begun to learn it when the axis is right nearly always. So it is **the lesson that
 # teaches it, and the coordinates alone do nothing for it**: what is hard is a question about the sentence, not about where a
-# place is. The axis comes sooner with it, too: at 2,000 steps it is right in 90 % with the lesson, in 56 without, in both pairs.
-# With both aids the order is there at 2,000 steps, with the lesson alone at 4,000: one seed each, so that the coordinates
-# may or may not have helped there. Nor is it said whether more pictures would teach it in the end: the models
+# place is. The axis comes sooner with it, too: at 2,000 steps it is right in some 90 % with the lesson, in some 55 % without,
+# in both pairs. With both aids the order is there at 2,000 steps, with the lesson alone at 4,000: one seed each, so that the
+# coordinates may or may not have helped there. Nor is it said whether more pictures would teach it in the end: the models
 # without the lesson were stopped at 6,000 steps.
 #
 # The lesson needs no picture, since it is a question of words. The noun's own vector is asked for its side, by a linear

@@ -541,6 +541,7 @@ factors = {
     for name, cost in rivals.items()
 }
 assert min(factors["pixels"]) > 4 and max(factors["pixels, 4 x 4 folded"]) < 1.2
+assert 1.5 < min(factors["pixels, 2 x 2 folded"]) and max(factors["pixels, 2 x 2 folded"]) < 2.5
 for number, (name, heights) in enumerate(reversed(factors.items())):
     bars = axis.bar(
         [place + 0.27 * number for place in range(len(costs))],
