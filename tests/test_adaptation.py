@@ -659,6 +659,45 @@ def test_rates_are_tried_beyond_an_end_that_does_best(
     assert [file.name for file in tmp_path.iterdir()] == ["vpt-deep.safetensors"]
 
 
+@pytest.mark.parametrize("best", [1e-4, 0.1, 1.0])
+def test_the_weight_decay_is_chosen_at_the_learning_rate_that_was_chosen_before(tmp_path, monkeypatch, best):
+    asked = []
+
+    def fit(model, images, learning_rate, budget, seed=0, weight_decay=None, **options):
+        asked.append((learning_rate, weight_decay, seed))
+        model.setting = learning_rate, weight_decay
+        return adaptation.History([1.0], 2.0)
+
+    def share(model, *rest):
+        rate, decay = model.setting
+        return 1 - abs(math.log(rate / 0.1)) / 100 - abs(math.log(decay / best)) / 1000
+
+    monkeypatch.setattr(adaptation, "fit", fit)
+    monkeypatch.setattr(adaptation, "accuracy", share)
+    comparison = Comparison(
+        tiny_backbone(), plain_splits(), BUDGET, (0, 1), folder=tmp_path, weight_decays=(1e-4, 0.1, 1.0)
+    )
+    run = comparison.run("vpt-deep", 2)
+    rates, decays = [(rate, 1e-4, 0) for rate in (0.03, 0.1, 0.3)], [(0.1, 0.1, 0), (0.1, 1.0, 0)]
+    assert asked == [*rates, *decays, (0.1, best, 1)]
+    assert (run["learning_rate"], run["weight_decay"]) == (0.1, best)
+    assert list(run["validation_by_weight_decay"]) == ["0.0001", "0.1", "1"]
+    assert [file.name for file in tmp_path.iterdir()] == ["vpt-deep.safetensors"]
+
+
+def test_a_solved_head_reads_what_was_trained_and_leaves_it_as_it_is():
+    with small_tasks():
+        splits = {split: downstream("textures", split) for split in SPLITS}
+        vit = recipes.load_model("tiny_vit")
+        for method in ("linear", "vpt-deep", "lora"):
+            model = adaptation.build(method, vit, 8, 2, seed=0).eval()
+            head = model.head
+            solved = few_images.solved_behind(model, splits)
+            assert model.head is head
+            frozen = probes.solved_by_reading(vit.eval(), splits)["class token"]
+            assert (solved == frozen) == (method != "vpt-deep")  # LoRA begins as the backbone
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_prompts_cost_operations_and_other_methods_none(fused):
     """Products inside the attention are counted whichever way it computes, and it is left as it was."""
@@ -982,7 +1021,7 @@ def test_from_few_images_each_seed_learns_its_own(monkeypatch):
     assert torch.equal(learned[0, 1], learned[0, 2])  # the rate is chosen on the first seed's images
     assert not torch.equal(learned[0, 2], learned[1, 2])
     assert [run["method"] for run in study["runs"]] == ["vpt-deep", "full"]
-    assert all(len(run["accuracy"]) == 2 for run in study["runs"])
+    assert all(len(run["accuracy"]) == len(run["solved"]) == 2 for run in study["runs"])
     assert study["solved"].keys() == probes.READINGS.keys()
     assert all(len(shares) == 2 for shares in study["solved"].values())
     assert len(study["solved_without_penalty"]) == 2
@@ -1000,8 +1039,8 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
         assert set(options.get("methods", METHODS)) <= set(METHODS)
         for task in options.get("tasks", adaptation.SMALL_TASKS):
             assert task in TASKS or task in ("digits", "./mnist")
-    for task in ("photos", "textures"):
-        backbone, open_splits = measurements.MEASUREMENTS[f"adaptation_few_{task}"].args
+    for name in ("few_photos", "few_textures", "forty_photos"):
+        backbone, open_splits = measurements.MEASUREMENTS[f"adaptation_{name}"].args[:2]
         assert recipes.find_recipe(backbone).family == "backbone" and callable(open_splits)
     backbone, tasks = measurements.MEASUREMENTS["adaptation_solved"].args
     assert recipes.find_recipe(backbone).family == "backbone"

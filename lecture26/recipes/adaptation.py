@@ -91,6 +91,7 @@ def fit(
     learning_rate: float,
     budget: Budget,
     seed: int = 0,
+    weight_decay: float = WEIGHT_DECAY,
     **options,
 ) -> History:
     """Train what can be trained of a model to name the classes of images.
@@ -101,6 +102,7 @@ def fit(
         learning_rate: of AdamW at its highest; it rises for a tenth of the steps, then falls to 0.
         budget: how long.
         seed: decides the order of the images.
+        weight_decay: of AdamW.
         options: `state_file`, `state_every`, `settings` and `progress` of `lecture26.kit.training.train`.
 
     Returns:
@@ -120,7 +122,7 @@ def fit(
         steps=budget.steps,
         batch_size=budget.batch_size,
         learning_rate=learning_rate,
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=weight_decay,
         warmup_steps=budget.steps // 10,
         seed=seed,
         precision=budget.precision,

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +53,19 @@ SMALL_TASKS = ("digits", *TASKS)
 PROMPT_COUNTS = (1, 32)  # beside NUM_PROMPTS
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a training run is made of, beside its seed."""
+
+    method: str
+    num_prompts: int
+    learning_rate: float
+    weight_decay: float
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.num_prompts} {self.learning_rate:g} {self.weight_decay:g}"
+
+
 @dataclass
 class Comparison:
     """One backbone, one task, several methods, on the same budget.
@@ -69,9 +82,13 @@ class Comparison:
         state_every: seconds between two such states.
         name: what tells this comparison from others in `ledger`.
         folder: where to keep what was trained, in METHOD.safetensors; None keeps none.
-        search: what the runs get that choose the learning rate; None gives them as much as the others.
+        search: what the runs get that choose learning rate and weight decay; None gives them as much as the
+            others.
         about: plain values to keep in these files, beside the method, the number of prompts and the classes.
         per_class: of how many training images of each class a seed learns, which it draws; None takes all.
+        weight_decays: to choose from, rising; the learning rate is chosen before, at the first of them.
+        solve: solve(trained model, splits with what it was trained on), on the CPU -> the test accuracy of a
+            head that is solved anew; None leaves that out.
     """
 
     vit: nn.Module
@@ -87,6 +104,8 @@ class Comparison:
     search: Budget | None = None
     about: dict = field(default_factory=dict)
     per_class: int | None = None
+    weight_decays: Sequence[float] = (WEIGHT_DECAY,)
+    solve: Callable[[nn.Module, dict[str, ImageSet]], float] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -94,7 +113,7 @@ class Comparison:
         return list(self.splits["train"].labels["class"])
 
     def run(self, method: str, num_prompts: int, learning_rates: Sequence[float] | None = None) -> dict:
-        """Choose a method's learning rate by the validation images, and measure it on the test images.
+        """Choose a method's learning rate and weight decay by validation images; measure it on test images.
 
         A method begins with two learning rates of its own. As long as an end of those tried does best, one
         beyond it is tried, until the best lies between others or there are MOST_RATES.
@@ -106,10 +125,11 @@ class Comparison:
 
         Returns:
             "method", "num_prompts"; "learning_rate", the one chosen, "at_edge", whether it is the lowest or
-            the highest that was tried, and "validation", the accuracy with each; "accuracy", on the test
-            images for each seed, and "tested", how many these are; "trained", the number of parameters that
-            train, and "bytes", that they take in float32; "seconds", the mean of a training run,
-            and "precision", in which it computed;
+            the highest that was tried, and "validation", the accuracy with each; "weight_decay" and
+            "validation_by_weight_decay" likewise; "accuracy", on the test images for each seed, and "tested",
+            how many these are; "solved", for each seed what `solve` returned; "trained", the number of
+            parameters that train, and "bytes", that they take in float32; "seconds", the mean of a training
+            run, and "precision", in which it computed;
             "operations", of an image's forward pass; with upstream images "upstream", for each seed the
             accuracy on these with the adapted weights and the old head, "upstream_before", and for prompts
             "upstream_prompted", with the prompts left in.
@@ -121,36 +141,40 @@ class Comparison:
         check_choice("method", method, tuple(METHODS))
         if not METHODS[method].has_prompts:
             num_prompts = 0
-        validation = self._validation(method, num_prompts, learning_rates)
-        best = best_rate(validation)
-        runs = [self._measured(method, num_prompts, best, seed) for seed in self.seeds]
+        by_rate = self._by_rate(method, num_prompts, learning_rates)
+        rate = best_rate(by_rate)
+        by_decay = {
+            decay: self._validation(Setting(method, num_prompts, rate, decay)) for decay in self.weight_decays
+        }
+        best = Setting(method, num_prompts, rate, max(by_decay, key=by_decay.get))
+        runs = [self._measured(best, seed) for seed in self.seeds]
         if self.folder is not None and process_state().is_main_process:
-            for rate in validation:
-                file = self._file(method, rate)
-                if rate == best and file.exists():
-                    file.replace(self.folder / f"{method}.safetensors")
-                file.unlink(missing_ok=True)
-        by_seed = ("accuracy", "upstream", "upstream_prompted")
+            if self._file(best).exists():
+                self._file(best).replace(self.folder / f"{method}.safetensors")
+            for file in self.folder.glob(f".{method} *.safetensors"):
+                file.unlink()
         summary = {
             "method": method,
             "num_prompts": num_prompts,
-            "learning_rate": best,
-            "at_edge": is_at_edge(best, validation),
-            "validation": {f"{rate:g}": validation[rate] for rate in sorted(validation)},
+            "learning_rate": rate,
+            "at_edge": is_at_edge(rate, by_rate),
+            "validation": {f"{rate:g}": by_rate[rate] for rate in sorted(by_rate)},
+            "weight_decay": best.weight_decay,
+            "validation_by_weight_decay": {f"{decay:g}": share for decay, share in by_decay.items()},
             "tested": len(self.splits["test"]),
             "seconds": sum(run["seconds"] for run in runs) / len(runs),
         }
+        by_seed = ("accuracy", "upstream", "upstream_prompted", "solved")
         summary |= {name: [run[name] for run in runs] for name in by_seed if name in runs[0]}
         return runs[0] | summary
 
-    def _validation(
+    def _by_rate(
         self, method: str, num_prompts: int, learning_rates: Sequence[float] | None
     ) -> dict[float, float]:
-        """The first seed's accuracy on the validation images at each learning rate that is tried."""
+        """The validation accuracy at each learning rate that is tried."""
 
         def share(rate: float) -> float:
-            run = self._measured if self.search is None else self._searched
-            return run(method, num_prompts, rate, self.seeds[0])["validation"]
+            return self._validation(Setting(method, num_prompts, rate, self.weight_decays[0]))
 
         rates = METHODS[method].learning_rates if learning_rates is None else learning_rates
         shares = {rate: share(rate) for rate in rates}
@@ -163,37 +187,39 @@ class Comparison:
             shares[beyond] = share(beyond)
         return shares
 
-    def _searched(self, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
-        """A run that helps to choose the learning rate, and is measured on the validation images alone."""
+    def _validation(self, setting: Setting) -> float:
+        """The accuracy of the first seed's run on the validation images."""
+        run = self._measured if self.search is None else self._searched
+        return run(setting, self.seeds[0])["validation"]
+
+    def _searched(self, setting: Setting, seed: int) -> dict:
+        """A run that helps to choose, and is measured on the validation images alone."""
 
         def compute() -> dict:
-            model, _ = self._trained(method, num_prompts, learning_rate, seed, self.search)
+            model, _ = self._trained(setting, seed, self.search)
             return {"validation": accuracy(model, self.splits["validation"], EVALUATION_BATCH)}
 
-        key = f"search {self.name} {method} {num_prompts} {learning_rate:g} {seed}"
-        return self.ledger.once(key, compute)
+        return self.ledger.once(f"search {self.name} {setting} {seed}", compute)
 
-    def _measured(self, method: str, num_prompts: int, learning_rate: float, seed: int) -> dict:
-        key = f"{self.name} {method} {num_prompts} {learning_rate:g} {seed}"
+    def _measured(self, setting: Setting, seed: int) -> dict:
+        key = f"{self.name} {setting} {seed}"
         state = {}
         if self.state_file is not None:
             sign = hashlib.sha256(key.encode()).hexdigest()[:8]
             file = self.state_file.with_stem(f"{self.state_file.stem}_{sign}")
             state = {"state_file": file, "state_every": self.state_every, "settings": {"run": key}}
-        measured = self.ledger.once(
-            key, lambda: self._one_run(method, num_prompts, learning_rate, seed, state)
-        )
+        measured = self.ledger.once(key, lambda: self._one_run(setting, seed, state))
         # Not earlier: what was trained is worth nothing until it is measured.
         if state and process_state().is_main_process:
             file.unlink(missing_ok=True)
         return measured
 
-    def _one_run(self, method: str, num_prompts: int, learning_rate: float, seed: int, state: dict) -> dict:
+    def _one_run(self, setting: Setting, seed: int, state: dict) -> dict:
         before, fingerprint = self._upstream_before(), backbone_fingerprint(self.vit)
-        model, history = self._trained(method, num_prompts, learning_rate, seed, self.budget, **state)
+        model, history = self._trained(setting, seed, self.budget, **state)
         if self.folder is not None and seed == self.seeds[0] and process_state().is_main_process:
-            about = self.about | {"method": method, "num_prompts": num_prompts, "classes": self.classes}
-            save_trained(self._file(method, learning_rate), model, fingerprint, about)
+            about = self.about | {"method": setting.method, "num_prompts": setting.num_prompts}
+            save_trained(self._file(setting), model, fingerprint, about | {"classes": self.classes})
         trained = sum(parameter.numel() for parameter in trainable_parameters(model))
         measured = {
             "accuracy": accuracy(model, self.splits["test"], EVALUATION_BATCH),
@@ -207,18 +233,29 @@ class Comparison:
         if self.upstream is not None:
             measured |= before | self._remembered(model)
         self.vit.to("cpu")
+        if self.solve is not None:
+            splits = self.splits | {"train": self.training_images(seed)}
+            measured["solved"] = self.solve(model.cpu(), splits)
         if backbone_fingerprint(self.vit) != fingerprint:
-            raise RuntimeError(f"the method {method!r} has changed the backbone, which must stay as it was")
+            raise RuntimeError(
+                f"the method {setting.method!r} has changed the backbone, which must stay as it was"
+            )
         return measured
 
-    def _trained(
-        self, method: str, num_prompts: int, learning_rate: float, seed: int, budget: Budget, **state
-    ) -> tuple[nn.Module, History]:
+    def _trained(self, setting: Setting, seed: int, budget: Budget, **state) -> tuple[nn.Module, History]:
         """A model after its training, in evaluation mode, and the history of this."""
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
-        model = build(method, self.vit, len(self.classes), num_prompts, seed)
+        model = build(setting.method, self.vit, len(self.classes), setting.num_prompts, seed)
         budget = replace(budget, precision=self._precision(budget, model))
-        history = fit(model, self.training_images(seed), learning_rate, budget, seed, **state)
+        history = fit(
+            model,
+            self.training_images(seed),
+            setting.learning_rate,
+            budget,
+            seed,
+            weight_decay=setting.weight_decay,
+            **state,
+        )
         return model.eval(), history
 
     def training_images(self, seed: int) -> ImageSet:
@@ -241,8 +278,8 @@ class Comparison:
 
         return self.ledger.once(f"precision {self.name}", choose)["precision"]
 
-    def _file(self, method: str, learning_rate: float) -> Path:
-        return self.folder / f".{method}_{learning_rate:g}.safetensors"
+    def _file(self, setting: Setting) -> Path:
+        return self.folder / f".{setting}.safetensors"
 
     def _upstream_before(self) -> dict[str, float]:
         """What the backbone knows of its own task before the training, on the same device."""

@@ -10,7 +10,16 @@ from lecture26.kit.validation import check_choice
 from lecture26.recipes.adaptation import INSIDE, SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
-from lecture26.studies.few_images import adaptation_from_few, photographs_upside_down, textures
+from lecture26.studies.few_images import (
+    FORTY,
+    FORTY_BUDGET,
+    FORTY_SEEDS,
+    METHODS_FROM_FORTY,
+    WEIGHT_DECAYS,
+    adaptation_from_few,
+    photographs_upside_down,
+    textures,
+)
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.latents_and_pixels import pixel_against_latent
 from lecture26.studies.ledger import forget_ledger
@@ -145,6 +154,17 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
     ),
     "adaptation_few_textures": partial(
         adaptation_from_few, "vit_photos32", textures, state="adaptation_few_textures"
+    ),
+    "adaptation_forty_photos": partial(
+        adaptation_from_few,
+        "vit_photos32",
+        photographs_upside_down,
+        METHODS_FROM_FORTY,
+        per_class=FORTY,
+        budget=FORTY_BUDGET,
+        seeds=FORTY_SEEDS,
+        weight_decays=WEIGHT_DECAYS,
+        state="adaptation_forty_photos",
     ),
     "prompt_storage": prompt_storage,
     "adaptation_solved": partial(
