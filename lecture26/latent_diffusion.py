@@ -705,6 +705,27 @@ class TextDenoiser(nn.Module):
         return self.unet(x_t, t, cond), self.side(cond["context"]).transpose(1, 2)
 
 
+# --- At which steps do the words decide? ---
+
+
+def share_of_wrong_guesses(z_a, z_b, alpha_bar):
+    """How often the best guess is wrong which of two latents is seen, of which a noisy version is shown.
+
+    Args:
+        z_a, z_b: scaled latents, (B, c, h, w) each; each is shown half of the time.
+        alpha_bar: of T steps, (T,).
+
+    Returns:
+        Shares (T, B), from 0 to one half.
+
+    Source: this course, equation 7.11.
+    """
+    distance = (z_a - z_b).flatten(1).norm(dim=1)  # (B,)
+    ratio = (alpha_bar / (1 - alpha_bar)).sqrt().to(distance)  # (T,)
+    # P(wrong) = Phi(-1/2 sqrt(alpha_bar / (1 - alpha_bar)) |z_a - z_b|)
+    return torch.special.ndtr(-ratio[:, None] * distance / 2)
+
+
 # --- Where each word is looked at from ---
 
 

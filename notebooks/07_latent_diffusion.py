@@ -56,6 +56,7 @@ from lecture26.kit.training import train
 from lecture26.recipes import load_model
 from lecture26.recipes.latent import draw_captions, load_pipeline
 from lecture26.studies.latents_and_pixels import first_stage_seconds, seconds_to_reach
+from lecture26.studies.placing import one_word_apart
 from lecture26.studies.text_to_image import MISPLACED, NOT_TWO, OTHER, RIGHT, SWAPPED
 from lecture26.unet import attention
 from lecture26.vae import psnr
@@ -1477,28 +1478,31 @@ class TextDenoiser(nn.Module):
 # with $\Phi$ the distribution function of the standard normal. First that it is true, for a scene with another shape in it:
 
 
-# %%
-def one_word_apart(label, count=32):
-    """Latents of some scenes, and of the same scenes with the next value of one label: (count, 4, 16, 16) each."""
-    attributes = scenes.attributes(range(count))
-    changed = (attributes[label] + 1) % len(scenes.labels[label])
-    both = (attributes, attributes | {label: changed})
-    return [pipeline.encode(scenes.render(each, range(count))) for each in both]
+# %% tags=["export"]
+def share_of_wrong_guesses(z_a, z_b, alpha_bar):
+    """How often the best guess is wrong which of two latents is seen, of which a noisy version is shown.
 
+    Args:
+        z_a, z_b: scaled latents, (B, c, h, w) each; each is shown half of the time.
+        alpha_bar: of T steps, (T,).
 
-def share_of_wrong_guesses(z_a, z_b, t):
-    """(7.11) for latents (B, c, h, w) and steps (T,): (T, B)."""
+    Returns:
+        Shares (T, B), from 0 to one half.
+
+    Source: this course, equation 7.11.
+    """
     distance = (z_a - z_b).flatten(1).norm(dim=1)  # (B,)
-    ratio = (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).sqrt()[t].float()  # (T,)
+    ratio = (alpha_bar / (1 - alpha_bar)).sqrt().to(distance)  # (T,)
+    # P(wrong) = Phi(-1/2 sqrt(alpha_bar / (1 - alpha_bar)) |z_a - z_b|)
     return torch.special.ndtr(-ratio[:, None] * distance / 2)
 
 
 # %% slide=["# How long does an image say it by itself?", "Two images one word apart, and noise of which nobody knows to which it belongs:", "$$P(\\text{wrong})=\\Phi\\Bigl(-\\frac12\\sqrt{\\frac{\\bar\\alpha_t}{1-\\bar\\alpha_t}}\\;\\lVert z_a-z_b\\rVert\\Bigr) \\tag{7.11}$$", "No denoiser is needed for it: encoder and schedule are enough."]
-z_a, z_b = (latents[:1] for latents in one_word_apart("shape_1"))
-late = torch.tensor([920])
+z_a, z_b = (latents[:1] for latents in one_word_apart(pipeline.encode, scenes, "shape_1"))
+late = diffusion.alpha_bar[[920]]
 many = torch.randn(20_000, *z_a.shape[1:], generator=torch.Generator().manual_seed(0))
-z_t = diffusion.q_sample(z_a.expand_as(many), late.expand(20_000), many)
-root = diffusion.alpha_bar[920].sqrt().float()
+z_t = q_sample(z_a, late.float(), many)
+root = late.sqrt().float()
 to_a, to_b = ((z_t - root * each).flatten(1).norm(dim=1) for each in (z_a, z_b))
 wrong_share = (to_b < to_a).float().mean()
 assert 0.01 < wrong_share < 0.4  # a case that is neither clear nor hopeless
@@ -1512,7 +1516,9 @@ verify("7.11", wrong_share, share_of_wrong_guesses(z_a, z_b, late)[0, 0], atol=0
 every_step = torch.arange(1000)
 by_word = {"background": "background", "relation": "relation", "colour": "colour_1", "shape": "shape_1"}
 wrong_guesses = {
-    word: share_of_wrong_guesses(*one_word_apart(label), every_step).mean(dim=1)
+    word: share_of_wrong_guesses(*one_word_apart(pipeline.encode, scenes, label), diffusion.alpha_bar).mean(
+        dim=1
+    )
     for word, label in by_word.items()
 }
 silent_from = {word: int((curve > 0.02).nonzero()[0]) for word, curve in wrong_guesses.items()}
@@ -1520,15 +1526,15 @@ order_at_800 = sorted(by_word, key=lambda word: wrong_guesses[word][800].item())
 print("at step 800, from the safest guess on:", ", ".join(order_at_800))
 
 # %% [markdown]
-# The long-trained model's steps were drawn from a Beta(3, 2) distribution (the third in order of four uniform numbers),
-# whose density $12\,u^2(1-u)$ of $u=t/1000$ is highest at two thirds. The thought was to train most where one property
-# after the other falls silent. Was that done?
+# Should training go most to these steps? Large models draw their steps mostly from the middle (Esser et al. 2024, with
+# other data). Such a density of $u=t/1000$ is $12\,u^2(1-u)$, highest at two thirds; it is called Beta(3, 2), and the third
+# in order of four uniform numbers has it.
 #
 # #### Exercise 6: who trains where the words decide?
 #
 # *Question, medium, 5 minutes.* On which side a noun stands is hidden by the noise from about step 890 on only. If all
-# steps are drawn alike, a tenth of the draws go there, 11 %. Which share is it under Beta(3, 2)? Integrate the density,
-# or estimate, to two hundredths.
+# steps are drawn alike, a tenth of the draws go there, 11 %. Which share would it be under Beta(3, 2)? Integrate the
+# density, or estimate, to two hundredths.
 
 # %% tags=["question"]
 ### BEGIN SOLUTION
@@ -1554,7 +1560,7 @@ show_table(
     columns=["word", "silent from step", "of the draws, Beta(3, 2)", "of the draws, all alike"],
 )
 
-# %% slide=["# Words decide where noise has hidden what they say", "[picture]", "How often even the best guess is wrong. The steps that decide the places are drawn least."] tags=["draw"]
+# %% slide=["# Words decide where noise has hidden what they say", "[picture]", "How often even the best guess is wrong. A density with its peak in the middle would draw the steps that decide places least."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 for (word, curve), style in zip(wrong_guesses.items(), ("-", "--", "-.", ":")):
     axes[0].plot(every_step, curve, style, label=word)
@@ -1564,27 +1570,25 @@ u = every_step / 1000
 axes[1].plot(every_step, 12 * u**2 * (1 - u) / 1000, label="Beta(3, 2)")
 axes[1].plot(every_step, torch.full((1000,), 1 / 1000), "--", label="all steps alike")
 axes[1].axvspan(silent_from["relation"], 999, color="grey", alpha=0.2, label="relation silent")
-axes[1].set(xlabel="step t", ylabel="how often it is drawn", ylim=0)
+axes[1].set(xlabel="step t", ylabel="how often it would be drawn", ylim=0)
 axes[1].legend(loc="upper left")
 show(
     figure,
     "Left: four curves rise from 0 to one half, that of the colour first, then shape, relation, background. "
-    "Right: the density of the steps drawn in training, highest near two thirds, beside a flat line.",
+    "Right: a density of steps that is highest near two thirds, beside a flat line.",
 )
 
 # %% [markdown]
-# *Left: how often even the best guess between two values of a property is wrong. Right: how often each step is drawn
-# in the training of the long-trained model.*
+# *Left: how often even the best guess between two values of a property is wrong. Right: how often each step is drawn in
+# training, by two densities.*
 #
 # Colour and shape of one object concern only a few latents, and are lost first (the colour is always changed to the next
 # one on the list, from red to orange, say); places and background are seen through much more noise. (This is the best
 # case: two known latents, and the question which of them it was. A denoiser must choose among eight shapes, and does not
 # know where the object is.)
 #
-# So Beta(3, 2) serves colours and shapes well, and *starves* the steps that decide places and background: they get about
-# half of what they would get with all steps alike. A density that follows the rise of these curves would not do so.
-# Large models draw mostly from the middle, too (Esser et al. 2024), with other data. What it did here, for better or
-# worse, has not been measured by itself.
+# So Beta(3, 2) would serve colours and shapes well, and *starve* the steps that decide places and background: they would
+# get about half of what they get with all steps alike. The models of this chapter were trained with all steps alike.
 
 # %% [markdown] tags=["core"]
 # ### The long-trained model
@@ -1593,10 +1597,8 @@ show(
 # are scenes. Size and colour of each object and the background are each left out of the caption one time in ten, so that
 # 'a red star' is a sentence too. The finest map, of 16 by 16 places, looks at the words but not at itself.
 #
-# The weights come from several runs, each of which went on from the last: 8,500 steps with a text encoder that only
-# looked back, 4,900 with this one, of which the last 1,400 with the coordinates, and 2,900 with the lesson for the
-# nouns. So nothing that the model can or cannot do can be put down to one of these. (`python -m lecture26 train
-# text_to_image_shapes64 --replace` goes on from the stored weights.)
+# The weights come from one run of 20,000 steps from nothing (`python -m lecture26 train text_to_image_shapes64`), with
+# coordinates and with the lesson for the nouns from the first step on.
 
 # %%
 show_table(

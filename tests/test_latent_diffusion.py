@@ -45,6 +45,7 @@ from lecture26.latent_diffusion import (
     keep_known,
     load_stable_diffusion,
     recorded_weights,
+    share_of_wrong_guesses,
     split_heads,
     to_latents,
     to_pil,
@@ -1227,7 +1228,6 @@ def unfitted(data_folder):
         attention={"head_dim": 4},
         text={"width": 8, "depth": 1},
         num_encoded=24,
-        start=None,
         steps=5,
         batch_size=4,
         warmup_steps=2,
@@ -1372,17 +1372,20 @@ def test_scenes_have_the_share_given_of_what_is_shown(recipe, images, scenes):
         assert len(kind.unique()) in (0, 12)  # of either kind, each of the 24 images' twelve
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words_first", [True, False])
-def test_steps_are_drawn_mostly_where_the_words_decide_or_evenly(recipe, words_first):
-    """By the distribution function of Beta(3, 2), u^3 (4 - 3 u), or of the uniform distribution."""
-    count = 20_000
-    t = replace(recipe, words_first=words_first).draw_steps(draws(count))
+def test_how_often_a_guess_is_wrong():
+    z_a = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    z_b = z_a + torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)  # 2 and 6 away
+    shares = share_of_wrong_guesses(z_a, z_b, torch.tensor([0.5, 1e-12], dtype=torch.float64))
+    by_hand = [[0.15865525393145707, 0.0013498980316300933], [0.5, 0.5]]  # Phi(-1), Phi(-3); all is noise
+    agree(shares, torch.tensor(by_hand, dtype=torch.float64), 2e-6)
+
+
+def test_all_steps_are_drawn_alike(recipe, images):
+    t = torch.cat([recipe.draw(images, draws(100, seed))["t"] for seed in range(20)])
     assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < recipe.diffusion_steps
-    for u in (0.2, 0.4, 0.6, 0.8, 0.9):
-        expected = u**3 * (4 - 3 * u) if words_first else u
+    for u in (0.2, 0.5, 0.9):
         share = (t < 1000 * u).double().mean().item()
-        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
+        assert abs(share - u) < 4 * math.sqrt(u * (1 - u) / len(t))
 
 
 def test_loss_of_the_recipe_by_hand(recipe, images):

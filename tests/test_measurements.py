@@ -536,7 +536,6 @@ def evaluation(text_folder):
         "tiny_text",
         JUDGES,
         weights=(0.0, text_to_image.WEIGHT),
-        sweep_samples=8,
         num_samples=16,
         batch_size=8,
         steps=2,
@@ -549,8 +548,8 @@ def test_text_to_image_is_evaluated_by_weight_part_and_split(evaluation):
     ]
     w = text_to_image.WEIGHT
     assert settings == [
-        ("shapes", "test", 0.0, 8),
-        ("scenes", "test", 0.0, 8),
+        ("shapes", "test", 0.0, 16),
+        ("scenes", "test", 0.0, 16),
         ("shapes", "test", w, 16),
         ("scenes", "test", w, 16),
         ("shapes", "held_out", w, 16),
@@ -594,9 +593,35 @@ def test_an_evaluation_asks_for_captions_and_draws_as_a_notebook_does(evaluation
     first = {name: values[:8] for name, values in wanted.items()}
     for name, share in attribute_accuracy(judge, drawn[:8], first).items():
         assert run["first_batch"][f"accuracy_{name}"] == pytest.approx(share)
-    for stored, samples in ((run, drawn), (run["sweep"], drawn[:8])):
+    for stored, samples in ((run, drawn), (run["first_batch"], drawn[:8])):
         quality = sample_quality(judge, samples, images)
         assert stored["frechet_distance"] == pytest.approx(quality["frechet_distance"], rel=1e-3)
+    others = extract_features(judge, images.batch(range(16, 32))["image"])
+    distance = frechet_distance(others, extract_features(judge, drawn))
+    assert run["against_others"]["distance"] == pytest.approx(distance, rel=1e-3)
+    assert 0 < run["against_others"]["error"] < math.inf
+
+
+def test_an_evaluation_that_was_stopped_goes_on(text_folder, evaluation, monkeypatch):
+    settings = {"weights": (text_to_image.WEIGHT,), "num_samples": 16, "batch_size": 8, "steps": 2}
+    evaluate = partial(
+        text_to_image.text_to_image_evaluation, "tiny_text", JUDGES, **settings, state="tiny_evaluation"
+    )
+    drawn, draw = [], text_to_image.draw_timed
+
+    def draw_some(*of):
+        drawn.append(of)
+        return draw(*of)
+
+    monkeypatch.setattr(text_to_image, "draw_timed", interrupted(draw_some, at_call=3))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    assert len(drawn) == 2
+    again, others = evaluate()["runs"], evaluation["runs"][2:]
+    assert len(drawn) == 4
+    for run in (*again, *others):
+        del run["seconds_per_image"]
+    assert again == others
 
 
 def test_objects_of_real_images_are_counted():
@@ -683,6 +708,39 @@ def study_of_placing(monkeypatch, state):
     return placing.placing(
         "tiny_text", "judge_scenes", PLACING_ARMS, 4, every=2, look=(8, 2), final=(16, 2), state=state
     )
+
+
+def test_half_of_the_steps_are_even_and_half_where_words_fall_silent():
+    alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=torch.float64)
+    near, far = torch.zeros(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
+    below = placing.even_and_rising(alpha_bar, [(near, far), (near, 9 * far)])
+    assert below.shape == (50,) and below[-1] == 1 and (below.diff() > 0).all()
+    shares = below.diff(prepend=torch.zeros(1))
+    assert shares[1] == pytest.approx(0.5 / 50, rel=1e-3)  # nothing falls silent yet
+    of_near, of_far = (placing.share_of_wrong_guesses(near, k * far, alpha_bar)[:, 0] for k in (1, 9))
+    rising = (of_near.diff() / of_near[-1] + of_far.diff() / of_far[-1]) / 2
+    assert torch.allclose(shares[1:], (1 / 50 + rising.float()) / 2, atol=1e-6)
+
+
+def test_steps_by_the_rise_change_nothing_but_the_steps(text_folder):
+    alike = replace(placing._base(find_recipe("tiny_text"), 4), num_encoded=16)
+    images = alike.load_images("train")
+    alike = alike.fitted_to(images)
+    by_rise = replace(alike, by_rise=True)
+    batches = [recipe.draw(images, SampleDraws(0, torch.arange(4000))) for recipe in (alike, by_rise)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0] if name != "t")
+    t = batches[1]["t"]
+    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < alike.diffusion_steps
+    for step in (200, 500, 800, 900):
+        share = by_rise._shares_below[step].item()
+        assert abs((t <= step).double().mean() - share) < 4 * math.sqrt(share * (1 - share) / len(t))
+    scenes, pipeline = load("scenes", "test"), latent.load_pipeline("tiny_text")
+    pair = placing.one_word_apart(pipeline.encode, scenes, "colour_1")
+    assert all(
+        torch.allclose(a, b, atol=1e-4)
+        for a, b in zip(by_rise._one_word_apart("colour_1"), pair, strict=True)
+    )
+    assert (pair[0] != pair[1]).flatten(1).any(dim=1).all()
 
 
 def test_models_with_and_without_an_aid_learn_the_same_otherwise(text_folder, monkeypatch):

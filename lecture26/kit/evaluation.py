@@ -147,6 +147,33 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return metric.compute().item()
 
 
+def frechet_distance_error(features_real: Tensor, features_drawn: Tensor, group: int) -> float:
+    """The standard error of a Fréchet distance: that of drawing anew, while the real images stay the same.
+
+    Each group of what was drawn is left out once, and the distances are compared (the jackknife).
+
+    Args:
+        features_real, features_drawn: as `frechet_distance` takes them.
+        group: how many rows of features_drawn are left out together; a number of which it has a multiple.
+
+    Returns:
+        In the units of the distance.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+
+    Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
+    """
+    groups = features_drawn.split(group)
+    distances = [
+        frechet_distance(features_real, torch.cat(groups[:left_out] + groups[left_out + 1 :]))
+        for left_out in range(len(groups))
+    ]
+    # (G - 1) / G sum_g (d_g - mean d)^2
+    spread = torch.tensor(distances, dtype=torch.float64).var(correction=0).item()
+    return ((len(groups) - 1) * spread) ** 0.5
+
+
 def recall(features_real: Tensor, features_drawn: Tensor) -> float:
     """How much of the variety of real images is found among drawn ones.
 

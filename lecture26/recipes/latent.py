@@ -102,8 +102,6 @@ class LatentDiffusionRecipe(Recipe):
         drop: the probability with which a caption is replaced by the empty one.
         lesson: weight of the cross entropy with which the text encoder learns on which side a noun stands.
         schedule, diffusion_steps, prediction: of the diffusion.
-        words_first: whether steps are drawn mostly from the middle, where colours and shapes are decided, and
-            places are not (chapter 07, equation 7.11); if not, all alike.
     """
 
     family: ClassVar[str] = "latent_diffusion"
@@ -123,7 +121,6 @@ class LatentDiffusionRecipe(Recipe):
     schedule: str = "cosine"
     diffusion_steps: int = 1000
     prediction: str = "v"
-    words_first: bool = True
 
     def load_images(self, split: str) -> EncodedImages:
         images = super().load_images(split)
@@ -201,21 +198,13 @@ class LatentDiffusionRecipe(Recipe):
             "x_0": x_0,  # (B, c, h, w)
             "tokens": labels_after_dropout(self.tokenizer(captions), empty, u, self.drop),  # (B, L)
             "sides": labels_after_dropout(self.sides_of(captions), torch.tensor(NO_SIDE), u, self.drop),
-            "t": self.draw_steps(random),  # (B,)
+            "t": random.integers(self.diffusion_steps),  # (B,)
             "noise": random.normal(*x_0.shape[1:]),  # (B, c, h, w)
         }
 
     def draw_indices(self, images: EncodedImages, random: SampleDraws) -> Tensor:
         """Numbers of images, (B,): even ones are single shapes, odd ones scenes."""
         return 2 * random.integers(len(images) // 2) + (random.uniform() < self.scenes)
-
-    def draw_steps(self, random: SampleDraws) -> Tensor:
-        """Steps t, (B,) int64; with `words_first` t / T is distributed as Beta(3, 2)."""
-        if not self.words_first:
-            return random.integers(self.diffusion_steps)
-        # the third in order of four uniform numbers has that distribution
-        fractions = torch.stack([random.uniform() for _ in range(4)]).sort(dim=0).values[2]  # (B,)
-        return (fractions * self.diffusion_steps).long()
 
     def draw_x_0(self, images: EncodedImages, indices: Tensor, random: SampleDraws) -> Tensor:
         """Scaled latents of some images, (B, c, h, w), drawn anew each time."""
@@ -358,10 +347,7 @@ TEXT_TO_IMAGE = LatentDiffusionRecipe(
     },
     attention={"head_dim": 16, "self_attention_from": 64},
     text={"width": 96, "depth": 2},
-    # Goes on from its own weights: nothing that was learned before is thrown away.
-    start="text_to_image_shapes64",
-    steps=2900,
-    learning_rate=1.2e-3,
-    warmup_steps=200,
+    steps=20_000,
+    learning_rate=1e-3,
 )
 register(TEXT_TO_IMAGE)

@@ -23,7 +23,7 @@ from lecture26.studies.few_images import (
 from lecture26.studies.guidances import guidances_on_one_axis
 from lecture26.studies.latents_and_pixels import pixel_against_latent
 from lecture26.studies.ledger import forget_ledger
-from lecture26.studies.placing import placing
+from lecture26.studies.placing import BY_RISE, placing
 from lecture26.studies.probes import solved_heads
 from lecture26.studies.scale_by_step import classifier_scale_by_step
 from lecture26.studies.steering_ways import classifier_guidance_ways
@@ -112,8 +112,16 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         "reader_shapes32",
         state="guidances_on_one_axis",
     ),
-    "text_to_image_evaluation": partial(text_to_image_evaluation, "text_to_image_shapes64", READERS_64),
+    "text_to_image_evaluation": partial(
+        text_to_image_evaluation,
+        "text_to_image_shapes64",
+        READERS_64,
+        state="text_to_image_evaluation",
+    ),
     "placing": partial(placing, "text_to_image_shapes64", READERS_64["scenes"], state="placing"),
+    "placing_by_rise": partial(
+        placing, "text_to_image_shapes64", READERS_64["scenes"], BY_RISE, state="placing_by_rise"
+    ),
     "pixel_against_latent": partial(pixel_against_latent, READERS_64["shapes"], state="pixel_against_latent"),
     **{
         f"adaptation_{task}": partial(adaptation, tasks=(task,), state=f"adaptation_{task}")

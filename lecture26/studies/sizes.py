@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lecture26.kit.evaluation import extract_features, frechet_distance, read, recall
+from lecture26.kit.evaluation import (
+    extract_features,
+    frechet_distance,
+    frechet_distance_error,
+    read,
+    recall,
+)
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.readers import Reader
 
@@ -74,20 +80,8 @@ class Sizes:
         }
 
     def distance_error(self, samples: Tensor, group: int) -> float:
-        """The standard error of the Fréchet distance of samples, each group of them left out once.
-
-        It is that of drawing anew; the real images stay the same.
-
-        Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
-        """
-        groups = self._features(samples).split(group)
-        distances = [
-            frechet_distance(self._reference, torch.cat(groups[:left_out] + groups[left_out + 1 :]))
-            for left_out in range(len(groups))
-        ]
-        # (G - 1) / G sum_g (d_g - mean d)^2
-        spread = torch.tensor(distances, dtype=torch.float64).var(correction=0).item()
-        return ((len(groups) - 1) * spread) ** 0.5
+        """What `frechet_distance_error` says of samples (num_samples, C, H, W) against the reference."""
+        return frechet_distance_error(self._reference, self._features(samples), group)
 
     def _features_of(self, indices: Tensor) -> Tensor:
         return self._features(self._images.batch(indices)["image"])

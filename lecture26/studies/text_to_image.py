@@ -8,19 +8,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lecture26.kit.evaluation import attribute_accuracy, read, sample_quality
+from lecture26.kit.evaluation import (
+    attribute_accuracy,
+    extract_features,
+    frechet_distance,
+    frechet_distance_error,
+    read,
+    sample_quality,
+)
+from lecture26.kit.image_set import ImageSet
 from lecture26.kit.processes import process_state
 from lecture26.kit.readers import Reader, canonical
 from lecture26.latent_diffusion import LatentDiffusion
 from lecture26.recipes import Trained, load_model
 from lecture26.recipes.latent import draw_captions, pipeline_of
+from lecture26.studies.ledger import Ledger, ledger_file
 
 BATCH_SIZE = 64  # also of the notebook's small version, which draws the first batch
 STEPS = 50
 NUM_SAMPLES = 512
-WEIGHT = 2.0  # at which all NUM_SAMPLES are drawn, and held-out pairs asked for
-SWEEP_WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
-SWEEP_SAMPLES = 64
+ERROR_GROUPS = 16  # of images, each left out once, for the error of a distance
+WEIGHT = 2.0  # at which held-out pairs are asked for as well
+WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0)
 PARTS = ("shapes", "scenes")
 
 RIGHT = "right"
@@ -33,11 +42,11 @@ OTHER = "other"
 def text_to_image_evaluation(
     model: str,
     readers: Mapping[str, str],
-    weights: Sequence[float] = SWEEP_WEIGHTS,
-    sweep_samples: int = SWEEP_SAMPLES,
+    weights: Sequence[float] = WEIGHTS,
     num_samples: int = NUM_SAMPLES,
     batch_size: int = BATCH_SIZE,
     steps: int = STEPS,
+    state: str | None = None,
 ) -> dict:
     """Is what a caption says drawn? By weight; at one weight also for held-out pairs, with failures counted.
 
@@ -47,37 +56,66 @@ def text_to_image_evaluation(
         model: a checkpoint of text to image.
         readers: a reader's checkpoint for "shapes" and one for "scenes".
         weights: w of the sweep.
-        sweep_samples: images of each part for each weight of the sweep; a multiple of the batch size.
-        num_samples: images of each part and split at WEIGHT.
+        num_samples: images of each part, split and weight; a multiple of the batch size.
         batch_size: images drawn at once.
         steps: of DDIM.
+        state: a name under which finished settings are kept, until `forget_ledger`; None keeps none.
 
     Returns:
         "model", "readers", "w" (WEIGHT), "steps", and "runs": for each setting "part" ("shapes" or "scenes"),
-        "split", "w", "num_samples", "seconds_per_image" (of the fastest batch), what `sample_quality` says,
-        "accuracy_LABEL" and "accuracy_all" for each label; for scenes also "accuracy_asked", of both shapes,
-        both colours and the relation together, and "outcomes", how many images have each of the outcomes of
-        `scene_outcomes`; "first_batch": the accuracies of the first batch alone; and "sweep": what
-        `sample_quality` says of the first `sweep_samples`, so that weights can be compared.
+        "split", "w", "num_samples", "seconds_per_image" (of the fastest batch), what `sample_quality` and
+        `judged` say; "against_others", the Fréchet "distance" to as many other images, whose captions were
+        not asked for, and its "error"; and "first_batch": what `sample_quality` and `judged` say of the first
+        batch alone.
     """
     checkpoint = Trained(model)
     recipe, pipeline = checkpoint.recipe, pipeline_of(checkpoint).to(process_state().device)
     judges = {part: load_model(name).to(process_state().device) for part, name in readers.items()}
     sets = {split: recipe.load_images(split).images.parts for split in ("test", "held_out")}
-    settings = [(part, "test", w, sweep_samples) for w in weights if w != WEIGHT for part in PARTS]
-    settings += [(part, split, WEIGHT, num_samples) for split in sets for part in PARTS]
-    runs = []
-    for part, split, w, count in tqdm(settings, "sampling", unit="run"):
-        images = sets[split][PARTS.index(part)]
-        captions, wanted = images.captions(range(count)), images.attributes(range(count))
+    about = {"model": checkpoint.card["sha256"], "num_samples": num_samples, "steps": steps}
+    ledger = Ledger(None if state is None else ledger_file(state), about)
+
+    def run(part: str, split: str, w: float) -> dict:
+        images, judge = sets[split][PARTS.index(part)], judges[part]
+        captions, wanted = images.captions(range(num_samples)), images.attributes(range(num_samples))
         drawn, seconds = draw_timed(pipeline, captions, w, steps, batch_size)
-        run = {"part": part, "split": split, "w": w, "num_samples": count}
-        run |= {"seconds_per_image": seconds} | sample_quality(judges[part], drawn, images)
-        run |= judged(judges[part], drawn, wanted)
-        run["sweep"] = sample_quality(judges[part], drawn[:sweep_samples], images)
-        first = {name: values[:batch_size] for name, values in wanted.items()}
-        runs.append(run | {"first_batch": judged(judges[part], drawn[:batch_size], first)})
+
+        def quality(count: int) -> dict:
+            asked = {name: values[:count] for name, values in wanted.items()}
+            return sample_quality(judge, drawn[:count], images) | judged(judge, drawn[:count], asked)
+
+        return {
+            "part": part,
+            "split": split,
+            "w": w,
+            "num_samples": num_samples,
+            "seconds_per_image": seconds,
+            **quality(num_samples),
+            "against_others": against_others(judge, drawn, images),
+            "first_batch": quality(batch_size),
+        }
+
+    settings = [(part, "test", w) for w in weights for part in PARTS]
+    settings += [(part, "held_out", WEIGHT) for part in PARTS]
+    runs = [
+        ledger.once(str(setting), lambda setting=setting: run(*setting))
+        for setting in tqdm(settings, "sampling", unit="run")
+    ]
     return {"model": model, "readers": dict(readers), "w": WEIGHT, "steps": steps, "runs": runs}
+
+
+def against_others(reader: Reader, drawn: Tensor, images: ImageSet) -> dict[str, float]:
+    """The Fréchet "distance" of N drawn images to the second N of a set, and its "error".
+
+    They were asked for what the first N show; of the second N they share no caption but by chance.
+    """
+    indices = torch.arange(len(drawn), 2 * len(drawn))
+    real = extract_features(reader, images.batch(indices)["image"])
+    of_drawn = extract_features(reader, drawn)
+    return {
+        "distance": frechet_distance(real, of_drawn),
+        "error": frechet_distance_error(real, of_drawn, len(drawn) // ERROR_GROUPS),
+    }
 
 
 def draw_timed(
