@@ -44,7 +44,7 @@ TRAINING_STEPS = 6_000
 EVERY = 1_000  # steps from one look to the next
 LOOK_SAMPLES, LOOK_STEPS = 256, 25
 FINAL_SAMPLES, FINAL_STEPS = 512, 50
-BY_RISE = {"steps by the rise": {"coordinates": True, "lesson": 3.0, "by_rise": True}}
+BY_RISE = {"both, steps by the rise": {"coordinates": True, "lesson": 3.0, "by_rise": True}}
 WORDS = ("background", "relation", "colour_1", "shape_1")  # whose silence makes the density of the steps
 
 
