@@ -1492,9 +1492,92 @@ assert all(apart("textures", method, "frozen, patches").endswith("tie") for meth
 # *Far*: as with 800 images, what changes the layers is far ahead of prompts, which are level with a head on the class token.
 # And a head on the mean of the *patches* is level with LoRA and with full fine-tuning: the next section asks why.
 #
-# What this does not say. The error is that of the five draws of training images; all share a thousand test images, and the
-# backbone has seen the training photographs, upright. Photographs of classes that it never saw, 40 images a class, weight decay
-# searched for every method as the paper does, heads solved behind prompts: all these were not measured.
+# The error is that of the five draws of training images; all share a thousand test images, and the backbone has seen the
+# training photographs, upright.
+#
+# ### Forty of each class, and every knob searched
+#
+# Three objections: ten images are very few, nobody searched for the weight decay, and heads were solved for the frozen
+# backbone alone. So once more, on the near task, again *with the design written before the run*:
+#
+# - forty images of each class, three seeds, 800 steps of 16, which is 32 epochs; biases are among the methods;
+# - each method has the learning rate that the validation images prefer, and at it one of three weight decays, $10^{-4}$, 0.1
+#   and 1;
+# - behind each trained network its head is solved anew, as behind the frozen one, so that none is ahead by its head alone.
+
+# %%
+forty = load_results("adaptation_forty_photos")
+print(forty["command"])
+frozen = {f"frozen, {reading}": shares for reading, shares in forty["solved"].items()}
+as_trained = {run["method"]: run["accuracy"] for run in forty["runs"]}
+solved_anew = {run["method"]: run["solved"] for run in forty["runs"]}
+show_table(
+    [[name, "-", "-", "-", told(shares, 1000)] for name, shares in frozen.items()]
+    + [
+        [
+            run["method"],
+            f"{run['learning_rate']:g}",
+            f"{run['weight_decay']:g}",
+            told(run["accuracy"], 1000),
+            told(run["solved"], 1000),
+        ]
+        for run in forty["runs"]
+    ],
+    ["test accuracy, %", "learning rate", "weight decay", "as trained", "head solved anew"],
+)
+
+# %% slide=["# Forty of each class, and every knob searched", "[picture]", "Three seeds each. Crosses: as trained. Dots: with the head solved anew."] tags=["draw"]
+figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+names = [*frozen, *solved_anew]
+for row, name in enumerate(names):
+    dots = frozen.get(name) or solved_anew[name]
+    axis.plot(dots, [row + 0.12] * len(dots), "o", color=colours[0])
+    axis.vlines(mean(dots), row - 0.05, row + 0.3, color=colours[0], linewidth=3)
+    if name in as_trained:
+        axis.plot(as_trained[name], [row - 0.12] * 3, "x", color=colours[1])
+        axis.vlines(mean(as_trained[name]), row - 0.3, row + 0.05, color=colours[1], linewidth=3)
+axis.set_yticks(range(len(names)), names)
+axis.set(xlabel="test accuracy", title="photographs, upside down")
+axis.invert_yaxis()
+show(
+    figure,
+    "Test accuracy with forty images of each class: solved heads on the frozen backbone, and four methods as "
+    "trained and with solved heads.",
+)
+
+# %%
+by_method["forty, as trained"] = frozen | as_trained
+by_method["forty, heads solved"] = frozen | solved_anew
+pairs = [(method, "vpt-deep") for method in ("full", "lora", "bias")]
+pairs += [(method, "frozen, class token") for method in ("full", "lora", "bias", "vpt-deep")]
+ways = ("forty, as trained", "forty, heads solved")
+show_table(
+    [[f"{one} over {other}", *(apart(way, one, other) for way in ways)] for one, other in pairs],
+    ["points", "as trained", "heads solved"],
+)
+for way in ways:
+    assert apart(way, "full", "vpt-deep").endswith("ahead")
+    assert all(apart(way, method, "frozen, class token").endswith("tie") for method in ("full", "lora"))
+    assert all(
+        apart(way, method, "frozen, class token").endswith("behind") for method in ("bias", "vpt-deep")
+    )
+for one in ("lora", "bias"):
+    assert apart("forty, as trained", one, "vpt-deep").endswith("ahead")
+    assert apart("forty, heads solved", one, "vpt-deep").endswith("tie")
+
+# %% [markdown]
+# With four times as many images full fine-tuning is ahead of deep prompts again: by four points as trained, by two to three
+# with all heads solved. LoRA and the biases are ahead of them as trained, and level when all heads are solved. The search for
+# a weight decay gained a point on the validation images at most.
+#
+# And no method is ahead of a solved head on the *frozen* class token. Full fine-tuning and LoRA are level with it, prompts and
+# biases behind, even with heads solved. One reason may be the images: a network was fitted to them before its head is solved
+# on the same ones, and they look easier to that head than new ones are. On a task this near to what the backbone knows there
+# is little to gain by changing it. The lead of deep prompts that the paper reports does not show here: not with ten images of
+# each class, not with forty.
+#
+# What this does not say. Three seeds make errors that are uncertain themselves. Photographs of classes that the backbone never
+# saw, larger backbones, more epochs, and other lengths or places of the prompts with few images: all these were not measured.
 
 # %% [markdown] tags=["core"]
 # ## What a head reads
