@@ -1040,7 +1040,7 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
         for task in options.get("tasks", adaptation.SMALL_TASKS):
             assert task in TASKS or task in ("digits", "./mnist")
     for name in ("few_photos", "few_textures", "forty_photos"):
-        backbone, open_splits = measurements.MEASUREMENTS[f"adaptation_{name}"].args[:2]
+        backbone, open_splits = measurements.MEASUREMENTS[f"adaptation_{name}"].args
         assert recipes.find_recipe(backbone).family == "backbone" and callable(open_splits)
     backbone, tasks = measurements.MEASUREMENTS["adaptation_solved"].args
     assert recipes.find_recipe(backbone).family == "backbone"

@@ -735,12 +735,10 @@ def test_steps_by_the_rise_change_nothing_but_the_steps(text_folder):
         share = by_rise._shares_below[step].item()
         assert abs((t <= step).double().mean() - share) < 4 * math.sqrt(share * (1 - share) / len(t))
     scenes, pipeline = load("scenes", "test"), latent.load_pipeline("tiny_text")
-    pair = placing.one_word_apart(pipeline.encode, scenes, "colour_1")
-    assert all(
-        torch.allclose(a, b, atol=1e-4)
-        for a, b in zip(by_rise._one_word_apart("colour_1"), pair, strict=True)
-    )
-    assert (pair[0] != pair[1]).flatten(1).any(dim=1).all()
+    pairs = [placing.one_word_apart(pipeline.encode, scenes, word) for word in placing.WORDS]
+    below = placing.even_and_rising(alike.diffusion.alpha_bar, pairs)
+    assert torch.allclose(by_rise._shares_below, below, atol=1e-4)
+    assert all((one != other).flatten(1).any(dim=1).all() for one, other in pairs)
 
 
 def test_models_with_and_without_an_aid_learn_the_same_otherwise(text_folder, monkeypatch):

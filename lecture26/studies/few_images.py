@@ -43,12 +43,15 @@ from lecture26.studies.probes import INVERSE_PENALTIES, READINGS, see, solved_he
 METHODS_FROM_FEW = ("vpt-shallow", "vpt-deep", "lora", "full")
 PER_CLASS = 10
 SEEDS = (0, 1, 2, 3, 4)
-METHODS_FROM_FORTY = ("vpt-deep", "bias", "lora", "full")
-FORTY = 40
-FORTY_BUDGET = Budget(steps=800, batch_size=16, precision="fp32")
-FORTY_SEEDS = (0, 1, 2)
-WEIGHT_DECAYS = (WEIGHT_DECAY, 0.1, 1.0)
 NO_PENALTY = (1e3,)  # scikit-learn's C: the loss keeps a minimum, which it would not have with none at all
+
+FORTY_OF_EACH = {  # the second design, as `adaptation_from_few` takes it
+    "methods": ("vpt-deep", "bias", "lora", "full"),
+    "per_class": 40,
+    "budget": Budget(steps=800, batch_size=16, precision="fp32"),
+    "seeds": (0, 1, 2),
+    "weight_decays": (WEIGHT_DECAY, 0.1, 1.0),
+}
 
 
 def photographs_upside_down(image_size: int) -> dict[str, ImageSet]:

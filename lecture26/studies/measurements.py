@@ -11,11 +11,7 @@ from lecture26.recipes.adaptation import INSIDE, SHORT_BUDGET
 from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.few_images import (
-    FORTY,
-    FORTY_BUDGET,
-    FORTY_SEEDS,
-    METHODS_FROM_FORTY,
-    WEIGHT_DECAYS,
+    FORTY_OF_EACH,
     adaptation_from_few,
     photographs_upside_down,
     textures,
@@ -167,11 +163,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         adaptation_from_few,
         "vit_photos32",
         photographs_upside_down,
-        METHODS_FROM_FORTY,
-        per_class=FORTY,
-        budget=FORTY_BUDGET,
-        seeds=FORTY_SEEDS,
-        weight_decays=WEIGHT_DECAYS,
+        **FORTY_OF_EACH,
         state="adaptation_forty_photos",
     ),
     "prompt_storage": prompt_storage,

@@ -80,11 +80,13 @@ class PlacingRecipe(LatentDiffusionRecipe):
     @cached_property
     def _shares_below(self) -> Tensor:
         """The share of the density of t at and below each step, rising to 1: (T,)."""
-        return even_and_rising(self.diffusion.alpha_bar, [self._one_word_apart(word) for word in WORDS])
-
-    def _one_word_apart(self, label: str) -> tuple[Tensor, Tensor]:
         vae, scenes = load_model(self.vae), self.load_images("test").images.parts[1]
-        return one_word_apart(lambda images: self.latent_scale * vae.encode(images)[0], scenes, label)
+
+        def encode(images: Tensor) -> Tensor:
+            return self.latent_scale * vae.encode(images)[0]
+
+        pairs = [one_word_apart(encode, scenes, word) for word in WORDS]
+        return even_and_rising(self.diffusion.alpha_bar, pairs)
 
 
 def one_word_apart(
@@ -131,7 +133,7 @@ def placing(
     """Train a model with each of some aids, and count how many scenes it places as asked, on the way.
 
     Args:
-        recipe: of text to image; its number of steps, rate, start and aids are replaced.
+        recipe: of text to image; its number of images, of steps, rate and aids are replaced.
         reader: a reader's checkpoint for scenes.
         arms: `PlacingRecipe`'s coordinates, lesson and by_rise, by name.
         training_steps: of each arm.
