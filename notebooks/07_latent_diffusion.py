@@ -1589,6 +1589,32 @@ show(
 #
 # So Beta(3, 2) would serve colours and shapes well, and *starve* the steps that decide places and background: they would
 # get about half of what they get with all steps alike. The models of this chapter were trained with all steps alike.
+#
+# Would a density help that follows the rise of the curves? One more model like the one with both aids in *Which one goes
+# where*: half of its training steps are drawn alike, half as often as the four curves rise, each with the same weight
+# (`python -m lecture26 measure placing_by_rise`). Images, noise and first weights are the same.
+
+# %% slide=["# Steps where words fall silent, drawn more often", "[picture]", "Two models of text to image from nothing, alike in all but the steps of their training."] tags=["draw"]
+(by_rise,) = load_results("placing_by_rise")["arms"]
+(alike,) = (arm for arm in placing["arms"] if arm["name"] == "both")
+panels = {
+    "relation": "the axis is right",
+    "colour_1": "the first colour is right",
+    "shape_1": "the first shape is right",
+}
+figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, layout="constrained")
+for axis, (label, title) in zip(axes, panels.items()):
+    for arm, marker, name in ((alike, "o", "all steps alike"), (by_rise, "s", "half by the rise")):
+        shares = [look[f"accuracy_{label}"] for look in arm["looks"]]
+        steps = [look["step"] for look in arm["looks"]]
+        bars = [2 * share_error(share, look["num_samples"]) for share, look in zip(shares, arm["looks"])]
+        axis.errorbar(steps, shares, bars, marker=marker, capsize=3, label=name)
+    axis.set(xlabel="training step", title=title, ylim=(0, 1.05), xlim=(0, None))
+axes[0].legend(loc="lower right")
+show(
+    figure,
+    "Shares of scenes with the right axis, first colour and first shape over the training, for two models.",
+)
 
 # %% [markdown] tags=["core"]
 # ### The long-trained model
