@@ -709,15 +709,9 @@ class TextDenoiser(nn.Module):
 
 
 def share_of_wrong_guesses(z_a, z_b, alpha_bar):
-    """How often the best guess is wrong which of two latents is seen, of which a noisy version is shown.
+    """How often the best guess is wrong which of two latents a noisy version shows: (T, B).
 
-    Args:
-        z_a, z_b: scaled latents, (B, c, h, w) each; each is shown half of the time.
-        alpha_bar: of T steps, (T,).
-
-    Returns:
-        Shares (T, B), from 0 to one half.
-
+    z_a, z_b: scaled latents (B, c, h, w), each shown half of the time; alpha_bar: of T steps, (T,).
     Source: this course, equation 7.11.
     """
     distance = (z_a - z_b).flatten(1).norm(dim=1)  # (B,)
