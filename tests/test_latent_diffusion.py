@@ -1545,11 +1545,11 @@ def test_shipped_model_is_small_and_its_card_says_what_the_chapter_promises(ship
     assert card["settings"]["latent_scale"] == load_card("vae_shapes64")["metrics"]["latent_scale"]
     metrics = card["metrics"]
     assert metrics["test_loss"] < metrics["test_loss_unconditional"]
-    # the targets are .98 of each label, .90 of held-out pairs and .80 of scenes; the card counts 128 images
+    # the targets are .98 of each label, .90 of held-out pairs and .85 of scenes; the card counts 128 images
     attributes = "shape", "colour", "size", "background"
     assert min(metrics[f"accuracy_shapes_{name}"] for name in attributes) >= 0.98
-    assert metrics["accuracy_shapes_held_out"] >= 0.9
-    assert metrics["accuracy_scenes_all"] >= 0.8
+    assert min(metrics[f"accuracy_{part}_held_out"] for part in ("shapes", "scenes")) >= 0.9
+    assert metrics["accuracy_scenes_all"] >= 0.85
 
 
 @pytest.mark.slow

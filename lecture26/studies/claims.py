@@ -283,7 +283,7 @@ GUIDANCE = (
         "Ho and Salimans 2022, table 1, ImageNet at 64 pixels: IS 53.71 at w = 0, 170.1 at w = 1, 260.2 at "
         "w = 4",
         Verdict.HOLDS,
-        "Up to a point: from there on more weight moves other things, and no more is granted.",
+        "Up to a point: beyond it more weight moves other things, and less is granted.",
         Measurement(
             ("text_to_image_evaluation",),
             _weight_of_words,
@@ -291,7 +291,7 @@ GUIDANCE = (
             "{most:.0%} at w = {most_w:g}; {samples} captions",
             lambda n: (
                 is_above(n["some"], n["without"], n["samples"])
-                and not is_above(n["most"], n["some"], n["samples"])
+                and is_above(n["some"], n["most"], n["samples"])
             ),
         ),
     ),
