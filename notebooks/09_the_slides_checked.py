@@ -300,7 +300,7 @@ exchanged = {
 }
 drawn = {name: draw(changed, prompts, seeded()) for name, changed in exchanged.items()}
 
-# %% slide=["# Three parts are free; the text encoder is not", "[picture]", "With an untrained text encoder there are pictures still, of anything: the denoiser has learned to listen to one voice."] tags=["draw"]
+# %% slide=["# Three parts are free; the text encoder is not", "[picture]", "With an untrained text encoder there are blurs of anything: the denoiser has learned to listen to one voice."] tags=["draw"]
 figure = show_grid(torch.cat(list(drawn.values())), columns=4, row_titles=list(drawn), inches_per_image=1.35)
 figure.set_size_inches(6.5, 6.8)  # room for the names
 show(
@@ -311,8 +311,8 @@ show(
 
 # %% [markdown]
 # *Each row differs from the first by one line; none is left out.* More guidance, another sampler or a coarser first stage, and
-# the same things are shown (one row has a heart too many). The text encoder is another matter: the denoiser has learned to
-# listen to one voice, so the two are exchanged together, or not at all.
+# the same things are shown (the small cross is not always a clear one). The text encoder is another matter: the denoiser has
+# learned to listen to one voice, so the two are exchanged together, or not at all.
 #
 # ### All of it exchanged
 #
