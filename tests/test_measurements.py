@@ -32,7 +32,13 @@ from lecture26.ddpm import (
 )
 from lecture26.kit.checkpoints import CheckpointError, save_checkpoint
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import attribute_accuracy, extract_features, frechet_distance, sample_quality
+from lecture26.kit.evaluation import (
+    attribute_accuracy,
+    extract_features,
+    frechet_distance,
+    frechet_distance_error,
+    sample_quality,
+)
 from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
@@ -395,13 +401,11 @@ def test_real_images_of_other_sizes_are_farther_away(shipped_judge):
 def test_the_error_of_a_distance_is_what_drawing_anew_changes(shipped_judge):
     """The jackknife against the spread of distances of samples that do not overlap."""
     images, judge = load("shapes", "test"), shipped_judge
-    sizes = Sizes(judge, images, num_samples=256, num_within=64)
-    pictures = images.batch(torch.arange(256, 1024))["image"].split(128)
-    errors = [sizes.distance_error(batch, 16) for batch in pictures]
     reference = extract_features(judge, images.batch(torch.arange(256))["image"])
-    distances = torch.tensor(
-        [frechet_distance(reference, extract_features(judge, batch)) for batch in pictures]
-    )
+    pictures = images.batch(torch.arange(256, 1024))["image"].split(128)
+    drawn = [extract_features(judge, batch) for batch in pictures]
+    errors = [frechet_distance_error(reference, features, 16) for features in drawn]
+    distances = torch.tensor([frechet_distance(reference, features) for features in drawn])
     spread = distances.std().item()
     assert 0.3 * spread < sum(errors) / len(errors) < 4 * spread
 

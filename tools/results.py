@@ -143,6 +143,12 @@ def share_of(value: float, count: int) -> str:
     return with_error(100 * value, 100 * share_error(value, count), digits=1)
 
 
+def over_seeds(shares: Sequence[float]) -> str:
+    """The mean of a share in per cent over several seeds, with two of its standard errors."""
+    run = {"accuracy": shares}
+    return with_error(100 * mean_accuracy(run), 100 * seeds_error(run), digits=1)
+
+
 # --- Tables ---
 
 
@@ -313,11 +319,8 @@ def from_few() -> tuple[Rows, list[str]]:
     def told(of_task: Mapping) -> dict[str, str]:
         accuracies = {f"solved head on the {name}": shares for name, shares in of_task["solved"].items()}
         accuracies["the first without penalty"] = of_task["solved_without_penalty"]
-        runs = [{"method": name, "accuracy": shares} for name, shares in accuracies.items()]
-        return {
-            run["method"]: with_error(100 * mean_accuracy(run), 100 * seeds_error(run), digits=1)
-            for run in [*runs, *of_task["runs"]]
-        }
+        accuracies |= {run["method"]: run["accuracy"] for run in of_task["runs"]}
+        return {name: over_seeds(shares) for name, shares in accuracies.items()}
 
     photographs, textures = (told(load_results(name)) for name in FROM_FEW)
     rows = [[method, photographs[method], textures[method]] for method in photographs]
@@ -325,20 +328,16 @@ def from_few() -> tuple[Rows, list[str]]:
 
 
 def from_forty() -> tuple[Rows, list[str]]:
-    def told(shares: Sequence[float]) -> str:
-        run = {"accuracy": shares}
-        return with_error(100 * mean_accuracy(run), 100 * seeds_error(run), digits=1)
-
     stored = load_results(FROM_FORTY)
     rows = [
-        [f"frozen backbone, {reading}", "-", told(shares), "-", "-"]
+        [f"frozen backbone, {reading}", "-", over_seeds(shares), "-", "-"]
         for reading, shares in stored["solved"].items()
     ]
     rows += [
         [
             run["method"],
-            told(run["accuracy"]),
-            told(run["solved"]),
+            over_seeds(run["accuracy"]),
+            over_seeds(run["solved"]),
             f"{run['learning_rate']:g}",
             f"{run['weight_decay']:g}",
         ]

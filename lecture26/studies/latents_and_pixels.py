@@ -41,7 +41,7 @@ from tqdm import tqdm
 from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.data import load
-from lecture26.kit.evaluation import read, sample_quality
+from lecture26.kit.evaluation import extract_features, frechet_distance_error, read, sample_quality
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.precision import autocast
 from lecture26.kit.processes import process_state
@@ -55,7 +55,6 @@ from lecture26.recipes.latent import EncodedImages
 from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, seeded, train_network
 from lecture26.recipes.vae import round_trips
 from lecture26.studies.ledger import Ledger, ledger_file, train_and_look
-from lecture26.studies.sizes import NUM_WITHIN, Sizes
 from lecture26.unet import UNet
 
 
@@ -162,14 +161,15 @@ def pixel_against_latent(
     }
     ledger = Ledger(None if state is None else ledger_file(state), settings | {"looks": looks})
     costs = ledger.once("costs", lambda: measure_costs(recipes, images, sampling_steps))
-    sizes = Sizes(judge, unseen, num_samples, NUM_WITHIN)
+    reference = extract_features(judge, unseen.batch(range(num_samples))["image"])
 
     def run(name: str) -> dict:
         recipe, seconds = recipes[name], costs["models"][name]["seconds_per_step"]
         steps = [int(60 * minutes / seconds) for minutes in looks]
 
         def said_of(drawn: Tensor) -> dict:
-            error = sizes.distance_error(drawn, num_samples // ERROR_GROUPS)
+            features, group = extract_features(judge, drawn), num_samples // ERROR_GROUPS
+            error = frechet_distance_error(reference, features, group)
             return sample_quality(judge, drawn, unseen) | {"frechet_distance_error": error}
 
         def look_at(step: int, network: nn.Module) -> dict:

@@ -47,7 +47,7 @@ class Sizes:
             "share_large", as the reader sees it; "within_large", the "frechet_distance" and "recall" of the
             first `num_within` large ones against as many real large ones, None where there are too few;
             "contrast_large", the mean standard deviation of a large one, None where there is none;
-            "frechet_distance_error", what `distance_error` says for groups of that size.
+            "frechet_distance_error", what `frechet_distance_error` says for groups of that size.
         """
         shows_large = read(self._reader, samples).predicted["size"] == self._large
         large = samples[shows_large][: self._num_within]
@@ -56,7 +56,7 @@ class Sizes:
             "share_large": shows_large.double().mean().item(),
             "within_large": _compare(self._reference_large, self._features(large)) if enough else None,
             "contrast_large": _contrast(samples[shows_large]) if len(large) else None,
-            "frechet_distance_error": self.distance_error(samples, group),
+            "frechet_distance_error": frechet_distance_error(self._reference, self._features(samples), group),
         }
 
     def of_real(self, shares: Sequence[float] = SHARES) -> dict:
@@ -78,10 +78,6 @@ class Sizes:
             "within_large_real": _compare(self._reference_large, others),
             "contrast_large_real": _contrast(self._images.batch(self._first_large)["image"]),
         }
-
-    def distance_error(self, samples: Tensor, group: int) -> float:
-        """What `frechet_distance_error` says of samples (num_samples, C, H, W) against the reference."""
-        return frechet_distance_error(self._reference, self._features(samples), group)
 
     def _features_of(self, indices: Tensor) -> Tensor:
         return self._features(self._images.batch(indices)["image"])
