@@ -38,7 +38,7 @@ from lecture26.kit.precision import Choice
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.kit.shapes import Shapes
-from lecture26.recipes.adaptation import COMPARED, METHODS, Budget, load_backbone
+from lecture26.recipes.adaptation import COMPARED, METHODS, Budget, build, load_backbone
 from lecture26.recipes.backbone import accuracy
 from lecture26.studies import adaptation, few_images, measurements, probes
 from lecture26.studies.adaptation import Comparison
@@ -521,7 +521,7 @@ def tiny_backbone():
 def test_every_method_trains_what_it_says():
     vit, L, d, K, n = tiny_backbone(), 2, 8, 5, 3
     numbers = {
-        method: sum(p.numel() for p in adaptation.build(method, vit, K, n, 0).parameters() if p.requires_grad)
+        method: sum(p.numel() for p in build(method, vit, K, n, 0).parameters() if p.requires_grad)
         for method in METHODS
     }
     everything = sum(p.numel() for p in vit.parameters()) - (d + 1) * 3
@@ -542,7 +542,7 @@ def test_every_method_trains_what_it_says():
 def test_a_model_begins_by_its_seed(method):
     vit, x = tiny_backbone(), normal(2, 3, 32, 32, dtype=torch.float32)
     before = torch.get_rng_state()
-    models = [adaptation.build(method, vit, 5, 3, seed).eval() for seed in (0, 0, 1)]
+    models = [build(method, vit, 5, 3, seed).eval() for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
     agree(models[0](x), models[1](x), 0.0)
     assert not torch.isclose(models[0](x), models[2](x)).any()
@@ -690,7 +690,7 @@ def test_a_solved_head_reads_what_was_trained_and_leaves_it_as_it_is():
         splits = {split: downstream("textures", split) for split in SPLITS}
         vit = recipes.load_model("tiny_vit")
         for method in ("linear", "vpt-deep", "lora"):
-            model = adaptation.build(method, vit, 8, 2, seed=0).eval()
+            model = build(method, vit, 8, 2, seed=0).eval()
             head = model.head
             solved = few_images.solved_behind(model, splits)
             assert model.head is head
@@ -705,7 +705,7 @@ def test_prompts_cost_operations_and_other_methods_none(fused):
     for block in vit.blocks:
         block.attn.fused_attn = fused
     counts = {
-        method: adaptation.operations(adaptation.build(method, vit, 3, 4, 0), x)
+        method: adaptation.operations(build(method, vit, 3, 4, 0), x)
         for method in ("linear", "bias", "full", "vpt-shallow", "vpt-deep")
     }
     assert counts["linear"] == counts["bias"] == counts["full"]
@@ -1015,18 +1015,44 @@ def test_from_few_images_each_seed_learns_its_own(monkeypatch):
             budget=BUDGET,
             search=dataclasses.replace(BUDGET, steps=1),
             seeds=(0, 1),
+            prompt_counts=(1, 3),
             state="tiny_few",
         )
     assert [len(images) for images in learned.values()] == [16, 16, 16]
     assert torch.equal(learned[0, 1], learned[0, 2])  # the rate is chosen on the first seed's images
     assert not torch.equal(learned[0, 2], learned[1, 2])
-    assert [run["method"] for run in study["runs"]] == ["vpt-deep", "full"]
+    compared = [(run["method"], run["num_prompts"]) for run in study["runs"]]
+    assert compared == [("vpt-deep", 1), ("vpt-deep", 3), ("full", 0)]
     assert all(len(run["accuracy"]) == len(run["solved"]) == 2 for run in study["runs"])
     assert study["solved"].keys() == probes.READINGS.keys()
     assert all(len(shares) == 2 for shares in study["solved"].values())
     assert len(study["solved_without_penalty"]) == 2
     json.dumps(study)
     forget_ledger("tiny_few")
+
+
+@pytest.mark.parametrize(("half", "first", "end"), [("vpt-first-half", 0, 2), ("vpt-last-half", 2, 4)])
+def test_prompts_in_half_of_the_blocks_are_deep_prompts_where_they_stand(half, first, end):
+    """As if each half of the blocks were a network of its own, of which one has deep prompts."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, num_classes=3, **(TINY | {"depth": 4}))
+    vit, x = perturbed(vit, torch.float64).eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = few_images.HALVES[half].drawn(vit, num_classes=3, num_prompts=2, seed=0).eval()
+    deep = build("vpt-deep", vit, 3, 2, seed=0).eval()
+    assert torch.equal(model.prompts, deep.prompts[first:end]) and torch.equal(
+        model.head.weight, deep.head.weight
+    )
+    tokens = vit._pos_embed(vit.patch_embed(x))
+    for number, block in enumerate(vit.blocks):
+        if first <= number < end:
+            without = tokens if number == first else torch.cat([tokens[:, :1], tokens[:, 3:]], dim=1)
+            prompts = model.prompts[number - first].expand(2, -1, -1)
+            tokens = torch.cat([without[:, :1], prompts, without[:, 1:]], dim=1)
+        tokens = block(tokens)
+    agree(model(x), deep.head(vit.norm(tokens)[:, 0]), 1e-12)
+    model(x).sum().backward()
+    assert (model.prompts.grad.abs().amax(dim=(1, 2)) > 0).all()
+    assert all(parameter.grad is None for parameter in vit.parameters())
 
 
 def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
@@ -1039,9 +1065,13 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
         assert set(options.get("methods", METHODS)) <= set(METHODS)
         for task in options.get("tasks", adaptation.SMALL_TASKS):
             assert task in TASKS or task in ("digits", "./mnist")
-    for name in ("few_photos", "few_textures", "forty_photos"):
-        backbone, open_splits = measurements.MEASUREMENTS[f"adaptation_{name}"].args
+    from_few = ("photos", "textures", "other_kinds", "longer", "how_many", "where")
+    for name in ("few_photos", "few_textures", *(f"forty_{study}" for study in from_few)):
+        measurement = measurements.MEASUREMENTS[f"adaptation_{name}"]
+        backbone, open_splits = measurement.args
         assert recipes.find_recipe(backbone).family == "backbone" and callable(open_splits)
+        methods = measurement.keywords.get("methods", few_images.METHODS_FROM_FEW)
+        assert set(methods) <= METHODS.keys() | few_images.HALVES.keys()
     backbone, tasks = measurements.MEASUREMENTS["adaptation_solved"].args
     assert recipes.find_recipe(backbone).family == "backbone"
     for task in tasks:  # solved heads go by the comparisons of the same tasks

@@ -51,6 +51,10 @@ class Method:
     learning_rates: tuple[float, float]
     has_prompts: bool = False
 
+    def drawn(self, vit: nn.Module, num_classes: int, num_prompts: int, seed: int) -> nn.Module:
+        """The untrained model, prompts and head drawn from a seed."""
+        return seeded(seed, lambda: self.build(vit, num_classes, num_prompts))
+
 
 METHODS = {
     "linear": Method(lambda vit, num_classes, num_prompts: linear_probe(vit, num_classes), (0.05, 0.15)),
@@ -138,7 +142,7 @@ def class_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def build(method: str, vit: nn.Module, num_classes: int, num_prompts: int, seed: int) -> nn.Module:
     """The untrained model of one of METHODS, prompts and head drawn from a seed; ValueError for others."""
     check_choice("method", method, tuple(METHODS))
-    return seeded(seed, lambda: METHODS[method].build(vit, num_classes, num_prompts))
+    return METHODS[method].drawn(vit, num_classes, num_prompts, seed)
 
 
 def save_trained(file: Path, model: nn.Module, backbone: str, about: dict) -> None:

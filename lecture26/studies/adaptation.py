@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from lecture26.recipes.adaptation import (
     SMALL_BUDGET,
     WEIGHT_DECAY,
     Budget,
-    build,
+    Method,
     class_loss,
     fit,
     open_task,
@@ -89,6 +89,7 @@ class Comparison:
         weight_decays: to choose from, rising; the learning rate is chosen before, at the first of them.
         solve: solve(trained model, splits with what it was trained on), on the CPU -> the test accuracy of a
             head that is solved anew; None leaves that out.
+        methods: those that can be compared, by name.
     """
 
     vit: nn.Module
@@ -106,6 +107,7 @@ class Comparison:
     per_class: int | None = None
     weight_decays: Sequence[float] = (WEIGHT_DECAY,)
     solve: Callable[[nn.Module, dict[str, ImageSet]], float] | None = None
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
     @property
     def classes(self) -> list[str]:
@@ -119,7 +121,7 @@ class Comparison:
         beyond it is tried, until the best lies between others or there are MOST_RATES.
 
         Args:
-            method: one of METHODS.
+            method: one of `methods`.
             num_prompts: n, for the methods that have prompts.
             learning_rates: to choose from, these and no others; None begins with the method's own.
 
@@ -138,8 +140,8 @@ class Comparison:
             ValueError: on an unknown method.
             RuntimeError: if the backbone itself has changed.
         """
-        check_choice("method", method, tuple(METHODS))
-        if not METHODS[method].has_prompts:
+        check_choice("method", method, tuple(self.methods))
+        if not self.methods[method].has_prompts:
             num_prompts = 0
         by_rate = self._by_rate(method, num_prompts, learning_rates)
         rate = best_rate(by_rate)
@@ -176,7 +178,7 @@ class Comparison:
         def share(rate: float) -> float:
             return self._validation(Setting(method, num_prompts, rate, self.weight_decays[0]))
 
-        rates = METHODS[method].learning_rates if learning_rates is None else learning_rates
+        rates = self.methods[method].learning_rates if learning_rates is None else learning_rates
         shares = {rate: share(rate) for rate in rates}
         while learning_rates is None and len(shares) < MOST_RATES:
             best = best_rate(shares)
@@ -245,7 +247,7 @@ class Comparison:
     def _trained(self, setting: Setting, seed: int, budget: Budget, **state) -> tuple[nn.Module, History]:
         """A model after its training, in evaluation mode, and the history of this."""
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
-        model = build(setting.method, self.vit, len(self.classes), setting.num_prompts, seed)
+        model = self.methods[setting.method].drawn(self.vit, len(self.classes), setting.num_prompts, seed)
         budget = replace(budget, precision=self._precision(budget, model))
         history = fit(
             model,

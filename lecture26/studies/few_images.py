@@ -17,10 +17,24 @@ LoRA, full fine-tuning. The learning rate is chosen as before; then, at that rat
 training each network's head is solved anew as well, with a penalty that the validation images choose, as the
 heads on the frozen backbone are: so no method is ahead by its head alone. Compared as before. The paper's
 claim would be seen as deep prompts ahead of full fine-tuning.
+
+Three more, written before their first runs, when of forty textures of each class only deep prompts and biases
+had been seen. All are as the one before, but for what is said.
+Kinds never seen: a backbone that was trained from nothing on every other one of the ten kinds of photographs,
+in the order of their names (`vit_photos32_five`), adapted to the five others, upright. The paper's claim
+would be seen as before; were it seen here and not on photographs upside down, what matters would be that the
+task's kinds are new.
+Longer: photographs upside down, deep prompts and full fine-tuning, 2,000 steps, which is 80 epochs. If the
+lead of full fine-tuning were one of speed, it would shrink.
+Where and how many: textures; deep prompts of 1 and of 32 in place of 8, and 8 in the first or the last half
+of the blocks alone. Each is compared with 8 in all blocks. Jia et al. 2022 find that the first blocks matter
+more.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -28,6 +42,7 @@ from lecture26.kit.downstream import UpsideDown
 from lecture26.kit.image_set import ImageSet
 from lecture26.recipes import Trained
 from lecture26.recipes.adaptation import (
+    METHODS,
     NUM_PROMPTS,
     SHORT_BUDGET,
     SMALL_BUDGET,
@@ -39,6 +54,7 @@ from lecture26.recipes.recipe import state_file
 from lecture26.studies.adaptation import Comparison
 from lecture26.studies.ledger import Ledger, ledger_file
 from lecture26.studies.probes import INVERSE_PENALTIES, READINGS, see, solved_head
+from lecture26.visual_prompt_tuning import VPT, prompted_blocks
 
 METHODS_FROM_FEW = ("vpt-shallow", "vpt-deep", "lora", "full")
 PER_CLASS = 10
@@ -52,11 +68,55 @@ FORTY_OF_EACH = {  # the second design, as `adaptation_from_few` takes it
     "seeds": (0, 1, 2),
     "weight_decays": (WEIGHT_DECAY, 0.1, 1.0),
 }
+LONGER = FORTY_OF_EACH | {
+    "methods": ("vpt-deep", "full"),
+    "budget": replace(FORTY_OF_EACH["budget"], steps=2_000),
+}
+HOW_MANY = FORTY_OF_EACH | {"methods": ("vpt-deep",), "prompt_counts": (1, 32)}
+WHERE = FORTY_OF_EACH | {"methods": ("vpt-first-half", "vpt-last-half")}
+
+
+class VPTInSomeBlocks(VPT):
+    """VPT-deep with prompts for some of the blocks.
+
+    Ahead of the first of these no prompts stand among the tokens; behind the last its own go on as tokens, as
+    those of VPT-shallow do.
+
+    Args:
+        vit, num_classes, num_prompts: as `VPT` takes them.
+        first, last: the shares of the blocks where the prompted ones begin and end, 0 <= first < last <= 1.
+
+    Source: Jia et al. 2022, section 4.3, prompt depth.
+    """
+
+    def __init__(self, vit: nn.Module, num_classes: int, num_prompts: int, first: float, last: float):
+        super().__init__(vit, num_classes, num_prompts, deep=True)
+        self.first, end = (round(share * len(vit.blocks)) for share in (first, last))
+        self.prompts = nn.Parameter(self.prompts[self.first : end].detach().clone())
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        vit = self.vit
+        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))  # (B, 1 + N, d)
+        tokens = vit.blocks[: self.first](tokens)
+        return vit.norm(
+            prompted_blocks(vit.blocks[self.first :], tokens, self.prompts, vit.num_prefix_tokens)
+        )
+
+
+HALVES = {  # of the blocks, beside METHODS
+    "vpt-first-half": replace(METHODS["vpt-deep"], build=partial(VPTInSomeBlocks, first=0, last=0.5)),
+    "vpt-last-half": replace(METHODS["vpt-deep"], build=partial(VPTInSomeBlocks, first=0.5, last=1)),
+}
 
 
 def photographs_upside_down(image_size: int) -> dict[str, ImageSet]:
     """The three splits of the folder ./photos, upside down."""
     return {split: UpsideDown(images) for split, images in open_task("./photos", image_size).items()}
+
+
+def photographs_of_other_kinds(image_size: int) -> dict[str, ImageSet]:
+    """The three splits of the folder ./photos_other, whose kinds `vit_photos32_five` has never seen."""
+    return open_task("./photos_other", image_size)
 
 
 def textures(image_size: int) -> dict[str, ImageSet]:
@@ -73,6 +133,7 @@ def adaptation_from_few(
     search: Budget = SHORT_BUDGET,
     seeds: Sequence[int] = SEEDS,
     weight_decays: Sequence[float] = (WEIGHT_DECAY,),
+    prompt_counts: Sequence[int] = (NUM_PROMPTS,),
     state: str | None = None,
 ) -> dict:
     """Compare methods on few images of each class, and heads solved on the same images.
@@ -80,16 +141,17 @@ def adaptation_from_few(
     Args:
         backbone: a checkpoint of the family "backbone", with a class token and a square of patches.
         open_splits: open_splits(image_size) -> the task's images by split.
-        methods: of `lecture26.recipes.adaptation.METHODS`.
+        methods: of `lecture26.recipes.adaptation.METHODS`, or of HALVES.
         per_class: how many training images of each class a seed draws.
         budget, search, seeds, weight_decays: as `lecture26.studies.adaptation.Comparison` has them.
+        prompt_counts: n, each tried with the methods that have prompts; the others run once.
         state: a name under which finished runs are kept, until `forget_ledger`; None keeps none.
 
     Returns:
-        "backbone", "per_class", "budget", "search", "seeds"; "runs", for each method what `Comparison.run`
-        says, with heads solved behind what was trained; "solved", by the names of READINGS, for each seed the
-        test accuracy of a head solved on the frozen backbone; "solved_without_penalty", the same of the class
-        token.
+        "backbone", "per_class", "budget", "search", "seeds"; "runs", for each method and number of prompts
+        what `Comparison.run` says, with heads solved behind what was trained; "solved", by the names of
+        READINGS, for each seed the test accuracy of a head solved on the frozen backbone;
+        "solved_without_penalty", the same of the class token.
 
     Raises:
         FileNotFoundError: if the task's folder is not there.
@@ -115,6 +177,7 @@ def adaptation_from_few(
         per_class=per_class,
         weight_decays=weight_decays,
         solve=solved_behind,
+        methods=METHODS | HALVES,
     )
     return {
         "backbone": backbone,
@@ -123,7 +186,11 @@ def adaptation_from_few(
         "search": vars(search),
         "seeds": list(seeds),
         **solved_from_few(comparison),
-        "runs": [comparison.run(method, NUM_PROMPTS) for method in methods],
+        "runs": [
+            comparison.run(method, count)
+            for method in methods
+            for count in (prompt_counts if comparison.methods[method].has_prompts else prompt_counts[:1])
+        ],
     }
 
 

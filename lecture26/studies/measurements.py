@@ -12,7 +12,11 @@ from lecture26.recipes.recipe import sole_use
 from lecture26.studies.adaptation import PROMPT_COUNTS, SMALL_TASKS, adaptation
 from lecture26.studies.few_images import (
     FORTY_OF_EACH,
+    HOW_MANY,
+    LONGER,
+    WHERE,
     adaptation_from_few,
+    photographs_of_other_kinds,
     photographs_upside_down,
     textures,
 )
@@ -165,6 +169,33 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         photographs_upside_down,
         **FORTY_OF_EACH,
         state="adaptation_forty_photos",
+    ),
+    "adaptation_forty_textures": partial(
+        adaptation_from_few,
+        "vit_photos32",
+        textures,
+        **FORTY_OF_EACH,
+        state="adaptation_forty_textures",
+    ),
+    "adaptation_forty_other_kinds": partial(
+        adaptation_from_few,
+        "vit_photos32_five",
+        photographs_of_other_kinds,
+        **FORTY_OF_EACH,
+        state="adaptation_forty_other_kinds",
+    ),
+    "adaptation_forty_longer": partial(
+        adaptation_from_few,
+        "vit_photos32",
+        photographs_upside_down,
+        **LONGER,
+        state="adaptation_forty_longer",
+    ),
+    "adaptation_forty_how_many": partial(
+        adaptation_from_few, "vit_photos32", textures, **HOW_MANY, state="adaptation_forty_how_many"
+    ),
+    "adaptation_forty_where": partial(
+        adaptation_from_few, "vit_photos32", textures, **WHERE, state="adaptation_forty_where"
     ),
     "prompt_storage": prompt_storage,
     "adaptation_solved": partial(
