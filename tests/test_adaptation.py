@@ -685,6 +685,36 @@ def test_the_weight_decay_is_chosen_at_the_learning_rate_that_was_chosen_before(
     assert [file.name for file in tmp_path.iterdir()] == ["vpt-deep.safetensors"]
 
 
+def test_the_weights_of_the_best_look_at_the_validation_images_are_kept(tmp_path, monkeypatch):
+    """Of several the first; a look changes nothing, and leaves the model in training."""
+    at_look = {10: 0.5, 20: 0.75, 30: 0.75, 40: 0.25}
+    splits = plain_splits()
+
+    def fit(model, images, learning_rate, budget, seed=0, watch=None, **options):
+        assert "state_file" not in options  # it would lack the best weights so far
+        for step in range(1, 46):
+            model.train()
+            torch.nn.init.constant_(model.head.bias, step)
+            watch(step)
+            assert model.training and model.head.bias[0] == step
+        return adaptation.History([1.0], 2.0)
+
+    def share(model, images, batch_size):
+        assert not model.training
+        step = model.head.bias[0].item()
+        return at_look[step] if images is splits["validation"] else step / 100
+
+    monkeypatch.setattr(adaptation, "fit", fit)
+    monkeypatch.setattr(adaptation, "accuracy", share)
+    comparison = Comparison(
+        tiny_backbone(), splits, BUDGET, (0, 1), state_file=tmp_path / "state.pt", look_every=10
+    )
+    for method in ("vpt-deep", "full"):
+        run = comparison.run(method, 2, (0.1,))
+        assert (run["accuracy"], run["accuracy_at_end"]) == ([0.2, 0.2], [0.45, 0.45])
+        assert run["validation_by_step"] == 2 * [{str(step): share for step, share in at_look.items()}]
+
+
 def test_a_solved_head_reads_what_was_trained_and_leaves_it_as_it_is():
     with small_tasks():
         splits = {split: downstream("textures", split) for split in SPLITS}

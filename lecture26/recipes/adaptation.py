@@ -107,7 +107,8 @@ def fit(
         budget: how long.
         seed: decides the order of the images.
         weight_decay: of AdamW.
-        options: `state_file`, `state_every`, `settings` and `progress` of `lecture26.kit.training.train`.
+        options: `state_file`, `state_every`, `settings`, `watch` and `progress` of
+            `lecture26.kit.training.train`.
 
     Returns:
         The History of the losses.

@@ -33,6 +33,7 @@ from lecture26.recipes.adaptation import (
     fit,
     open_task,
     save_trained,
+    trained_weights,
 )
 from lecture26.recipes.backbone import accuracy
 from lecture26.recipes.recipe import state_file
@@ -90,6 +91,8 @@ class Comparison:
         solve: solve(trained model, splits with what it was trained on), on the CPU -> the test accuracy of a
             head that is solved anew; None leaves that out.
         methods: those that can be compared, by name.
+        look_every: after how many steps to look at the validation images, in the runs that are measured; the
+            weights of the best look are kept (early stopping). None keeps those of the end.
     """
 
     vit: nn.Module
@@ -108,6 +111,7 @@ class Comparison:
     weight_decays: Sequence[float] = (WEIGHT_DECAY,)
     solve: Callable[[nn.Module, dict[str, ImageSet]], float] | None = None
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    look_every: int | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -129,7 +133,8 @@ class Comparison:
             "method", "num_prompts"; "learning_rate", the one chosen, "at_edge", whether it is the lowest or
             the highest that was tried, and "validation", the accuracy with each; "weight_decay" and
             "validation_by_weight_decay" likewise; "accuracy", on the test images for each seed, and "tested",
-            how many these are; "solved", for each seed what `solve` returned; "trained", the number of
+            how many these are; "solved", for each seed what `solve` returned; with looks on the way, for each
+            seed "validation_by_step", and "accuracy_at_end" on the test images; "trained", the number of
             parameters that train, and "bytes", that they take in float32; "seconds", the mean of a training
             run, and "precision", in which it computed;
             "operations", of an image's forward pass; with upstream images "upstream", for each seed the
@@ -166,7 +171,14 @@ class Comparison:
             "tested": len(self.splits["test"]),
             "seconds": sum(run["seconds"] for run in runs) / len(runs),
         }
-        by_seed = ("accuracy", "upstream", "upstream_prompted", "solved")
+        by_seed = (
+            "accuracy",
+            "validation_by_step",
+            "accuracy_at_end",
+            "upstream",
+            "upstream_prompted",
+            "solved",
+        )
         summary |= {name: [run[name] for run in runs] for name in by_seed if name in runs[0]}
         return runs[0] | summary
 
@@ -198,7 +210,8 @@ class Comparison:
         """A run that helps to choose, and is measured on the validation images alone."""
 
         def compute() -> dict:
-            model, _ = self._trained(setting, seed, self.search)
+            model = self._drawn(setting, seed)
+            self._fit(model, setting, seed, self.search)
             return {"validation": accuracy(model, self.splits["validation"], EVALUATION_BATCH)}
 
         return self.ledger.once(f"search {self.name} {setting} {seed}", compute)
@@ -206,7 +219,7 @@ class Comparison:
     def _measured(self, setting: Setting, seed: int) -> dict:
         key = f"{self.name} {setting} {seed}"
         state = {}
-        if self.state_file is not None:
+        if self.state_file is not None and self.look_every is None:  # a state has no best look so far
             sign = hashlib.sha256(key.encode()).hexdigest()[:8]
             file = self.state_file.with_stem(f"{self.state_file.stem}_{sign}")
             state = {"state_file": file, "state_every": self.state_every, "settings": {"run": key}}
@@ -218,7 +231,12 @@ class Comparison:
 
     def _one_run(self, setting: Setting, seed: int, state: dict) -> dict:
         before, fingerprint = self._upstream_before(), backbone_fingerprint(self.vit)
-        model, history = self._trained(setting, seed, self.budget, **state)
+        model = self._drawn(setting, seed)
+        looks = None if self.look_every is None else Looks(model, self.splits["validation"], self.look_every)
+        history = self._fit(model, setting, seed, self.budget, watch=looks, **state)
+        if looks is not None:
+            at_end = accuracy(model, self.splits["test"], EVALUATION_BATCH)
+            looks.take_back()
         if self.folder is not None and seed == self.seeds[0] and process_state().is_main_process:
             about = self.about | {"method": setting.method, "num_prompts": setting.num_prompts}
             save_trained(self._file(setting), model, fingerprint, about | {"classes": self.classes})
@@ -232,6 +250,8 @@ class Comparison:
             "bytes": 4 * trained,
             "operations": operations(model, self.splits["test"]),
         }
+        if looks is not None:
+            measured |= {"validation_by_step": looks.shares, "accuracy_at_end": at_end}
         if self.upstream is not None:
             measured |= before | self._remembered(model)
         self.vit.to("cpu")
@@ -244,21 +264,24 @@ class Comparison:
             )
         return measured
 
-    def _trained(self, setting: Setting, seed: int, budget: Budget, **state) -> tuple[nn.Module, History]:
-        """A model after its training, in evaluation mode, and the history of this."""
+    def _drawn(self, setting: Setting, seed: int) -> nn.Module:
+        """A model before its training."""
         self.vit.to("cpu")  # where prompts and heads are drawn, so that a seed means the same everywhere
-        model = self.methods[setting.method].drawn(self.vit, len(self.classes), setting.num_prompts, seed)
-        budget = replace(budget, precision=self._precision(budget, model))
+        return self.methods[setting.method].drawn(self.vit, len(self.classes), setting.num_prompts, seed)
+
+    def _fit(self, model: nn.Module, setting: Setting, seed: int, budget: Budget, **options) -> History:
+        """Train a model, and leave it in evaluation mode; options of `fit`."""
         history = fit(
             model,
             self.training_images(seed),
             setting.learning_rate,
-            budget,
+            replace(budget, precision=self._precision(budget, model)),
             seed,
             weight_decay=setting.weight_decay,
-            **state,
+            **options,
         )
-        return model.eval(), history
+        model.eval()
+        return history
 
     def training_images(self, seed: int) -> ImageSet:
         """What a seed's runs learn from."""
@@ -303,6 +326,38 @@ class Comparison:
                 setattr(changed, head, copy.deepcopy(getattr(self.vit, head)))
         changed.to(process_state().device)
         return {"upstream": accuracy(changed, self.upstream, EVALUATION_BATCH)}
+
+
+class Looks:
+    """Looks at validation images while a model trains, and the weights of the best.
+
+    Args:
+        model: the model, in training.
+        images: with the label "class".
+        every: steps from one look to the next.
+
+    Attributes:
+        shares: the accuracy, by the number of steps before each look.
+    """
+
+    def __init__(self, model: nn.Module, images: ImageSet, every: int):
+        self._model, self._images, self._every = model, images, every
+        self.shares: dict[int, float] = {}
+        self._best: dict[str, Tensor] = {}
+
+    def __call__(self, step: int) -> None:
+        """Look, if it is time: the `watch` of `lecture26.kit.training.train`."""
+        if step % self._every:
+            return
+        share = accuracy(self._model.eval(), self._images, EVALUATION_BATCH)
+        self._model.train()
+        if share > max(self.shares.values(), default=-1.0):
+            self._best = {name: weight.clone() for name, weight in trained_weights(self._model).items()}
+        self.shares[step] = share
+
+    def take_back(self) -> None:
+        """Give the model the weights that it had at the best look, the first of several."""
+        self._model.load_state_dict(self._best, strict=False)  # what does not train has stayed
 
 
 def best_rate(validation: dict[float, float]) -> float:

@@ -24,8 +24,9 @@ Kinds never seen: a backbone that was trained from nothing on every other one of
 in the order of their names (`vit_photos32_five`), adapted to the five others, upright. The paper's claim
 would be seen as before; were it seen here and not on photographs upside down, what matters would be that the
 task's kinds are new.
-Longer: photographs upside down, deep prompts and full fine-tuning, 2,000 steps, which is 80 epochs. If the
-lead of full fine-tuning were one of speed, it would shrink.
+Longer: photographs upside down, deep prompts and full fine-tuning, 2,000 steps, which is 80 epochs; every 200
+steps a look at the validation images, and the weights of the best look are kept. If the lead of full
+fine-tuning were one of speed, it would shrink.
 Where and how many: textures; deep prompts of 1 and of 32 in place of 8, and 8 in the first or the last half
 of the blocks alone. Each is compared with 8 in all blocks. Jia et al. 2022 find that the first blocks matter
 more.
@@ -71,6 +72,7 @@ FORTY_OF_EACH = {  # the second design, as `adaptation_from_few` takes it
 LONGER = FORTY_OF_EACH | {
     "methods": ("vpt-deep", "full"),
     "budget": replace(FORTY_OF_EACH["budget"], steps=2_000),
+    "look_every": 200,
 }
 HOW_MANY = FORTY_OF_EACH | {"methods": ("vpt-deep",), "prompt_counts": (1, 32)}
 WHERE = FORTY_OF_EACH | {"methods": ("vpt-first-half", "vpt-last-half")}
@@ -134,6 +136,7 @@ def adaptation_from_few(
     seeds: Sequence[int] = SEEDS,
     weight_decays: Sequence[float] = (WEIGHT_DECAY,),
     prompt_counts: Sequence[int] = (NUM_PROMPTS,),
+    look_every: int | None = None,
     state: str | None = None,
 ) -> dict:
     """Compare methods on few images of each class, and heads solved on the same images.
@@ -145,6 +148,7 @@ def adaptation_from_few(
         per_class: how many training images of each class a seed draws.
         budget, search, seeds, weight_decays: as `lecture26.studies.adaptation.Comparison` has them.
         prompt_counts: n, each tried with the methods that have prompts; the others run once.
+        look_every: as `Comparison` has it.
         state: a name under which finished runs are kept, until `forget_ledger`; None keeps none.
 
     Returns:
@@ -164,6 +168,7 @@ def adaptation_from_few(
         "search": vars(search),
         "per_class": per_class,
         "weight_decays": weight_decays,
+        "look_every": look_every,
         "backbone": checkpoint.card["sha256"],
     }
     comparison = Comparison(
@@ -178,6 +183,7 @@ def adaptation_from_few(
         weight_decays=weight_decays,
         solve=solved_behind,
         methods=METHODS | HALVES,
+        look_every=look_every,
     )
     return {
         "backbone": backbone,
