@@ -1095,8 +1095,12 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
         assert set(options.get("methods", METHODS)) <= set(METHODS)
         for task in options.get("tasks", adaptation.SMALL_TASKS):
             assert task in TASKS or task in ("digits", "./mnist")
-    from_few = ("photos", "textures", "other_kinds", "longer", "how_many", "where")
-    for name in ("few_photos", "few_textures", *(f"forty_{study}" for study in from_few)):
+    from_few = [
+        f"{name}_{task}"
+        for name in ("few", "forty", "forty_where", "forty_how_many")
+        for task in ("photos", "textures")
+    ]
+    for name in (*from_few, "forty_other_kinds", "forty_longer"):
         measurement = measurements.MEASUREMENTS[f"adaptation_{name}"]
         backbone, open_splits = measurement.args
         assert recipes.find_recipe(backbone).family == "backbone" and callable(open_splits)

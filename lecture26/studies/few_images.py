@@ -27,9 +27,9 @@ task's kinds are new.
 Longer: photographs upside down, deep prompts and full fine-tuning, 2,000 steps, which is 80 epochs; every 200
 steps a look at the validation images, and the weights of the best look are kept. If the lead of full
 fine-tuning were one of speed, it would shrink.
-Where and how many: textures; deep prompts of 1 and of 32 in place of 8, and 8 in the first or the last half
-of the blocks alone. Each is compared with 8 in all blocks. Jia et al. 2022 find that the first blocks matter
-more.
+Where and how many: both tasks, textures first; deep prompts of 1 and of 32 in place of 8, and 8 in the first
+or the last half of the blocks alone. Each is compared with 8 in all blocks. Jia et al. 2022 find that the
+first blocks matter more.
 """
 
 import copy

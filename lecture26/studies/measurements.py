@@ -157,26 +157,18 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         methods=("linear", "vpt-deep", "full"),
         state="adaptation_widths",
     ),
-    "adaptation_few_photos": partial(
-        adaptation_from_few, "vit_photos32", photographs_upside_down, state="adaptation_few_photos"
-    ),
-    "adaptation_few_textures": partial(
-        adaptation_from_few, "vit_photos32", textures, state="adaptation_few_textures"
-    ),
-    "adaptation_forty_photos": partial(
-        adaptation_from_few,
-        "vit_photos32",
-        photographs_upside_down,
-        **FORTY_OF_EACH,
-        state="adaptation_forty_photos",
-    ),
-    "adaptation_forty_textures": partial(
-        adaptation_from_few,
-        "vit_photos32",
-        textures,
-        **FORTY_OF_EACH,
-        state="adaptation_forty_textures",
-    ),
+    **{
+        f"adaptation_{name}_{task}": partial(
+            adaptation_from_few, "vit_photos32", open_splits, **options, state=f"adaptation_{name}_{task}"
+        )
+        for task, open_splits in (("photos", photographs_upside_down), ("textures", textures))
+        for name, options in (
+            ("few", {}),
+            ("forty", FORTY_OF_EACH),
+            ("forty_where", WHERE),
+            ("forty_how_many", HOW_MANY),
+        )
+    },
     "adaptation_forty_other_kinds": partial(
         adaptation_from_few,
         "vit_photos32_five",
@@ -190,12 +182,6 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         photographs_upside_down,
         **LONGER,
         state="adaptation_forty_longer",
-    ),
-    "adaptation_forty_how_many": partial(
-        adaptation_from_few, "vit_photos32", textures, **HOW_MANY, state="adaptation_forty_how_many"
-    ),
-    "adaptation_forty_where": partial(
-        adaptation_from_few, "vit_photos32", textures, **WHERE, state="adaptation_forty_where"
     ),
     "prompt_storage": prompt_storage,
     "adaptation_solved": partial(
