@@ -42,7 +42,7 @@ from lecture26.kit.evaluation import (
 from lecture26.kit.readers import canonical
 from lecture26.kit.results import load_results, save_results
 from lecture26.kit.sample_draws import SampleDraws
-from lecture26.recipes import find_recipe, latent, load_diffusion, load_model
+from lecture26.recipes import ddpm, find_recipe, latent, load_diffusion, load_model
 from lecture26.studies import (
     guidances,
     latents_and_pixels,
@@ -887,7 +887,7 @@ def test_models_of_latents_learn_from_scaled_latents_and_those_of_pixels_from_im
 def test_what_is_drawn_of_latents_is_decoded_at_the_decoder_s_scale(text_folder, monkeypatch):
     recipe = latents_and_pixels._recipe(**SMALL_MODELS["latents"])
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(latents_and_pixels, "sample", lambda *of, **others: latents)
+    monkeypatch.setattr(ddpm, "sample", lambda *of, **others: latents)
     drawn = latents_and_pixels.draw_images(replace(recipe, precision="fp32"), None, 2, 2)
     torch.testing.assert_close(drawn, load_model("tiny_vae").decode(latents / 1.2))
 

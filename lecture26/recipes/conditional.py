@@ -103,7 +103,7 @@ class ConditionalDDPM(DDPM):
             return classifier_free_guided(model, cond[indices].to(device), null_cond, w)
 
         for w in EVALUATION_WEIGHTS:
-            samples = self._draw_samples(partial(guided, w), count, device)
+            samples = self.draw_samples(partial(guided, w), count, device)
             measured = sample_quality(reader, samples, images)
             accuracy = attribute_accuracy(reader, samples, wanted)
             measured |= {f"accuracy_{name}": share for name, share in accuracy.items()}

@@ -71,6 +71,11 @@ class DDPM(Recipe):
     def build(self) -> nn.Module:
         return UNet(self.channels, **self.model)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what is denoised."""
+        return self.channels, self.image_size, self.image_size
+
     @cached_property
     def diffusion(self) -> Diffusion:
         """The diffusion that the network is trained for."""
@@ -119,23 +124,27 @@ class DDPM(Recipe):
             count = min(EVALUATION_SAMPLES, len(images) // 2)
             metrics["samples"] = float(count)
             device = next(model.parameters()).device
-            samples = self._draw_samples(lambda indices: model, count, device)
+            samples = self.draw_samples(lambda indices: model, count, device)
             metrics |= sample_quality(reader, samples, images)
         return metrics
 
     def _test_loss(self, model: nn.Module, images: ImageSet) -> float:
         return replace(self, density="steps").mean_loss(model, images, EVALUATION_BATCHES, EVALUATION_SEED)
 
-    def _draw_samples(
-        self, denoiser_of: Callable[[Tensor], Callable], count: int, device: torch.device
+    def draw_samples(
+        self,
+        denoiser_of: Callable[[Tensor], Callable],
+        count: int,
+        device: torch.device,
+        steps: int = EVALUATION_STEPS,
     ) -> Tensor:
-        """Images by DDIM, always from the same noise: (count, C, H, W).
+        """Samples by DDIM, always from the same noise: (count, *shape).
 
         denoiser_of(indices) -> the denoiser that draws the samples of these numbers.
         """
-        diffusion = self.diffusion.respace(min(EVALUATION_STEPS, self.diffusion_steps))
+        diffusion = self.diffusion.respace(min(steps, self.diffusion_steps))
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        x_T = torch.randn(count, self.channels, self.image_size, self.image_size, generator=generator)
+        x_T = torch.randn(count, *self.shape, generator=generator)
         samples = []
         batches = torch.arange(count).split(self.batch_size)
         for indices in progress_bar(batches, "sampling"):

@@ -38,21 +38,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lecture26.ddpm import ddim_step, sample
 from lecture26.kit.checkpoints import load_card
 from lecture26.kit.data import load
 from lecture26.kit.evaluation import extract_features, frechet_distance_error, read, sample_quality
 from lecture26.kit.image_set import ImageSet
 from lecture26.kit.precision import autocast
 from lecture26.kit.processes import process_state
-from lecture26.kit.progress import progress_bar
 from lecture26.kit.readers import Reader
 from lecture26.kit.sample_draws import SampleDraws
 from lecture26.latent_diffusion import from_latents, to_latents
 from lecture26.recipes import Trained, load_model
 from lecture26.recipes.ddpm import DDPM
 from lecture26.recipes.latent import EncodedImages
-from lecture26.recipes.recipe import EVALUATION_SEED, Recipe, seeded, train_network
+from lecture26.recipes.recipe import Recipe, seeded, train_network
 from lecture26.recipes.vae import round_trips
 from lecture26.studies.ledger import Ledger, ledger_file, train_and_look
 from lecture26.unet import UNet
@@ -104,10 +102,10 @@ class LatentDDPM(DDPM):
     clip: bool = False
 
     def build(self) -> nn.Module:
-        return UNet(self.latent_shape[0], **self.model)
+        return UNet(self.shape[0], **self.model)
 
     @cached_property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image's latents."""
         return Trained(self.vae).recipe.latent_shape
 
@@ -306,19 +304,14 @@ def seconds_of(do: Callable[[], object], count: int) -> float:
 @torch.no_grad()
 def draw_images(recipe: DDPM, network: nn.Module, count: int, steps: int) -> Tensor:
     """Images by DDIM, (count, 3, H, W) on the CPU, from the same noise, in the precision of training."""
-    device, diffusion = process_state().device, recipe.diffusion.respace(steps)
-    is_latent = isinstance(recipe, LatentDDPM)
-    shape = recipe.latent_shape if is_latent else (recipe.channels, recipe.image_size, recipe.image_size)
-    x_T = torch.randn(count, *shape, generator=torch.Generator().manual_seed(EVALUATION_SEED))
-    decoder = load_model(recipe.vae).to(device).decode if is_latent else None
-    drawn = []
-    for part in progress_bar(x_T.split(recipe.batch_size), "sampling"):
-        with autocast(device, recipe.precision):
-            x_0 = sample(diffusion, network, part.shape, ddim_step, x_T=part, device=device, progress=False)
-            drawn.append(
-                (from_latents(decoder, x_0, recipe.latent_scale) if is_latent else x_0).float().cpu()
-            )
-    return torch.cat(drawn)
+    device = process_state().device
+    with autocast(device, recipe.precision):
+        x_0 = recipe.draw_samples(lambda indices: network, count, device, steps)
+        parts = x_0.split(recipe.batch_size)
+        if isinstance(recipe, LatentDDPM):
+            decoder = load_model(recipe.vae).to(device).decode
+            parts = [from_latents(decoder, z, recipe.latent_scale) for z in parts]
+    return torch.cat([part.float().cpu() for part in parts])
 
 
 def count_backgrounds(judge: Reader, images: Tensor) -> dict[str, int]:
