@@ -338,14 +338,14 @@ def lora_linear(x, weight, bias, down, up, scale):
     """A linear layer with a low-rank change beside it.
 
     Args:
-        x: tokens, (B, N, d_in).
+        x: tokens, (batch, N, d_in).
         weight, bias: W, (d_out, d_in), and b, (d_out,).
-        down: A, (r, d_in), the same for all images, or (B, r, d_in), one for each.
-        up: B, (d_out, r), or (B, d_out, r).
+        down: the matrix A, (r, d_in), the same for all images, or (batch, r, d_in), one for each.
+        up: the matrix B, (d_out, r), or (batch, d_out, r).
         scale: s, a number.
 
     Returns:
-        (B, N, d_out).
+        (batch, N, d_out).
 
     Source: Hu et al. 2022, section 4.1, equation 3.
     """
@@ -523,9 +523,10 @@ def attention_to_prompts(weights, num_prefix, num_prompts):
 
 
 def storage_ratio(backbone, depth, num_prompts, dim, num_classes):
-    """How many times less prompts and a head are than a backbone of so many parameters, for several: (M,).
+    """How many times less prompts and a head are than a backbone of so many parameters (M).
 
-    backbone, depth (L': 1 or L), num_prompts (n), dim (d): (M,) or numbers; num_classes: K, 0 without a head.
+    backbone (M), depth (L': 1 or L), num_prompts (n), dim (d): numbers, or tensors of one shape, as what is
+    returned; num_classes: K, 0 without a head.
     """
     # M / (L' n d + (d + 1) K)
     return backbone / (depth * num_prompts * dim + (dim + 1) * num_classes)
