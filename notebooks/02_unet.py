@@ -125,7 +125,7 @@ show_table(
 # The pictures are *Shapes*, made by code: one object on a background, 32 pixels wide. This is how chapter 01's forward
 # process takes three of them apart:
 
-# %% slide=["# Noise takes the detail first, and the colour last", "[picture]", "At $t=100$ the outline is in doubt; at $t=500$ only colour and rough place can be made out."]
+# %% slide=["# Noise takes the detail first, and the colour last", "[picture]", "To the eye: at $t=100$ the outline is in doubt; at $t=500$ only colour and rough place can be made out."]
 images = load("shapes")
 diffusion = Diffusion(cosine_betas(1000), prediction="v", clip=True)
 three_images = images.batch([23, 33, 26])["image"]  # (3, 3, 32, 32)
@@ -140,8 +140,8 @@ figure = show_grid(
 show(figure, "Three pictures of coloured shapes, each in seven columns from clean to pure noise.")
 
 # %% [markdown]
-# *At t = 100 only fine texture and the exact outline are in doubt; at t = 500 only the colour and the rough place of the
-# object can be made out.*
+# *To the eye, at t = 100 only fine texture and the exact outline are in doubt; at t = 500 only the colour and the rough place of
+# the object can be made out. (A network reads more: chapter 03's names most shapes at t = 500.)*
 #
 # The network gets one of these pictures and the step, and returns a picture of the same size: the predicted noise, clean
 # image or velocity. So it has four things to do.
@@ -459,8 +459,9 @@ assert torch.equal(norm(h)[:1], norm(h[:1]))  # the other images of the batch do
 # %% [markdown]
 # ### What the step changes
 #
-# Normalised feature maps $\hat h$ have forgotten how noisy the image was. The embedding brings it back, by two numbers
-# per channel: how much of it to use, and where its zero lies. (This scale has nothing to do with guidance.)
+# Normalised feature maps $\hat h$ have lost their size, one sign of how noisy the image was. The embedding says the step
+# outright, by two numbers per channel: how much of it to use, and where its zero lies. (This scale has nothing to do with
+# guidance.)
 #
 # $$h'_{bcij}=\hat h_{bcij}\,(1+\text{scale}_{bc})+\text{shift}_{bc} \tag{2.6, definition}$$
 #
@@ -468,7 +469,7 @@ assert torch.equal(norm(h)[:1], norm(h[:1]))  # the other images of the batch do
 # of 0 leaves it as it is at $t=10$. A large negative shift turns it off as well, by way of the SiLU that follows.
 
 
-# %% slide=["# The step acts by scale and shift", "Normalised maps have forgotten how noisy the image was. The embedding says it again:", "(2.6)", "A channel for fine edges is of no use at $t=999$: a scale of $-1$ turns it off."] tags=["export"]
+# %% slide=["# The step acts by scale and shift", "Normalised maps have lost their size, one sign of the noise. The embedding says the step outright:", "(2.6)", "A channel for fine edges is of no use at $t=999$: a scale of $-1$ turns it off."] tags=["export"]
 def scale_shift(h, scale, shift):
     """Let scale and shift (B, C) act on each channel of h (B, C, H, W): h (1 + scale) + shift.
 
@@ -570,7 +571,7 @@ class ResidualBlock(nn.Module):
 # %% [markdown]
 # First what holds at the start, with the derivative of all outputs by all inputs:
 
-# %% slide=["# Branches end in zeros, so training begins with the identity", "(2.8)", "? Does a layer of zeros ever get away from zero?", "Yes: its gradient is its *input* times the gradient at its output. Only the layers before it wait one step."]
+# %% slide=["# Branches end in zeros, so training begins with the identity", "(2.8)", "? Does a layer of zeros ever get away from zero?", "Yes: its gradient is its *input* times the gradient at its output. In the block, only the layers before it wait one step."]
 torch.manual_seed(0)
 new_block = ResidualBlock(8, 8, embedding_dim=16).double()
 x, e = torch.randn(1, 8, 2, 2, **exact), torch.randn(1, 16, **exact)
@@ -580,7 +581,9 @@ verify("2.8", jacobian, torch.eye(32, **exact), atol=1e-12)
 
 # %% [markdown]
 # Does a layer of zeros ever get away from zero? The gradient of its weights is its input times the gradient at its output,
-# and neither is zero. Only the layers in front of it, whose gradient has to pass through its zeros, wait for one step:
+# and in a block by itself neither is zero. Only the layers in front of it, whose gradient has to pass through its zeros, wait
+# for one step. (In the whole network the head will begin with zeros, too: first it moves alone, then the ends of the branches,
+# then what lies before them.)
 
 
 # %%
@@ -841,6 +844,8 @@ rows = [
 show_table(rows, columns=["pixels", "pairs, million", "linear maps", "one convolution"])
 
 # %% [markdown]
+# *Millions of products, for C = 64 channels: the two terms of attention, and a convolution.*
+#
 # Twice the resolution, sixteen times the pairs. The layer costs as much as one convolution at $N=2.5\,C$, here some 13
 # pixels across. So attention is for the low resolutions, where each pixel stands for a large part of the picture anyway.
 
@@ -848,8 +853,8 @@ show_table(rows, columns=["pixels", "pairs, million", "linear maps", "one convol
 # ## Down and up
 #
 # To halve the resolution: a convolution that moves two pixels at a time. To double it: repeat each pixel in a block of
-# $2\times2$, then smooth by a convolution. (A transposed convolution does both at once, but gives some pixels two
-# contributions and others one, which shows as a checkerboard: Odena et al.)
+# $2\times2$, then smooth by a convolution. (A transposed convolution does both at once, but where its kernel is no multiple of
+# the step it gives some pixels more contributions than others, which shows as a checkerboard: Odena et al.)
 #
 # What does the way down lose? Let $D$ be the averaging over $2\times2$ blocks and $U$ the repetition. Then $UDx$ is the
 # coarse picture and $r=x-UDx$ what the way up cannot know. They share nothing: $Dr=0$, so within a block $UDx$ is
@@ -1346,8 +1351,8 @@ assert abs(first_loss / predicted_loss - 1) < 0.01
 # %% [markdown] tags=["core"]
 # ## Averaging the weights
 #
-# Each training step follows the gradient on a few images at a few noise levels. So the weights jitter, however long one
-# trains. The **exponential moving average** (EMA) $m$ follows the weights
+# Each training step follows the gradient on a few images at a few noise levels. So at a constant learning rate the weights
+# jitter, however long one trains. The **exponential moving average** (EMA) $m$ follows the weights
 # $\theta$ at a distance. With a *decay* $d$ a little below 1, after each training step,
 #
 # $$m_n=d\,m_{n-1}+(1-d)\,\theta_n \tag{2.17, definition}$$
@@ -1508,7 +1513,7 @@ verify("2.19", (1 - decays) * ((j + 1) * decays**j).sum(dim=0), 1 / (1 - decays)
 # =\frac{1-d}{1+d}\cdot\frac{1+d\,\varphi}{1-d\,\varphi} \tag{2.20}$$
 #
 # Were the steps independent, $\varphi=0$, it would be about half of one over the window. But the weights above move a tenth
-# of their way at each step, so $\varphi=0.9$, and a window of ten steps holds hardly more than one independent step:
+# of their way at each step, so $\varphi=0.9$, and a window of ten steps is worth no more than two independent ones:
 
 # %%
 phi, age = torch.tensor([0.0, 0.5, 0.9], **exact)[:, None], torch.arange(1500, **exact)
@@ -1590,7 +1595,7 @@ for step in progress_bar(range(400), "training"):
         unseen_losses["as they stand"].append(unseen_loss(digit_network))
         unseen_losses["averaged"].append(unseen_loss(digit_ema.model))
 
-# %% slide=["# The averaged weights are the better ones", "[picture]", "Digits, half a minute of training: the loss falls from its predicted start, and the averaged weights lie below."] tags=["draw"]
+# %% slide=["# Here the averaged weights are the better ones", "[picture]", "Digits, half a minute of training at a constant rate: the loss falls from its predicted start, and the averaged weights lie below."] tags=["draw"]
 kept = diffusion.alpha_bar[unseen_t].float()[:, None, None, None]
 start_loss = (kept + (1 - kept) * unseen_digits.square()).mean().item()  # (2.16)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
@@ -1686,8 +1691,9 @@ show(
 
 # %% [markdown]
 # *At little noise the picture is known, and the expectation sharp. At much noise many pictures could be meant, and their
-# mean is a blur; at t = 999 it is the mean of all images. So $\hat x_0$ is an expectation, not a sample: one step from
-# noise to image would draw a blur.*
+# mean is a blur. At t = 999 it should be the mean of all images; what the network says there is a grainy blur that still depends
+# on the noise. So $\hat x_0$ is an expectation, not a sample: one step from noise to image would draw a blur. (And an
+# expectation can lean the wrong way: from t = 600 on the heart is taken for a star.)*
 #
 # #### Question 2: what do the skips carry?
 #
@@ -1717,9 +1723,9 @@ errors = {name: (picture - four).square().mean().item() for name, picture in col
 # <details>
 # <summary>Answer</summary>
 #
-# (a) 16, (b) 8, (c) 4, by the picture below. The noise has the detail of $x_t$, and nothing but the skips at 16 places has
-# it. Those at 8 places have seen enough to be sure of object and ground. Those at 4 say little that the middle has not
-# handed on.
+# (a) 16, (b) 8, (c) 4, by the picture below: four images at one step, and zeros, which the network never met. The noise has the
+# detail of $x_t$, and nothing but the skips at 16 places has it. Those at 8 places seem to hold object and ground, and those at
+# 4 little that does not come by another way.
 #
 # </details>
 
@@ -1732,7 +1738,7 @@ figure = show_grid(
 )
 show(
     figure,
-    "Four pictures in six columns: without the coarsest skips nothing changes, without those in the middle objects and "
+    "Four pictures in six columns: without the coarsest skips little changes, without those in the middle objects and "
     "grounds are smeared, without the finest ones the noise stays.",
 )
 whole, coarsest, middle_level, finest = list(errors.values())[2:]
@@ -1760,13 +1766,13 @@ axis.set(xlabel="step t", ylabel="loss of that step", ylim=(0, None))
 axis.legend()
 show(
     figure,
-    "Loss over the steps: high at the first few, falling to a low, level stretch, rising a little at the end.",
+    "Loss over the steps: high at the first few, falling to a low, level stretch, and rising again at the end.",
 )
 
 # %% [markdown]
 # *At both ends the velocity asks for what can hardly be known: at t = 0 for noise that is weaker than one grey level, at
-# t = 999 for the image, $v\approx-x_0$, of which pure noise says nothing.* So a loss is not to be judged by its distance
-# from 0, and two losses are comparable only over the same steps.
+# t = 999 for the image, $v\approx-x_0$, of which pure noise says nothing: there the trained network is no better than zeros.* So
+# a loss is not to be judged by its distance from 0, and two losses are comparable only over the same steps.
 
 # %% [markdown] tags=["optional"]
 # ### Where attention looks *(at a second reading)*
@@ -1784,7 +1790,7 @@ with torch.no_grad():
     trained(x_t, t)
 hook.remove()
 
-# %% slide=["# Attention has found the object", "[picture]", "Bright is where the marked pixel looks: from the object at the object, from the corner at its outline, and not inside it."] tags=["draw"]
+# %% slide=["# In three pictures, attention has found the object", "[picture]", "Bright is where the marked pixel looks: from the object at the object, from the corner at its outline, and not inside it."] tags=["draw"]
 tokens = layer.norm(seen[0]).flatten(2).transpose(1, 2)  # (3, 64, C)
 q, k, _ = layer.qkv(tokens).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
 looks_at = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)  # (3, 64, 64)
@@ -1809,8 +1815,8 @@ show(
 
 # %% [markdown]
 # *Bright is where the pixel marked + looks, the mean over the heads; each map has a scale of its own. From the object, the
-# brightest places lie on it; from the corner they lie along its outline, and its inside is darkest. Nobody told the network
-# what an object is.*
+# brightest places lie on it; from the corner they lie along its outline, and its inside is darkest. (Three pictures, one layer,
+# one step.) Nobody told the network what an object is.*
 
 # %% [markdown] tags=["core"]
 # ## How many steps?
@@ -1862,7 +1868,7 @@ show_table(
     ],
 )
 
-# %% slide=["# Fifty steps do", "[picture]", "More steps bring nothing that these numbers show: what still separates the pictures from real ones is the network's part, not the sampler's."] tags=["draw"]
+# %% slide=["# Fifty steps do", "[picture]", "More steps make no more pictures legible. The distance still falls up to 50; from 100 on, 128 images show no gain."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[3, 2], layout="constrained")
 for sampler, marker, colour in zip(("ddpm", "ddim"), "os", colours):
     own = [run for (_, name), run in runs.items() if name == sampler]
@@ -1892,14 +1898,16 @@ show(
 )
 
 # %% [markdown]
-# *Left: up to some 50 steps, more steps make more pictures legible; beyond, nothing is gained outside the errors. Right: the
-# distance, where there are a thousand images. DDIM is ahead at every number of steps, although at 50 a little more of DDPM's
-# pictures are legible: the two numbers ask for different things.*
+# *Left: up to 20 steps of DDIM and 50 of DDPM, more steps make more pictures legible; beyond, 128 images show no gain. (Where
+# all are legible the formula gives an error of 0, which is too small: 128 of 128 also come of a share of 99 % in one trial of
+# four. And the error of recall leaves out that another set would have other neighbours.) Right: the distance, where there are a
+# thousand images. DDIM is well ahead with 10 and 20 steps; its lead at 50 is small, and from 100 steps on, in the table, DDPM's
+# numbers are the smaller ones: no errors are given here.*
 #
-# So 50 steps do, and nearly all pictures can be read. Are they as good as real? Not quite, whatever the sampler: their
-# distance is half as large again as that of real images, or twice, and they show a little less of the variety. More steps do
-# not mend that, as far as 128 images can show: from 100 steps to 1000 their distance does not fall. So it is the network's
-# part. (How large it is, 128 images cannot say: real and real are then nearly as far apart.)
+# So 50 steps do, and nearly all pictures can be read. Are they as good as real? Not quite, with either sampler: their distance
+# is half as large again as that of real images, or twice, and they show a little less of the variety. Would more steps mend
+# that? Up to 50 the distance is still falling, and from 100 to 1000 it does not fall, as far as 128 images can show; between 50
+# and 100 nothing can be compared. How much is the network's part and how much the sampler's was not measured.
 
 # %%
 for sampler in ("ddpm", "ddim"):
@@ -1933,14 +1941,14 @@ for (count, sampler), few_images in small.items():
     print(f"{sampler}, {count} steps: as stored, to 10 %: {abs(ratio - 1) < 0.1}")
     assert abs(ratio - 1) < 0.1
 
-# %% slide=["# DDIM keeps its picture with few steps", "[picture]", "The same starting points in each row: with 10 steps DDIM draws much the same as with 50."]
+# %% slide=["# DDIM keeps its picture with few steps", "[picture]", "The same starting points in each row: in half of the columns DDIM draws the same with 10 steps as with 50."]
 rows = {f"{sampler.upper()}, {count}": few_images[:8] for (count, sampler), few_images in small.items()}
 figure = show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches_per_image=1.0)
 show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 steps.")
 
 # %% [markdown]
-# *The same eight starting points in each row. In most columns DDIM draws much the same with 10 steps as with 50; DDPM takes
-# more noise on its way.*
+# *The same eight starting points in each row. In four of eight columns DDIM draws the same with 10 steps as with 50, in one more
+# only the ground differs, in three colour or shape. DDPM, which takes more noise on its way, draws something else.*
 
 # %% [markdown] tags=["optional"]
 # ## Bits per dimension *(at a second reading)*
@@ -2015,7 +2023,7 @@ for variance in ("fixed_small", "fixed_large"):
     terms = bits[variance, "the network"]
     assert png < terms.sum() < 8 and terms[:3].sum() > 0.5 * terms.sum()
 
-# %% slide=["# Good samples and short codes are different virtues", "[picture]", "Most bits are paid in the steps with the least noise, for details that nobody sees."] tags=["draw"]
+# %% slide=["# Good samples and short codes are different virtues", "[picture]", "Most bits are paid in the steps with the least noise, for details that hardly anybody sees."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
 for (variance, who), terms in bits.items():
     style = {"color": colours[variance == "fixed_large"], "linestyle": "-" if who == "the network" else ":"}
@@ -2029,14 +2037,14 @@ show(figure, "Four curves of bits added up over the steps: most of them come fro
 # %% [markdown]
 # *Where the bits go, added up from the step with the least noise.*
 #
-# Better than knowing nothing, and far worse than PNG. There are three
-# reasons, and none of them is seen in a sample.
+# Better than knowing nothing, and far worse than PNG, which has no loss either. (Ours is an upper limit: (1.28) is a bound.)
+# There are three likely reasons, none of them seen in a sample; of these only the second was tried here.
 #
-# 1. *The last steps* decide details below one grey level, which nobody sees, but which have to be coded. The loss hardly
-#    cares for them, as the weights of (1.33) showed. Ho et al. found that more than half of their model's bits describe
-#    what cannot be perceived.
+# 1. *The last steps* decide details of a grey level or two, which hardly anybody sees, but which have to be coded, and dearly
+#    by a network that is a little off; PNG foretells plain areas exactly. The loss hardly cares for them, as the weights of
+#    (1.33) showed. Ho et al. found that more than half of their model's bits describe what cannot be perceived.
 # 2. *The variance.* The small one is cheap for a denoiser that knows the image, but charges much for each mistake; the
-#    large one forgives, and has its price whatever the network knows. The learned variance of chapter 01 mends that.
+#    large one forgives, and has its price whatever the network knows. The learned variance of chapter 01 lies between.
 # 3. *The steps left out.* With 100 in the place of 1000, each step has to bridge more.
 #
 # And why must even a denoiser that knows the image pay, with the small variance? With a perfect mean every divergence is 0,
@@ -2120,9 +2128,9 @@ show_milestone(
 # - Branches end in zeros, so each block starts as its skip alone, the identity where channels stay (2.8), and the first
 #   loss is known (2.16).
 # - Attention mixes all pixels, wherever they are (2.12), at a quadratic price (2.13); so it is for coarse levels.
-# - Averaged weights (2.17) look back over a window, and are better than the last ones.
+# - Averaged weights (2.17) look back over a window; at a constant rate they were better than the last ones.
 # - What the network says is an expectation: a blur where much is open.
-# - Fifty steps do for this network, and more bring nothing; what separates its pictures from real ones is its own part.
+# - Fifty steps do for this network to draw legible pictures; from 100 to 1000 no gain was seen.
 # - Good samples and short codes are different virtues: bits per dimension (2.23) count what nobody sees.
 #
 # [Chapter 03](03_classifier_guidance.ipynb) takes the long-trained network as it is, and makes it draw what is asked for.

@@ -633,8 +633,8 @@ verify("3.10", tilted, shifted + s**2 / 2 * (g * Sigma * g).sum(), atol=1e-10)
 
 # %% [markdown]
 # (3.9) asks for the gradient at the *point* $\mu$ and at the *noise level* of $t-1$. The authors' own code takes it at
-# $x_t$ and at $t$, because the classifier can then be asked before the denoiser has answered; so does this course. What
-# that neglects is measured below.
+# $x_t$ and at $t$, and so does this course: the classifier can then be asked without the denoiser's answer. What that
+# neglects is measured below.
 #
 # #### Exercise 5: the sampler of the slide
 #
@@ -750,9 +750,9 @@ print(f"as the hook draws: {torch.allclose(by_hook, by_chain, atol=1e-10)}")
 # %% [markdown] tags=["optional"]
 # ### What is neglected *(at a second reading)*
 #
-# Two things: the gradient is taken at another point and level than (3.9) asks for; and the Taylor step itself has
-# dropped all curvature. In the laboratory each can be measured, because the right answer is known: the true mean of
-# $x_{t-1}$ given $x_t$ and $y$. One forward step, $x_t=\sqrt{\alpha_t}\,x_{t-1}+\sqrt{\beta_t}\,\epsilon$, is a noising
+# Three things: the gradient is taken at another point and level than (3.9) asks for; the Taylor step itself has
+# dropped all curvature; and $\Sigma$ is not the covariance of $x_{t-1}$ given $x_t$. In the laboratory their sum can be
+# measured, because the right answer is known: the true mean of $x_{t-1}$ given $x_t$ and $y$. One forward step, $x_t=\sqrt{\alpha_t}\,x_{t-1}+\sqrt{\beta_t}\,\epsilon$, is a noising
 # like any other, so (1.17) holds for it with $\alpha_t$ in the place of $\bar\alpha_t$:
 # $\mathbb E[x_{t-1}\mid x_t]=\bigl(x_t+\beta_t\nabla\log q(x_t)\bigr)/\sqrt{\alpha_t}$, and the same given $y$. The
 # difference of the two is, by (3.1),
@@ -812,9 +812,10 @@ assert all(errors[50, 5][1][i] > 3 * errors[200, 20][1][i] > 9 * errors[1000, 10
 # %% [markdown]
 # At $t=600$, where hardly any signal is left, $\log q(y\mid\cdot)$ is nearly linear and nothing matters much. The less
 # noise, the larger the error: some per cent where the data come out, even with 1000 steps. Taking $x_t$ for $\mu$ costs
-# hardly anything; half of the error or more is the level, and the rest is Taylor's. The last two rows are about the
-# place of the third with fewer steps: the error falls about as fast as $1/T$, so in the limit of many steps the two
-# forms of guidance are one.
+# hardly anything. In the first column the direction is that of (3.11), so its error is the factor alone, $\Sigma$ in the
+# place of $\beta_t/\sqrt{\alpha_t}$. In the last column point and level are right, and two errors are left that this
+# table does not separate: Taylor's, and that of $\Sigma$. The last two rows are about the place of the third with fewer
+# steps: the error falls about as fast as $1/T$, so in the limit of many steps the two forms of guidance are one.
 #
 # The wrapped denoiser does what (3.11) says, in ancestral sampling: it moves the predicted noise by (3.4), and with
 # it the mean, by exactly
@@ -854,8 +855,8 @@ verify("3.12", moved, 3.0 * beta / (1 - beta).sqrt() * gradient_at_t, atol=1e-9)
 # $$\nabla_{x_t}\log\tilde q(x_t)=\nabla_{x_t}\log q(x_t)+\nabla_{x_t}\log\mathbb E\bigl[q(y\mid x_0)^s\mid x_t\bigr] \tag{3.14}$$
 #
 # What guidance adds instead is $\nabla\log\mathbb E\bigl[q(y\mid x_0)\mid x_t\bigr]^s$: the power is outside of the
-# expectation. At $s=1$ the two are the same. At any other scale they are not, unless $x_t$ leaves no doubt about
-# $x_0$. At each level the guided field is the score of $q(x_t)\,q(y\mid x_t)^s$; but for different $t$ these are not
+# expectation. (For $q(y\mid x_t)=\mathbb E[q(y\mid x_0)\mid x_t]$, since $y$ depends on $x_t$ through $x_0$ alone.) At $s=1$
+# the two are the same. At other scales above 0 they are not, unless $x_t$ leaves no doubt about $x_0$. At each level the guided field is the score of $q(x_t)\,q(y\mid x_t)^s$; but for different $t$ these are not
 # the noisy versions of one and the same distribution. So what comes out depends on how one walks.
 #
 # Two overlapping classes on a line show it. First (3.14). Its left side is the score of the tilted density after
@@ -873,7 +874,8 @@ log_noising = normal(kept.sqrt() * grid, (1 - kept).sqrt()).log_prob(places[:, N
 
 # %% [markdown]
 # Its right side needs the expectation over $q(x_0\mid x_t)$. Given the component this is a product of two normals in
-# $x_0$, so again a normal, whose precision is the sum of both precisions, $1/s_k^2+\bar\alpha_t/(1-\bar\alpha_t)$:
+# $x_0$, so again a normal, whose precision is the sum of both precisions, $1/\sigma_k^2+\bar\alpha_t/(1-\bar\alpha_t)$, with
+# $\sigma_k$ the component's standard deviation:
 
 # %%
 precision = 1 / line.stds**2 + kept / (1 - kept)  # (2,)
@@ -898,7 +900,7 @@ show_table(
 assert (added > needed).all()
 
 # %% [markdown]
-# Too much, everywhere. What does that draw?
+# Too much, at each of the 31 places tried. What does that draw?
 
 # %%
 on_line = Diffusion(linear_betas(400), variance="fixed_large")
@@ -967,7 +969,7 @@ show_table(
 assert drawn_on_line[3.0, "DDIM"].mean() > drawn_on_line[3.0, "DDPM"].mean() + 0.05 > 0.6
 
 # %% [markdown]
-# More typical of the class than the class itself. The difference between the samplers stays as steps get finer; for
+# More typical of the class than the class itself. These are 400 steps, so the samplers' difference is none of coarse ones; for
 # $s=1$ the field *is* a score, and both agree. ([Chapter 05](05_classifier_free_guidance.ipynb) has a case in which
 # what each draws is known in closed form.) So the tilted density is a way of thinking about $s>1$, not what is sampled;
 # and a scale that was tuned for one sampler is not the right one for another.
@@ -1457,8 +1459,8 @@ show(
 # with words for the class:
 #
 # ```
-# python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier --class "red star" --out
-# stars.png
+# python -m lecture26 sample --model ddpm_shapes32 --sampler ddpm --guidance classifier \
+#     --class "red star" --out stars.png
 # ```
 
 # %% [markdown] tags=["optional"]
@@ -1609,8 +1611,9 @@ fine_errors, coarse_errors = [
 assert all(fine < coarse for fine, coarse in zip(fine_errors, coarse_errors))
 
 # %% [markdown]
-# With all 1000 steps the hook's gradient is off by a few per cent, and here neither point nor level is most of it at
-# every step. With 50 steps the error is several times as large, and at the early steps the straight line misses most of
+# ($t-1$ means one step of the path: with 50 steps, some 20 of the original ones.) With all 1000 steps the hook's gradient is
+# off by a few per cent, and here neither point nor level is most of it at every step; the straight line itself misses 15 to
+# 27 % of the change in the noisier half. With 50 steps the error is several times as large, and at the early steps the straight line misses most of
 # the change: a step that long is no short distance. Guidance still works there. What one step gets wrong the next one
 # sees, at its own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
 
@@ -1766,9 +1769,9 @@ show(
 # guided ones at the share that they have.*
 #
 # The guided points lie on the grey curve, within their errors: what the distance shows here is mostly which *sizes* are
-# drawn. Within large shapes it does not grow with the scale at all. And recall notices little of that: real
-# images lose none of theirs until nearly all small ones are gone, since a few that are left span wide balls. (At $s=9$
-# it is lower than sizes alone would make it.)
+# drawn. (By itself the network draws rather too few large ones, 41 %.) *Within large* shapes, 192 against 192 real ones, it
+# shows no trend with the scale. And recall notices little of that: real images lose none of theirs until nearly all small ones
+# are gone, perhaps because a few that are left span wide balls. (At $s=9$ it is lower than sizes alone would make it.)
 #
 # Why large ones? A small shape is lost in noise sooner, so making it larger makes the classifier surer:
 
@@ -1787,16 +1790,16 @@ show_table(legible, columns=["$t$", "large shapes read right", "small ones"])
 assert all(float(large) > float(small) for _, large, small in legible)
 
 # %% [markdown]
-# So there is no one best scale: 1 for the distribution, some 8 for obedience; beyond that nothing is gained. And a
-# distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb) puts all three guidances
+# So there is no one best scale: 1 for the distribution; for obedience some 8 for DDPM, beyond which nothing is gained outside
+# the errors (DDIM still gains, to 73 % at 32). And a distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb) puts all three guidances
 # on this axis.
 #
-# One in ten or more is not as asked for, whatever the scale. Is it the network's fault, which by itself draws things
-# without a name? That can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same
+# About one in ten is not as asked for, even at the largest scales. Is it the network's fault? Of what it draws by itself hardly
+# one in a hundred cannot be read. But it can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same
 # noise. Of the pictures that each draws on its own, how many are *legible*, as chapter 02 counts them, and how many obey
 # when guided?
 
-# %% slide=["# Is the network to blame for what does not obey?", "[table]", "Far more of the larger one's own pictures are legible, and no more of the guided ones obey: what limits is the guide."]
+# %% slide=["# Is the network to blame for what does not obey?", "[table]", "Far more of the larger one's own pictures are legible, and no more of the guided ones obey: what limits is not the network."]
 small_sweep = load_results("classifier_guidance_sweep_small")
 by_network = {
     name: {run["scale"]: run for run in stored["runs"] if run["sampler"] == "ddpm" and run["split"] == "test"
@@ -1817,9 +1820,9 @@ for scale in (2.0, 4.0, 8.0, 16.0, 32.0):
 
 # %% [markdown]
 # From $s=2$ on the two obey alike, within two standard errors, though a fifth of what the smaller one draws on its own
-# has no name; at $s=1$ the smaller one is even a little ahead. So what limits obedience here is not the network but the
-# guide: its gradient is not the exact one. [Chapter 05](05_classifier_free_guidance.ipynb) shows how much of it is
-# missing, and at which steps.
+# is not legible; at $s=1$ the smaller one is even a little ahead. So between these two the network makes no difference. What is
+# left is the way of sampling, which matters, as DDIM shows, and the guide: its gradient is not the exact one.
+# [Chapter 05](05_classifier_free_guidance.ipynb) shows how much of it is missing, and at which steps.
 #
 # And DDIM, which is far behind in the left picture? At the first step the push is mostly error (*Where to clip*), and
 # DDIM has no noise that would cover what it does. So leave the guidance out there, once:
@@ -1839,7 +1842,7 @@ show_table(
 )
 
 # %% [markdown]
-# For DDPM nothing has changed: its noise covers what the first step does. DDIM's distance falls by far more than its
+# For DDPM no change is outside the errors: perhaps its noise covers what the first step does. DDIM's distance falls by far more than its
 # error, and its share of large shapes with it: so much was one step of fifty. Its obedience stays where it was, within
 # the error, so that lag has another cause. On the line above DDIM adds up every push and cannot take one back; whether
 # that is it was not measured.
@@ -1851,6 +1854,9 @@ cost = load_results("benchmark_guidance")["guided_over_unguided"]["classifier"][
 print(f"time per image: {cost:.2f} times that of unguided sampling")
 
 # %% [markdown]
+# That is of the smaller network, in alternating runs (single ratios between 1.1 and 2.4). Beside this chapter's larger one the
+# classifier is a smaller share: the stored runs took some 1.3 times as long as those without it.
+#
 # A small version, live: the first 64 of the stored images, by DDPM at one scale. What the reader says of them must agree
 # with what is stored, up to rounding that differs from machine to machine.
 
@@ -1895,10 +1901,11 @@ show_table(
 )
 
 # %% [markdown]
-# The two forms obey alike, within the error, and their distances are a tie, too. The exact shift
-# of the mean fails, though where nothing is clipped it *is* the guided denoiser, (3.12). Behind the clipping nothing
-# holds it back at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous. The guided denoiser is held by the
-# clipping, the lecture's form by its $\Sigma$, which is far smaller there.
+# The two forms obey alike, within the error, and their distances are a tie, too; their recall is not, 0.78 of the denoiser and
+# 0.91 of the shifted mean, and why was not measured. The exact shift of the mean fails, though where nothing is clipped it *is*
+# the guided denoiser, (3.12). Probably it does so at the first step, where $\beta_t/\sqrt{\alpha_t}$ is enormous and nothing
+# behind the clipping holds it back; leaving that step out was not tried. The guided denoiser is held by the clipping, the
+# lecture's form by its $\Sigma$, which is far smaller there.
 #
 # And the sum of two labels (3.17) carries over to pairs that were never seen, of which somewhat fewer are right. (Their
 # distance is one to other real images, of few pairs, and must be compared with its own reference alone.)
@@ -1932,7 +1939,7 @@ show_table(
 )
 assert reads["noisy"] > reads["clean"] + 0.2
 
-# %% slide=["# A clean classifier cannot guide", "[picture]", "The same formula, denoiser and noise: the clean classifier's streaks look like noise, and are taken out again.", "# What the lecture's formula leaves unsaid", "- It is a first-order approximation, for ancestral sampling only.", "- The classifier must know the noise, and the step.", "- A higher scale costs likeness: sizes shift, unasked.", "- There is a best scale for each model, sampler and measure."] tags=["draw"]
+# %% slide=["# A clean classifier hardly guides", "[picture]", "The same formula, denoiser and noise; but a smaller classifier, which never met a noisy image.", "# What the lecture's formula leaves unsaid", "- It is a first-order approximation, for ancestral sampling only.", "- The classifier must know the noise.", "- A higher scale costs likeness: sizes shift, unasked.", "- There is a best scale for each model, sampler and measure."] tags=["draw"]
 titles = [
     f"{images.labels['colour'][colour]}\n{images.labels['shape'][shape]}"
     for shape, colour in zip(asked_for["shape"][:8], asked_for["colour"][:8])
@@ -1949,8 +1956,9 @@ show(
 )
 
 # %% [markdown]
-# The clean classifier has not even convinced itself. Its streaks look like noise to the denoiser, which takes them
-# out again, step by step. Nothing in the formula has changed; only the noise is missing from the classifier's training.
+# The clean classifier has not even convinced itself. Perhaps its streaks look like noise to the denoiser, which takes them out
+# again, step by step. Nothing in the formula has changed. The classifier differs in more than the noise: it is half as wide, had
+# a quarter of the steps, and was never told a step but 0; which of these counts how much was not separated.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
@@ -1974,8 +1982,8 @@ show_milestone(
 # 'with autograd', and one sentence on $s$: higher values enforce the class more strongly.
 #
 # - The formula is right, with two things unsaid: it is a first-order approximation (3.9), and the classifier must
-#   know the noise. A clean one, which the slide does not exclude, fails. The step $t$, which the slide leaves out of
-#   $\mu_\theta(x_t)$ and $p_\phi(y\mid x_t)$, belongs into both.
+#   know the noise. Our clean one, which the slide does not exclude, fails. The step $t$, which the slide leaves out of
+#   $\mu_\theta(x_t)$ and $p_\phi(y\mid x_t)$, is told to both here (a classifier without it was not tried).
 # - It is a formula for ancestral sampling. DDIM needs the other form, (3.4).
 # - 'Higher values enforce the class' holds up to a point, and the rest of the sentence is missing: what it costs.
 #   Dhariwal and Nichol measured it on ImageNet at 256 pixels, with their unconditional model: at $s=1$ the FID was
@@ -1993,9 +2001,9 @@ show_milestone(
 #   $\beta_t/\sqrt{\alpha_t}\cdot g$ (3.11), and the two meet as steps get finer.
 # - A scale above 1 does not sample the tilted density (3.14), and samplers differ there.
 # - Gradients are summed over the batch, never averaged (3.6), and taken with respect to $x_t$.
-# - The classifier must have been trained on noisy images and be told the step. Several labels that are independent
+# - The classifier must have been trained on noisy images; ours is told the step as well. Several labels that are independent
 #   given the image add up (3.17), even to pairs never seen.
-# - Accuracy rises with $s$ and levels off. What else a classifier likes comes along unasked, here large shapes, and most
+# - Accuracy rises with $s$ and, by DDPM, levels off. What else a classifier likes comes along unasked, here large shapes, and most
 #   of the distance from real images is that.
 #
 # What if the wish is a sentence? [Chapter 04](04_clip_guidance.ipynb) replaces the classifier by CLIP. What if there is

@@ -163,7 +163,7 @@ show(
     "A ring of density with two points on it; their posteriors over z, one with a single bump, one with two.",
 )
 
-# %% [markdown] slide=["# The evidence is a bound, plus what the guess is worth", "Any guess $q(z\\mid x)$ will do:", "(6.2)", "(6.3)", "? Raise $\\mathcal L$. Which two good things may happen?"]
+# %% [markdown] slide=["# The evidence is the bound, plus what the guess falls short by", "Any guess $q(z\\mid x)$ will do:", "(6.2)", "(6.3)", "? Raise $\\mathcal L$. Which two good things may happen?"]
 # *Left: where the data are, dark; the ring is faint where the ends meet. Right: what each of the two points says
 # about its latent number.*
 #
@@ -292,8 +292,8 @@ verify("6.5", kl_to_standard_normal(some_means, some_log_variances), by_torch, a
 # ### The reconstruction
 #
 # Our decoder adds normal noise of standard deviation $\sigma$ to each of $D$ numbers, so that the logarithm of its
-# density is a squared error, seen through $\sigma$ (from here on $\sigma$ is the decoder's, and the encoder's are
-# $\sigma_i$):
+# density is a squared error, seen through $\sigma$ ($\sigma$ is the decoder's here and in (6.10); the encoder's are
+# $\sigma_i$, and $\sigma$ in (6.8) and (6.9), which are about a single latent number):
 #
 # $$-\log p(x\mid z)=\frac{\|x-\hat x\|^2}{2\sigma^2}+\frac D2\log(2\pi\sigma^2),\qquad\hat x=g(z) \tag{6.6}$$
 #
@@ -471,7 +471,7 @@ show(
 # the logarithm of the share of the bump that was taken, nearly a bit.*
 #
 # This gap is the price of a simple *form* of guess. An encoder network adds to it, as one function has to serve all
-# $x$; on digits it is measured below.
+# $x$; on digits the sum of the two is measured below.
 
 # %% [markdown] tags=["core"]
 # ## A gradient through a random draw
@@ -1048,7 +1048,7 @@ show(figure, "Three planes of digits: spread far outside a dashed circle, fillin
 # *The circle has radius 2 and holds 86% of the prior. At a small weight the codes go far outside, with **holes** between
 # them, and what is drawn inside the circle misses most of them. At 0.3 they fill it. At 3 they have **collapsed**.*
 
-# %% slide=["# The plane of codes, decoded", "[picture]", "At a good weight, neighbouring codes are neighbouring digits; at a small one the prior draws from holes; at a large one, one grey mean."] tags=["draw"]
+# %% slide=["# The plane of codes, decoded", "[picture]", "At a good weight, neighbouring codes are neighbouring digits; at a small one the prior reaches only some digits; at a large one, one grey mean."] tags=["draw"]
 along = Normal(0.0, 1.0).icdf(torch.linspace(0.03, 0.97, 9))  # as dense as the prior
 plane_of_codes = torch.cartesian_prod(along.flip(0), along).flip(1)  # (81, 2), the second number upwards
 figure, axes = plt.subplots(1, 3, figsize=(13, 4.7), layout="constrained")
@@ -1150,8 +1150,8 @@ show(figure, "Bars of the rate by KL weight: at small weights, most of each is a
 # are the prior. So a rate above $\ln N$ does not by itself make samples bad; that they are bad here, the Fréchet distances
 # have shown.)
 #
-# With a small weight the pictures come back well, and the prior knows hardly anything of where the codes are. No weight
-# makes both ends good. Image models take a tiny one, for good reconstructions, and leave it to a *second* model to learn
+# With a small weight the pictures come back well, and the prior knows hardly anything of where the codes are. None of the seven
+# weights makes both ends good here. Image models take a tiny one, for good reconstructions, and leave it to a *second* model to learn
 # where the codes are.
 
 # %% [markdown] tags=["core"]
@@ -1496,8 +1496,9 @@ show_table(rows, columns=[r"$\sigma^2$", "bound, nats per number"])
 print(f"mean squared error {((scene_images - scene_copies) ** 2).mean():.4f}")
 
 # %% [markdown]
-# The weight of 0.001 is a decoder noise of variance 0.001, and the errors are of that size: the likelihood would have
-# chosen much the same. Nothing forces them to be; here they happen to be.
+# The weight of 0.001 is a decoder noise of variance 0.001, and the errors are of that size: so the bound of this network is
+# highest near the noise that it was trained with. Nothing forces it to be; here it happens to be. (What the likelihood would
+# choose among networks trained with other weights, as for the digits, was not tried.)
 
 # %% slide=["# After long training: the outlines are what is lost", "[picture]", "Below, the error five times as strong; black is none. Readers find everything still there."] tags=["draw"]
 errors = (come_back - eight_images).abs() * 5 - 1
@@ -1542,10 +1543,10 @@ print(
 
 # %% [markdown]
 # All the rest is *mismatch*, thousands of nats: codes that are not where the prior expects them. (Of all scenes that could
-# be rendered, codes may know more: positions, angles and tints are worth tens of nats by our estimate, not thousands.) So
-# what does the model draw by itself?
+# be rendered, codes may know more, positions, angles and tints; how much was not measured.) So what does the model draw by
+# itself?
 
-# %% slide=["# Its own samples have no shape in them", "? A code from the prior, decoded. What will it look like?", "[picture]", "The rate is thousands of nats, the information at most 13: the rest is mismatch, and the prior misses all codes."]
+# %% slide=["# Its own samples have no shape in them", "? A code from the prior, decoded. What will it look like?", "[picture]", "The rate is thousands of nats, the information about these images at most 13; the rest is mismatch. That the prior misses the codes, the picture shows."]
 many_noises = torch.randn(many_codes[0].shape, generator=torch.Generator().manual_seed(1))
 latents = reparameterize(*many_codes, many_noises)
 centre, spread = latents.mean(dim=0), latents.std(dim=0)  # (4, 16, 16) each
@@ -1592,8 +1593,8 @@ for name, version in versions.items():
 show_table(rows, columns=["128 images each", "Fréchet distance to real images"])
 
 # %% [markdown]
-# In the fitted codes each number has the right mean and spread; what is missing is how the numbers go together: the
-# outline of a star runs through many places. Hence the **second stage**, a diffusion model of the codes. The autoencoder
+# In the fitted codes each number has the right mean and spread. Missing are the shape of each one's distribution, and how the
+# numbers go together, which are not told apart here; but the outline of a star does run through many places. Hence the **second stage**, a diffusion model of the codes. The autoencoder
 # brings the size down and the details back; the diffusion learns what there is.
 
 # %% [markdown] tags=["core"]
@@ -1715,7 +1716,7 @@ show(
 # the others. Right: what the size of all codes shifts; 5.5 is Stable Diffusion's.* And, of our codes, what is left of a
 # picture:
 
-# %% slide=["# Without it, noise comes too early or too late", "[picture]", "The same codes and noise at three sizes: in the first row all is lost at once, in the last hardly anything is."] tags=["draw"]
+# %% slide=["# Without it, noise comes too early or too late", "[picture]", "The same codes and noise at three sizes: in the first row all is lost by step 200, in the last hardly anything until 800."] tags=["draw"]
 times = (50, 200, 400, 600, 800, 950)
 one_code = scale * eight_codes[1:2]  # of about standard deviation 1
 noise_of_code = noise_like(one_code, torch.Generator().manual_seed(5))
@@ -1730,12 +1731,12 @@ titles = [f"t = {time}" for time in times]
 figure = show_grid(torch.cat(decoded), len(times), titles, row_titles, inches_per_image=1.2)
 show(
     figure,
-    "Three rows of one picture at six steps: lost nearly at once; lost half-way; seen until nearly the end.",
+    "Three rows of one picture at six steps: lost by step 200; lost half-way; seen until nearly the end.",
 )
 
 # %% [markdown]
 # *The same noise on codes of three sizes, divided by $\sqrt{\bar\alpha_t}$ and by the scale, and decoded.* Ours, unscaled, are
-# of size 0.8: here one could forget $s$ and notice little.
+# of size 0.8, near enough to 1 that to forget $s$ should change little (it was not tried).
 
 # %% [markdown] tags=["core"]
 # ## A second stage in miniature
@@ -1828,7 +1829,7 @@ check_answer(
     hint="In which of the two are there steps left once the signal can be seen?",
 )
 
-# %% slide=["# The right size is near 1", "[picture]", "Distances to real digits, three trainings each. A first stage that draws nothing by itself, and a second one of two seconds."] tags=["draw"]
+# %% slide=["# The right size is 1 to 3, as far as can be told", "[picture]", "Distances to real digits, three trainings each. A first stage that draws nothing by itself, and a second one of two seconds."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
 for count, marker, colour in ((10, "o", colours[1]), (50, "s", colours[0])):
     middle = [distances[size, count].mean() for size in stage_sizes]
@@ -1844,7 +1845,7 @@ axis.set(
 axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 show(
     figure,
-    "Two curves shaped like a U with their lowest points near 1, all below the line of codes from the prior.",
+    "Two curves shaped like a U, lowest at 1 and 3, all below the line of codes from the prior.",
 )
 
 # %% tags=["nbval-ignore-output"]

@@ -173,7 +173,8 @@ verify("7.1", measured, formula, atol=0)
 # %% [markdown] tags=["core"]
 # ## Into the latent space and out of it
 #
-# (From here on $z$ is the *scaled* latent, chapter 06's $s\,z$, and the decoder, $g$ there, is $D$.) An image $x$,
+# (From here on $z$ is the *scaled* latent, chapter 06's $s\,z$, and the decoder, $g$ there, is $D$, which was the number of the
+# data.) An image $x$,
 # (3, 64, 64) here, enters the **encoder** $E$, which gives a mean and a variance for each of the latent numbers,
 # (4, 16, 16); a draw from it is multiplied by the **scale** $s$. The **diffusion** knows nothing but such scaled latents
 # $z$: it adds noise to them, and its denoiser takes it away, with the words $c$ as its condition. What comes out is
@@ -318,7 +319,7 @@ print(
 
 # %% [markdown]
 # This encoder is so sure of its latents that the second term of (7.3) hardly counts. To see both at work, let the
-# draws scatter about as much as the means do:
+# draws scatter more than the means do:
 
 # %%
 wide = log_variance + 4
@@ -813,8 +814,8 @@ show_table(
 )
 
 # %% [markdown]
-# At $4\times4$ places, where a convolution spans most of the map, a place knows fairly well where it is; at $16\times16$
-# it hardly does. So the block below tells it outright: row and column, from $-1$ to 1, through a matrix of their own, are
+# At $4\times4$ places, deepest in the network, a place knows fairly well where it is; at $16\times16$ it hardly does. (Whether it
+# is the depth or the size of the map was not told apart.) So the block below tells it outright: row and column, from $-1$ to 1, through a matrix of their own, are
 # added to the features of a place before it asks. (Is that needed? *Which one goes where* has measured it.) The last matrix
 # of each branch begins at zero, as everywhere in this network: at first the words say nothing.
 
@@ -1552,7 +1553,7 @@ show_table(
     columns=["word", "silent from step", "of the draws, Beta(3, 2)", "of the draws, all alike"],
 )
 
-# %% slide=["# Words decide where noise has hidden what they say", "[picture]", "How often even the best guess is wrong. A density with its peak in the middle would draw the steps that decide places least."] tags=["draw"]
+# %% slide=["# Words decide where noise has hidden what they say", "[picture]", "How often even the best guess is wrong. A density with its peak in the middle would draw the steps that decide places half as often."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 for (word, curve), style in zip(wrong_guesses.items(), ("-", "--", "-.", ":")):
     axes[0].plot(every_step, curve, style, label=word)
@@ -1579,7 +1580,7 @@ show(
 # case: two known latents, and the question which of them it was. A denoiser must choose among eight shapes, and does not
 # know where the object is.)
 #
-# So Beta(3, 2) would serve colours and shapes well, and *starve* the steps that decide places and background: they would
+# So Beta(3, 2) would serve colours, do nothing for shapes, and *starve* the steps that decide places and background: they would
 # get about half of what they get with all steps alike. The models of this chapter were trained with all steps alike.
 #
 # Would a density help that follows the rise of the curves? One more model like the one with both aids in *Which one goes
@@ -1620,9 +1621,10 @@ for number, labels in ((0, ("relation", "colour_1")), (-1, ("relation", "colour_
 
 # %% [markdown]
 # *Scenes of unseen captions, one seed, two standard errors.* Steps drawn by the rise teach axis and colours sooner: after
-# 1,000 steps that model is well ahead. Then the lead is gone, sizes even lag behind for a while, and after 6,000 steps the two
-# are level, in shapes as well, which both have yet to learn. So here the density of the steps matters at the beginning, and
-# not for what takes longest.
+# 1,000 steps that model is well ahead, in sizes as well. Then the lead is gone. At 4,000 and 5,000 steps the first object's size
+# lags behind, by more than three standard errors, while the second shape and the scenes that are right altogether are ahead by a
+# little over two; at 6,000 all are level, with shapes still to be learned. So the gain at the beginning is clear. Whether the
+# density matters for shapes, one seed and 6,000 steps do not say.
 
 # %% [markdown] tags=["core"]
 # ### The long-trained model
@@ -1660,11 +1662,11 @@ show_prompts(
 
 # %% [markdown]
 # *Four prompts, five seeds each; a column starts from the same noise.* Single objects are drawn well, with any size and
-# background where the prompt names none. In scenes, what is weak is the form of small shapes.
+# background where the prompt names none. In scenes, what is weak is the form of shapes.
 #
 # The same noise at several weights:
 
-# %% slide=["# From a weight of 1 on it draws what was asked for", "[picture]", "One prompt, five seeds: anything at $w=-1$, and edges that are pushed too far at 8."]
+# %% slide=["# From a weight of 1 on things and places are there", "[picture]", "One prompt, five seeds: anything at $w=-1$, and edges that are pushed too far at 8. The star is not always one."]
 weights = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 wish = "a small red star above a large blue ring on a light background"
 at_weights = [pipeline.text_to_image([wish] * 5, w=w, steps=30, generator=seeds(10, 5)) for w in weights]
@@ -1760,9 +1762,13 @@ show_table(
 # Pairs of shape and colour that no training image shows are drawn as well as others, or nearly so. ('Asked' is what the
 # relation and the two objects name: shapes, colours, relation.) Where scenes fail, what is wrong is nearly always a shape.
 #
-# How do scenes fail? Each picture is put under the first heading that fits. Whether there are two objects is counted
-# without a reader: the background is grey and objects are not, so connected areas of coloured pixels can be counted (on
-# real scenes this count is two in over 98 % of them).
+# (Scenes are read from the object on the left or above, whichever the caption names first. So 'relation' says whether the axis is
+# right, and a swap of places would show in shapes and colours.)
+#
+# How do scenes fail? Each picture is put under the first heading that fits: right; not two objects; placed otherwise (both objects
+# are there, but stand in another relation); swapped (shapes and colours are there, but exchanged); other. Whether there are
+# two objects is counted without a reader: the background is grey and objects are not, so connected areas of coloured pixels can
+# be counted (on real scenes this count is two in over 98 % of them).
 
 # %% slide=["# How scenes fail", "[picture]", "What is wrong is nearly always a shape; hardly ever does an attribute go to the other object."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
@@ -1788,7 +1794,7 @@ show_table(
 )
 
 # %% [markdown]
-# Hardly any has too many or too few objects, and none has an attribute at the other object, or an object at the other place.
+# Of those that are wrong hardly any has too many or too few objects, and none has an attribute at the other object, or an object at the other place.
 # What fails is a shape that the reader takes for another one.
 #
 # And the Fréchet distance? First a warning: the same pictures, once the first 64 of them and once all 512.
@@ -1843,7 +1849,7 @@ for part, weights_as_real in (("shapes", (1.0, 2.0)), ("scenes", (1.0, 2.0, 4.0)
 
 # %% [markdown]
 # *Circles, with two standard errors of drawing anew: to images whose captions nobody asked for. Squares: to those asked for.
-# Dotted: real images to real ones.* At $w=1$ and 2 what is drawn lies as near to other real images as real ones do. Single
+# Dotted: real images to real ones.* At $w=1$ and 2 the distance to other real images cannot be told from that of real ones. Single
 # shapes lie farther off without guidance, and with much of it; for scenes the errors are too large to tell.
 
 # %% [markdown] tags=["optional"]
@@ -1869,7 +1875,7 @@ show_prompts(
 # 'star' and 'ring', and of their sizes and colours, for those that they have in the second caption, on the right. All
 # other tokens, 'left' among them, stay. What will be drawn?
 
-# %% slide=["# Where in the caption does it find the place?", "The caption says 'left'. Exchange the vectors of both noun phrases for those of the caption with 'right'.", "? What will be drawn?", "The star on the right, mostly: the text transformer has put the place into the noun's own vector.", "An intervention shows a cause. A map shows only who looks where."]
+# %% slide=["# Where in the caption does it find the place?", "The caption says 'left'. Exchange the vectors of both noun phrases for those of the caption with 'right'.", "? What will be drawn?", "The star on the right, mostly: the text transformer has put the place into the noun phrases' vectors.", "An intervention shows a cause. A map shows only who looks where."]
 left_of, right_of = (pipeline.condition([p] * 16) for p in four_wishes[:2])
 is_noun_phrase = torch.zeros(20, dtype=torch.bool)
 is_noun_phrase[[2, 3, 4, 10, 11, 12]] = True  # large, red, star; large, blue, ring
@@ -1896,9 +1902,10 @@ shares_in_order = list(left_shares.values())
 assert shares_in_order[0] > 0.8 and shares_in_order[1] < 0.2 and shares_in_order[2] < 0.4
 
 # %% [markdown]
-# The caption says 'left', and the star is mostly drawn on the right. So the network takes the place of an object from the
-# vectors of its noun phrase: the text transformer has put it there, as the lesson asked. That is an intervention, and
-# shows a cause; the maps of the next section show only who looks where.
+# The caption says 'left', and the star is mostly drawn on the right. So the network takes the place of an object mostly from the
+# vectors of the noun phrases: the text transformer has put it there. Whether the noun's vector alone would do, and whether it is
+# the lesson's work, this does not say (one prompt, 16 pictures). But it is an intervention, and shows a cause; the maps of the
+# next section show only who looks where.
 
 # %% [markdown] tags=["optional"]
 # ### Words that it never saw together *(at a second reading)*
@@ -1924,8 +1931,8 @@ show_prompts(
 
 # %% [markdown]
 # Row by row: the blue stars are as good as any. Two objects that are alike are drawn. Of three rings there are two. The star
-# named first is drawn as well: where there is one object, the order of the words does not matter. Asked for two sizes at once
-# the model draws one in between, and no clear cross; of two backgrounds it takes the dark one.
+# named first is drawn as well: with one object, the order of the words did no harm here. Asked for two sizes at once the model
+# draws one in between, and few clear crosses; of two backgrounds it takes the dark one.
 
 # %% [markdown] tags=["core"]
 # ## Where each word is looked at from
@@ -2407,7 +2414,7 @@ costs = {
 of_latents = of_step["latents, f = 4"]
 ratios = {title: [of_step[name][key] / of_latents[key] for name in models] for title, key in costs.items()}
 
-# %% slide=["# Pixels against latents: it depends on what one compares", "[picture]", "In units of latents with $f=4$. Pixels folded 4 by 4 cost the same, and need no autoencoder."] tags=["draw"]
+# %% slide=["# Pixels against latents: it depends on what one compares", "[picture]", "In units of latents with $f=4$. Pixels folded 4 by 4 cost hardly more, and need no autoencoder."] tags=["draw"]
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
 for axis, (title, values) in zip(axes, ratios.items()):
     drawn_bars = axis.bar(list(short_names.values()), values, color=colours[:5])
@@ -2418,7 +2425,7 @@ show(figure, "Four bar charts of the costs of five models, in units of those of 
 
 # %% [markdown]
 # *Batches of 64, one core.* Plain pixels take four times the operations of latents with $f=4$, and six times as long; folded
-# two by two, twice. **Folded four by four, they cost the same.** So a cheap step is no merit of latents alone: folding buys it
+# two by two, twice. **Folded four by four, they cost hardly more**, 8 or 9 %. So a cheap step is no merit of latents alone: folding buys it
 # as well, and needs no autoencoder.
 #
 # That is a step. What does a *picture* cost? Each model was trained for 25 minutes, and on the way has drawn 512 images (DDIM,
@@ -2534,19 +2541,20 @@ needed = [seconds_to_reach(models["latents, f = 4"], *aim) / control["seconds"] 
 assert needed[0] < 0.4 < needed[1] < needed[2] < 0.9
 
 # %% [markdown]
-# - **A cheap step is not the point.** Latents with $f=4$ and the control cost the same, and the latents learn faster. They have a
+# - **A cheap step is not the point.** Latents with $f=4$ and the control cost nearly the same, and the latents learn faster. They have a
 #   twelfth of the numbers to learn, and leave the decoder what is fine; that this is why was not measured by itself.
-# - **How much faster depends on the measure.** To the control's distance they take a good quarter of its time. With 100 steps the
-#   control draws twice as many plain backgrounds (still half of what the data have) and comes a third nearer; to that they take
-#   half of its time, and to its legible share three quarters. (With $f=4$, 100 steps were not tried; with $f=8$ they change
-#   little.)
+# - **How much faster depends on the measure.** To the control's distance they take 7 of its 25 minutes (3 to 11 within two
+#   standard errors of that distance). With 100 steps the control draws twice as many plain backgrounds (still half of what the
+#   data have) and comes a third nearer; to that they take half of its time, and to its legible share three quarters. (With $f=4$,
+#   100 steps were not tried; with $f=8$ they change little.)
 # - **More places are no gain here.** Pixels folded $2\times2$ take twice as long for a step as the control, and after equal time
 #   are behind it by both measures.
 # - **Why backgrounds?** A likely reason: the more pixels show an area, the more noise it can be seen through, so that in large
 #   pictures more is decided in the noisiest steps. Hoogeboom et al. 2023 shift the schedule for that, which was not tried here
 #   and may bring pixels nearer still.
-# - **The autoencoder's training counted,** latents with $f=4$ are ahead of the control by the distance with 25 steps alone. It is
-#   repaid by longer trainings, larger pictures, and each further model that uses it.
+# - **The autoencoder's training counted,** latents with $f=4$ are ahead of the control by the distance with 25 steps alone; those
+#   with $f=8$, whose autoencoder takes 16 minutes, by both distances, and just about by the legible share. It is repaid by longer
+#   trainings, larger pictures, and each further model that uses it.
 # - **$f=8$** is far ahead at first: after five minutes it is where $f=4$ comes after fourteen. At the end it no longer is. Its steps
 #   are cheaper; what do they cost otherwise?
 
@@ -2843,9 +2851,9 @@ show_milestone(
 # *'Reduces computational costs by ~4x compared to pixel-space diffusion'*, and further down *'reduces training costs
 # by 75%'*, which is the same. Rombach et al. report several factors: at least 2.7 in training between their own models
 # of latents and of pixels, on inpainting; and against the best pixel model of their time about 4 on one data set (LSUN
-# bedrooms) and 3.5 on another (ImageNet). Here a step is four to six times cheaper than with plain pixels, and no cheaper than
-# with pixels folded four by four; to equal quality latents take between a quarter and three quarters of the latter's time, by
-# how quality is measured, if the autoencoder is there already. So 'about four times' is a fair number for one comparison,
+# bedrooms) and 3.5 on another (ImageNet). Here a step is four to six times cheaper than with plain pixels, and hardly cheaper
+# than with pixels folded four by four; to equal quality latents with $f=4$ take between a quarter and three quarters of the
+# latter's time (those with $f=8$ less), by how quality is measured, one seed, if the autoencoder is there already. So 'about four times' is a fair number for one comparison,
 # and no law.
 #
 # *'Uses cross-attention for conditioning (e.g. text prompts).'* So it does, and that has nothing to do with latents:
@@ -2864,7 +2872,8 @@ show_milestone(
 # - Cross-attention gives every place a mixture of the words' values, weighted by how its query meets their keys (7.5,
 #   7.6). It does not mind the order of the tokens, padding is inert, and a single token is a bias (7.7 to 7.9): which
 #   words belong together must come in through the features of the text transformer.
-# - A convolution knows where it is by the border alone, best on small maps; coordinates say it outright.
+# - A convolution knows where it is by the border alone; more of it can be read off the deeper, smaller maps. Coordinates say it
+#   outright.
 # - Which object goes where, pictures alone did not teach in 6,000 steps, with coordinates or without; a lesson about the
 #   nouns of the sentence did.
 # - The empty caption is what makes classifier-free guidance possible (7.10).

@@ -224,8 +224,8 @@ GUIDANCE = (
         "Nichol et al. 2022 (GLIDE), section 2.4: the classifier's gradient is replaced by that of the "
         "similarity; people there prefer classifier-free guidance to it (abstract)",
         Verdict.HOLDS,
-        "At equal strengths the two lie close together: both are gradients of a log-probability, and the "
-        "similarity only wants to be divided by its temperature first.",
+        "At equal strengths the two rise alike, if the similarity is divided by its temperature first: both "
+        "are to be gradients of one log-probability. Exact ones would be the same; these are not quite.",
         Measurement(
             (ONE_AXIS,),
             _clip_beside_classifier,
@@ -241,8 +241,9 @@ GUIDANCE = (
         "Dhariwal and Nichol 2021, section 4: trained on noisy images, by the step. Bansal et al. 2023, "
         "section 3: what was trained on clean images guides as well, through the predicted image",
         Verdict.HOLDS,
-        "A second network it is in any case. One for clean images reads few of the noisy ones; shown the "
-        "predicted image it does guide, at the price of a way back through the denoiser (chapter 04).",
+        "A second network it is in any case. One for clean images reads few of the noisy ones; a CLIP for "
+        "clean images does guide when it is shown the predicted one, at the price of a way back through the "
+        "denoiser (chapter 04).",
         Measurement(
             (CARD + CLASSIFIER, CARD + CLEAN, "clip_guidance_sweep"),
             _noisy_and_clean,
@@ -300,8 +301,8 @@ GUIDANCE = (
         "(1 + w) and -w balance the conditional and the unconditional answer",
         "Ho and Salimans 2022, equation 6: for w > 0 the unconditional answer is subtracted",
         Verdict.WRONG,
-        "The two weights add up to 1, but one of them is negative: guidance walks on beyond the conditional "
-        "answer, away from the unconditional one.",
+        "The two weights add up to 1, but for w > 0 one of them is negative: guidance walks on beyond the "
+        "conditional answer, away from the unconditional one.",
         shown="chapter 05, (5.5)",
     ),
     Claim(
@@ -311,7 +312,7 @@ GUIDANCE = (
         "Table 2, 128 pixels: 7.27 at 0, 2.43 at 0.3, 21.53 at 4",
         Verdict.HOLDS,
         "From w = 0 to 1 the distance grows many times over; but that comes from the noisiest steps: without "
-        "guidance there, w is not delicate any more.",
+        "guidance there, the one larger weight that was tried does no harm.",
         Measurement(
             (ONE_AXIS,),
             _delicate_weight,
@@ -369,7 +370,7 @@ LATENT_DIFFUSION = (
         "FID 1.90 and 2.95), 962 against 271 on ImageNet (3.5 times; FID 4.59 and 3.60, both guided)",
         Verdict.HERE_ONLY,
         "The factor belongs to a data set, a compression and a rival: nobody has to put layers at the "
-        "highest resolution of a pixel model, and one that folds pixels costs as little a step.",
+        "highest resolution of a pixel model, and one that folds them four by four costs hardly more a step.",
         Measurement(
             (LATENT,),
             _operations,
@@ -390,9 +391,9 @@ LATENT_DIFFUSION = (
         Measurement(
             (LATENT,),
             _saved,
-            "of the {minutes:.0f} minutes in which pixels folded four by four are trained, latents save "
-            "{distance:.0%} to the same Fréchet distance at equal steps of sampling, {finer:.0%} if the "
-            "pixels take four times as many, {legible:.0%} to the same share of legible shapes; the "
+            "of the {minutes:.0f} minutes in which pixels folded four by four are trained, the larger "
+            "latents save {distance:.0%} to the same Fréchet distance at equal sampling steps, {finer:.0%} "
+            "if the pixels take four times as many, {legible:.0%} to the same share of legible shapes; the "
             "autoencoder's {vae_minutes:.0f} minutes not counted (one seed)",
             lambda n: 0 < min(n["finer"], n["legible"]) < 0.6 < n["distance"],
         ),
@@ -534,8 +535,8 @@ PROMPT_TUNING = (
         "Jia et al. 2022, table 1 (s): 24 tasks take 1.04 backbones in all with shallow prompts, 1.18 with "
         "deep ones, 24.02 with full fine-tuning, so 23 and 20 times less",
         Verdict.HERE_ONLY,
-        "That is a further task's factor, and the head is left out; T tasks save at most T times, since the "
-        "backbone is kept.",
+        "That is a further task's factor, for few prompts or shallow ones; T tasks save at most T times, "
+        "since the backbone is kept.",
         Measurement(
             ("prompt_storage", "benchmark_adaptation"),
             _less_storage,
@@ -600,8 +601,8 @@ PROMPT_TUNING = (
         Measurement(
             ADAPTED,
             _against_full,
-            "deep prompts are ahead on {ahead} of {tasks} tasks, tie on {ties}, and are {least:.0%} to "
-            "{most:.0%} behind; " + SIZES,
+            "deep prompts are ahead on {ahead} of {tasks} tasks and tie on {ties}; the means lie {least:.0%} "
+            "to {most:.0%} below; " + SIZES,
             lambda n: n["ahead"] == 0 and n["behind"] > n["tasks"] / 2,
         ),
     ),
