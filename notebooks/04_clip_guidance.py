@@ -2023,7 +2023,7 @@ check_answer(
     hint="What is the gradient of the best critic, and what that of the best classifier?",
 )
 
-# %% slide=["# A classifier and a CLIP, on one axis", "? Bayes' rule is $s=1$ for the one and $s=\\kappa$ for the other. How far will they differ?", "[picture]", "Exact ones would not differ, (4.22). These tie at 5 and 9; at 1 and 2 the classifier leads by 8 points. Both draw many large shapes, which nobody asked for."] tags=["draw"]
+# %% slide=["# A classifier and a CLIP, on one axis", "? Bayes' rule is $s=1$ for the one and $s=\\kappa$ for the other. How far will they differ?", "[picture]", "Exact ones would not differ, (4.22). These tie at 5 and 9; at 1 and 2 the classifier leads by 8 points. Both draw many large shapes, unasked."] tags=["draw"]
 figure = draw_guidances(one_axis, [Way("classifier", "unconditional"), Way("CLIP", "unconditional")])
 show(
     figure,

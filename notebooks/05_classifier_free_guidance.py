@@ -1989,7 +1989,7 @@ for t in (torch.full((128,), step) for step in compared_at):
     agreement.append([inner / by_answers.norm(dim=1) ** 2, F.cosine_similarity(by_answers, by_classifier)])
 agreement = torch.stack([torch.stack(pair) for pair in agreement])  # (steps, share and cosine, 128)
 
-# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes become readable, its gradient has a quarter of what is needed. A scale of one over the share nearly keeps the sizes, and is right three times of four."] tags=["draw"]
+# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes become readable, its gradient has a quarter of what is needed. A scale of one over the share nearly keeps the sizes, right three times of four."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
 for values, name, style, colour in zip(
     agreement.unbind(dim=1),
