@@ -123,7 +123,7 @@ noise = torch.randn(2, 300, 2, dtype=given.dtype, generator=generator)
 drawn = film_of(plane.respace(25), plane_denoiser, noise[1])  # new points, on their way from noise
 
 
-# %% slide=["# Noise fills the gaps, so there are examples everywhere", "[picture]", "Above, noise spreads the samples; the arrows can be learned from them. Below, new points follow the arrows back.", "# That is the whole idea", "- Noise brings samples everywhere.", "- From them a network, the **denoiser**, learns which noise was added.", "- With enough noise every data set looks like a normal distribution.", "- Draw from that, and walk back, a little less noise at a time."]
+# %% slide=["# Noise fills the gaps, so there are examples on the whole way", "[picture]", "Above, noise spreads the samples; the arrows can be learned from them. Below, new points follow the arrows back.", "# That is the whole idea", "- Noise brings samples into the gaps.", "- From them a network, the **denoiser**, learns which noise was added.", "- With enough noise every data set looks like a normal distribution.", "- Draw from that, and walk back, a little less noise at a time."]
 def plot_arrows(axis, t):
     """The way back, away from the guessed noise, wherever noisy samples are likely."""
     side = torch.linspace(-2, 2, 19, dtype=torch.float64)
@@ -158,12 +158,12 @@ show(
 )
 
 # %% [markdown]
-# *Above, from left to right: noise spreads the samples until they have been everywhere. The arrows can be learned from them:
-# which noise was probably added, and so the way back. Below, from right to left: new points start as pure noise and follow
+# *Above, from left to right: noise spreads the samples until they fill the gaps between the islands. The arrows can be learned
+# from them: which noise was probably added, and so the way back. Below, from right to left: new points start as pure noise and follow
 # the arrows.*
 #
-# That is the whole idea. Noise fills the gaps, so that there are examples everywhere. From them a network, the **denoiser**,
-# learns to guess the noise in a noisy sample. With enough noise every data set looks like a normal distribution: draw from
+# That is the whole idea. Noise fills the gaps, so that there are examples on the whole way from noise to data. From them a
+# network, the **denoiser**, learns to guess the noise in a noisy sample. With enough noise every data set looks like a normal distribution: draw from
 # that, and walk back, a little less noise at a time.
 
 # %% [markdown] slide=["# The map: process, guidance, a smaller space, a frozen model", "| chapters | about |\n|---|---|\n| 01, 02 | the process on points, then a network for images |\n| 03, 04, 05 | guidance: by a classifier, by words, by the model itself |\n| 06, 07 | an autoencoder, and diffusion among its codes |\n| 08 | prompts for a frozen vision transformer |", "Chapters import what they need of earlier ones: begin anywhere."] tags=["core"]
@@ -274,11 +274,11 @@ show(
 #
 # </details>
 
-# %% [markdown] slide=["# The one equation to begin with", "$$x_t=\\sqrt{\\bar\\alpha_t}\\,x_0+\\sqrt{1-\\bar\\alpha_t}\\;\\epsilon,\\qquad\\bar\\alpha_t=\\prod_{i=1}^{t}(1-\\beta_i) \\tag{0.1}$$", "- $x_0$ a clean image, $x_t$ a noisy one, $\\epsilon\\sim\\mathcal N(0,I)$ the noise", "- $\\beta_t$ the variance that a step adds", "- $\\bar\\alpha_t$ the signal's share: from nearly 1 to nearly 0", "# Letters that mean several things", "| letter | here | elsewhere |\n|---|---|---|\n| $w$ | weight of guidance | `guidance_scale` is $1+w$ |\n| $s$ | scale of a gradient | weight of guidance in most libraries |\n| $v$ | velocity, a blend of noise and image | a learned variance; attention's values |\n| $\\alpha_t$ | $1-\\beta_t$ | the DDIM paper's is $\\bar\\alpha_t$ |"] tags=["core"]
+# %% [markdown] slide=["# The one equation to begin with", "$$x_t=\\sqrt{\\bar\\alpha_t}\\,x_0+\\sqrt{1-\\bar\\alpha_t}\\;\\epsilon,\\qquad\\bar\\alpha_t=\\prod_{i=1}^{t}(1-\\beta_i) \\tag{0.1}$$", "- $x_0$ a clean image, $x_t$ a noisy one, $\\epsilon\\sim\\mathcal N(0,I)$ the noise", "- $\\beta_t$ the variance that a step adds, after shrinking by $\\sqrt{1-\\beta_t}$", "- $\\bar\\alpha_t$ the signal's share: from nearly 1 to nearly 0", "# Letters that mean several things", "| letter | here | elsewhere |\n|---|---|---|\n| $w$ | weight of guidance | `guidance_scale` is $1+w$ |\n| $s$ | scale of a gradient | weight of guidance in most libraries |\n| $v$ | velocity, a blend of noise and image | a learned variance; attention's values |\n| $\\alpha_t$ | $1-\\beta_t$ | the DDIM paper's is $\\bar\\alpha_t$ |"] tags=["core"]
 # ## Notation
 #
-# Noise is mixed into an image $x_0$ over $T$ steps. Step $t$ adds noise of variance $\beta_t$; what is left of the
-# signal's variance after it is $\bar\alpha_t$:
+# Noise is mixed into an image $x_0$ over $T$ steps. Step $t$ multiplies what is there by $\sqrt{1-\beta_t}$ and adds noise of
+# variance $\beta_t$; so of the signal's variance the share $\bar\alpha_t$ is left after it:
 #
 # $$x_t=\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\;\epsilon,\qquad
 #   \bar\alpha_t=\prod_{i=1}^{t}(1-\beta_i),\qquad \epsilon\sim\mathcal N(0,I) \tag{0.1, definition}$$
@@ -293,7 +293,7 @@ show(
 # | $\lambda_t$ | `log_snr` | logarithm of the signal-to-noise ratio (0.2); the lecture's $z_\lambda$ is $x_t$ at that ratio |
 # | $\tilde\mu_t$, $\tilde\beta_t$ | `q_posterior` | mean and variance of $x_{t-1}$ when $x_t$ *and* $x_0$ are known (chapter 01) |
 # | $\sigma_t^2$ | `variance` | variance of the fresh noise that sampling adds on the way to $x_{t-1}$ |
-# | $\eta$ | `eta` | how much of it: $\sigma_t=\eta\sqrt{\tilde\beta_t}$; 0 is DDIM, the sampling used above, 1 is DDPM |
+# | $\eta$ | `eta` | how much of it in DDIM's family: $\sigma_t=\eta\sqrt{\tilde\beta_t}$; 0 is DDIM, the sampling used above, 1 is DDPM with the smaller of its variances |
 # | $s$ | `scale` | how strongly a classifier's or CLIP's gradient pulls (03, 04) |
 # | $w$ | `w` | weight of classifier-free guidance, as its authors count it (05) |
 #
@@ -301,9 +301,9 @@ show(
 #
 # | letter | here | elsewhere, and what we call that |
 # |---|---|---|
-# | $s$ | scale of a gradient | weight of classifier-free guidance in most libraries: `guidance_scale` $=1+w$; factor on latents: `latent_scale`; a component's standard deviation: `stds`; score: $\nabla\log q$ |
-# | $v$ | velocity, a blend of noise and image that may be predicted instead of $\epsilon$ (01) | output for a learned variance: only in 01; what attention reads: its *values*; bound of the first prompts: only in 08 |
-# | $w$ | weight of guidance | $1+w$: `guidance_scale`; a network's weights: $\theta$ |
+# | $s$ | scale of a gradient | weight of classifier-free guidance in most libraries: `guidance_scale` $=1+w$; factor on latents: `latent_scale`; a component's standard deviation: $s_k$, `stds`; score: $\nabla\log q$ |
+# | $v$ | velocity, a blend of noise and image that may be predicted instead of $\epsilon$ (01) | output for a learned variance, and a component's noisy variance $v_k$: only in 01; what attention reads: its *values*; bound of the first prompts: only in 08 |
+# | $w$ | weight of guidance | $1+w$: `guidance_scale`; a network's weights: $\theta$; weights in the posterior's mean, $w_t$: only in 01 |
 # | $\alpha_t$ | $1-\beta_t$ | the DDIM paper's $\alpha_t$: $\bar\alpha_t$ |
 # | $\sigma$ | fresh noise of a sampling step | noise relative to signal: $\sqrt{(1-\bar\alpha_t)/\bar\alpha_t}$ |
 # | $z$ | latent code (06, 07) | the lecture's $z_\lambda$: $x_t$; fresh noise: only in 01 |
@@ -432,7 +432,7 @@ check("ddpm.q_sample", q_sample)
 # Most chapters train on images made by code: 8 shapes in 8 colours and 2 sizes on 4 backgrounds. All this is known, so one
 # can *measure* whether a model drew what it was asked for.
 
-# %% slide=["# The data: everything about them is known", "[picture]", "Framed pairs are held out of every training: who draws a blue star has learned two things."] tags=["draw"]
+# %% slide=["# The data: everything about them is known", "[picture]", "Framed pairs are held out of every training: is a blue star drawn as often as a red one?"] tags=["draw"]
 indices = torch.arange(64)
 attributes = {
     "shape": indices // 8,
@@ -450,10 +450,10 @@ figure.set_size_inches(8.3, 7.6)  # room for the titles
 show(figure, "All 64 pairs of a shape and a colour; eight of them, one in each row and column, are framed.")
 
 # %% [markdown]
-# *The eight framed pairs are **held out**: no training image shows them. A model that never saw a blue star, and draws one
-# when asked, has learned shape and colour as two things.*
+# *The eight framed pairs are **held out**: no training image shows them. A model that draws such pairs as often as those it has
+# seen has learned shape and colour as two things.*
 
-# %% slide=["# So one can measure whether a wish was granted", "[table]", "? Photographs have no such labels. How would you measure there?", "By readers, networks that say what they see. Here their errors can be counted."]
+# %% slide=["# So one can measure whether a wish was granted", "[table]", "? Photographs have no such labels. How would you measure there?", "By a network that names what it sees (a *reader*). It errs, too; here its errors can be counted."]
 sizes = [[split, f"{len(load('shapes', split)):,}"] for split in ("train", "validation", "test", "held_out")]
 show_table(sizes, ["split", "images"])
 
