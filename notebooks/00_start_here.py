@@ -158,13 +158,13 @@ show(
 )
 
 # %% [markdown]
-# *Above, from left to right: noise spreads the samples until they fill the gaps between the islands. The arrows can be learned
-# from them: which noise was probably added, and so the way back. Below, from right to left: new points start as pure noise and follow
-# the arrows.*
+# *Above, from left to right: noise spreads the samples until they fill the gaps between the islands. The arrows can be
+# learned from them: which noise was probably added, and so the way back. Below, from right to left: new points start as pure
+# noise and follow the arrows.*
 #
 # That is the whole idea. Noise fills the gaps, so that there are examples on the whole way from noise to data. From them a
-# network, the **denoiser**, learns to guess the noise in a noisy sample. With enough noise every data set looks like a normal distribution: draw from
-# that, and walk back, a little less noise at a time.
+# network, the **denoiser**, learns to guess the noise in a noisy sample. With enough noise every data set looks like a normal
+# distribution: draw from that, and walk back, a little less noise at a time.
 
 # %% [markdown] slide=["# The map: process, guidance, a smaller space, a frozen model", "| chapters | about |\n|---|---|\n| 01, 02 | the process on points, then a network for images |\n| 03, 04, 05 | guidance: by a classifier, by words, by the model itself |\n| 06, 07 | an autoencoder, and diffusion among its codes |\n| 08 | prompts for a frozen vision transformer |", "Chapters import what they need of earlier ones: begin anywhere."] tags=["core"]
 # ## The map
@@ -235,7 +235,8 @@ show(
 # <details>
 # <summary>Answer</summary>
 #
-# $\mathbb E_q[\tfrac12x^2-\tfrac12(x-1)^2]=\mathbb E_q[x]-\tfrac12=\tfrac12$. It is zero only if $q=p$. (Goodfellow, Bengio, Courville, [*Deep Learning*](https://www.deeplearningbook.org), 3.13)
+# $\mathbb E_q[\tfrac12x^2-\tfrac12(x-1)^2]=\mathbb E_q[x]-\tfrac12=\tfrac12$. It is zero only if $q=p$. (Goodfellow, Bengio,
+# Courville, [*Deep Learning*](https://www.deeplearningbook.org), 3.13)
 #
 # </details>
 #

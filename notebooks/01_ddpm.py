@@ -846,8 +846,8 @@ verify("1.21", torch.stack([mean_back, variance_back]), torch.stack([by_posterio
 # target, the velocity, has no such end; it is derived in the section *The velocity*, and the networks of chapter 02 predict it.
 #
 # With the noise in the place of $x_0$, the posterior's mean (1.15) becomes what is found in most codes. Put (1.22) into it
-# and collect: the factor of $x_t$ is $\bigl(\beta_t+\alpha_t(1-\bar\alpha_{t-1})\bigr)/\bigl(\sqrt{\alpha_t}(1-\bar\alpha_t)\bigr)
-# =1/\sqrt{\alpha_t}$, and
+# and collect: the factor of $x_t$ is
+# $\bigl(\beta_t+\alpha_t(1-\bar\alpha_{t-1})\bigr)/\bigl(\sqrt{\alpha_t}(1-\bar\alpha_t)\bigr) =1/\sqrt{\alpha_t}$, and
 #
 # $$\tilde\mu_t=\frac{1}{\sqrt{\alpha_t}}\left(x_t-\frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\right)
 # \tag{1.23}$$
@@ -1459,9 +1459,10 @@ class Diffusion(Diffusion):
 
 
 # %% [markdown]
-# The mixture knows both sides. Add the gradient of $\log q(k\mid x_t)$, by automatic differentiation, to the exact answer
-# for the whole mixture, and it must become the exact answer for component $k$ alone, for what follows from Bayes' rule is
-# $q(x_t)\,q(k\mid x_t)\propto q(x_t\mid k)$. (Chapter 03 is about this line. For $v$ the check stands in the section *The velocity*.)
+# The mixture knows both sides. Add the gradient of $\log q(k\mid x_t)$, by automatic differentiation, to the exact answer for
+# the whole mixture, and it must become the exact answer for component $k$ alone, for what follows from Bayes' rule is
+# $q(x_t)\,q(k\mid x_t)\propto q(x_t\mid k)$. (Chapter 03 is about this line. For $v$ the check stands in the section *The
+# velocity*.)
 
 
 # %%
@@ -1580,8 +1581,8 @@ check_answer(
 # %% [markdown]
 # So a loss curve that begins near 1 is no sign of anything yet, and one that stays there has not learned.
 #
-# The simple loss is no longer a bound. Nichol and Dhariwal add the bound back, for the learned variance only: with the bound in bits
-# per dimension,
+# The simple loss is no longer a bound. Nichol and Dhariwal add the bound back, for the learned variance only: with the bound
+# in bits per dimension,
 #
 # $$L_\text{hybrid}=L_\text{simple}+\frac{T}{1000}\,\frac{L_{t-1}}{D\ln2} \tag{1.35, definition}$$
 #
@@ -1756,13 +1757,13 @@ check("ddpm.ancestral_update", ancestral_update)
 # $$x_{t-1}=\sqrt{\bar\alpha_{t-1}}\,\hat x_0+\sqrt{1-\bar\alpha_{t-1}-\sigma_t^2}\;\hat\epsilon+\sigma_t z,
 # \qquad\sigma_t=\eta\sqrt{\tilde\beta_t} \tag{1.38, definition}$$
 #
-# Why are the marginals the same? If $x_t=\sqrt{\bar\alpha_t}x_0+\sqrt{1-\bar\alpha_t}\epsilon$ and the step knows
-# $x_0$ and $\epsilon$ exactly, then $x_{t-1}$ has the mean $\sqrt{\bar\alpha_{t-1}}x_0$ and the variance
-# $(1-\bar\alpha_{t-1}-\sigma_t^2)+\sigma_t^2=1-\bar\alpha_{t-1}$: as (1.6) says, for every $\eta$. A network
-# does not know them, though. It gives the expectations $\hat x_0$ and $\hat\epsilon$, and for these the argument does not
-# hold: an expectation varies less than what it is the expectation of. (1.41) will show how much too narrow the samples
-# become, and (1.40) why that goes away with many steps. Two ends are special. At $\eta=0$ nothing random is left, and $x_T$ decides the sample. At $\eta=1$ it is the ancestral step
-# with variance $\tilde\beta_t$:
+# Why are the marginals the same? If $x_t=\sqrt{\bar\alpha_t}x_0+\sqrt{1-\bar\alpha_t}\epsilon$ and the step knows $x_0$ and
+# $\epsilon$ exactly, then $x_{t-1}$ has the mean $\sqrt{\bar\alpha_{t-1}}x_0$ and the variance
+# $(1-\bar\alpha_{t-1}-\sigma_t^2)+\sigma_t^2=1-\bar\alpha_{t-1}$: as (1.6) says, for every $\eta$. A network does not know
+# them, though. It gives the expectations $\hat x_0$ and $\hat\epsilon$, and for these the argument does not hold: an
+# expectation varies less than what it is the expectation of. (1.41) will show how much too narrow the samples become, and
+# (1.40) why that goes away with many steps. Two ends are special. At $\eta=0$ nothing random is left, and $x_T$ decides the
+# sample. At $\eta=1$ it is the ancestral step with variance $\tilde\beta_t$:
 #
 # $$\sqrt{\bar\alpha_{t-1}}\,\hat x_0+\sqrt{1-\bar\alpha_{t-1}-\tilde\beta_t}\;\hat\epsilon
 #   =\tilde\mu_t(x_t,\hat x_0) \tag{1.39}$$
@@ -2374,9 +2375,9 @@ show(
 )
 
 # %% [markdown]
-# *With the exact denoiser, so that nothing but the sampler is to blame; one seed. With three or five steps all are far off, DDPM
-# with the large variance least. At 10 and 20 steps DDIM is ahead. At 50 all are within about one and a half times what chance alone
-# makes, and at 200 below it: 2,000 points cannot rank the samplers any more.*
+# *With the exact denoiser, so that nothing but the sampler is to blame; one seed. With three or five steps all are far off,
+# DDPM with the large variance least. At 10 and 20 steps DDIM is ahead. At 50 all are within about one and a half times what
+# chance alone makes, and at 200 below it: 2,000 points cannot rank the samplers any more.*
 
 # %%
 for count in (10, 20):
@@ -2575,10 +2576,10 @@ show(
 # *The contour that holds 99 % of the data. Outside of it, in red: some 1.6 % of the samples of the exact denoiser, whose clusters
 # the large variance makes a little too wide, and several times as many of the network's, many of them between the clusters.*
 #
-# The same loop leaves few strays with the exact denoiser (its variance was fixed, the network's learned). So what was learned is
-# not exact where it is needed to be. Whether the loss, which gives these steps no extra weight, has a part in it was not tried. What
-# would cure it? **Predict, then try** (change one line of the training at a time): a network twice as wide, or batches
-# four times as large.
+# The same loop leaves few strays with the exact denoiser (its variance was fixed, the network's learned). So what was learned
+# is not exact where it is needed to be. Whether the loss, which gives these steps no extra weight, has a part in it was not
+# tried. What would cure it? **Predict, then try** (change one line of the training at a time): a network twice as wide, or
+# batches four times as large.
 #
 # <details>
 # <summary>What came out</summary>
@@ -2728,11 +2729,12 @@ show(
 )
 
 # %% [markdown]
-# *Left: with the exact denoiser the gap falls as T grows from 25 to 200, under both variances. (It does not go to zero, not even
-# with more steps: the first steps keep a wrong variance.) The variance matters: with a learned one, an imperfect network is far ahead of the exact denoiser with the small one, and a little ahead of
-# it with the large one. This small lead is made in the last step of sampling alone, where $\tilde\beta_2$ stands in for
-# $\beta_1$; with $\beta_1$ itself there, the exact denoiser is ahead. Right: the divergences
-# of which the network's bound is made, step by step (all terms but those of the last step and of the prior).*
+# *Left: with the exact denoiser the gap falls as T grows from 25 to 200, under both variances. (It does not go to zero, not
+# even with more steps: the first steps keep a wrong variance.) The variance matters: with a learned one, an imperfect network
+# is far ahead of the exact denoiser with the small one, and a little ahead of it with the large one. This small lead is made
+# in the last step of sampling alone, where $\tilde\beta_2$ stands in for $\beta_1$; with $\beta_1$ itself there, the exact
+# denoiser is ahead. Right: the divergences of which the network's bound is made, step by step (all terms but those of the
+# last step and of the prior).*
 
 # %%
 assert all(gap > 0 for gap in gaps.values())

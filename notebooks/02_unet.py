@@ -582,8 +582,8 @@ verify("2.8", jacobian, torch.eye(32, **exact), atol=1e-12)
 # %% [markdown]
 # Does a layer of zeros ever get away from zero? The gradient of its weights is its input times the gradient at its output,
 # and in a block by itself neither is zero. Only the layers in front of it, whose gradient has to pass through its zeros, wait
-# for one step. (In the whole network the head will begin with zeros, too: first it moves alone, then the ends of the branches,
-# then what lies before them.)
+# for one step. (In the whole network the head will begin with zeros, too: first it moves alone, then the ends of the branches
+# and all that lies outside of them, then the rest.)
 
 
 # %%
@@ -1319,8 +1319,9 @@ show_table([*rows, ["all", f"{total:,}", "100%"]], columns=["part, or kind of la
 # %% [markdown]
 # ### The first loss
 #
-# Since the output is zero at first, the loss at the start is the mean square of the target. For the velocity $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$, (1.44), the mixed term vanishes,
-# because the noise has mean 0 and does not know the image:
+# Since the output is zero at first, the loss at the start is the mean square of the target. For the velocity
+# $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$, (1.44), the mixed term vanishes, because the noise has mean 0
+# and does not know the image:
 #
 # $$\mathbb E[v^2]=\bar\alpha_t\cdot1+(1-\bar\alpha_t)\,\mathbb E[x_0^2] \tag{2.16}$$
 #
@@ -1686,7 +1687,7 @@ figure = show_grid(
 figure.set_figheight(5.2)
 show(
     figure,
-    "Two pictures with more and more noise, and what is expected of them: sharp, then blurred, then grey.",
+    "Two pictures with more and more noise, and what is expected of them: sharp, then blurred, then a grainy blur.",
 )
 
 # %% [markdown]
@@ -1821,9 +1822,9 @@ show(
 # %% [markdown] tags=["core"]
 # ## How many steps?
 #
-# That takes a distance between sets of images, and pixels will not do: two red stars in different places have few in
-# common. So *features* are compared, what a trained classifier sees in an image just before it decides. With the mean $m$ and covariance
-# $C$ of the features of real ($r$) and generated ($g$) images, the **Fréchet distance** is
+# That takes a distance between sets of images, and pixels will not do: two red stars in different places have few in common.
+# So *features* are compared, what a trained classifier sees in an image just before it decides. With the mean $m$ and
+# covariance $C$ of the features of real ($r$) and generated ($g$) images, the **Fréchet distance** is
 #
 # $$d^2=\|m_r-m_g\|^2+\operatorname{tr}\bigl(C_r+C_g-2\,(C_rC_g)^{1/2}\bigr) \tag{2.22, definition}$$
 #
@@ -1898,11 +1899,12 @@ show(
 )
 
 # %% [markdown]
-# *Left: up to 20 steps of DDIM and 50 of DDPM, more steps make more pictures legible; beyond, 128 images show no gain. (Where
+# *Left: up to 20 steps of DDIM and 50 of DDPM, more steps make more pictures legible; beyond, no gain is seen outside the errors
+# (from 100 steps on there are only 128 images). (Where
 # all are legible the formula gives an error of 0, which is too small: 128 of 128 also come of a share of 99 % in one trial of
 # four. And the error of recall leaves out that another set would have other neighbours.) Right: the distance, where there are a
 # thousand images. DDIM is well ahead with 10 and 20 steps; its lead at 50 is small, and from 100 steps on, in the table, DDPM's
-# numbers are the smaller ones: no errors are given here.*
+# numbers are the smaller ones, but no errors are given here.*
 #
 # So 50 steps do, and nearly all pictures can be read. Are they as good as real? Not quite, with either sampler: their distance
 # is half as large again as that of real images, or twice, and they show a little less of the variety. Would more steps mend
@@ -1941,7 +1943,7 @@ for (count, sampler), few_images in small.items():
     print(f"{sampler}, {count} steps: as stored, to 10 %: {abs(ratio - 1) < 0.1}")
     assert abs(ratio - 1) < 0.1
 
-# %% slide=["# DDIM keeps its picture with few steps", "[picture]", "The same starting points in each row: in half of the columns DDIM draws the same with 10 steps as with 50."]
+# %% slide=["# With few steps DDIM keeps half of its pictures", "[picture]", "The same starting points in each row: in half of the columns DDIM draws the same with 10 steps as with 50."]
 rows = {f"{sampler.upper()}, {count}": few_images[:8] for (count, sampler), few_images in small.items()}
 figure = show_grid(torch.cat(list(rows.values())), row_titles=list(rows), inches_per_image=1.0)
 show(figure, "Four rows of eight pictures: DDPM and DDIM with 10 and with 50 steps.")
@@ -2131,7 +2133,7 @@ show_milestone(
 # - Averaged weights (2.17) look back over a window; at a constant rate they were better than the last ones.
 # - What the network says is an expectation: a blur where much is open.
 # - Fifty steps do for this network to draw legible pictures; from 100 to 1000 no gain was seen.
-# - Good samples and short codes are different virtues: bits per dimension (2.23) count what nobody sees.
+# - Good samples and short codes are different virtues: bits per dimension (2.23) count what hardly anybody sees.
 #
 # [Chapter 03](03_classifier_guidance.ipynb) takes the long-trained network as it is, and makes it draw what is asked for.
 # What you have solved so far, in all chapters:

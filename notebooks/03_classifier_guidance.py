@@ -6,7 +6,7 @@
 #     name: python3
 # ---
 
-# %% [markdown] slide=["# Steer a finished model, without training it again", "A finished network draws whatever it likes. You want a red star.", "? What else could say where a red star is?", "A classifier. Its gradient says which change of the picture makes it more of a red star.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both of its forms", "- wrap a denoiser, so that every sampler takes it as it is", "- say what a scale above 1 does, and what it does not do", "- train a classifier that reads noise, and say why a clean one fails", "- read a distance: how much of it is what nobody asked for"]
+# %% [markdown] slide=["# Steer a finished model, without training it again", "A finished network draws whatever it likes. You want a red star.", "? What else could say where a red star is?", "A classifier. Its gradient says which change of the picture makes it more of a red star.", "# What you can do afterwards", "- derive the guidance from Bayes' rule, in both of its forms", "- wrap a denoiser, so that every sampler takes it as it is", "- say what a scale above 1 does, and what it does not do", "- train a classifier that reads noise, and see that a clean one hardly guides", "- read a distance: how much of it is what nobody asked for"]
 # # 03 Classifier guidance: steering a finished model
 #
 # [Previous: 02 The U-Net](02_unet.ipynb) · [Next: 04 CLIP guidance](04_clip_guidance.ipynb)
@@ -20,7 +20,7 @@
 # - derive the guidance from Bayes' rule, in both of its forms, and say what each of them neglects;
 # - wrap any denoiser in a guided one, so that every sampler takes it as it is;
 # - say what a scale above 1 does to the distribution, and what it does not do;
-# - train a classifier that reads noisy images, and know why a clean one fails;
+# - train a classifier that reads noisy images, and see that a clean one hardly guides;
 # - choose a scale by accuracy, distance, variety and cost, and know what a distance is made of.
 #
 # **What it needs**: [chapter 01](01_ddpm.ipynb) (scores, both samplers, the Gaussian mixture) and [chapter
@@ -750,12 +750,12 @@ print(f"as the hook draws: {torch.allclose(by_hook, by_chain, atol=1e-10)}")
 # %% [markdown] tags=["optional"]
 # ### What is neglected *(at a second reading)*
 #
-# Three things: the gradient is taken at another point and level than (3.9) asks for; the Taylor step itself has
-# dropped all curvature; and $\Sigma$ is not the covariance of $x_{t-1}$ given $x_t$. In the laboratory their sum can be
-# measured, because the right answer is known: the true mean of $x_{t-1}$ given $x_t$ and $y$. One forward step, $x_t=\sqrt{\alpha_t}\,x_{t-1}+\sqrt{\beta_t}\,\epsilon$, is a noising
-# like any other, so (1.17) holds for it with $\alpha_t$ in the place of $\bar\alpha_t$:
-# $\mathbb E[x_{t-1}\mid x_t]=\bigl(x_t+\beta_t\nabla\log q(x_t)\bigr)/\sqrt{\alpha_t}$, and the same given $y$. The
-# difference of the two is, by (3.1),
+# Three things: the gradient is taken at another point and level than (3.9) asks for; the Taylor step itself has dropped all
+# curvature; and $\Sigma$ is not the covariance of $x_{t-1}$ given $x_t$. In the laboratory their sum can be measured, because
+# the right answer is known: the true mean of $x_{t-1}$ given $x_t$ and $y$. One forward step,
+# $x_t=\sqrt{\alpha_t}\,x_{t-1}+\sqrt{\beta_t}\,\epsilon$, is a noising like any other, so (1.17) holds for it with $\alpha_t$
+# in the place of $\bar\alpha_t$: $\mathbb E[x_{t-1}\mid x_t]=\bigl(x_t+\beta_t\nabla\log q(x_t)\bigr)/\sqrt{\alpha_t}$, and
+# the same given $y$. The difference of the two is, by (3.1),
 #
 # $$\mathbb E[x_{t-1}\mid x_t,y]=\mathbb E[x_{t-1}\mid x_t]+\frac{\beta_t}{\sqrt{\alpha_t}}\,\nabla_{x_t}\log q(y\mid x_t) \tag{3.11}$$
 #
@@ -856,8 +856,9 @@ verify("3.12", moved, 3.0 * beta / (1 - beta).sqrt() * gradient_at_t, atol=1e-9)
 #
 # What guidance adds instead is $\nabla\log\mathbb E\bigl[q(y\mid x_0)\mid x_t\bigr]^s$: the power is outside of the
 # expectation. (For $q(y\mid x_t)=\mathbb E[q(y\mid x_0)\mid x_t]$, since $y$ depends on $x_t$ through $x_0$ alone.) At $s=1$
-# the two are the same. At other scales above 0 they are not, unless $x_t$ leaves no doubt about $x_0$. At each level the guided field is the score of $q(x_t)\,q(y\mid x_t)^s$; but for different $t$ these are not
-# the noisy versions of one and the same distribution. So what comes out depends on how one walks.
+# the two are the same. At other scales above 0 they are not, unless $x_t$ leaves no doubt about $x_0$. At each level the
+# guided field is the score of $q(x_t)\,q(y\mid x_t)^s$; but for different $t$ these are not the noisy versions of one and the
+# same distribution. So what comes out depends on how one walks.
 #
 # Two overlapping classes on a line show it. First (3.14). Its left side is the score of the tilted density after
 # noising, an integral over a fine grid of $x_0$:
@@ -969,8 +970,8 @@ show_table(
 assert drawn_on_line[3.0, "DDIM"].mean() > drawn_on_line[3.0, "DDPM"].mean() + 0.05 > 0.6
 
 # %% [markdown]
-# More typical of the class than the class itself. These are 400 steps, so the samplers' difference is none of coarse ones; for
-# $s=1$ the field *is* a score, and both agree. ([Chapter 05](05_classifier_free_guidance.ipynb) has a case in which
+# More typical of the class than the class itself. With 400 steps the difference between the samplers does not come from coarse
+# steps; for $s=1$ the field *is* a score, and both agree. ([Chapter 05](05_classifier_free_guidance.ipynb) has a case in which
 # what each draws is known in closed form.) So the tilted density is a way of thinking about $s>1$, not what is sampled;
 # and a scale that was tuned for one sampler is not the right one for another.
 #
@@ -1613,9 +1614,9 @@ assert all(fine < coarse for fine, coarse in zip(fine_errors, coarse_errors))
 # %% [markdown]
 # ($t-1$ means one step of the path: with 50 steps, some 20 of the original ones.) With all 1000 steps the hook's gradient is
 # off by a few per cent, and here neither point nor level is most of it at every step; the straight line itself misses 15 to
-# 27 % of the change in the noisier half. With 50 steps the error is several times as large, and at the early steps the straight line misses most of
-# the change: a step that long is no short distance. Guidance still works there. What one step gets wrong the next one
-# sees, at its own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
+# 27 % of the change in the noisier half. With 50 steps the error is several times as large, and at the early steps the
+# straight line misses most of the change: a step that long is no short distance. Guidance still works there. What one step
+# gets wrong the next one sees, at its own $x_t$; but to call the result a draw from $p(x_{t-1}\mid x_t,y)$ would be wrong.
 
 # %% [markdown] tags=["core"]
 # ## How strong?
@@ -1791,13 +1792,13 @@ assert all(float(large) > float(small) for _, large, small in legible)
 
 # %% [markdown]
 # So there is no one best scale: 1 for the distribution; for obedience some 8 for DDPM, beyond which nothing is gained outside
-# the errors (DDIM still gains, to 73 % at 32). And a distance should be asked what it is made of. [Chapter 05](05_classifier_free_guidance.ipynb) puts all three guidances
-# on this axis.
+# the errors (DDIM still gains, to 73 % at 32). And a distance should be asked what it is made of. [Chapter
+# 05](05_classifier_free_guidance.ipynb) puts all three guidances on this axis.
 #
-# About one in ten is not as asked for, even at the largest scales. Is it the network's fault? Of what it draws by itself hardly
-# one in a hundred cannot be read. But it can be tried: the same classifier guides a smaller network, `small_ddpm_shapes32`, from the same
-# noise. Of the pictures that each draws on its own, how many are *legible*, as chapter 02 counts them, and how many obey
-# when guided?
+# By DDPM about one in ten is not as asked for, even at the largest scales. Is it the network's fault? Of what it draws by
+# itself fewer than one in a hundred cannot be read. A trial: the same classifier guides a smaller network,
+# `small_ddpm_shapes32`, from the same noise. Of the pictures that each draws on its own, how many are *legible*, as chapter
+# 02 counts them, and how many obey when guided?
 
 # %% slide=["# Is the network to blame for what does not obey?", "[table]", "Far more of the larger one's own pictures are legible, and no more of the guided ones obey: what limits is not the network."]
 small_sweep = load_results("classifier_guidance_sweep_small")
@@ -1842,9 +1843,9 @@ show_table(
 )
 
 # %% [markdown]
-# For DDPM no change is outside the errors: perhaps its noise covers what the first step does. DDIM's distance falls by far more than its
-# error, and its share of large shapes with it: so much was one step of fifty. Its obedience stays where it was, within
-# the error, so that lag has another cause. On the line above DDIM adds up every push and cannot take one back; whether
+# For DDPM no change is outside the errors: perhaps its noise covers what the first step does. DDIM's distance falls by far
+# more than its error, and its share of large shapes with it: so much was one step of fifty. Its obedience stays where it was,
+# within the error, so that lag has another cause. On the line above DDIM adds up every push and cannot take one back; whether
 # that is it was not measured.
 #
 # What does guidance cost? One gradient of the classifier for each step, beside one evaluation of the U-Net:
@@ -2001,10 +2002,10 @@ show_milestone(
 #   $\beta_t/\sqrt{\alpha_t}\cdot g$ (3.11), and the two meet as steps get finer.
 # - A scale above 1 does not sample the tilted density (3.14), and samplers differ there.
 # - Gradients are summed over the batch, never averaged (3.6), and taken with respect to $x_t$.
-# - The classifier must have been trained on noisy images; ours is told the step as well. Several labels that are independent
-#   given the image add up (3.17), even to pairs never seen.
-# - Accuracy rises with $s$ and, by DDPM, levels off. What else a classifier likes comes along unasked, here large shapes, and most
-#   of the distance from real images is that.
+# - Our classifier was trained on noisy images and is told the step; a smaller one, of clean images alone, hardly guides.
+#   Several labels that are independent given the image add up (3.17), even to pairs never seen.
+# - Accuracy rises with $s$ and, by DDPM, levels off. What else a classifier likes comes along unasked, here large shapes, and
+#   most of the distance from real images is that.
 #
 # What if the wish is a sentence? [Chapter 04](04_clip_guidance.ipynb) replaces the classifier by CLIP. What if there is
 # no classifier at all? That is [chapter 05](05_classifier_free_guidance.ipynb). What you have solved so far, in all

@@ -9,7 +9,8 @@
 # %% [markdown] slide=["# Steer by a sentence", "A classifier knows a fixed list of classes. A sentence has none.", "? What would a network have to learn, to say how well a picture and a sentence go together?", "Which caption belongs to which picture. Nothing else: that is **CLIP**.", "# What you can do afterwards", "- derive the contrastive loss, and say what it measures", "- build a small CLIP: tokenizer, text transformer, image tower", "- classify pictures by classes that exist as words only", "- steer a finished model by prompts, through $x_t$ or through $\\hat x_0$", "- say what each of the two gradients approximates"]
 # # 04 CLIP guidance: steering by words
 #
-# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb)
+# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free
+# guidance](05_classifier_free_guidance.ipynb)
 #
 # [Chapter 03](03_classifier_guidance.ipynb) steered a finished model by a classifier, which knows a fixed list of classes.
 # This chapter steers it by a sentence. What is needed is a network that says how well a picture and a sentence go together,
@@ -321,8 +322,8 @@ verify("4.6", orthonormal_loss, (1 + 15 * torch.exp(-some_taus.exp())).log(), at
 # $$\frac{\partial L}{\partial S_{ij}}=\frac{\kappa}{2N}\,\bigl(p(j\mid i)+q(i\mid j)-2\,\delta_{ij}\bigr)
 # \tag{4.7}$$
 #
-# Descending it, each pair's own similarity is raised, the more, the less it is believed, and every other one is
-# lowered, the more, the *likelier* it looks. Captions that are nearly right, one word off, are pushed away hardest:
+# Descending it, each pair's own similarity is raised, the more so the less it is believed, and every other one is
+# lowered, the more so the *likelier* it looks. Captions that are nearly right, one word off, are pushed away hardest:
 # *hard negatives*. And the temperature feels the same gradient, weighted by the similarities
 # ($\partial(\kappa S)/\partial\tau=\kappa S$):
 #
@@ -524,7 +525,7 @@ assert all_information - best_bound[-1] < 0.5
 #
 # $$L_\text{perfect}=\mathbb E\bigl[\ln(1+K)\bigr],\qquad K\sim\text{Binomial}\bigl(N-1,\tfrac1C\bigr) \tag{4.15}$$
 #
-# For the check, all $3^4$ batches of $N=4$ out of $M=3$ captions, with orthonormal features and a large $\kappa$:
+# For the check, all $3^4$ batches of $N=4$ out of $C=3$ captions, with orthonormal features and a large $\kappa$:
 
 
 # %%
@@ -1617,7 +1618,7 @@ for step in compared:
         cosine_to_noise_aware.setdefault(name, []).append(mean_and_error)
         lengths.setdefault(name, []).append(back.flatten(1).norm(dim=1).mean())
 
-# %% slide=["# Two CLIPs, two gradients", "[picture]", "They agree in part while the picture is clear, and hardly in the noisiest steps; detached, the gradient is four to nine times longer from $t=100$ on."] tags=["draw"]
+# %% slide=["# Two CLIPs, two gradients", "[picture]", "They agree in part while the picture is clear, and hardly in the noisiest steps; detached, the gradient is several times longer from $t=100$ on."] tags=["draw"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 for (name, pairs), marker, colour in zip(cosine_to_noise_aware.items(), "os", colours[1:]):
     middle, error = torch.tensor(pairs).T
@@ -1637,8 +1638,9 @@ show(
 # %% [markdown]
 # *Left: how far the clean CLIP's gradients point where the noise-aware one's does, with two standard errors of 32 pictures.
 # Two random directions of 3,072 numbers would have a cosine near 0. Right: their lengths. From $t=100$ on, the gradient through
-# the denoiser is four to nine times shorter than the detached one. In direction it is ahead of it at the clearest steps at most;
-# in the noisiest neither has much in common with the noise-aware one, though both are longer.*
+# the denoiser is three and a half to nine times shorter than the detached one. In direction the way through the denoiser is ahead
+# of the detached one at the clearest steps at most; in the noisiest steps neither has much in common with the noise-aware one,
+# though both are longer.*
 #
 # #### Exercise 11: data on a line
 #
@@ -2045,10 +2047,10 @@ assert max(both_right["1"], both_right["2"]) < -2 and max(map(abs, (both_right["
 
 # %% [markdown]
 # *CLIP minus classifier, in standard errors of the difference, for 512 pictures each, one seed: below two, a tie. Two guides
-# that learned in different ways end within 8 points of each other; exact ones would not differ, (4.22). At 1 and 2 the classifier is right more
-# often, by 8 points; at 5 and 9 they tie. At 9 the CLIP draws fewer large shapes, so that its distance is lower. What makes
-# these differences was not measured; the list of alternatives that a similarity does without, (4.23), is one candidate, the two
-# networks and their trainings are others.*
+# that learned in different ways end some 8 points apart at most; exact ones would not differ, (4.22). At 1 and 2 the
+# classifier is right more often, by 8 points; at 5 and 9 they tie. At 9 the CLIP draws fewer large shapes, so that its
+# distance is lower. What makes these differences was not measured; the list of alternatives that a similarity does without,
+# (4.23), is one candidate, the two networks and their trainings are others.*
 #
 # Both are more often right the harder they push, up to 5 at least and far beyond Bayes' rule, as in chapter 03; from 5 to 9
 # the CLIP's gain is within the error. And with both the distance to the test images grows, as far as 5, since they draw more
@@ -2098,7 +2100,7 @@ rows = [
 show_table(rows, columns=["way", "$s$", "shape", "colour", "both", "Fréchet distance", "recall"])
 print("real against real: {frechet_distance_real:.1f}, recall {recall_real:.2f}".format(**sweep[0]))
 
-# %% slide=["# Through the predicted image, colours are what fails", "[picture]", "Shapes come right nearly as often. In the noisiest steps its gradient is both long and of little agreement; which of the two it is was not separated."] tags=["draw"]
+# %% slide=["# Through the predicted image, colours are what fails", "[picture]", "Shapes come right nearly as often. In the noisiest steps its gradient is long, and agrees little with the noise-aware one; which of the two matters was not separated."] tags=["draw"]
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True, layout="constrained")
 for axis, (what, title) in zip(axes, {"shape": "shape", "colour": "colour", "all": "both"}.items()):
     for (name, runs), marker, colour in zip((ways | others).items(), "os^D", colours):
@@ -2129,10 +2131,10 @@ show(
 # follow. Through $\hat x_0$ the shapes are nearly as often right, but not the colours, at any scale.
 #
 # Is it the factor $1+sV$ of (4.30), the plug-in's excess? It grows with $s$, yet at a sixteenth of the scale, $s=50$, colours
-# come right no more often (46 % for 50 %): a smaller scale does not cure it. Nor does leaving the noisiest steps out, where $V$
-# is largest: guided below $t=800$ only, 34 % of the colours are right, 11 % with no guidance at all. So both parts of the way
-# count. In the noisiest steps this gradient is several times longer than the noise-aware one, and its direction has little in
-# common with it; which of the two spoils the colours was not separated.
+# come right no more often (46 % against 50 %): a smaller scale does not cure it. Nor does leaving the noisiest steps out,
+# where $V$ is largest: guided below $t=800$ only, 34 % of the colours are right, 11 % with no guidance at all. So both parts
+# of the way count. In the noisiest steps this gradient is several times longer than the noise-aware one, and its direction
+# has little in common with it; which of the two spoils the colours was not separated.
 
 # %%
 by_name = {name: {run["scale"]: run for run in runs} for name, runs in (ways | others).items()}
@@ -2366,7 +2368,7 @@ show_milestone(
 #   mutual information, (4.13). Copies of a caption cost loss, and move nothing, (4.15).
 # - A text transformer with a causal mask reads the sentence into its end token, whatever the padding, (4.18), (4.19).
 # - Similarities classify by words, (4.21), and steer by words, (4.22): on the axis of Bayes' rule a CLIP of noisy pictures
-#   and a classifier end within 8 points of each other, apart at 1 and 2, a tie at 5 and 9.
+#   and a classifier end some 8 points apart at 1 and 2, and tie at 5 and 9.
 # - Through $\hat x_0$ the gradient is filtered by the covariance of what is still open, (4.27). As a plug-in, for normal data, it
 #   is too strong by $1+sV$ where the similarity is quadratic, (4.30), and exact where it is linear, (4.32); on pictures its
 #   colours fail, for a reason that was not separated.
@@ -2378,7 +2380,8 @@ show_milestone(
 progress()
 
 # %% [markdown]
-# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb)
+# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free
+# guidance](05_classifier_free_guidance.ipynb)
 #
 # ## References
 #

@@ -586,9 +586,9 @@ show(
 # $$V_{\text{DDIM}}=a^s\,b^{1-s},\qquad
 # V_{\text{DDPM}}=\frac{ab-a^{2s}\,b^{2-2s}}{(b-a)\,(2s-1)} \tag{5.9}$$
 #
-# The proof of (5.8) adds up a density on a grid, that of (5.9) runs the course's own samplers. Here a step is linear in $x_t$ and in
-# its noise, so three numbers followed through it say what it does to a variance; the end is taken at two numbers of steps and
-# carried on to infinitely many.
+# The proof of (5.8) adds up a density on a grid, that of (5.9) runs the course's own samplers. Here a step is linear in $x_t$
+# and in its noise, so three numbers followed through it say what it does to a variance; the end is taken at two numbers of
+# steps and carried on to infinitely many.
 
 
 # %%
@@ -686,8 +686,8 @@ for w in (1.0, 3.0, 8.0):
     print(f"w = {w:g}: mean {pulled[-1].item():.2f}")
 
 # %% [markdown]
-# Nothing runs away: $q(y\mid x_0)$ is largest at $0.7\,b/(b-a)=0.75$. In noise of variance $\tau$ beside the signal its largest
-# value lies farther out, at $0.7\,(b+\tau)/(b-a)$: so the mean overshoots and comes back, the more fully the larger $w$.
+# Nothing runs away: $q(y\mid x_0)$ is largest at $0.7\,b/(b-a)=0.75$. At a noise level $\tau$, $q(y\mid x_t)$ is largest
+# farther out, at $0.7\,(b+\tau)/(b-a)$: so the mean overshoots and comes back, the more fully the larger $w$.
 
 # %% [markdown] slide=["# One network gives both answers", "In training, replace the label by the **null label** $\\varnothing$ with probability $p$:", "$$\\begin{aligned}L(f)&=\\mathbb E\\,\\|\\epsilon-f(x_t,t,c)\\|^2\\\\&=(1-p)\\;\\mathbb E\\,\\|\\epsilon-f(x_t,t,y)\\|^2+p\\;\\mathbb E\\,\\|\\epsilon-f(x_t,t,\\varnothing)\\|^2\\end{aligned} \\tag{5.10}$$", "Each part of the loss meets other inputs, and can be minimised by itself.", "# It converges to both denoisers, for every $p$", "A squared error is smallest at the conditional expectation:", "(5.11)", "? Then why does $p$ matter at all?", "A real network has finite capacity and time: $p$ says where its errors go. Usual: 0.1 to 0.2."] tags=["core"]
 # ## One network for both answers
@@ -702,8 +702,8 @@ for w in (1.0, 3.0, 8.0):
 # $$L(f)=\mathbb E\,\|\epsilon-f(x_t,t,c)\|^2
 # =(1-p)\;\mathbb E\,\|\epsilon-f(x_t,t,y)\|^2+p\;\mathbb E\,\|\epsilon-f(x_t,t,\varnothing)\|^2 \tag{5.10, step}$$
 #
-# In the first part only the values of $f$ at real labels occur, in the second only those at $\varnothing$: a function that is free
-# minimises each by itself, whatever the factors are. A squared error is smallest at the conditional expectation, (1.16):
+# In the first part only the values of $f$ at real labels occur, in the second only those at $\varnothing$: a function that is
+# free minimises each by itself, whatever the factors are. A squared error is smallest at the conditional expectation, (1.16):
 #
 # $$f^*(x_t,t,y)=\mathbb E[\epsilon\mid x_t,y],\qquad f^*(x_t,t,\varnothing)=\mathbb E[\epsilon\mid x_t] \tag{5.11}$$
 #
@@ -1056,7 +1056,8 @@ digits_table(digits_by_weight)
 #
 # $$\nabla_{x_t}\log\bigl(1-q(n\mid x_t)\bigr)=-\frac{q(n\mid x_t)}{1-q(n\mid x_t)}\,\nabla_{x_t}\log q(n\mid x_t) \tag{5.14}$$
 #
-# with the odds of $n$ as a factor: where $n$ is out of the question, nothing has to be done. The negative prompt pushes there, too.
+# with the odds of $n$ as a factor: where $n$ is out of the question, nothing has to be done. The negative prompt pushes
+# there, too.
 
 # %% slide=["# It is a direction, not a logical 'not'", "The exact 'not $n$' has the odds of $n$ as a factor:", "$$\\nabla\\log\\bigl(1-q(n\\mid x_t)\\bigr)=-\\frac{q(n\\mid x_t)}{1-q(n\\mid x_t)}\\,\\nabla\\log q(n\\mid x_t) \\tag{5.14}$$", "Where $n$ is out of the question, nothing has to be done. The negative prompt pushes there, too."]
 unwanted = torch.remainder(classes + 1, 3)  # another class for each of the 64 points
@@ -1335,11 +1336,11 @@ show_table(
 )
 
 # %% [markdown]
-# Rescaled in the space of $x_0$ the contrast comes back. In that of the noise it hardly does, since predicted noise has a standard
-# deviation near 1 whatever the picture is; the velocity lies between. So when a paper reports a good $\phi$, it matters what its
-# network predicts (Lin et al.: $v$).
+# Rescaled in the space of $x_0$ the contrast comes back. In that of the noise it hardly does, since predicted noise has a
+# standard deviation near 1 whatever the picture is; the velocity lies between. So when a paper reports a good $\phi$, it
+# matters what its network predicts (Lin et al.: $v$).
 
-# %% [markdown] slide=["# Guide only where it helps", "(5.18)", "- before sorts of a class have parted, everything is pushed one way", "- outside of the interval one answer is enough: it saves time"] tags=["core"]
+# %% [markdown] slide=["# Guide only where it helps", "(5.18)", "- while sorts of a class part, everything is pushed one way", "- outside of the interval one answer is enough: it saves time"] tags=["core"]
 # ## Only where it helps
 #
 # At which noise levels is guidance needed? Kynkäänniemi et al. guide only in an **interval** of them:
@@ -1423,7 +1424,7 @@ show_table(
 assert (lines["w = 3, all steps"][-1] < -0.6).all()
 assert (lines["w = 3, steps 0 to 39"][-1] >= -0.6).double().mean() > 0.3
 
-# %% slide=["# Guided before the sorts have parted, the less typical one is gone", "[picture]", "One class, two sorts (dotted). Guided at all steps every path ends in the far one; guided late, both are there."] tags=["draw"]
+# %% slide=["# Guided while the sorts part, the less typical one is gone", "[picture]", "One class, two sorts (dotted). Guided at all steps every path ends in the far one; guided late, both are there."] tags=["draw"]
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), sharey=True, layout="constrained")
 for axis, name in zip(axes, ("w = 0", "w = 3, all steps", "w = 3, steps 0 to 39")):
     axis.plot(range(200, -1, -1), lines[name][:, 2::4], color=colours[0], linewidth=0.6)
@@ -1438,9 +1439,9 @@ show(
 
 # %% [markdown]
 # *DDIM's paths, noise at the left. Dotted: the two sorts of the class, and the other class (grey).* The sort beside the other
-# class is the less typical one, and it is **gone**. Not in the noisiest steps: guided at 120 to 199 only, 62 % are of the far
-# sort, for 50 % unguided; and without these steps it is 99 %. The price is paid between them, while the sorts part: guided at
-# the last 40 steps only, four in ten samples are still of the near sort. Where an interval belongs has to be measured, for each
+# class is the less typical one, and it is **gone**. Hardly in the noisiest steps: guided at 120 to 199 only, 62 % are of the far
+# sort, against 50 % unguided; without these steps it is 99 %. The price is paid after them, while the sorts part: guided at the
+# last 40 steps only, four in ten samples are still of the near sort. Where an interval belongs has to be measured, for each
 # model.
 
 # %% [markdown] slide=["# Autoguidance: away from a worse model", "(5.19)", "Both answers are told the label. Only one of them is worse.", "? What can the difference say, if not the class?", "In which direction the worse model errs more. The good one errs there, too."] tags=["optional"]
@@ -1452,8 +1453,8 @@ show(
 #
 # $$\tilde\epsilon=(1+w)\,\hat\epsilon_{\text{good}}(x_t,t,y)-w\,\hat\epsilon_{\text{bad}}(x_t,t,y) \tag{5.19, definition}$$
 #
-# Suppose that both have learned the class, blurred, the bad one more. Let the truth be $\mathcal N(0,\sigma^2)$, the good network's
-# answer exact for a variance $a>\sigma^2$, the bad one's for $b>a$. By (5.9) DDIM draws exactly the truth if
+# Suppose that both have learned the class, blurred, the bad one more. Let the truth be $\mathcal N(0,\sigma^2)$, the good
+# network's answer exact for a variance $a>\sigma^2$, the bad one's for $b>a$. By (5.9) DDIM draws exactly the truth if
 # $a^sb^{1-s}=\sigma^2$,
 #
 # $$1+w=s=\frac{\log(b/\sigma^2)}{\log(b/a)} \tag{5.20}$$
@@ -1506,13 +1507,14 @@ rows_of_arcs = []
 for name, x in on_the_arc.items():
     from_centre = x - torch.tensor([-0.4, 0.2])
     beside = from_centre.norm(dim=1) - 0.8  # the distance from the arc, outwards
-    near_other = (from_centre[:, 0] > 0.4).double().mean()  # the end that lies in the other arc
+    near_other = (from_centre[:, 0] > 0.4).double().mean()  # the end beside the other arc
     rows_of_arcs.append([name, f"{beside.std():.3f}", f"{near_other:.0%}"])
 show_table(rows_of_arcs, columns=[f"w = {matched:.2f}", "width", "in the end beside the other arc"])
 
 # %% [markdown]
-# Against nothing, the arc loses the end beside the other one, and stays thick. Autoguidance gives it its width, and keeps both
-# ends. (All widths come out too small by the error of 100 DDIM steps, the truth's too: compare within the table.) On images: the digits, with the copy that was put aside after 100 of 400 steps as the bad network.
+# Against nothing, the arc loses the end beside the other one, and stays thick. Autoguidance gives it its width, and keeps
+# both ends. (All widths come out too small by the error of 100 DDIM steps, the truth's too: compare within the table.) On
+# images: the digits, with the copy that was put aside after 100 of 400 steps as the bad network.
 
 # %%
 digits_by_auto = {
@@ -1529,7 +1531,9 @@ digits_table(named_digits)
 
 # %% [markdown]
 # The early copy seems to mend, too, about as the null label does at $w=0.5$; at $w=3$ the digits stay nearer to real ones, by
-# three standard errors. (But equal weights need not be equal pushes: the two differences have lengths of their own. Two more ways are only named here: **CFG++** (Chung et al. 2024) mixes the two answers for $\hat x_0$ and steps
+# three standard errors. (But equal weights need not be equal pushes: the two differences have lengths of their own.)
+#
+# (Two more ways are only named here: **CFG++** (Chung et al. 2024) mixes the two answers for $\hat x_0$ and steps
 # on with the unconditional noise, at weights below 1; **guidance distillation** (Meng et al. 2023) trains a network, told $w$, to
 # give the mixed answer in a single pass.)
 
@@ -1589,9 +1593,10 @@ show_table(
 # %% [markdown] tags=["optional"]
 # ### Is it a gradient? *(at a second reading)*
 #
-# For a network, $\epsilon_c-\epsilon_u$ is the difference of two outputs, and nothing makes it the gradient of *any* function. The
-# Jacobian $J$ of a gradient field is symmetric, $a^\top Jb=b^\top Ja$; random directions measure both sides. For a scale, the same
-# for each answer by itself, and for the classifier of chapter 03, whose gradient is one by construction.
+# For a network, $\epsilon_c-\epsilon_u$ is the difference of two outputs, and nothing makes it the gradient of *any*
+# function. The Jacobian $J$ of a gradient field is symmetric, $a^\top Jb=b^\top Ja$; random directions measure both sides.
+# For a scale, the same for each answer by itself, and for the classifier of chapter 03, whose gradient is one by
+# construction.
 
 # %%
 directions = torch.randn(2, 64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -1705,10 +1710,10 @@ show(
 )
 
 # %% [markdown]
-# *Above: $\hat x_0$ of one star. Below: how far apart the two answers are, mean of the eight, noise at the left.* Of the picture
-# they think most differently while nothing can be seen yet. Place and size of this star are settled in the first third of the
-# way, and what follows is its outline; that sizes in general are decided early, the interval below will show. Of the noise they differ most at the end,
-# where a label tells nothing: those are the errors.
+# *Above: $\hat x_0$ of one star. Below: how far apart the two answers are, mean of the eight, noise at the left.* Of the
+# picture they think most differently while nothing can be seen yet. Place and size of this star are settled in the first
+# third of the way, and what follows is its outline; that sizes in general are decided early, the interval below will show. Of
+# the noise they differ most at the end, where a label tells nothing: those are the errors.
 
 # %% [markdown] slide=["# What nobody asks for", "In the data every second shape is large. Shape and colour are asked for, size is not.", "? What share of the pictures drawn at $w=4$ shows a large shape?", "98 %."] tags=["core"]
 # ## How strong?
@@ -1725,7 +1730,7 @@ show(
 
 # %% tags=["question"]
 ### BEGIN SOLUTION
-# a large shape is the more certain one at the middle noise levels, so guidance goes there: nearly all
+# a large shape is the more certain one while it is noisy, so guidance goes there: nearly all
 share_of_large = 0.97
 ### END SOLUTION
 
@@ -1822,12 +1827,13 @@ print(f"of {len(explained)} guided runs, {sum(explained)} within two standard er
 assert all(explained)
 
 # %% [markdown]
-# *512 pictures for each point. Line: real pictures with a chosen share of large shapes, straight between those measured, and so
-# too high near a half.* All runs that were guided at every step with a strength above 1 lie on the line of the distance: **it has
-# measured the share of sizes**. That it rises does not say that pictures get worse. And recall hardly notices. As long as one real
-# picture in ten is small, it is as high as ever, perhaps since a few small ones, far from each other, make wide balls, which hold
-# all the others; it falls when a mode is nearly lost. (For guided pictures a little earlier: the small ones that are left may be
-# no fair sample of small ones.) So compare within one size: 192 large shapes with as many real large ones.
+# *512 pictures for each point. Line: real pictures with a chosen share of large shapes, straight between those measured, and
+# so too high near a half.* All runs that were guided at every step with a strength above 1 lie on the line of the distance:
+# **it has measured the share of sizes**. That it rises does not say that pictures get worse. And recall hardly notices. As
+# long as one real picture in ten is small, it is as high as ever, perhaps since a few small ones, far from each other, make
+# wide balls, which hold all the others; it falls when a mode is nearly lost. (For guided pictures a little earlier: the small
+# ones that are left may be no fair sample of small ones.) So compare within one size: 192 large shapes with as many real
+# large ones.
 
 # %%
 within = ours | {"w = 4, steps 0 to 699": at_strength(5.0, interval=[0, 699])}
@@ -1845,9 +1851,10 @@ show_table(
 )  # fmt: skip
 
 # %% [markdown]
-# Within large shapes little of the rise is left (28 at $w=0$, 39 at $w=4$, whose errors were not measured): all are about as near
-# to real ones as those are to each other, with as much variety, and with a contrast that grows by less than a tenth up to $w=8$. (Some are even nearer than real ones: they have
-# shapes and colours in the same shares as the pictures they are compared with.)
+# Within large shapes little of the rise is left (28 at $w=0$, 39 at $w=4$, whose errors were not measured): all are about as
+# near to real ones as those are to each other, with as much variety, and with a contrast that grows by less than a tenth up
+# to $w=8$. (Some are even nearer than real ones: they have shapes and colours in the same shares as the pictures they are
+# compared with.)
 
 
 # %%
@@ -1938,20 +1945,20 @@ show_table(
 # - **Rescaling** moves the distance by less than its standard error.
 # - **The interval** without the noisiest 300 steps has the distance of unguided pictures. Leaving out the cleanest 300 only saves
 #   answers.
-# - **A negative condition** at $w=1$ is right a little less often (98.6 % against another shape, 98.0 % against another colour, for
-#   100 %). The distance is smaller; the share of sizes was not stored for these runs.
+# - **A negative condition** at $w=1$ is right a little less often (98.6 % with another shape, 98.0 % with another colour as the
+#   negative, 100 % without). The distance is smaller; the share of sizes was not stored for these runs.
 # - **Pairs never seen** are told by the sum of two rows, and all 512 are read right. (Real pictures of these pairs are at 12 from
 #   each other.)
 
 # %% [markdown] tags=["core"]
 # ## Three guidances on one axis
 #
-# Bayes' rule puts a classifier's $s$, CLIP's $s$ and $w$ on one axis: how many times the class's log-probability is followed, seen
-# from the unconditional model. That is $s$ for the classifier; $s/\kappa$ for CLIP, whose learned factor $\kappa$ stands between
-# a similarity and a log-probability, (4.22); $1+w$ here, (5.3). And two controls: the classifier in the place of the difference,
-# added to the null answer or to the conditional one.
+# Bayes' rule puts a classifier's $s$, CLIP's $s$ and $w$ on one axis: how many times the class's log-probability is followed,
+# seen from the unconditional model. That is $s$ for the classifier; $s/\kappa$ for CLIP, whose learned factor $\kappa$ stands
+# between a similarity and a log-probability, (4.22); $1+w$ here, (5.3). And two controls: the classifier in the place of the
+# difference, added to the null answer or to the conditional one.
 
-# %% slide=["# Three guidances on one axis", "[picture]", "Classifier and CLIP lie within 8 points of each other. What makes the difference is the answer that was trained with labels."] tags=["draw"]
+# %% slide=["# Three guidances on one axis", "[picture]", "Classifier and CLIP lie some 8 points apart at most. What makes the difference is the answer that was trained with labels."] tags=["draw"]
 figure = draw_guidances(on_axis)
 show(
     figure,
@@ -1961,11 +1968,13 @@ show(
 # %% [markdown]
 # *512 pictures each, one seed, with two standard errors.*
 #
-# - **Classifier and CLIP** would be the same if they were exact, (4.22): they tie at 5 and 9, and are 8 points apart at 1 and 2.
-# - **Classifier-free guidance** is far more often right. Is it the mixing? The classifier on the *null* answer is right as often
-#   as on chapter 02's unconditional model, which is the larger network; on the *conditional* answer it is right nearly always. So it
-#   is the conditional answer, which training has told the labels, and which is right at strength 1 already. For exact networks the
-#   difference of the answers and the classifier's gradient would be the same, (5.3): what lies between the curves are errors.
+# - **Classifier and CLIP** would be the same if they were exact, (4.22): they tie at 5 and 9, and are some 8 points apart at
+#   1 and 2.
+# - **Classifier-free guidance** is far more often right. Is it the mixing? The classifier on the *null* answer is right as
+#   often as on chapter 02's unconditional model, which is the larger network; on the *conditional* answer it is right nearly
+#   always. So it is the conditional answer, which training has told the labels, and which is right at strength 1 already. For
+#   exact networks the difference of the answers and the classifier's gradient would be the same, (5.3): what lies between the
+#   curves are errors.
 # - **The share of large shapes** rises under every guidance, and the distance with it; most steeply by the difference of the two
 #   answers. The interval leaves both where they were.
 #
@@ -1989,7 +1998,7 @@ for t in (torch.full((128,), step) for step in compared_at):
     agreement.append([inner / by_answers.norm(dim=1) ** 2, F.cosine_similarity(by_answers, by_classifier)])
 agreement = torch.stack([torch.stack(pair) for pair in agreement])  # (steps, share and cosine, 128)
 
-# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes become readable, its gradient has a quarter of what is needed. A scale of one over the share nearly keeps the sizes, right three times of four."] tags=["draw"]
+# %% slide=["# Why the classifier's Bayes' rule falls short", "[picture]", "Where shapes become readable, its gradient has some quarter of what is needed. A scale of one over the share nearly keeps the sizes; three of four are right."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
 for values, name, style, colour in zip(
     agreement.unbind(dim=1),
@@ -2016,10 +2025,11 @@ assert at_650 < 0.4 and at_950 > 0.6
 
 # %% [markdown]
 # *128 pictures, noise at the left, with two standard errors. The gradient's part along the difference, as a share of the
-# difference; and the cosine of their angle.* In the noisiest steps, which decide the size, the classifier has most of what Bayes'
-# rule asks for. At $t=650$, where shapes become readable, it has a quarter to three tenths, and the rest of its gradient points
-# elsewhere. Three to four times the strength makes up for that, and is more than twice too much at $t=950$: more are right, and
-# more of them are large. So no single scale repairs it. (Below $t=300$ the difference is itself mostly error, as above, and no reference.)
+# difference; and the cosine of their angle.* In the noisiest steps, which decide the size, the classifier has most of what
+# Bayes' rule asks for. At $t=650$, where shapes become readable, it has a quarter to three tenths, and the rest of its
+# gradient points elsewhere. Three to four times the strength makes up for that, and is more than twice too much at $t=950$:
+# more are right, and more of them are large. So no single scale repairs it. (Below $t=300$ the difference is itself mostly
+# error, as above, and no reference.)
 #
 # If that is the reason, then a scale that at each step is the *inverse* of this share must be right more often than a single
 # scale at which as many shapes are large. `python -m lecture26 measure classifier_scale_by_step` has measured the shares on 512
@@ -2052,9 +2062,10 @@ print(f"with a single scale, between those measured, {as_large:.0%}")
 assert inverse["accuracy_all"] - as_large > 4 * error
 
 # %% [markdown]
-# That fits: three of four are right, at nearly the sizes (55 % large) and at the distance of real pictures. Whether another scale
-# that rises towards the end would do as well was not tried. What is left, up to the conditional answer, which is right in 510 of
-# 512, is no matter of this scale; that the gradient also points elsewhere is one candidate. As a method this is worth little: who has the conditional network to compare with needs no classifier.
+# That fits: three of four are right, at nearly the sizes (55 % large) and at the distance of real pictures. Whether another
+# scale that rises towards the end would do as well was not tried. What is left, up to the conditional answer, which is right
+# in 510 of 512, is no matter of this scale; that the gradient also points elsewhere is one candidate. As a method this is
+# worth little: who has the conditional network to compare with needs no classifier.
 
 # %% tags=["draw"]
 clip = load_model("noisy_clip_shapes32")
@@ -2151,10 +2162,10 @@ show_table(
 #   background'), which the other two cannot.
 # - **Classifier-free guidance** is trained into the denoiser, and each step costs two. It draws what is asked for nearly always.
 # - **The conditional model without guidance**, by 50 DDPM steps, is as often right as with any weight (510 of 512), at the
-#   distance of real pictures: training with labels makes the large difference, not the weight. By 50 DDIM steps it is not quite:
-#   97.3 %, for 100 % at $w=1$ and 99.2 % at $w=4$ in the interval, which keeps the sizes. Shapes are a small world, which this
-#   network has learned. Where it has not, as with the digits above or the sentences of chapter 07, a weight above 0 buys what
-#   training could not.
+#   distance of real pictures: training with labels makes the large difference, not the weight. By 50 DDIM steps it is not
+#   quite: 97.3 %, against 100 % at $w=1$, and 99.2 % at $w=4$ in the interval, which has the distance of unguided pictures.
+#   Shapes are a small world, which this network has learned. Where it has not, as with the digits above or the sentences of
+#   chapter 07, a weight above 0 buys what training could not.
 #
 # (The times were taken with the smaller network of chapter 03, beside which a guide is a larger share, and they scatter: 1.4 and
 # 1.6 cannot be told apart.)
@@ -2181,8 +2192,8 @@ show_milestone(
 #
 # - The formula is right, for any prediction. But $w$ is *not* what libraries call the guidance scale: that is $1+w$, (5.5).
 # - *It balances conditional and unconditional outputs.* For $w>0$ it extrapolates; a balance it is between -1 and 0 only.
-# - *It eliminates the need for a separate classifier by training a single model.* True. But that model must have been trained with
-#   labels and with dropped ones, so it cannot steer a finished unconditional one, and each step asks it twice.
+# - *It eliminates the need for a separate classifier by training a single model.* True. But that model must have been trained
+#   with labels and with dropped ones, so it cannot steer a finished unconditional one, and each step asks it twice.
 # - *It simplifies the workflow, but needs careful tuning of the weight.* So do the other two. Ho and Salimans, on ImageNet at 64
 #   pixels with $p=0.1$: FID 1.80 at $w=0$, 1.55 at 0.1, 12.6 at 1, 26.22 at 4, while the Inception score rises from 53.71 to
 #   260.2. By the one measure the best weight is 0.1, by the other there is none.
@@ -2194,7 +2205,7 @@ show_milestone(
 #   is classifier guidance at the scale $s=1+w$ (5.3), along the whole path (5.7). Any prediction type may be mixed (5.6).
 # - One network gives both answers if labels are dropped in training (5.11), all labels of a sample together.
 # - A weight above 0 narrows what is drawn; the samplers differ, and neither draws the tilted density (5.8), (5.9).
-# - It drops the less typical sorts of a class while these have not parted; an interval without those steps keeps them. A Fréchet
+# - It drops the less typical sorts of a class, here while they part; an interval without those steps keeps them. A Fréchet
 #   distance may measure little else: look at a control made of real pictures.
 # - The difference of two networks' answers also holds their errors: the null branch is the worse model.
 # - A negative prompt is a direction, (5.12), along which means run away, (5.13), and not the logical 'not', (5.14).

@@ -9,7 +9,8 @@
 # %% [markdown] slide=["# Most numbers of a picture say nothing new", "64 by 64 pixels of three colours: 12,288 numbers, and a U-Net pays for each of them at every step.", "? A code of a twelfth of the numbers. What must it be good for?", "From it, the picture must come back. And all codes together must be a distribution that one can draw from.", "# What you can do afterwards", "- derive the evidence lower bound, and measure what it falls short by", "- pass a gradient through a random draw", "- predict at which weight a latent number dies", "- judge an autoencoder by more than its decibels", "- build a second stage, and give codes the scale it expects"]
 # # 06 The variational autoencoder: a smaller space to diffuse in
 #
-# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent diffusion](07_latent_diffusion.ipynb)
+# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent
+# diffusion](07_latent_diffusion.ipynb)
 #
 # A picture of 64 by 64 pixels has 12,288 numbers, and a U-Net pays for each of them, at every step of every sample. This
 # chapter turns pictures into something smaller and back; chapter 07 diffuses there. Two things are asked of such a code:
@@ -292,8 +293,8 @@ verify("6.5", kl_to_standard_normal(some_means, some_log_variances), by_torch, a
 # ### The reconstruction
 #
 # Our decoder adds normal noise of standard deviation $\sigma$ to each of $D$ numbers, so that the logarithm of its
-# density is a squared error, seen through $\sigma$ ($\sigma$ is the decoder's here and in (6.10); the encoder's are
-# $\sigma_i$, and $\sigma$ in (6.8) and (6.9), which are about a single latent number):
+# density is a squared error, seen through $\sigma$. (Here and in (6.10) $\sigma$ is the decoder's. The encoder's are
+# $\sigma_i$, written $\sigma$ in (6.8) and (6.9).)
 #
 # $$-\log p(x\mid z)=\frac{\|x-\hat x\|^2}{2\sigma^2}+\frac D2\log(2\pi\sigma^2),\qquad\hat x=g(z) \tag{6.6}$$
 #
@@ -1150,9 +1151,9 @@ show(figure, "Bars of the rate by KL weight: at small weights, most of each is a
 # are the prior. So a rate above $\ln N$ does not by itself make samples bad; that they are bad here, the Fréchet distances
 # have shown.)
 #
-# With a small weight the pictures come back well, and the prior knows hardly anything of where the codes are. None of the seven
-# weights makes both ends good here. Image models take a tiny one, for good reconstructions, and leave it to a *second* model to learn
-# where the codes are.
+# With a small weight the pictures come back well, and the prior knows hardly anything of where the codes are. None of the
+# seven weights makes both ends good here. Image models take a tiny one, for good reconstructions, and leave it to a *second*
+# model to learn where the codes are.
 
 # %% [markdown] tags=["core"]
 # ## Images
@@ -1594,8 +1595,9 @@ show_table(rows, columns=["128 images each", "Fréchet distance to real images"]
 
 # %% [markdown]
 # In the fitted codes each number has the right mean and spread. Missing are the shape of each one's distribution, and how the
-# numbers go together, which are not told apart here; but the outline of a star does run through many places. Hence the **second stage**, a diffusion model of the codes. The autoencoder
-# brings the size down and the details back; the diffusion learns what there is.
+# numbers go together, which are not told apart here; but the outline of a star does run through many places. Hence the
+# **second stage**, a diffusion model of the codes. The autoencoder brings the size down and the details back; the diffusion
+# learns what there is.
 
 # %% [markdown] tags=["core"]
 # ## The latents' scale
@@ -1914,7 +1916,7 @@ show_milestone(
 # - A draw becomes differentiable by $z=\mu+\sigma\epsilon$ (6.8). The other way is unbiased too, but its error grows with
 #   the number of latent numbers.
 # - The KL weight is the variance of the errors that do not count (6.10), and a price: directions of less variance are
-#   not coded (6.11). The likelihood chooses the weight that the errors come out at.
+#   not coded (6.11). On the digits the likelihood chooses the weight that the errors come out at.
 # - The rate is information plus mismatch (6.14). With a small weight the prior misses the codes, and a second model has to
 #   learn them.
 # - PSNR says how much changed, not what: read the reconstructions.
@@ -1926,7 +1928,8 @@ show_milestone(
 progress()
 
 # %% [markdown]
-# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent diffusion](07_latent_diffusion.ipynb)
+# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent
+# diffusion](07_latent_diffusion.ipynb)
 #
 # ## References
 #

@@ -173,8 +173,8 @@ verify("7.1", measured, formula, atol=0)
 # %% [markdown] tags=["core"]
 # ## Into the latent space and out of it
 #
-# (From here on $z$ is the *scaled* latent, chapter 06's $s\,z$, and the decoder, $g$ there, is $D$, which was the number of the
-# data.) An image $x$,
+# (From here on $z$ is the *scaled* latent, chapter 06's $s\,z$, and the decoder, $g$ there, is $D$; in chapter 06, $D$ was how
+# many numbers a picture has.) An image $x$,
 # (3, 64, 64) here, enters the **encoder** $E$, which gives a mean and a variance for each of the latent numbers,
 # (4, 16, 16); a draw from it is multiplied by the **scale** $s$. The **diffusion** knows nothing but such scaled latents
 # $z$: it adds noise to them, and its denoiser takes it away, with the words $c$ as its condition. What comes out is
@@ -814,10 +814,11 @@ show_table(
 )
 
 # %% [markdown]
-# At $4\times4$ places, deepest in the network, a place knows fairly well where it is; at $16\times16$ it hardly does. (Whether it
-# is the depth or the size of the map was not told apart.) So the block below tells it outright: row and column, from $-1$ to 1, through a matrix of their own, are
-# added to the features of a place before it asks. (Is that needed? *Which one goes where* has measured it.) The last matrix
-# of each branch begins at zero, as everywhere in this network: at first the words say nothing.
+# At $4\times4$ places, deepest in the network, a place knows fairly well where it is; at $16\times16$ it hardly does.
+# (Whether it is the depth or the size of the map was not told apart.) So the block below tells it outright: row and column,
+# from $-1$ to 1, through a matrix of their own, are added to the features of a place before it asks. (Is that needed? *Which
+# one goes where* has measured it.) The last matrix of each branch begins at zero, as everywhere in this network: at first the
+# words say nothing.
 
 
 # %% tags=["export"]
@@ -1621,10 +1622,10 @@ for number, labels in ((0, ("relation", "colour_1")), (-1, ("relation", "colour_
 
 # %% [markdown]
 # *Scenes of unseen captions, one seed, two standard errors.* Steps drawn by the rise teach axis and colours sooner: after
-# 1,000 steps that model is well ahead, in sizes as well. Then the lead is gone. At 4,000 and 5,000 steps the first object's size
-# lags behind, by more than three standard errors, while the second shape and the scenes that are right altogether are ahead by a
-# little over two; at 6,000 all are level, with shapes still to be learned. So the gain at the beginning is clear. Whether the
-# density matters for shapes, one seed and 6,000 steps do not say.
+# 1,000 steps that model is well ahead, in sizes as well. Then the lead is gone. At 4,000 and 5,000 steps the first object's
+# size lags behind, by more than three standard errors, while the second shape is ahead by a little over two, and so are the
+# axis at 4,000 and the scenes that are right altogether at 5,000; at 6,000 all are level, with shapes still to be learned. So
+# the gain at the beginning is clear. Whether the density matters for shapes, one seed and 6,000 steps do not say.
 
 # %% [markdown] tags=["core"]
 # ### The long-trained model
@@ -1666,7 +1667,7 @@ show_prompts(
 #
 # The same noise at several weights:
 
-# %% slide=["# From a weight of 1 on things and places are there", "[picture]", "One prompt, five seeds: anything at $w=-1$, and edges that are pushed too far at 8. The star is not always one."]
+# %% slide=["# From a weight of 0 on things and places are there", "[picture]", "One prompt, five seeds: anything at $w=-1$, and edges that are pushed too far at 8. The star is not always one."]
 weights = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 wish = "a small red star above a large blue ring on a light background"
 at_weights = [pipeline.text_to_image([wish] * 5, w=w, steps=30, generator=seeds(10, 5)) for w in weights]
@@ -1765,10 +1766,10 @@ show_table(
 # (Scenes are read from the object on the left or above, whichever the caption names first. So 'relation' says whether the axis is
 # right, and a swap of places would show in shapes and colours.)
 #
-# How do scenes fail? Each picture is put under the first heading that fits: right; not two objects; placed otherwise (both objects
-# are there, but stand in another relation); swapped (shapes and colours are there, but exchanged); other. Whether there are
-# two objects is counted without a reader: the background is grey and objects are not, so connected areas of coloured pixels can
-# be counted (on real scenes this count is two in over 98 % of them).
+# How do scenes fail? Each picture is put under the first heading that fits: right; not two objects; placed otherwise (both
+# objects are there, but stand in another relation); swapped (shapes and colours are there, but exchanged); other. Whether
+# there are two objects is counted without a reader: the background is grey and objects are not, so connected areas of
+# coloured pixels can be counted (on real scenes this count is two in over 98 % of them).
 
 # %% slide=["# How scenes fail", "[picture]", "What is wrong is nearly always a shape; hardly ever does an attribute go to the other object."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
@@ -1794,8 +1795,8 @@ show_table(
 )
 
 # %% [markdown]
-# Of those that are wrong hardly any has too many or too few objects, and none has an attribute at the other object, or an object at the other place.
-# What fails is a shape that the reader takes for another one.
+# Of those that are wrong few have too many or too few objects, and none has an attribute at the other object, or an object at
+# the other place. What fails is a shape that the reader takes for another one.
 #
 # And the Fréchet distance? First a warning: the same pictures, once the first 64 of them and once all 512.
 
@@ -1849,8 +1850,8 @@ for part, weights_as_real in (("shapes", (1.0, 2.0)), ("scenes", (1.0, 2.0, 4.0)
 
 # %% [markdown]
 # *Circles, with two standard errors of drawing anew: to images whose captions nobody asked for. Squares: to those asked for.
-# Dotted: real images to real ones.* At $w=1$ and 2 the distance to other real images cannot be told from that of real ones. Single
-# shapes lie farther off without guidance, and with much of it; for scenes the errors are too large to tell.
+# Dotted: real images to real ones.* At $w=1$ and 2 the distance to other real images cannot be told from that of real ones.
+# Single shapes lie farther off without guidance, and with much of it; for scenes the errors are too large to tell.
 
 # %% [markdown] tags=["optional"]
 # ### Where the nouns stand *(at a second reading)*
@@ -2425,8 +2426,8 @@ show(figure, "Four bar charts of the costs of five models, in units of those of 
 
 # %% [markdown]
 # *Batches of 64, one core.* Plain pixels take four times the operations of latents with $f=4$, and six times as long; folded
-# two by two, twice. **Folded four by four, they cost hardly more**, 8 or 9 %. So a cheap step is no merit of latents alone: folding buys it
-# as well, and needs no autoencoder.
+# two by two, twice. **Folded four by four, they cost hardly more**, 8 or 9 %. So a cheap step is no merit of latents alone:
+# folding buys it as well, and needs no autoencoder.
 #
 # That is a step. What does a *picture* cost? Each model was trained for 25 minutes, and on the way has drawn 512 images (DDIM,
 # 25 steps). How good they are is told twice: by the Fréchet distance, and by the share in which the reader is sure of shape,
@@ -2541,8 +2542,9 @@ needed = [seconds_to_reach(models["latents, f = 4"], *aim) / control["seconds"] 
 assert needed[0] < 0.4 < needed[1] < needed[2] < 0.9
 
 # %% [markdown]
-# - **A cheap step is not the point.** Latents with $f=4$ and the control cost nearly the same, and the latents learn faster. They have a
-#   twelfth of the numbers to learn, and leave the decoder what is fine; that this is why was not measured by itself.
+# - **A cheap step is not the point.** Latents with $f=4$ and the control cost nearly the same, and the latents learn faster.
+#   They have a twelfth of the numbers to learn, and leave the decoder what is fine; that this is why was not measured by
+#   itself.
 # - **How much faster depends on the measure.** To the control's distance they take 7 of its 25 minutes (3 to 11 within two
 #   standard errors of that distance). With 100 steps the control draws twice as many plain backgrounds (still half of what the
 #   data have) and comes a third nearer; to that they take half of its time, and to its legible share three quarters. (With $f=4$,
@@ -2555,8 +2557,8 @@ assert needed[0] < 0.4 < needed[1] < needed[2] < 0.9
 # - **The autoencoder's training counted,** latents with $f=4$ are ahead of the control by the distance with 25 steps alone; those
 #   with $f=8$, whose autoencoder takes 16 minutes, by both distances, and just about by the legible share. It is repaid by longer
 #   trainings, larger pictures, and each further model that uses it.
-# - **$f=8$** is far ahead at first: after five minutes it is where $f=4$ comes after fourteen. At the end it no longer is. Its steps
-#   are cheaper; what do they cost otherwise?
+# - **$f=8$** is far ahead at first: after five minutes it is where $f=4$ comes after fourteen. At the end it no longer is.
+#   Its steps are cheaper; what do they cost otherwise?
 
 # %%
 decoders = {"f = 4": "vae_shapes64", "f = 8": "vae_shapes64_f8"}
@@ -2848,13 +2850,13 @@ show_milestone(
 # latent space. 3. Decoder: reconstructs high-resolution images from denoised latents.'* As here; the slide leaves out
 # the scale. And the decoder can only draw what the latents have kept, which chapter 06 measured in decibels.
 #
-# *'Reduces computational costs by ~4x compared to pixel-space diffusion'*, and further down *'reduces training costs
-# by 75%'*, which is the same. Rombach et al. report several factors: at least 2.7 in training between their own models
-# of latents and of pixels, on inpainting; and against the best pixel model of their time about 4 on one data set (LSUN
-# bedrooms) and 3.5 on another (ImageNet). Here a step is four to six times cheaper than with plain pixels, and hardly cheaper
-# than with pixels folded four by four; to equal quality latents with $f=4$ take between a quarter and three quarters of the
-# latter's time (those with $f=8$ less), by how quality is measured, one seed, if the autoencoder is there already. So 'about four times' is a fair number for one comparison,
-# and no law.
+# *'Reduces computational costs by ~4x compared to pixel-space diffusion'*, and further down *'reduces training costs by
+# 75%'*, which is the same. Rombach et al. report several factors: at least 2.7 in training between their own models of
+# latents and of pixels, on inpainting; and against the best pixel model of their time about 4 on one data set (LSUN bedrooms)
+# and 3.5 on another (ImageNet). Here a step is four to six times cheaper than with plain pixels, and hardly cheaper than with
+# pixels folded four by four; to equal quality latents with $f=4$ take between a quarter and three quarters of the latter's
+# time (those with $f=8$ less), by how quality is measured, one seed, if the autoencoder is there already. So 'about four
+# times' is a fair number for one comparison, and no law.
 #
 # *'Uses cross-attention for conditioning (e.g. text prompts).'* So it does, and that has nothing to do with latents:
 # Imagen's first model draws pixels in the same way (Saharia et al. 2022).

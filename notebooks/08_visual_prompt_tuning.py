@@ -1888,11 +1888,11 @@ print(
 print(f"largest change in a later block: {(share_after - share_without).abs().max():.2f}")
 
 # %% [markdown]
-# *The largest disc, 200 pictures. Left and middle: each head's share for prompts. Right: mean over heads.* After training four
-# heads look at nearly nothing but prompts, which none did before: of the image they hear only through their own query. The view of
-# the patches is not turned towards the right quarter: in block 1 not at all, as (8.16) has it, and in block 5 away from it. So
-# what prompts gain here does not come from the class token looking there. What they mix in, what they fade, or what they change in
-# the patches' own tokens remain, and were not told apart.
+# *The largest disc, 200 pictures. Left and middle: each head's share for prompts. Right: mean over heads.* After training
+# four heads look at nearly nothing but prompts, which none did before: of the image they hear only through their own query.
+# The view of the patches is not turned towards the right quarter: in block 1 not at all, as (8.16) has it, and in block 5
+# away from it. So what prompts gain here does not come from the class token looking there. What they mix in, what they fade,
+# or what they change in the patches' own tokens remain, and were not told apart.
 
 # %% [markdown] tags=["core"]
 # ## What is stored, and what it costs

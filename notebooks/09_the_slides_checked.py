@@ -295,7 +295,7 @@ exchanged = {
     "as it is": parts,
     "guidance": parts._replace(guide=partial(classifier_free_guided, w=8.0)),
     "sampler": parts._replace(step=partial(ddpm_step, few_steps)),
-    "first stage": parts._replace(decode=preview),
+    "decoder": parts._replace(decode=preview),
     "text encoder": parts._replace(encode_text=untrained),
 }
 drawn = {name: draw(changed, prompts, seeded()) for name, changed in exchanged.items()}
@@ -389,8 +389,8 @@ figure.set_size_inches(8.6, 3.9)
 show(figure, "Three rows of six small pictures: a red star, a yellow crescent and so on, by three guidances.")
 
 # %% [markdown]
-# *Six wishes, three guidances, one line apart.* Where a gradient guides, now and then a shape is another one; the first plot below
-# the ledger says how often.
+# *Six wishes, three guidances, one line apart.* Where a gradient guides, now and then a shape is another one; the plot under
+# *Guidance* in the ledger says about how often.
 #
 # ### With the parts of diffusers
 #
@@ -500,7 +500,7 @@ show_ledger("guidance")
 # %% [markdown]
 # Where a picture decides: all three guidances at equal strengths, where strength 1 is Bayes' rule for each.
 
-# %% slide=["# All guidances on one axis", "[picture]", "Obedience is bought; what is paid is the distribution. CLIP and classifier rise alike, up to 8 points apart."]
+# %% slide=["# All guidances on one axis", "[picture]", "Obedience is bought; what is paid is the distribution. CLIP and classifier rise alike, some 8 points apart at most."]
 stored = load_results("guidances_on_one_axis")
 three = [
     Way("classifier", "unconditional"),
@@ -516,11 +516,11 @@ show(
 )
 
 # %% [markdown]
-# *Bars are two standard errors; 512 samples a point, 50 ancestral steps.* CLIP and classifier rise alike: at 1 and 2 the classifier
-# is 8 points ahead, at 5 and 9 they tie; at 9 the CLIP draws fewer large shapes. Two answers of one network obey at once; all three
-# pay with the distribution: they draw large shapes, of which class and words are surest. For the two answers at $w=4$, the one case
-# that was measured here, the price is not paid if the noisiest steps are left out, where it is decided how large a shape becomes
-# ([chapter 05](05_classifier_free_guidance.ipynb)).
+# *Bars are two standard errors; 512 samples a point, 50 ancestral steps.* CLIP and classifier rise alike: at 1 and 2 the
+# classifier is 8 points ahead, at 5 and 9 they tie; at 9 the CLIP draws fewer large shapes. Two answers of one network obey
+# at once; all three pay with the distribution: they draw large shapes, of which class and words are surest. For the two
+# answers at $w=4$, the one case that was measured here, the price is not paid if the noisiest steps are left out, where it is
+# decided how large a shape becomes ([chapter 05](05_classifier_free_guidance.ipynb)).
 
 # %% [markdown] slide=["# Latent diffusion: four times, against whom?", "- The paper: 3.9 times on one data set, 3.5 on another, 2.7 between models of one size.", "- 'Four times less' and '75 % less' are one claim.", "- Against a pixel model that folds pixels, much less is saved."]
 # ### Latent diffusion
@@ -569,13 +569,13 @@ show(
 # by two about two; folded four by four, they cost nearly the same. What a picture costs, and not a step, is in [chapter
 # 07](07_latent_diffusion.ipynb): it depends on how quality is measured.
 
-# %% [markdown] slide=["# Prompt tuning: numbers with conditions", "- 0.1 %: for shallow or short prompts, without the head. 100 to 1000 times less: for those with it, too.", "- Nothing forgotten: **holds**, with the prompts taken out.", "- 72.3 against 68.1 on aircraft: no source. The paper never used these pictures.", "- The comment 'frozen' freezes nothing: **wrong**."]
+# %% [markdown] slide=["# Prompt tuning: numbers with conditions", "- 0.1 %: for shallow or short prompts, without the head. 100 to 1000 times less: for the same prompts, with a small head, too.", "- Nothing forgotten: **holds**, with the prompts taken out.", "- 72.3 against 68.1 on aircraft: no source. The paper never used these pictures.", "- The comment 'frozen' freezes nothing: **wrong**."]
 # ### Prompt tuning
 
 # %%
 show_ledger("prompt tuning")
 
-# %% slide=["# Better than a probe trained as long, or level; behind full fine-tuning, or level", "[picture]", "Bars are two standard errors. In the paper, with a large backbone, prompts are ahead of full fine-tuning on 20 other tasks of 24."] tags=["draw"]
+# %% slide=["# Better than a probe trained as long, or level; behind full fine-tuning, or level", "[picture]", "Bars are two standard errors. In the paper, with a large backbone, prompts are ahead of full fine-tuning on 20 of 24 tasks, which are other ones."] tags=["draw"]
 adapted = [load_results(name) for name in ADAPTED]
 assert [{run["tested"] for run in result["runs"]} for result in adapted] == [{304}] + 6 * [{1000}]
 assert {len(run["accuracy"]) for result in adapted for run in result["runs"]} == {3}
@@ -713,8 +713,8 @@ def rates(lines):
 
 
 # %% [markdown]
-# All of it in order, in this notebook's folder: Python in a cell, the rest in a terminal. The backbone of timm, 410 MB, is fetched
-# on the way. (No `--augment`: a mirrored chest has its heart on the wrong side.)
+# All of it in order, in this notebook's folder: Python in a cell, the rest in a terminal. The backbone of timm, 410 MB, is
+# fetched on the way. (No `--augment`: a mirrored chest has its heart on the wrong side.)
 #
 # ```python
 # set_aside(Path("chest_xray"), share=0.1)
@@ -940,9 +940,9 @@ show_table(
 )
 
 # %% [markdown]
-# With few tasks the networks are some 15 to 30 % faster: prompts are tokens that each image pays for. With fifty, each network sees an
-# image or two of a batch at a time, and the bank is level or ahead. A GPU, which wants large batches, should widen that; it was
-# not tried here.
+# With few tasks the networks are some 15 to 30 % faster: prompts are tokens that each image pays for. With fifty, each
+# network sees an image or two of a batch at a time, and the bank is level or ahead. A GPU, which wants large batches, should
+# widen that; it was not tried here.
 
 # %% [markdown] tags=["optional"]
 # ## Where to go next *(at a second reading)*
@@ -987,11 +987,12 @@ show_milestone(
 # %% [markdown] tags=["core"]
 # ## Summary
 #
-# - A text-to-image model is tokenizer, text encoder, denoiser, guidance, sampler and first stage, which agree on shapes and on one
-#   scale. Guidance and sampler are free. Text encoder and first stage go with the denoiser, which has learned their vectors and
-#   their codes; only a decoder of the same codes can be exchanged.
+# - A text-to-image model is tokenizer, text encoder, denoiser, guidance, sampler and first stage, which agree on shapes and
+#   on one scale. Guidance and sampler are free. Text encoder and first stage go with the denoiser, which has learned their
+#   vectors and their codes; only a decoder of the same codes can be exchanged.
 # - A factor is no property of a method: it has a data set, a size and a rival. Ask for all three.
-# - Guidance buys obedience with the distribution; for classifier-free guidance, where in the noise one guides decides what is paid.
+# - Guidance buys obedience with the distribution; for classifier-free guidance, where in the noise one guides decides what is
+#   paid.
 # - Prompts save storage by construction and forget nothing; how accurate they are depends on backbone and task, and on
 #   whether the probe beside them was trained to its end.
 # - $T$ tasks on one backbone save at most $T$ times.

@@ -225,7 +225,7 @@ GUIDANCE = (
         "similarity; people there prefer classifier-free guidance to it (abstract)",
         Verdict.HOLDS,
         "At equal strengths the two rise alike, if the similarity is divided by its temperature first: both "
-        "are to be gradients of one log-probability. Exact ones would be the same; these are not quite.",
+        "are meant to be gradients of one log-probability. Exact ones would be equal; these are not quite.",
         Measurement(
             (ONE_AXIS,),
             _clip_beside_classifier,
@@ -358,6 +358,7 @@ def _saved(stored: Mapping) -> dict:
         "finer": saved(end["with_more_steps"], "frechet_distance"),
         "legible": saved(end, "confident_share"),
         "minutes": end["seconds"] / 60,
+        "f": 4,
         "vae_minutes": first_stage_seconds(stored, "latents, f = 4") / 60,
     }
 
@@ -391,10 +392,10 @@ LATENT_DIFFUSION = (
         Measurement(
             (LATENT,),
             _saved,
-            "of the {minutes:.0f} minutes in which pixels folded four by four are trained, the larger "
-            "latents save {distance:.0%} to the same Fréchet distance at equal sampling steps, {finer:.0%} "
-            "if the pixels take four times as many, {legible:.0%} to the same share of legible shapes; the "
-            "autoencoder's {vae_minutes:.0f} minutes not counted (one seed)",
+            "of the {minutes:.0f} minutes in which pixels folded four by four are trained, latents "
+            "with f = {f:g} save {distance:.0%} to the same Fréchet distance at equal sampling steps, "
+            "{finer:.0%} if the pixels take four times as many, {legible:.0%} to the same share of legible "
+            "shapes; the autoencoder's {vae_minutes:.0f} minutes not counted (one seed)",
             lambda n: 0 < min(n["finer"], n["legible"]) < 0.6 < n["distance"],
         ),
     ),
