@@ -1556,7 +1556,7 @@ show_table(
     ["test accuracy, %", *(column for task in forty for column in (task, "head solved"))],
 )
 
-# %% slide=["# Forty of each class, and every knob searched", "[picture]", "Three seeds each; the bars are means."] tags=["draw"]
+# %% slide=["# Forty of each class, and every knob searched", "[picture]", "Three seeds each; the bars are means. Deep prompts are nowhere ahead of full fine-tuning."] tags=["draw"]
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
 names = list(solved_of_forty["textures"])
 for axis, task in zip(axes, forty):
@@ -1596,8 +1596,43 @@ for way in ("as trained", "heads solved"):
         [f"points, {way}", *forty],
     )
 
+# %%
+for task in ("upside down", "textures"):
+    for way in ("as trained", "heads solved"):
+        assert apart(f"{task}, {way}", "full", "vpt-deep").endswith("ahead")
+assert apart("other kinds, as trained", "full", "vpt-deep").endswith("ahead")
+assert apart("other kinds, heads solved", "full", "vpt-deep").endswith("tie")
+for way in ("as trained", "heads solved"):
+    upside_down = {
+        method: apart(f"upside down, {way}", method, "frozen, class token")
+        for method in trained_of_forty["textures"]
+    }
+    assert all(upside_down[method].endswith("tie") for method in ("full", "lora"))
+    assert all(upside_down[method].endswith("behind") for method in ("bias", "vpt-deep"))
+    for method in trained_of_forty["textures"]:
+        assert apart(f"other kinds, {way}", method, "frozen, class token").endswith("tie")
+    for method, how in (("full", "ahead"), ("lora", "ahead"), ("bias", "behind"), ("vpt-deep", "behind")):
+        assert apart(f"textures, {way}", method, "frozen, patches").endswith(how)
+
 # %% [markdown]
-# CONCLUSIONS
+# *Upside down*, forty of each: full fine-tuning is ahead of deep prompts, by four points as trained, by two to three with all
+# heads solved. LoRA and the biases are ahead of them as trained, and tie when all heads are solved. And no method is ahead of a
+# solved head on the *frozen* class token: full fine-tuning and LoRA tie with it, prompts and biases are behind, even with heads
+# solved. One reason may be the images: a network was fitted to them before its head is solved on the same ones, and they look
+# easier to that head than new ones are. The search for a weight decay gained a point on the validation images at most.
+#
+# *Other kinds*: hardly anything is above anything else. The methods have 46 to 49 %, solved heads on the frozen backbone 46
+# to 47. Full fine-tuning is ahead of deep prompts as trained, and ties with them when all heads are solved; nothing is ahead
+# of a solved head on the class token. But this backbone is a weak one, trained for 80 minutes of one core; with a better one
+# it may be otherwise.
+#
+# *Textures*: here the order is plain. Full fine-tuning has 88 %, LoRA 77, a solved head on the mean of the *frozen* patches
+# 72, biases 65, deep prompts 59. Prompts are two points ahead of a solved head on the class token as trained, and tie with it
+# when their own is solved. With ten images LoRA and full fine-tuning tied with the head on the patches; with forty they are
+# ahead of it.
+#
+# So the lead of deep prompts over full fine-tuning that the paper reports does not show here: not with ten images of each class,
+# not with forty, and not on kinds that the backbone has never seen.
 #
 # ### For longer, elsewhere, fewer and more
 #
@@ -1647,15 +1682,27 @@ for one, other in (
 ):
     print(f"{one} over {other}, points: {apart('for longer', one, other)}")
 
+assert apart("for longer", "full, best look", "vpt-deep, best look").endswith("ahead")
+assert apart("for longer", "full, best look, head solved", "vpt-deep, best look, head solved").endswith("tie")
+assert apart("for longer", "vpt-deep, best look", "vpt-deep, 800 steps").endswith("behind")
+
 # %% [markdown]
+# As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts
+# more. But with heads solved they tie now: what deep prompts lose is in their heads, and behind a solved one they are a point
+# better than after 800 steps, full fine-tuning a point worse. Early stopping made no difference: the best look and the end
+# are within half a point. (The 800 steps were run on another machine.)
+#
 # And on the textures: one prompt and 32 in place of eight; eight in the first or the last half of the blocks alone. The paper
 # finds the first blocks to matter more.
 
 # %%
 other_prompts = [
-    run for name in ("where", "how_many") for run in load_results(f"adaptation_forty_{name}")["runs"]
+    run for name in ("where", "how_many") for run in load_results(f"adaptation_forty_{name}_textures")["runs"]
 ]
-print(*(load_results(f"adaptation_forty_{name}")["command"] for name in ("where", "how_many")), sep="\n")
+print(
+    *(load_results(f"adaptation_forty_{name}_textures")["command"] for name in ("where", "how_many")),
+    sep="\n",
+)
 deep = "8 in all blocks"
 names_of_prompts = {"vpt-first-half": "8 in the first half", "vpt-last-half": "8 in the last half"}
 all_prompts = {deep: forty["textures"]["runs"][0]} | {
@@ -1678,7 +1725,12 @@ show_table(
 )
 
 # %% [markdown]
-# CONCLUSIONS
+# Eight prompts in the last half of the blocks do as well as in all, within a point. In the first half they tie as trained,
+# and are four points behind with heads solved: so here it is not the first blocks that matter more, as the paper finds. One
+# prompt at each block is behind eight by four to five points; thirty-two are a tie.
+#
+# What all this does not say. Three seeds make errors that are uncertain themselves; larger backbones, a fourth task, and the last
+# three comparisons on other tasks were not measured.
 
 # %% [markdown] tags=["core"]
 # ## What a head reads
@@ -2470,7 +2522,8 @@ show_table(rows, ["task", "width", "linear, trained", "vpt-deep", "full"])
 #
 # When do prompts win? Han et al. (2024), on VTAB's nineteen tasks: where the objective is far from the original one (from
 # classes to counting), or where the images are alike. Overfitting alone does not explain it; keeping the original features
-# seems to matter. Our seven tasks are far in objective *and* in images, and full fine-tuning was ahead; PHOTOS
+# seems to matter. Our seven tasks are far in objective *and* in images, and full fine-tuning was ahead; on
+# photographs, near in both, with ten or forty of each class, prompts were not ahead of it either.
 
 # %% [markdown] tags=["core"]
 # ## Your code runs the model
@@ -2493,8 +2546,9 @@ show_milestone(
 #   final norm, and freezes nothing.
 # - *72.3 % vs 68.1 % for full fine-tuning on FGVC-Aircraft.* No source was found; aircraft are not among the paper's tasks.
 # - *Outperforms linear probing and matches full fine-tuning on many tasks.* In the paper's regime. In ours: ahead of a solved
-#   head on the class token on four tasks of seven, of one on the mean of the patches on one; behind full fine-tuning on nearly
-#   all. FEW
+#   head on the class token on four tasks of seven, of one on the mean of the patches on one; behind full fine-tuning on
+#   nearly all. With few images: a tie on photographs with ten of each class, behind with forty as trained; on kinds never
+#   seen a tie once heads are solved; on textures behind.
 # - *0.1 % of the parameters*, *100 to 1000 times less storage.* For deep prompts from ten to some hundred; without a head
 #   shallow ones save more.
 # - *Prevents catastrophic forgetting.* By construction, with the prompts taken out.
