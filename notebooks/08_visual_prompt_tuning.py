@@ -1664,7 +1664,7 @@ for (method, run), colour in zip(longer.items(), colours):
         label = method if number == 0 else None
         axis.plot([int(step) for step in shares], list(shares.values()), ".-", color=colour, label=label)
 axis.set(xlabel="steps of 16", ylabel="accuracy on validation images")
-axis.legend()
+axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 show(
     figure,
     "Accuracy on the validation images during 2,000 steps, a line for each of three seeds: deep prompts and full "
@@ -1687,10 +1687,10 @@ assert apart("for longer", "full, best look, head solved", "vpt-deep, best look,
 assert apart("for longer", "vpt-deep, best look", "vpt-deep, 800 steps").endswith("behind")
 
 # %% [markdown]
-# As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts
-# more. But with heads solved they tie now: what deep prompts lose is in their heads, and behind a solved one they are a point
-# better than after 800 steps, full fine-tuning a point worse. Early stopping made no difference: the best look and the end
-# are within half a point. (The 800 steps were run on another machine.)
+# As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts more.
+# But with heads solved the two tie now. What deep prompts lose is in their heads: behind a solved one they tie with what they had
+# after 800 steps, while full fine-tuning has lost a point. Early stopping made no difference: the best look and the end are within
+# half a point. (The 800 steps were run on another machine.)
 #
 # And on the textures: one prompt and 32 in place of eight; eight in the first or the last half of the blocks alone. The paper
 # finds the first blocks to matter more.

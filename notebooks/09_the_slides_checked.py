@@ -569,7 +569,7 @@ show(
 # by two about two; folded four by four, they cost nearly the same. What a picture costs, and not a step, is in [chapter
 # 07](07_latent_diffusion.ipynb): it depends on how quality is measured.
 
-# %% [markdown] slide=["# Prompt tuning: numbers with conditions", "- 0.1 %: for shallow or short prompts, without the head. 100 to 1000 times less: for the same prompts, with a small head, too.", "- Nothing forgotten: **holds**, with the prompts taken out.", "- 72.3 against 68.1 on aircraft: no source. The paper never used these pictures.", "- The comment 'frozen' freezes nothing: **wrong**."]
+# %% [markdown] slide=["# Prompt tuning: numbers with conditions", "- 0.1 %: shallow or short prompts, without the head. 100 to 1000 times less: these, with a small head.", "- Nothing forgotten: **holds**, with the prompts taken out.", "- 72.3 against 68.1 on aircraft: no source. The paper never used these pictures.", "- The comment 'frozen' freezes nothing: **wrong**."]
 # ### Prompt tuning
 
 # %%

@@ -160,7 +160,7 @@ FROM_FORTY = {
     "photographs of other kinds": "adaptation_forty_other_kinds",
     "textures": "adaptation_forty_textures",
 }
-PROMPTS_FROM_FORTY = ("adaptation_forty_where", "adaptation_forty_how_many")
+PROMPTS_FROM_FORTY = ("adaptation_forty_where_textures", "adaptation_forty_how_many_textures")
 LONGER = "adaptation_forty_longer"
 PLACING = ("placing", "placing_by_rise")
 FEWEST_TOLD = 20  # scenes of which a share is told
