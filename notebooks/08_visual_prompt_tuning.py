@@ -1615,11 +1615,12 @@ for way in ("as trained", "heads solved"):
         assert apart(f"textures, {way}", method, "frozen, patches").endswith(how)
 
 # %% [markdown]
-# *Upside down*, forty of each: full fine-tuning is ahead of deep prompts, by four points as trained, by two to three with all
-# heads solved. LoRA and the biases are ahead of them as trained, and tie when all heads are solved. And no method is ahead of a
-# solved head on the *frozen* class token: full fine-tuning and LoRA tie with it, prompts and biases are behind, even with heads
-# solved. One reason may be the images: a network was fitted to them before its head is solved on the same ones, and they look
-# easier to that head than new ones are. The search for a weight decay gained a point on the validation images at most.
+# (In the picture each task has a scale of its own.) *Upside down*, forty of each: full fine-tuning is ahead of deep prompts,
+# by four points as trained, by two to three with all heads solved. LoRA and the biases are ahead of them as trained, and tie
+# when all heads are solved. And no method is ahead of a solved head on the *frozen* class token: full fine-tuning and LoRA
+# tie with it, prompts and biases are behind, even with heads solved. One reason may be the images: a network was fitted to
+# them before its head is solved on the same ones, and they look easier to that head than new ones are. The search for a
+# weight decay gained a point on the validation images at most.
 #
 # *Other kinds*: hardly anything is above anything else. The methods have 46 to 49 %, solved heads on the frozen backbone 46
 # to 47. Full fine-tuning is ahead of deep prompts as trained, and ties with them when all heads are solved; nothing is ahead
@@ -1687,10 +1688,10 @@ assert apart("for longer", "full, best look, head solved", "vpt-deep, best look,
 assert apart("for longer", "vpt-deep, best look", "vpt-deep, 800 steps").endswith("behind")
 
 # %% [markdown]
-# As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts more.
-# But with heads solved the two tie now. What deep prompts lose is in their heads: behind a solved one they tie with what they had
-# after 800 steps, while full fine-tuning has lost a point. Early stopping made no difference: the best look and the end are within
-# half a point. (The 800 steps were run on another machine.)
+# As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts
+# more. But with heads solved the two tie now. What deep prompts lose is in their heads: behind a solved one they tie with
+# what they had after 800 steps, while full fine-tuning has lost a point. Early stopping made no difference: the best look and
+# the end are within half a point. (The 800 steps were run on another machine.)
 #
 # And on the textures: one prompt and 32 in place of eight; eight in the first or the last half of the blocks alone. The paper
 # finds the first blocks to matter more.
@@ -1726,11 +1727,11 @@ show_table(
 
 # %% [markdown]
 # Eight prompts in the last half of the blocks do as well as in all, within a point. In the first half they tie as trained,
-# and are four points behind with heads solved: so here it is not the first blocks that matter more, as the paper finds. One
+# and are four points behind with heads solved: so here it is not the first blocks that matter more, as they do in the paper. One
 # prompt at each block is behind eight by four to five points; thirty-two are a tie.
 #
-# What all this does not say. Three seeds make errors that are uncertain themselves; larger backbones, a fourth task, and the last
-# three comparisons on other tasks were not measured.
+# What all this does not say. Three seeds make errors that are uncertain themselves. Larger backbones were not tried, nor were the
+# comparisons of this section on other tasks than theirs.
 
 # %% [markdown] tags=["core"]
 # ## What a head reads
