@@ -9,8 +9,7 @@
 # %% [markdown] slide=["# Steer by a sentence", "A classifier knows a fixed list of classes. A sentence has none.", "? What would a network have to learn, to say how well a picture and a sentence go together?", "Which caption belongs to which picture. Nothing else: that is **CLIP**.", "# What you can do afterwards", "- derive the contrastive loss, and say what it measures", "- build a small CLIP: tokenizer, text transformer, image tower", "- classify pictures by classes that exist as words only", "- steer a finished model by prompts, through $x_t$ or through $\\hat x_0$", "- say what each of the two gradients approximates"]
 # # 04 CLIP guidance: steering by words
 #
-# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free
-# guidance](05_classifier_free_guidance.ipynb)
+# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb)
 #
 # [Chapter 03](03_classifier_guidance.ipynb) steered a finished model by a classifier, which knows a fixed list of classes.
 # This chapter steers it by a sentence. What is needed is a network that says how well a picture and a sentence go together,
@@ -2380,8 +2379,7 @@ show_milestone(
 progress()
 
 # %% [markdown]
-# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free
-# guidance](05_classifier_free_guidance.ipynb)
+# [Previous: 03 Classifier guidance](03_classifier_guidance.ipynb) · [Next: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb)
 #
 # ## References
 #

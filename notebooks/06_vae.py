@@ -9,8 +9,7 @@
 # %% [markdown] slide=["# Most numbers of a picture say nothing new", "64 by 64 pixels of three colours: 12,288 numbers, and a U-Net pays for each of them at every step.", "? A code of a twelfth of the numbers. What must it be good for?", "From it, the picture must come back. And all codes together must be a distribution that one can draw from.", "# What you can do afterwards", "- derive the evidence lower bound, and measure what it falls short by", "- pass a gradient through a random draw", "- predict at which weight a latent number dies", "- judge an autoencoder by more than its decibels", "- build a second stage, and give codes the scale it expects"]
 # # 06 The variational autoencoder: a smaller space to diffuse in
 #
-# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent
-# diffusion](07_latent_diffusion.ipynb)
+# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent diffusion](07_latent_diffusion.ipynb)
 #
 # A picture of 64 by 64 pixels has 12,288 numbers, and a U-Net pays for each of them, at every step of every sample. This
 # chapter turns pictures into something smaller and back; chapter 07 diffuses there. Two things are asked of such a code:
@@ -1928,8 +1927,7 @@ show_milestone(
 progress()
 
 # %% [markdown]
-# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent
-# diffusion](07_latent_diffusion.ipynb)
+# [Previous: 05 Classifier-free guidance](05_classifier_free_guidance.ipynb) · [Next: 07 Latent diffusion](07_latent_diffusion.ipynb)
 #
 # ## References
 #
