@@ -1595,7 +1595,7 @@ def neglected(diffusion, index, count=64):
     return [relative(g - right, right) for g in (used, at_mean, at_level)] + [relative(change - line, change)]
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 neglects = {}
 for num_steps in (1000, 50):
     coarse = diffusion.respace(num_steps)
