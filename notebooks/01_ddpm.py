@@ -2354,7 +2354,7 @@ check_answer(
     hint="For ten steps, is a step back near a normal distribution at all?",
 )
 
-# %% slide=["# At ten and twenty steps, DDIM is ahead", "? Which of the three is nearest to the data after ten steps?", "[picture]", "Measured, not derived: there Euler's error is the smaller one. At three and five a normal step with the large variance wins."] tags=["draw"]
+# %% slide=["# At ten and twenty steps, DDIM is ahead", "? Which of the three is nearest to the data after ten steps?", "[picture]", "Measured, not derived: there Euler's error is the smallest."] tags=["draw"]
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for (name, marker), colour in zip(zip(samplers, "os^"), colours):
     axis.loglog(
