@@ -329,14 +329,12 @@ FIVE_KINDS_MASKED = replace(
     batch_size=64,  # of one process
 )
 FIVE_KINDS = replace(
-    FIVE_KINDS_MASKED,
+    PHOTOS_32_WHOLE,
     name="vit_photos32_five",
+    data=FIVE_KINDS_MASKED.data,
     start=FIVE_KINDS_MASKED.name,
-    patch_drop=0.0,
-    erase=0.0,
-    tint=0.2,
     steps=2_500,
-    learning_rate=8e-4,
+    batch_size=64,  # of one process
 )
 
 register(
