@@ -33,10 +33,12 @@ KINDS = [  # a page of each kind
     "_modules/lecture26/ddpm.html",
     "search.html?q=rescaling",
 ]
+# until the page has set its formulas, and made those that are wide reachable by the keyboard
 TYPESET = """async () => {
     if (!globalThis.MathJax) return;
     await MathJax.startup.promise;
-    await MathJax.startup.document.lazyTypesetAll();
+    if (!document.querySelector('mjx-lazy')) return;
+    await new Promise((resolve) => addEventListener('formulas-set', resolve, { once: true }));
 }"""
 OPEN_ALL = "document.querySelectorAll('article details').forEach((details) => (details.open = true))"
 # what a screen reader or a keyboard needs, by the rules of WCAG 2.1, levels A and AA
