@@ -722,7 +722,7 @@ def test_a_solved_head_reads_what_was_trained_and_leaves_it_as_it_is():
         for method in ("linear", "vpt-deep", "lora"):
             model = build(method, vit, 8, 2, seed=0).eval()
             head = model.head
-            solved = few_images.solved_behind(model, splits)
+            solved = probes.solved_behind(model, splits)
             assert model.head is head
             frozen = probes.solved_by_reading(vit.eval(), splits)["class token"]
             assert (solved == frozen) == (method != "vpt-deep")  # LoRA begins as the backbone
@@ -1002,12 +1002,13 @@ def test_the_validation_images_choose_the_penalty():
 
 
 def test_solved_heads_see_the_backbone_and_the_trained_prompts(monkeypatch):
-    fit, rates = adaptation.fit, []
-    monkeypatch.setattr(probes, "fit", lambda *args, **opts: rates.append(args[2]) or fit(*args, **opts))
+    fit, trained = adaptation.fit, []
+    monkeypatch.setattr(probes, "fit", lambda *args: trained.append((args[2], args[4])) or fit(*args))
     runs = [{"method": "linear", "learning_rate": 0.5}, {"method": "vpt-deep", "learning_rate": 0.02}]
     save_results("adaptation_counting", "by hand", {"runs": runs})
     with small_tasks():
-        solved = probes.solved_heads("tiny_vit", ("counting",), BUDGET)
+        solved = probes.solved_heads("tiny_vit", ("counting",), BUDGET, seeds=(0, 3), state="solved")
+        again = probes.solved_heads("tiny_vit", ("counting",), BUDGET, seeds=(0, 3), state="solved")
         images = downstream("counting", "train")
         vit = recipes.load_model("tiny_vit").eval()
         tokens, classes = probes.see(vit.forward_features, images)
@@ -1018,10 +1019,12 @@ def test_solved_heads_see_the_backbone_and_the_trained_prompts(monkeypatch):
                 for split, images in splits.items()
             }
         )
-    assert rates == [0.02]  # the one that the comparison has chosen
+    # the rate that the comparison has chosen, and the seeds, each trained once
+    assert trained == [(0.02, 0), (0.02, 3)] and again == solved
     (run,) = solved["runs"]
     assert run["task"] == "counting" and run["accuracy"].keys() == {*probes.READINGS, "vpt-deep"}
-    assert run["accuracy"]["class token"] == by_class_token
+    assert run["accuracy"]["class token"] == [by_class_token]
+    assert len(run["accuracy"]["vpt-deep"]) == 2
     assert tokens.shape == (60, 17, 8) and torch.equal(classes, images.batch(range(60))["class"])
     with pytest.raises(ValueError, match="no results 'adaptation_xray'"), small_tasks():
         probes.solved_heads("tiny_vit", ("xray",), BUDGET)

@@ -40,8 +40,9 @@ def mean_accuracy(run: Mapping) -> float:
 
 
 def seeds_error(run: Mapping) -> float:
-    """The standard error of a run's mean accuracy that comes from its seeds."""
-    return statistics.stdev(run["accuracy"]) / len(run["accuracy"]) ** 0.5
+    """The standard error of a run's mean accuracy that comes from its seeds; 0 of what has no seeds."""
+    accuracies = run["accuracy"]
+    return statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0
 
 
 def difference(run: Mapping, other: Mapping) -> tuple[float, float]:
@@ -466,11 +467,15 @@ def _against_probe(*results: Mapping) -> dict:
         for run, result in zip(solved["runs"], adapted, strict=True)
     }
 
-    def ahead(better: str, worse: str) -> int:
-        return sum(
-            is_above(run["accuracy"][better], run["accuracy"][worse], tested[run["task"]])
-            for run in solved["runs"]
-        )
+    def over(reader: str, other: str) -> list[tuple[str, float, float]]:
+        """As `differences`, of solved heads."""
+        rows = []
+        for run in solved["runs"]:
+            heads = [
+                {"accuracy": run["accuracy"][name], "tested": tested[run["task"]]} for name in (reader, other)
+            ]
+            rows.append((run["task"], *difference(*heads)))
+        return rows
 
     return (
         _ahead(rows)
@@ -478,8 +483,8 @@ def _against_probe(*results: Mapping) -> dict:
         | {
             "smallest": min(value for _, value, _ in rows),
             "largest": max(value for _, value, _ in rows),
-            "solved_ahead": ahead("vpt-deep", "class token"),
-            "quarters_ahead": ahead("quarters", "vpt-deep"),
+            "solved_ahead": _ahead(over("vpt-deep", "class token"))["ahead"],
+            "quarters_ahead": _ahead(over("quarters", "vpt-deep"))["ahead"],
         }
     )
 

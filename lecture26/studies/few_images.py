@@ -32,7 +32,6 @@ or the last half of the blocks alone. Each is compared with 8 in all blocks. Jia
 first blocks matter more.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -54,7 +53,7 @@ from lecture26.recipes.adaptation import (
 from lecture26.recipes.recipe import state_file
 from lecture26.studies.adaptation import Comparison
 from lecture26.studies.ledger import Ledger, ledger_file
-from lecture26.studies.probes import INVERSE_PENALTIES, READINGS, see, solved_head
+from lecture26.studies.probes import INVERSE_PENALTIES, READINGS, see, solved_behind, solved_head
 from lecture26.visual_prompt_tuning import VPT, prompted_blocks
 
 METHODS_FROM_FEW = ("vpt-shallow", "vpt-deep", "lora", "full")
@@ -198,13 +197,6 @@ def adaptation_from_few(
             for count in (prompt_counts if comparison.methods[method].has_prompts else prompt_counts[:1])
         ],
     }
-
-
-def solved_behind(model: nn.Module, splits: dict[str, ImageSet]) -> float:
-    """The test accuracy of a solved head on the features that a trained model's own head reads."""
-    headless = copy.deepcopy(model)
-    headless.head = nn.Identity()
-    return solved_head({split: see(headless, images) for split, images in splits.items()})
 
 
 def solved_from_few(comparison: Comparison) -> dict:

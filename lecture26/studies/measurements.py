@@ -188,6 +188,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         solved_heads,
         "vit_photos32",
         ("digits", "./mnist", "line_drawings", "counting", "largest", "xray", "textures"),
+        state="adaptation_solved",
     ),
 }
 

@@ -1,7 +1,9 @@
 """What a linear head can read of a frozen backbone once it is solved, not trained for some steps."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from lecture26.kit.results import load_results
 from lecture26.recipes import Trained
 from lecture26.recipes.adaptation import NUM_PROMPTS, SMALL_BUDGET, Budget, build, fit, open_task
 from lecture26.studies.adaptation import EVALUATION_BATCH
+from lecture26.studies.ledger import Ledger, ledger_file
 
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 
@@ -80,33 +83,62 @@ def solved_by_reading(vit: nn.Module, splits: dict[str, ImageSet]) -> dict[str, 
     }
 
 
-def solved_heads(backbone: str, tasks: Sequence[str], budget: Budget = SMALL_BUDGET) -> dict:
+def solved_behind(model: nn.Module, splits: dict[str, ImageSet]) -> float:
+    """The test accuracy of a solved head on the features that a trained model's own head reads."""
+    headless = copy.deepcopy(model)
+    headless.head = nn.Identity()
+    return solved_head({split: see(headless, images) for split, images in splits.items()})
+
+
+def solved_behind_prompts(
+    vit: nn.Module, splits: dict[str, ImageSet], learning_rate: float, budget: Budget, seed: int
+) -> dict[str, float]:
+    """Train deep prompts; "accuracy", what `solved_behind` says of them."""
+    model = build("vpt-deep", vit, len(splits["train"].labels["class"]), NUM_PROMPTS, seed)
+    fit(model, splits["train"], learning_rate, budget, seed)
+    return {"accuracy": solved_behind(model.eval().cpu(), splits)}
+
+
+def solved_heads(
+    backbone: str,
+    tasks: Sequence[str],
+    budget: Budget = SMALL_BUDGET,
+    seeds: Sequence[int] = (0, 1, 2),
+    state: str | None = None,
+) -> dict:
     """Linear heads, solved to the end, on what a backbone sees without prompts and with them.
 
     Args:
         backbone: a checkpoint of the family "backbone", with a class token and a square of patches.
         tasks: what `open_task` takes; the comparison of each must be stored, which knows the learning rate.
-        budget: of the training of deep prompts, with the first seed.
+        budget: of each training of deep prompts.
+        seeds: of these trainings.
+        state: a name under which finished trainings are kept, until `forget_ledger`; None keeps none.
 
     Returns:
-        "backbone", "budget", and "runs": for each task a dict of "task" and "accuracy", on the test images,
-        by READINGS and by "vpt-deep", the class token with trained prompts.
+        "backbone", "budget", "seeds", and "runs": for each task a dict of "task" and "accuracy", lists of
+        accuracies on the test images: of one for each of READINGS of the frozen backbone, and of one for each
+        seed behind "vpt-deep", which reads the class token.
 
     Raises:
         ValueError: if a comparison is not stored.
     """
     checkpoint = Trained(backbone)
     vit, image_size = checkpoint.network, checkpoint.recipe.image_size
+    settings = {"backbone": checkpoint.card["sha256"], "budget": vars(budget)}
+    ledger = Ledger(None if state is None else ledger_file(state), settings)
     runs = []
     for task in tqdm(tasks, "solving", unit="task"):
         splits = open_task(task, image_size)
-        solved = solved_by_reading(vit, splits)
         compared = load_results(f"adaptation_{Path(task).name}")["runs"]
         (rate,) = (run["learning_rate"] for run in compared if run["method"] == "vpt-deep")
-        model = build("vpt-deep", vit, len(splits["train"].labels["class"]), NUM_PROMPTS, seed=0)
-        fit(model, splits["train"], rate, budget)
-        model.eval().cpu()
-        model.head = nn.Identity()  # from here on it returns the features that its head has read
-        solved["vpt-deep"] = solved_head({split: see(model, images) for split, images in splits.items()})
+        prompted = [
+            ledger.once(
+                f"{task}, {rate:g}, {seed}", partial(solved_behind_prompts, vit, splits, rate, budget, seed)
+            )
+            for seed in seeds
+        ]
+        solved = {reading: [accuracy] for reading, accuracy in solved_by_reading(vit, splits).items()}
+        solved["vpt-deep"] = [run["accuracy"] for run in prompted]
         runs.append({"task": str(task), "accuracy": solved})
-    return {"backbone": backbone, "budget": vars(budget), "runs": runs}
+    return {"backbone": backbone, "budget": vars(budget), "seeds": list(seeds), "runs": runs}
