@@ -1297,7 +1297,7 @@ def verdict(one, other, images):
 # %%
 accuracies = {
     task: {method: result(task, method)["accuracy"] for method in COMPARED}
-    | {"linear, solved": [solved[task]["class token"]], "vpt-deep, solved": [solved[task]["vpt-deep"]]}
+    | {"linear, solved": solved[task]["class token"], "vpt-deep, solved": solved[task]["vpt-deep"]}
     for task in compared
 }
 columns = ("linear", "linear, solved", "vpt-shallow", "vpt-deep", "vpt-deep, solved", "full")
@@ -1315,7 +1315,7 @@ for k, (method, colour) in enumerate(zip(COMPARED, colours)):
     for place, values in zip(places, of_method):
         axis.plot([place] * len(values), values, ".", color="black", markersize=4)
     if method in ("linear", "vpt-deep"):
-        ends_solved = [accuracies[task][f"{method}, solved"][0] for task in compared]
+        ends_solved = [mean(accuracies[task][f"{method}, solved"]) for task in compared]
         label = "its head solved" if method == "linear" else None
         axis.hlines(
             ends_solved, [p - 0.1 for p in places], [p + 0.1 for p in places], color="black", label=label
@@ -1556,27 +1556,33 @@ show_table(
     ["test accuracy, %", *(column for task in forty for column in (task, "head solved"))],
 )
 
+
 # %% slide=["# Forty of each class, and every knob searched", "[picture]", "Three seeds each; the bars are means. Deep prompts are nowhere ahead of full fine-tuning."] tags=["draw"]
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
-names = list(solved_of_forty["textures"])
-for axis, task in zip(axes, forty):
-    for of_method, marker, colour, shift, label in (
-        (solved_of_forty[task], "o", colours[0], 0.12, "head solved"),
-        (trained_of_forty[task], "x", colours[1], -0.12, "as trained"),
-    ):
-        rows = [names.index(name) + shift for name in of_method]
-        points = axis.plot(list(of_method.values()), rows, marker, color=colour)  # one for each seed
-        points[0].set_label(label)
-        means = [mean(shares) for shares in of_method.values()]
-        axis.vlines(
-            means, [row - 0.2 for row in rows], [row + 0.2 for row in rows], color=colour, linewidth=3
-        )
-    axis.set(xlabel="test accuracy", title=task)
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-axes[0].set_yticks(range(len(names)), names)
-axes[0].invert_yaxis()
+def draw_by_seed(solved, trained, width):
+    """For each task a panel, in it for each name a point a seed, with solved heads and as trained, and their means."""
+    figure, axes = plt.subplots(1, len(solved), figsize=(width, 3.4), sharey=True, layout="constrained")
+    names = list(next(iter(solved.values())))
+    for axis, task in zip(axes, solved):
+        for of_name, marker, colour, shift, label in (
+            (solved[task], "o", colours[0], 0.12, "head solved"),
+            (trained[task], "x", colours[1], -0.12, "as trained"),
+        ):
+            rows = [names.index(name) + shift for name in of_name]
+            points = axis.plot(list(of_name.values()), rows, marker, color=colour)  # one for each seed
+            points[0].set_label(label)
+            means = [mean(shares) for shares in of_name.values()]
+            axis.vlines(
+                means, [row - 0.2 for row in rows], [row + 0.2 for row in rows], color=colour, linewidth=3
+            )
+        axis.set(xlabel="test accuracy", title=task)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    return figure
+
+
 show(
-    figure,
+    draw_by_seed(solved_of_forty, trained_of_forty, width=11),
     "Test accuracy with forty images of each class on three tasks: solved heads on the frozen backbone, and four "
     "methods as trained and with solved heads.",
 )
@@ -1697,32 +1703,45 @@ assert apart("for longer", "vpt-deep, best look", "vpt-deep, 800 steps").endswit
 # finds the first blocks to matter more.
 
 # %%
-other_prompts = [
-    run for name in ("where", "how_many") for run in load_results(f"adaptation_forty_{name}_textures")["runs"]
-]
-print(
-    *(load_results(f"adaptation_forty_{name}_textures")["command"] for name in ("where", "how_many")),
-    sep="\n",
-)
 deep = "8 in all blocks"
 names_of_prompts = {"vpt-first-half": "8 in the first half", "vpt-last-half": "8 in the last half"}
-all_prompts = {deep: forty["textures"]["runs"][0]} | {
-    names_of_prompts.get(run["method"], f"{run['num_prompts']} in all blocks"): run for run in other_prompts
-}
-for way, key in (("as trained", "accuracy"), ("heads solved", "solved")):
-    by_method[f"prompts, {way}"] = {name: run[key] for name, run in all_prompts.items()}
+prompts_on = {}
+for task, called in (("upside down", "photos"), ("textures", "textures")):
+    others = [load_results(f"adaptation_forty_{name}_{called}") for name in ("where", "how_many")]
+    print(*(of_others["command"] for of_others in others), sep="\n")
+    prompts_on[task] = {deep: forty[task]["runs"][0]} | {
+        names_of_prompts.get(run["method"], f"{run['num_prompts']} in all blocks"): run
+        for of_others in others
+        for run in of_others["runs"]
+    }
+
+# %% tags=["draw"]
+solved_prompts, trained_prompts = (
+    {task: {name: run[key] for name, run in runs.items()} for task, runs in prompts_on.items()}
+    for key in ("solved", "accuracy")
+)
+show(
+    draw_by_seed(solved_prompts, trained_prompts, width=8),
+    "Test accuracy with one, eight and thirty-two deep prompts and with eight in half of the blocks, on two tasks.",
+)
+
+# %%
+for task in prompts_on:
+    by_method[f"prompts, {task}, as trained"] = trained_prompts[task]
+    by_method[f"prompts, {task}, heads solved"] = solved_prompts[task]
 show_table(
     [
         [
+            task,
             name,
-            told(run["accuracy"], 1000),
-            apart("prompts, as trained", name, deep) if name != deep else "-",
-            told(run["solved"], 1000),
-            apart("prompts, heads solved", name, deep) if name != deep else "-",
+            apart(f"prompts, {task}, as trained", name, deep),
+            apart(f"prompts, {task}, heads solved", name, deep),
         ]
-        for name, run in all_prompts.items()
+        for task, of_task in prompts_on.items()
+        for name in of_task
+        if name != deep
     ],
-    ["deep prompts, textures", "as trained, %", f"over {deep}", "head solved, %", f"over {deep}"],
+    ["task", "deep prompts", f"as trained, over {deep}, points", "heads solved"],
 )
 
 # %% [markdown]

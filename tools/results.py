@@ -161,7 +161,10 @@ FROM_FORTY = {
     "photographs of other kinds": "adaptation_forty_other_kinds",
     "textures": "adaptation_forty_textures",
 }
-PROMPTS_FROM_FORTY = ("adaptation_forty_where_textures", "adaptation_forty_how_many_textures")
+PROMPTS_FROM_FORTY = {
+    "photographs, upside down": ("adaptation_forty_where_photos", "adaptation_forty_how_many_photos"),
+    "textures": ("adaptation_forty_where_textures", "adaptation_forty_how_many_textures"),
+}
 LONGER = "adaptation_forty_longer"
 PLACING = ("placing", "placing_by_rise")
 FEWEST_TOLD = 20  # scenes of which a share is told
@@ -353,19 +356,22 @@ def from_forty() -> tuple[Rows, list[str]]:
 
 def prompts_from_forty() -> tuple[Rows, list[str]]:
     places = {"vpt-deep": "all", "vpt-first-half": "first half", "vpt-last-half": "last half"}
-    runs = [run for name in PROMPTS_FROM_FORTY for run in load_results(name)["runs"]]
-    everywhere = load_results(FROM_FORTY["textures"])["runs"][0]
-    rows = [
-        [
-            places[run["method"]],
-            run["num_prompts"],
-            over_seeds(run["accuracy"]),
-            over_seeds(run["solved"]),
-            f"{run['trained']:,}",
+    rows = []
+    for task, names in PROMPTS_FROM_FORTY.items():
+        runs = [run for name in names for run in load_results(name)["runs"]]
+        everywhere = load_results(FROM_FORTY[task])["runs"][0]
+        rows += [
+            [
+                task,
+                places[run["method"]],
+                run["num_prompts"],
+                over_seeds(run["accuracy"]),
+                over_seeds(run["solved"]),
+                f"{run['trained']:,}",
+            ]
+            for run in [everywhere, *runs]
         ]
-        for run in [everywhere, *runs]
-    ]
-    return rows, ["blocks with prompts", "prompts", "as trained", "head solved", "numbers trained"]
+    return rows, ["task", "blocks with prompts", "prompts", "as trained", "head solved", "numbers trained"]
 
 
 def longer() -> tuple[Rows, list[str]]:
@@ -559,9 +565,9 @@ def page() -> str:
         ),
         section(
             "Prompts elsewhere, fewer and more",
-            "Forty textures of each class, as above. (Chapter 08.)",
+            "Forty images of each class, as above. (Chapter 08.)",
             prompts_from_forty(),
-            PROMPTS_FROM_FORTY,
+            list(chain(*PROMPTS_FROM_FORTY.values())),
         ),
         section(
             "Training from forty for longer",
