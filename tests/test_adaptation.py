@@ -1100,10 +1100,10 @@ def test_the_measurements_are_about_checkpoints_and_tasks_that_exist():
             assert task in TASKS or task in ("digits", "./mnist")
     from_few = [
         f"{name}_{task}"
-        for name in ("few", "forty", "forty_where", "forty_how_many")
+        for name in ("few", "forty", "forty_where", "forty_how_many", "forty_longer")
         for task in ("photos", "textures")
     ]
-    for name in (*from_few, "forty_other_kinds", "forty_longer"):
+    for name in (*from_few, "forty_other_kinds"):
         measurement = measurements.MEASUREMENTS[f"adaptation_{name}"]
         backbone, open_splits = measurement.args
         assert recipes.find_recipe(backbone).family == "backbone" and callable(open_splits)

@@ -165,7 +165,10 @@ PROMPTS_FROM_FORTY = {
     "photographs, upside down": ("adaptation_forty_where_photos", "adaptation_forty_how_many_photos"),
     "textures": ("adaptation_forty_where_textures", "adaptation_forty_how_many_textures"),
 }
-LONGER = "adaptation_forty_longer"
+LONGER = {
+    "photographs, upside down": "adaptation_forty_longer_photos",
+    "textures": "adaptation_forty_longer_textures",
+}
 PLACING = ("placing", "placing_by_rise")
 FEWEST_TOLD = 20  # scenes of which a share is told
 
@@ -375,18 +378,21 @@ def prompts_from_forty() -> tuple[Rows, list[str]]:
 
 
 def longer() -> tuple[Rows, list[str]]:
-    before = {run["method"]: run for run in load_results(FROM_FORTY["photographs, upside down"])["runs"]}
-    rows = [
-        [
-            run["method"],
-            over_seeds(before[run["method"]]["accuracy"]),
-            over_seeds(run["accuracy"]),
-            ", ".join(str(best_step(shares)) for shares in run["validation_by_step"]),
-            over_seeds(run["accuracy_at_end"]),
+    rows = []
+    for task, name in LONGER.items():
+        before = {run["method"]: run for run in load_results(FROM_FORTY[task])["runs"]}
+        rows += [
+            [
+                task,
+                run["method"],
+                over_seeds(before[run["method"]]["accuracy"]),
+                over_seeds(run["accuracy"]),
+                ", ".join(str(best_step(shares)) for shares in run["validation_by_step"]),
+                over_seeds(run["accuracy_at_end"]),
+            ]
+            for run in load_results(name)["runs"]
         ]
-        for run in load_results(LONGER)["runs"]
-    ]
-    return rows, ["method", "800 steps", "best look of 2,000", "which (a seed each)", "end of 2,000"]
+    return rows, ["task", "method", "800 steps", "best look of 2,000", "which (a seed each)", "end of 2,000"]
 
 
 def best_step(shares: Mapping[str, float]) -> int:
@@ -571,10 +577,10 @@ def page() -> str:
         ),
         section(
             "Training from forty for longer",
-            "Photographs upside down, as above, with early stopping: every 200 steps a look at the "
-            "validation images; the weights of the best are kept. (Chapter 08.)",
+            "As above, with early stopping: every 200 steps a look at the validation images; the weights of "
+            "the best are kept. (Chapter 08.)",
             longer(),
-            [LONGER],
+            LONGER.values(),
         ),
         section(
             "Many tasks, one backbone",

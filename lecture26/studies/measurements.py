@@ -167,6 +167,7 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
             ("forty", FORTY_OF_EACH),
             ("forty_where", WHERE),
             ("forty_how_many", HOW_MANY),
+            ("forty_longer", LONGER),
         )
     },
     "adaptation_forty_other_kinds": partial(
@@ -175,13 +176,6 @@ MEASUREMENTS: dict[str, Callable[[], dict]] = {
         photographs_of_other_kinds,
         **FORTY_OF_EACH,
         state="adaptation_forty_other_kinds",
-    ),
-    "adaptation_forty_longer": partial(
-        adaptation_from_few,
-        "vit_photos32",
-        photographs_upside_down,
-        **LONGER,
-        state="adaptation_forty_longer",
     ),
     "prompt_storage": prompt_storage,
     "adaptation_solved": partial(
