@@ -1647,51 +1647,64 @@ for way in ("as trained", "heads solved"):
 # in place of 800, and early stopping: every 200 steps a look at the validation images, and the weights of the best are kept.
 
 # %%
-longer = {run["method"]: run for run in load_results("adaptation_forty_longer")["runs"]}
-print(load_results("adaptation_forty_longer")["command"])
-by_method["for longer"] = {
-    f"{method}, {name}": shares
-    for method, run in longer.items()
-    for name, shares in (
-        ("800 steps", trained_of_forty["upside down"][method]),
-        ("best look", run["accuracy"]),
-        ("2,000 steps", run["accuracy_at_end"]),
-        ("best look, head solved", run["solved"]),
-    )
+longer = {
+    "upside down": load_results("adaptation_forty_longer_photos"),
+    "textures": load_results("adaptation_forty_longer_textures"),
 }
+print(*(of_task["command"] for of_task in longer.values()), sep="\n")
+for task, of_task in longer.items():
+    by_method[f"{task}, for longer"] = {
+        f"{run['method']}, {name}": shares
+        for run in of_task["runs"]
+        for name, shares in (
+            ("800 steps", trained_of_forty[task][run["method"]]),
+            ("best look", run["accuracy"]),
+            ("2,000 steps", run["accuracy_at_end"]),
+            ("800 steps, head solved", solved_of_forty[task][run["method"]]),
+            ("best look, head solved", run["solved"]),
+        )
+    }
 show_table(
-    [[name, told(shares, 1000)] for name, shares in by_method["for longer"].items()],
-    ["photographs, upside down", "test accuracy, %"],
+    [
+        [name, *(told(by_method[f"{task}, for longer"][name], 1000) for task in longer)]
+        for name in by_method["textures, for longer"]
+    ],
+    ["test accuracy, %", *longer],
 )
 
 # %% tags=["draw"]
-figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-for (method, run), colour in zip(longer.items(), colours):
-    for number, shares in enumerate(run["validation_by_step"]):
-        label = method if number == 0 else None
-        axis.plot([int(step) for step in shares], list(shares.values()), ".-", color=colour, label=label)
-axis.set(xlabel="steps of 16", ylabel="accuracy on validation images")
-axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+for axis, (task, of_task) in zip(axes, longer.items()):
+    for run, colour in zip(of_task["runs"], colours):
+        for number, shares in enumerate(run["validation_by_step"]):
+            label = run["method"] if number == 0 else None
+            axis.plot([int(step) for step in shares], list(shares.values()), ".-", color=colour, label=label)
+    axis.set(xlabel="steps of 16", ylabel="accuracy on validation images", title=task)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 show(
     figure,
     "Accuracy on the validation images during 2,000 steps, a line for each of three seeds: deep prompts and full "
-    "fine-tuning.",
+    "fine-tuning, on two tasks.",
 )
 
 # %%
-for one, other in (
+pairs = [
     ("full, best look", "vpt-deep, best look"),
     ("full, best look, head solved", "vpt-deep, best look, head solved"),
     ("vpt-deep, best look", "vpt-deep, 800 steps"),
     ("full, best look", "full, 800 steps"),
     ("vpt-deep, 2,000 steps", "vpt-deep, best look"),
     ("full, 2,000 steps", "full, best look"),
-):
-    print(f"{one} over {other}, points: {apart('for longer', one, other)}")
-
-assert apart("for longer", "full, best look", "vpt-deep, best look").endswith("ahead")
-assert apart("for longer", "full, best look, head solved", "vpt-deep, best look, head solved").endswith("tie")
-assert apart("for longer", "vpt-deep, best look", "vpt-deep, 800 steps").endswith("behind")
+]
+show_table(
+    [
+        [f"{one} over {other}", *(apart(f"{task}, for longer", one, other) for task in longer)]
+        for one, other in pairs
+    ],
+    ["points", *longer],
+)
+upside_down = {pair: apart("upside down, for longer", *pair) for pair in pairs[:3]}
+assert [how.split()[-1] for how in upside_down.values()] == ["ahead", "tie", "behind"]
 
 # %% [markdown]
 # As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts
