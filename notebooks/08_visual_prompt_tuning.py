@@ -1239,7 +1239,7 @@ print(f"what LoRA changes is more than rounding: {change > 1e-3}")
 # shorter runs, going on by factors of three until the best lies between two others; *test* images choose nothing; three
 # seeds, of which the first chooses the rate. And since on frozen features a linear probe's loss is convex, it is *solved* to its
 # end besides, on standardised features and with a penalty on its weights that the validation images choose; so is the head
-# behind the deep prompts of the first seed. Six small tasks, of at most 800 training images each, and MNIST, which is not
+# behind the deep prompts of every seed. Six small tasks, of at most 800 training images each, and MNIST, which is not
 # embedded:
 
 # %% slide=["# A fair comparison begins with its rules", "[picture]", "Tasks far from photographs: the same images and steps for all, each method at a learning rate of its own."]
@@ -1329,8 +1329,8 @@ show(
 )
 
 # %% [markdown]
-# A difference below two standard errors is a tie. (All share the test images, so it can be surer than this says. Solved heads
-# are one number each; their ± is that of the test images alone.)
+# A difference below two standard errors is a tie. (All share the test images, so it can be surer than this says. The solved
+# head on the frozen class token is one number; its ± is that of the test images alone.)
 
 # %%
 show_table(
@@ -1384,13 +1384,14 @@ show_table(
 )
 for method in INSIDE:
     over_deep = verdict(of_largest[method]["accuracy"], of_largest["vpt-deep"]["accuracy"], 1000)
-    print(f"{method:8} over deep prompts, points: {over_deep}")
-    assert over_deep.endswith("ahead")
+    over_solved = verdict(of_largest[method]["accuracy"], accuracies["largest"]["vpt-deep, solved"], 1000)
+    print(f"{method:8} over deep prompts, points: {over_deep}; over these with solved heads: {over_solved}")
+    assert over_deep.endswith("ahead") and over_solved.endswith("a tie" if method == "bias" else "ahead")
 
 # %% [markdown]
 # With the numbers of eight deep prompts LoRA learns nearly what full fine-tuning does; adapters lie between. So it is not the
 # *number* of trained numbers that holds prompts back here; (8.16), below, says what may. Biases are ahead of deep prompts too,
-# but with a solved head these have as much (64 %, one seed; the black line in the picture above). It is one task.
+# but tie with them once the prompts' heads are solved (61 %; the black line in the picture above). It is one task.
 #
 # Live, the model of the beginning, against the stored run of 200 steps with the same seed:
 
@@ -1643,8 +1644,9 @@ for way in ("as trained", "heads solved"):
 #
 # ### For longer, elsewhere, fewer and more
 #
-# Perhaps prompts are slow learners. On photographs upside down deep prompts and full fine-tuning have 2,000 steps, 80 epochs,
-# in place of 800, and early stopping: every 200 steps a look at the validation images, and the weights of the best are kept.
+# Perhaps prompts are slow learners. So deep prompts and full fine-tuning have 2,000 steps in place of 800, and early stopping:
+# every 200 steps a look at the validation images, and the weights of the best are kept. First on photographs upside down; then,
+# with these seen, on the textures, where deep prompts are furthest behind. Slow learners would gain on their own 800 steps.
 
 # %%
 longer = {
@@ -1679,7 +1681,7 @@ for axis, (task, of_task) in zip(axes, longer.items()):
         for number, shares in enumerate(run["validation_by_step"]):
             label = run["method"] if number == 0 else None
             axis.plot([int(step) for step in shares], list(shares.values()), ".-", color=colour, label=label)
-    axis.set(xlabel="steps of 16", ylabel="accuracy on validation images", title=task)
+    axis.set(xlabel="steps of 16", ylabel="validation accuracy", title=task)
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 show(
     figure,
@@ -1707,13 +1709,14 @@ upside_down = {pair: apart("upside down, for longer", *pair) for pair in pairs[:
 assert [how.split()[-1] for how in upside_down.values()] == ["ahead", "tie", "behind"]
 
 # %% [markdown]
-# As trained, prompts do not catch up: the lead of full fine-tuning grows, since both lose by the longer training, prompts
-# more. But with heads solved the two tie now. What deep prompts lose is in their heads: behind a solved one they tie with
-# what they had after 800 steps, while full fine-tuning has lost a point. Early stopping made no difference: the best look and
-# the end are within half a point. (The 800 steps were run on another machine.)
+# Prompts do not catch up. *Photographs*: as trained, both lose by the longer training, prompts more. But with heads solved the
+# two tie now. What deep prompts lose is in their heads: behind a solved one they tie with what they had after 800 steps, while
+# full fine-tuning has lost a point. (These 800 steps were run on another machine.) *Textures*: as trained deep prompts
+# have what they had after 800 steps, with their heads solved two points less; full fine-tuning gains a point, and is ahead by
+# 30 points, 32 with heads solved. Early stopping made no difference: the best look and the end are within a point.
 #
-# And on the textures: one prompt and 32 in place of eight; eight in the first or the last half of the blocks alone. The paper
-# finds the first blocks to matter more.
+# Then on both tasks one prompt and 32 in place of eight, and eight in the first or the last half of the blocks alone. The
+# paper finds the first blocks to matter more.
 
 # %%
 deep = "8 in all blocks"
@@ -1742,28 +1745,32 @@ show(
 for task in prompts_on:
     by_method[f"prompts, {task}, as trained"] = trained_prompts[task]
     by_method[f"prompts, {task}, heads solved"] = solved_prompts[task]
+first_half, last_half = names_of_prompts.values()
+pairs = [(name, deep) for name in prompts_on["textures"] if name != deep] + [(first_half, last_half)]
 show_table(
     [
-        [
-            task,
-            name,
-            apart(f"prompts, {task}, as trained", name, deep),
-            apart(f"prompts, {task}, heads solved", name, deep),
-        ]
-        for task, of_task in prompts_on.items()
-        for name in of_task
-        if name != deep
+        [f"{task}: {one} over {other}"]
+        + [apart(f"prompts, {task}, {way}", one, other) for way in ("as trained", "heads solved")]
+        for task in prompts_on
+        for one, other in pairs
     ],
-    ["task", "deep prompts", f"as trained, over {deep}, points", "heads solved"],
+    ["points", "as trained", "heads solved"],
 )
+for task, how in (("upside down", "ahead"), ("textures", "tie")):
+    assert apart(f"prompts, {task}, as trained", first_half, last_half).endswith(how)
+    assert apart(f"prompts, {task}, heads solved", last_half, first_half).endswith("ahead")
 
 # %% [markdown]
-# Eight prompts in the last half of the blocks do as well as in all, within a point. In the first half they tie as trained,
-# and are four points behind with heads solved: so here it is not the first blocks that matter more, as they do in the paper. One
-# prompt at each block is behind eight by four to five points; thirty-two are a tie.
+# The two tasks disagree. *Photographs*: prompts in half of the blocks do rather better than in all. The first half is ahead by
+# three points as trained, and by one with heads solved; the last half ties as trained, and is ahead by two with heads solved.
+# (The eight in all blocks, and they alone, were run on another machine.) One and thirty-two tie with eight. *Textures*: the
+# last half does as well as all, within a point; the first half ties as trained, and is four points behind with heads solved.
+# One prompt is behind eight by four to five points, thirty-two tie with it. So which half matters more is a question of the
+# head here: as trained the first half is ahead of the last, or ties; with heads solved the last is ahead on both tasks. Perhaps
+# a task far from what the backbone knows needs prompts in more blocks, and more of them; two tasks cannot say so.
 #
-# What all this does not say. Three seeds make errors that are uncertain themselves. Larger backbones were not tried, nor were the
-# comparisons of this section on other tasks than theirs.
+# What all this does not say. Three seeds make errors that are uncertain themselves. Neither larger backbones nor more steps were
+# tried, nor were the comparisons of this section on other tasks than theirs.
 
 # %% [markdown] tags=["core"]
 # ## What a head reads
@@ -1793,7 +1800,7 @@ check_answer(
     hint="Each patch's token knows its own place: its position embedding was added to it.",
 )
 for reading, share in by_reading.items():
-    assert abs(share - solved["largest"][reading]) < 0.02
+    assert abs(share - mean(solved["largest"][reading])) < 0.02
 print("all readings within two points of the stored ones")
 
 # %% slide=["# The place to read matters as much as the method", "? From the class token, a head names the corner of the largest disc in half of the pictures. Has the network not seen it?", "It has: even a mean of patches tells where things are, since positions were added to them.", "The class token may not have kept it: it was trained to say *what* is there, wherever it is."]
@@ -1801,7 +1808,7 @@ show_table(
     [
         [
             task,
-            *(told([solved[task][r]], tested[task]) for r in by_reading),
+            *(told(solved[task][r], tested[task]) for r in by_reading),
             told(accuracies[task]["full"], tested[task]),
         ]
         for task in compared
