@@ -462,29 +462,21 @@ def _forgotten(*results: Mapping) -> dict:
 def _against_probe(*results: Mapping) -> dict:
     *adapted, solved = results
     rows = differences(adapted, "vpt-deep", "linear")
-    tested = {
-        run["task"]: chosen(result["runs"], method="full")["tested"]
-        for run, result in zip(solved["runs"], adapted, strict=True)
-    }
-
-    def over(reader: str, other: str) -> list[tuple[str, float, float]]:
-        """As `differences`, of solved heads."""
-        rows = []
-        for run in solved["runs"]:
-            heads = [
-                {"accuracy": run["accuracy"][name], "tested": tested[run["task"]]} for name in (reader, other)
-            ]
-            rows.append((run["task"], *difference(*heads)))
-        return rows
-
+    heads = []  # the solved ones of each task, as the runs of a comparison
+    for of_task, result in zip(solved["runs"], adapted, strict=True):
+        about = {"task": of_task["task"], "tested": chosen(result["runs"], method="full")["tested"]}
+        runs = [
+            about | {"method": reader, "accuracy": found} for reader, found in of_task["accuracy"].items()
+        ]
+        heads.append({"runs": runs})
     return (
         _ahead(rows)
         | _sizes(adapted)
         | {
             "smallest": min(value for _, value, _ in rows),
             "largest": max(value for _, value, _ in rows),
-            "solved_ahead": _ahead(over("vpt-deep", "class token"))["ahead"],
-            "quarters_ahead": _ahead(over("quarters", "vpt-deep"))["ahead"],
+            "solved_ahead": _ahead(differences(heads, "vpt-deep", "class token"))["ahead"],
+            "quarters_ahead": _ahead(differences(heads, "quarters", "vpt-deep"))["ahead"],
         }
     )
 
